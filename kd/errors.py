@@ -1,0 +1,18 @@
+"""The one exception that is shown to users as a sentence instead of a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KdError(Exception):
+    """Bad input. Its message is one plain sentence: the key, the value, and what is allowed."""
+
+
+def near(name: str, known: Iterable[str], count: int = 3) -> str:
+    """``" (near: a, b)"`` for the known names that look like ``name``, or an empty string."""
+    names = list(known)
+    matches = get_close_matches(name, names, n=count, cutoff=0.5)
+    matches += [n for n in names if n not in matches and n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    return f" (near: {', '.join(matches[:count])})" if matches else ""
