@@ -1,0 +1,64 @@
+"""``kd VERB …``: picks the verb and imports only what that verb needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+from kd import __version__
+
+VERBS = {
+    "train": "train a student, alone or with a teacher (a Hydra application: sweeps with -m)",
+    "eval": "measure a run, a checkpoint or a teacher alone on the validation or test split",
+    "demo": "three claims of Hinton 2015 on handwritten digits, offline, in about two minutes",
+}
+MODULES = {"train": "kd.train", "eval": "kd.evaluate", "demo": "kd.demo"}
+
+
+def usage() -> str:
+    """What ``kd --help`` prints."""
+    verbs = "\n".join(f"  {verb:<7}{text}" for verb, text in VERBS.items())
+    return f"kd {__version__}: knowledge distillation\n\nkd VERB [arguments]\n\n{verbs}\n\nkd VERB --help says more."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the ``kd`` command. Returns the exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 1
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    verb, *rest = args
+    if verb not in MODULES:
+        from kd.errors import near
+
+        return fail(f"there is no verb {verb}{near(verb, VERBS)}; verbs: {', '.join(VERBS)}")
+    return guarded(import_module(MODULES[verb]).main, rest)
+
+
+def guarded(verb, arguments: list[str]) -> int:  # type: ignore[no-untyped-def]
+    """Run a verb; bad input becomes one sentence on stderr and exit code 1, an interruption exit code 130."""
+    from kd.errors import KdError
+
+    try:
+        return int(verb(arguments) or 0)
+    except KdError as error:
+        if os.environ.get("KD_TRACEBACK"):
+            raise
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return fail("interrupted", code=130)
+
+
+def fail(message: str, code: int = 1) -> int:
+    """Print the message to stderr, a line for each complaint, and return the exit code."""
+    for line in message.splitlines():
+        print(f"kd: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

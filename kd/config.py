@@ -1,0 +1,261 @@
+"""The root schema of a run and the checks that need no torch: a typo must cost a tenth of a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+
+from kd.errors import KdError, near
+from kd.signature import arguments
+
+_PACKAGE = Path(__file__).resolve().parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""Where the configuration files are: inside the installed package, or beside it in a checkout."""
+
+
+@dataclass
+class Student:
+    """The network that is trained."""
+
+    model: Any = MISSING  # _target_ and its arguments
+    checkpoint: str | None = None  # weights to start from; null: random
+
+
+@dataclass
+class Teacher:
+    """The frozen network, or several, that the student learns from."""
+
+    model: Any = None  # null: no teacher, or the network recorded in the run directory given as checkpoint
+    checkpoint: Any = None  # a run directory, .ckpt, .safetensors or state dict; a list: several teachers
+    allow_random: bool = False  # a teacher without trained weights must be asked for
+    combine: str = "probabilities"  # several teachers: mean of "probabilities" or of "logits"
+    weights: list[float] | None = None  # several teachers: one weight each; null: equal
+    mean: list[float] | None = None  # statistics of its input; null: recorded with it, else those of the data
+    std: list[float] | None = None
+    resize: Any = None  # an edge in pixels, or false: feed as is; null: refuse when the sizes differ
+
+
+@dataclass
+class Recipe:
+    """Optimiser, schedule, epochs, batch."""
+
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] | None = None
+    scheduler_interval: str = "epoch"  # or "step"
+    gradient_clip: float | None = None
+    accumulate: int = 1
+
+
+@dataclass
+class Hardware:
+    """Where and how it runs; ``trainer`` holds further arguments of ``lightning.Trainer``."""
+
+    accelerator: str = "auto"
+    devices: Any = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    threads: int | None = None  # of torch on the CPU; null: torch's choice
+    deterministic: bool = True
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Protocol:
+    """Which split picks the checkpoint, how often it is looked at, what is kept."""
+
+    monitor: str = "val/acc1"
+    mode: str = "max"
+    val_every: int = 1  # epochs between validations; the last epoch is always validated
+    keep_predictions: bool = False  # write predictions_val.npz and predictions_test.npz
+
+
+@dataclass
+class Paths:
+    """Folders."""
+
+    data: str = MISSING
+    runs: str = MISSING
+
+
+@dataclass
+class Root:
+    """Everything a run is made of. Unknown keys are errors."""
+
+    name: str = MISSING
+    seed: int = 0
+    tags: list[str] = field(default_factory=list)
+    notes: str = ""
+    student: Student = field(default_factory=Student)
+    teacher: Teacher = field(default_factory=Teacher)
+    task: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
+    distiller: dict[str, Any] = field(default_factory=dict)
+    hardware: Hardware = field(default_factory=Hardware)
+    logger: dict[str, Any] = field(default_factory=dict)
+    protocol: Protocol = field(default_factory=Protocol)
+    paths: Paths = field(default_factory=Paths)
+    resume: str | None = None
+
+
+ConfigStore.instance().store(name="schema", node=Root)
+
+SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
+OBJECTIVE_KEYS = ("weight", "schedule")  # of a loss node: read by the objective, not by the term
+
+
+def plain(node: Any) -> Any:
+    """A config node as plain, resolved Python containers."""
+    return OmegaConf.to_container(node, resolve=True) if isinstance(node, (DictConfig, ListConfig)) else node
+
+
+def check(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve the config and refuse what cannot work, all complaints at once.
+
+    Returns the resolved config as plain containers. Raises ``KdError``; imports no torch.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise KdError("\n".join(f"{key} has no value: set it, for example {key}=…" for key in missing))
+    try:
+        values: dict[str, Any] = plain(cfg)
+    except Exception as error:
+        raise KdError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from None
+    problems = [*_check_keys(values), *_check_targets(values), *_check_loss(values)]
+    problems += [*_check_numbers(values), *_check_choices(values)]
+    if problems:
+        raise KdError("\n".join(problems))
+    return values
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every node with a ``_target_`` and its dotted path, outer ones first."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from targets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, (list, tuple)):
+        for position, value in enumerate(node):
+            yield from targets(value, f"{path}.{position}")
+
+
+def _check_keys(values: dict[str, Any]) -> Iterator[str]:
+    """``+recipe.foo=1`` can add a key that nothing reads, ``~data`` can take one away."""
+    schema = {f.name: f for f in fields(Root)}
+    for name in values.keys() - schema.keys():
+        yield f"there is no option {name}{near(name, schema)}"
+    for name in schema.keys() & values.keys():
+        section = {s.__name__.lower(): s for s in SECTIONS}.get(name)
+        known = [f.name for f in fields(section)] if section else []
+        for key in (values[name] or {}).keys() - set(known) if section else ():
+            yield f"there is no option {name}.{key}{near(key, known)}"
+    for name in ("data", "task", "distiller"):
+        if "_target_" not in (values.get(name) or {}):
+            yield f"{name} is empty: choose one of the group's options, or give it a _target_"
+
+
+def _check_targets(values: dict[str, Any]) -> Iterator[str]:
+    for path, node in targets(values):
+        try:
+            known = arguments(node["_target_"])
+        except LookupError as error:
+            yield f"{path}._target_ = {node['_target_']} cannot be found: {error}"
+            continue
+        names = list(known.names)
+        if path.startswith("loss.") and path.count(".") == 1:
+            names += OBJECTIVE_KEYS
+        for key in node:
+            if not key.startswith("_") and key not in names and not known.any:
+                yield f"{path}.{key} is not an argument of {node['_target_']}{near(key, names)}{_where(path, key)}"
+
+
+def _where(path: str, key: str) -> str:
+    """The configuration file that spells this key, for the complaint about it."""
+    files = [f for f in loaded_files() if any(line.split(":")[0].strip() == key for line in _lines(f))]
+    return f" [{', '.join(str(f) for f in files[:2])}]" if files else f" [command line: {path}.{key}]"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def loaded_files() -> list[Path]:
+    """The YAML files of the options that Hydra chose, while it composes or runs; else none."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return []
+    runtime = HydraConfig.get().runtime
+    roots = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
+    chosen = [Path("train.yaml")]
+    for group, choice in runtime.choices.items():
+        options = choice if isinstance(choice, (list, ListConfig)) else [choice]
+        chosen += [Path(group.split("@")[0]) / f"{option}.yaml" for option in options if option is not None]
+    return [root / file for file in chosen for root in roots if (root / file).is_file()]
+
+
+def _numbers(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield f"{path}.{key}", str(key), value
+            yield from _numbers(value, f"{path}.{key}")
+
+
+def _check_numbers(values: dict[str, Any]) -> Iterator[str]:
+    for path, key, value in _numbers(values["loss"], "loss"):
+        if key in ("temperature", "weight") and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            yield f"{path} = {value} is not allowed: it must be a number"
+        elif key == "temperature" and not 0 < value < float("inf"):
+            yield f"{path} = {value} is not allowed: it must be a finite number above 0"
+        elif key == "weight" and not 0 <= value < float("inf"):
+            yield f"{path} = {value} is not allowed: it must be a finite number, 0 or more"
+    recipe, protocol = values["recipe"], values["protocol"]
+    whole = {f"recipe.{k}": recipe[k] for k in ("epochs", "batch_size", "accumulate")}
+    for path, value in {**whole, "protocol.val_every": protocol["val_every"]}.items():
+        if value < 1:
+            yield f"{path} = {value} is not allowed: it must be 1 or more"
+    clip = recipe["gradient_clip"]
+    if clip is not None and not clip > 0:
+        yield f"recipe.gradient_clip = {clip} is not allowed: it must be above 0, or null"
+    if values["seed"] < 0:
+        yield f"seed = {values['seed']} is not allowed: it must be 0 or more"
+
+
+def _check_choices(values: dict[str, Any]) -> Iterator[str]:
+    allowed = {
+        "teacher.combine": ("probabilities", "logits"),
+        "recipe.scheduler_interval": ("epoch", "step"),
+        "protocol.mode": ("max", "min"),
+    }
+    for path, choices in allowed.items():
+        section, key = path.split(".")
+        value = values[section][key]
+        if value not in choices:
+            yield f"{path} = {value} is not allowed: it must be {' or '.join(choices)}"
+
+
+def _check_loss(values: dict[str, Any]) -> Iterator[str]:
+    terms = {name: node for name, node in values["loss"].items() if node is not None}
+    if not terms:
+        yield "loss is empty: choose at least one term, for example loss=[ce]"
+    for name, node in terms.items():
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            chosen = ",".join(terms)
+            yield f"loss.{name} = {node} has no _target_: choose the term as well, for example loss=[{chosen}]"
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"a.b": value}`` for every leaf of nested mappings."""
+    if isinstance(node, Mapping) and node:
+        return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): node}
