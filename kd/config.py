@@ -63,7 +63,7 @@ class Hardware:
     strategy: str = "auto"
     precision: str = "32-true"
     threads: int | None = None  # of torch on the CPU; null: torch's choice
-    deterministic: bool = True
+    deterministic: Any = "warn"  # true, false, or "warn" where an operation has no deterministic form
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -224,6 +224,8 @@ def _check_numbers(values: dict[str, Any]) -> Iterator[str]:
     for path, value in {**whole, "protocol.val_every": protocol["val_every"]}.items():
         if value < 1:
             yield f"{path} = {value} is not allowed: it must be 1 or more"
+    if 1 <= protocol["val_every"] and recipe["epochs"] % protocol["val_every"]:
+        yield f"protocol.val_every = {protocol['val_every']} is not allowed: it must divide recipe.epochs = {recipe['epochs']}"
     clip = recipe["gradient_clip"]
     if clip is not None and not clip > 0:
         yield f"recipe.gradient_clip = {clip} is not allowed: it must be above 0, or null"

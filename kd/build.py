@@ -1,0 +1,246 @@
+"""From a checked config to objects. The only calls of ``hydra.utils.instantiate``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from torch import nn
+
+from kd import weights
+from kd.config import OBJECTIVE_KEYS
+from kd.distiller import Distiller
+from kd.errors import KdError
+from kd.losses.base import Term
+from kd.objective import Objective
+from kd.teacher import InputMap, Teacher
+
+log = logging.getLogger(__name__)
+
+
+def make(node: Mapping[str, Any], path: str, **extra: Any) -> Any:
+    """Instantiate a node; whatever it complains about becomes one sentence that begins with its path."""
+    try:
+        return instantiate(dict(node), **extra)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, KdError):
+            raise cause from None
+        if isinstance(cause, (ValueError, TypeError, OSError, ImportError, LookupError, RuntimeError)):
+            raise KdError(f"{path}: {_first_line(cause)}") from cause
+        raise KdError(f"{path}: {_first_line(error)}") from error
+    except (ValueError, TypeError) as error:
+        raise KdError(f"{path}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].replace(".__init__()", "()")
+
+
+def datamodule(config: Mapping[str, Any]) -> Any:
+    """The data module, set up for all splits."""
+    data = make(config["data"], "data")
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def facts(data: Any) -> dict[str, Any]:
+    """What a network must know of the data it was trained on; stored with its weights."""
+    return {
+        "num_classes": data.num_classes,
+        "input_shape": list(data.input_shape),
+        "class_names": list(data.class_names),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+
+
+def network(spec: Mapping[str, Any], path: str, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """A network from its ``_target_``; it is given what it takes of the class count and the input's shape."""
+    known: dict[str, Any] = {
+        "num_classes": num_classes,
+        "input_shape": tuple(input_shape),
+        "in_chans": input_shape[0],
+        "in_channels": input_shape[0],
+    }
+    if not isinstance(spec, Mapping) or "_target_" not in spec:
+        raise KdError(f"{path} = {spec} is not a network: it needs a _target_")
+    try:
+        accepted = inspect.signature(get_object(spec["_target_"])).parameters
+    except Exception as error:
+        raise KdError(f"{path}._target_ = {spec['_target_']}: {_first_line(error)}") from error
+    given = {k: v for k, v in known.items() if k in accepted and k not in spec}
+    if "num_classes" not in accepted and any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        given["num_classes"] = num_classes
+    built = make(spec, path, **given)
+    if not isinstance(built, nn.Module):
+        raise KdError(f"{path}._target_ = {spec['_target_']} makes a {type(built).__name__}, not a torch module")
+    return built
+
+
+def student(config: Mapping[str, Any], data: Any) -> nn.Module:
+    """The student, from scratch or from ``student.checkpoint``."""
+    section = config["student"]
+    net = network(section["model"], "student.model", data.num_classes, data.input_shape)
+    if section["checkpoint"] is not None:
+        state, _ = weights.read(section["checkpoint"])
+        weights.load(net, state, section["checkpoint"], "student")
+    return net
+
+
+def teacher(config: Mapping[str, Any], data: Any) -> Teacher | None:
+    """The frozen teacher (or several), or None when neither a model nor a checkpoint is given."""
+    section = config["teacher"]
+    models, checkpoints = _as_list(section["model"]), _as_list(section["checkpoint"])
+    if not models and not checkpoints:
+        return None
+    if len(checkpoints) > 1 and len(models) == 1:
+        models = models * len(checkpoints)
+    count = max(len(models), len(checkpoints))
+    models += [None] * (count - len(models))
+    checkpoints += [None] * (count - len(checkpoints))
+    members = [_member(m, c, section, data) for m, c in zip(models, checkpoints, strict=True)]
+    return Teacher([n for n, _ in members], [i for _, i in members], section["combine"], section["weights"])
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _member(model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any) -> tuple[nn.Module, InputMap]:
+    state, about = weights.read(checkpoint) if checkpoint is not None else (None, {})
+    spec = model if model is not None else about.get("model")
+    if spec is None:
+        raise KdError(
+            f"teacher.checkpoint = {checkpoint} does not say which network it belongs to: add model@teacher=NAME"
+        )
+    recorded = about.get("data", {})
+    _same_classes(recorded, data, checkpoint)
+    shape = tuple(recorded.get("input_shape", data.input_shape))
+    net = network(spec, "teacher.model", data.num_classes, shape if spec is not model else data.input_shape)
+    if state is not None:
+        weights.load(net, state, checkpoint, "teacher")
+    elif not spec.get("pretrained") and not section["allow_random"]:
+        raise KdError(
+            "the teacher has random weights: give teacher.checkpoint=RUN (or a weights file), a pretrained model, or "
+            "ask for it with teacher.allow_random=true"
+        )
+    pretrained = getattr(net, "pretrained_cfg", None) or {} if state is None and spec.get("pretrained") else {}
+    mean = _statistics("mean", section, recorded, pretrained)
+    std = _statistics("std", section, recorded, pretrained)
+    size = pretrained.get("input_size", recorded.get("input_shape", data.input_shape))
+    return net, InputMap(data.mean, data.std, mean, std, _resize(section["resize"], size, data.input_shape))
+
+
+def _statistics(
+    which: str, section: Mapping[str, Any], recorded: Mapping[str, Any], pretrained: Mapping[str, Any]
+) -> list[float] | None:
+    """Of the teacher's input, by rank: the user's word, what the run recorded, what the weights came with."""
+    for source in (section, recorded, pretrained):
+        if source.get(which) is not None:
+            return list(source[which])
+    return None
+
+
+def _same_classes(recorded: Mapping[str, Any], data: Any, checkpoint: Any) -> None:
+    theirs, ours = recorded.get("class_names"), list(data.class_names)
+    if theirs is None or theirs == ours:
+        return
+    if len(theirs) != len(ours):
+        raise KdError(
+            f"teacher.checkpoint = {checkpoint} was trained on {len(theirs)} classes, the data has {len(ours)}"
+        )
+    first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
+    raise KdError(
+        f"teacher.checkpoint = {checkpoint} was trained on other classes: class {first} is {theirs[first]} there "
+        f"and {ours[first]} in the data"
+    )
+
+
+def _resize(asked: Any, expected: Any, given: Any) -> int | None:
+    """The edge to resize a teacher's input to, or None. Refuses sizes that differ unless the user decided."""
+    if asked is False:
+        return None
+    if asked is not None:
+        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+            raise KdError(f"teacher.resize = {asked} is not allowed: an edge in pixels, false, or null")
+        return asked
+    if tuple(expected[-2:]) != tuple(given[-2:]):
+        raise KdError(
+            f"the teacher expects {expected[-2]}×{expected[-1]} images, the data gives {given[-2]}×{given[-1]}: set "
+            f"teacher.resize={expected[-1]} to resize them, or teacher.resize=false to feed them as they are"
+        )
+    return None
+
+
+def objective(config: Mapping[str, Any]) -> Objective:
+    """The named terms with their weights and schedules."""
+    terms, factors, schedules = {}, {}, {}
+    for name, node in config["loss"].items():
+        if node is None:
+            continue
+        terms[name] = make({k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}, f"loss.{name}")
+        if not isinstance(terms[name], Term):
+            raise KdError(f"loss.{name}._target_ = {node['_target_']} is not a kd.losses.base.Term")
+        factors[name] = node.get("weight", 1.0)
+        if node.get("schedule") is not None:
+            schedules[name] = make(node["schedule"], f"loss.{name}.schedule")
+    return Objective(terms, factors, schedules)
+
+
+def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
+    """Student, teacher, objective and task as one module, prepared on the first training batch."""
+    recipe = config["recipe"]
+    task = make(config["task"], "task")
+    optimizer = functools.partial(_optimizer, recipe["optimizer"])
+    scheduler = functools.partial(_scheduler, recipe["scheduler"]) if recipe["scheduler"] else None
+    module: Distiller = make(
+        {**config["distiller"], "_convert_": "none"},
+        "distiller",
+        student=student(config, data),
+        teacher=teacher(config, data),
+        objective=objective(config),
+        task=task,
+        num_classes=data.num_classes,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scheduler_interval=recipe["scheduler_interval"],
+        seed=config["seed"],
+    )
+    labels = {int(t) for t in getattr(data, "labels_seen", lambda: [])()}
+    if labels == {-1} and (wanting := module.objective.needs("labels")):
+        raise KdError(f"loss.{wanting[0]} needs labels, the training data has none")
+    module.prepare(next(iter(data.train_dataloader())))
+    if not module.trainable():
+        raise KdError("the student has no trainable parameters")
+    return module
+
+
+def _optimizer(node: Mapping[str, Any], params: Any) -> torch.optim.Optimizer:
+    return make(node, "recipe.optimizer", params=list(params))
+
+
+def _scheduler(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any:
+    return make(node, "recipe.scheduler", optimizer=optimizer)
+
+
+def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
+    """The loggers of the config, told where the run writes."""
+    from kd.loggers import complete
+
+    built = []
+    for name, node in config["logger"].items():
+        if node is not None:
+            built.append(make(complete(name, node, config, run_dir), f"logger.{name}"))
+    return built

@@ -1,0 +1,85 @@
+"""Callbacks of a run: the selected weights, one line an epoch, the bar on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+
+from kd import weights
+from kd.errors import KdError
+
+log = logging.getLogger(__name__)
+
+
+class SelectedWeights(Callback):
+    """Keeps the student of the best validation, as a file that loads without this package.
+
+    ``monitor``: a metric of the validation split; ``mode``: "max" or "min". Ties go to the earlier epoch.
+    """
+
+    def __init__(self, run_dir: Path, monitor: str, mode: str, about: dict[str, Any]) -> None:
+        self.run_dir, self.monitor, self.mode, self.about = run_dir, monitor, mode, about
+        self.best: float | None = None
+        self.epoch: int | None = None
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Save when this validation beats all before it."""
+        if trainer.state.fn != "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(k for k in trainer.callback_metrics if k.startswith("val/")))
+            raise KdError(f"protocol.monitor = {self.monitor} is not measured; measured: {known}")
+        value = float(trainer.callback_metrics[self.monitor])
+        if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+            self.best, self.epoch = value, trainer.current_epoch
+            if trainer.is_global_zero:
+                weights.save(module.student, self.run_dir / weights.SELECTED, {**self.about, "epoch": self.epoch})
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: a resumed run must not forget its best."""
+        return {"best": self.best, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.best, self.epoch = state["best"], state["epoch"]
+
+
+class EpochLine(Callback):
+    """One log line an epoch: training means, validation metrics, seconds."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Print the line (the first process only)."""
+        if not trainer.is_global_zero:
+            return
+        epoch = trainer.current_epoch
+        values = {**module.epoch_means, **module.history.get(epoch, {})}
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "train/acc5")
+        log.info("epoch %d/%d  %s  (%.1f s)", epoch + 1, trainer.max_epochs, shown, time.perf_counter() - self.start)
+
+
+def standard(run_dir: Path, protocol: dict[str, Any], about: dict[str, Any]) -> list[Callback]:
+    """The callbacks of every run: selected weights, the checkpoint to resume from, and progress."""
+    callbacks: list[Callback] = [
+        SelectedWeights(run_dir, protocol["monitor"], protocol["mode"], about),
+        ModelCheckpoint(
+            dirpath=str((run_dir / weights.CHECKPOINT).parent),
+            filename=weights.CHECKPOINT.stem,
+            every_n_epochs=protocol["val_every"],
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+        EpochLine(),
+    ]
+    if sys.stderr.isatty():
+        callbacks.append(RichProgressBar(refresh_rate=50))
+    return callbacks

@@ -1,0 +1,310 @@
+"""The Distiller: one LightningModule that holds student, teacher, objective and task."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd.bookkeeping import StepBuffer, first_bad
+from kd.errors import KdError
+from kd.losses.base import Batch, Output
+from kd.objective import Objective
+from kd.taps import Taps, resolve
+from kd.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeScheduler = Callable[[torch.optim.Optimizer], Any]
+
+
+class Distiller(L.LightningModule):
+    """Trains ``student`` on the objective; ``teacher`` may be None (plain supervised training).
+
+    Call :meth:`prepare` with one batch before the trainer sees the module: it runs both networks once, resolves the
+    taps and lets the terms build their adapters. Methods that own the loop subclass this and are named by
+    ``distiller._target_``.
+
+    ``log_every``: steps between two readings of the loss buffer, each one synchronisation.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        objective: Objective,
+        task: Any,
+        num_classes: int,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None = None,
+        scheduler_interval: str = "epoch",
+        seed: int = 0,
+        log_every: int = 50,
+    ) -> None:
+        super().__init__()
+        if log_every < 1:
+            raise ValueError(f"log_every = {log_every} is not allowed: it must be 1 or more")
+        self.student, self.teacher, self.objective, self.task = student, teacher, objective, task
+        self.num_classes, self.seed, self.log_every = num_classes, seed, log_every
+        self._make_optimizer, self._make_scheduler, self._interval = optimizer, scheduler, scheduler_interval
+        self.epoch_means: dict[str, float] = {}  # of the last training epoch
+        self.history: dict[int, dict[str, float]] = {}  # epoch → validation metrics, survives a resume
+        self.teacher_metrics: dict[str, dict[str, float]] = {}  # split → metrics, measured once
+        self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
+        self._teacher_logits: dict[tuple[str, int], Tensor] = {}
+        self._refuse_what_cannot_work()
+
+    # ------------------------------------------------------------------ before the first batch
+
+    def _refuse_what_cannot_work(self) -> None:
+        wanting = self.objective.needs("teacher")
+        if self.teacher is None and wanting:
+            raise KdError(
+                f"loss.{wanting[0]} needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME, or leave "
+                f"the term out (loss=[ce])"
+            )
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> None:
+        """Run both networks once on (a few rows of) a batch; resolve taps, build adapters, compare the classes.
+
+        The random state and batch statistics are left as they were. Raises ``KdError`` for wrong taps and for
+        shapes that do not fit.
+        """
+        inputs = batch.inputs[:2].to(self.device)
+        terms = self.objective.terms
+        for term in terms.values():
+            term.student_taps = resolve(term.student_taps, self.student, "student")
+            root = self.teacher.root if self.teacher else None
+            term.teacher_taps = resolve(term.teacher_taps, root, "teacher") if root is not None else []
+        self.student_taps = Taps(self.student, [n for t in terms.values() for n in t.student_taps], "student")
+        if self.teacher is not None:
+            self.teacher.tap([n for t in terms.values() for n in t.teacher_taps])
+        training = self.student.training
+        self.student.eval()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            teacher, student = self._dry(inputs)
+            for name, term in terms.items():
+                try:
+                    term.prepare(student, teacher)
+                except ValueError as error:
+                    raise KdError(f"loss.{name}: {error}") from None
+        self.student.train(training)
+
+    def _dry(self, inputs: Tensor) -> tuple[Output, Output]:
+        try:
+            teacher, student = self.answer_both(inputs)
+            again = self.student_taps.inspect()
+            if self.teacher is not None:
+                again |= self.teacher.taps.inspect()
+            if again:
+                teacher, student = self.answer_both(inputs)
+                self.student_taps.inspect()
+                if self.teacher is not None:
+                    self.teacher.taps.inspect()
+        except (RuntimeError, AssertionError) as error:
+            shape = tuple(inputs.shape[1:])
+            raise KdError(f"a network cannot take inputs of shape {shape}: {str(error).splitlines()[0]}") from None
+        for name, output in (("student", student), ("teacher", teacher)):
+            classes = None if output.logits is None else output.logits.shape[-1]
+            if classes is not None and classes != self.num_classes:
+                raise KdError(f"the {name} answers {classes} classes, the data has {self.num_classes}")
+        return teacher, student
+
+    # ------------------------------------------------------------------ the forward passes
+
+    def answer_both(self, inputs: Tensor) -> tuple[Output, Output]:
+        """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
+        teacher = self.teacher(inputs, features=True) if self.teacher is not None else Output()
+        self.student_taps.active = bool(self.student_taps.names)
+        logits = self.student(inputs)
+        features = self.student_taps.take() if self.student_taps.active else {}
+        self.student_taps.active = False
+        return teacher, Output(logits, features)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The student's logits (rows, classes)."""
+        return self.student(inputs)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step: named terms, their weighted sum, counts into the buffer."""
+        teacher, student = self.answer_both(batch.inputs)
+        epoch = self.current_epoch + batch_idx / max(1, self.trainer.num_training_batches)
+        values, total = self.objective(student, teacher, batch, epoch, self.trainer.max_epochs or 1)
+        correct, labelled = self.task.count(student.rows, batch.targets)
+        self._buffer.add([total, *values, *correct, labelled])
+        if self._buffer.full or batch_idx + 1 == self.trainer.num_training_batches:
+            self._read_buffer(batch_idx)
+        return total
+
+    # ------------------------------------------------------------------ bookkeeping of an epoch
+
+    def on_fit_start(self) -> None:
+        """Measure the teacher with the student's metrics, once, and say so before the first epoch."""
+        names = ["loss", *self.objective.names, *self.task.counts, "labelled"]
+        self._buffer = StepBuffer(names, self.log_every, self.device)
+        if self.teacher is not None and "val" not in self.teacher_metrics:
+            loader = self.trainer.datamodule.val_dataloader()
+            self.teacher_metrics["val"], _ = measure(
+                self.task, self.num_classes, lambda x: self.teacher(x).rows, loader, self.device
+            )
+            said = ", ".join(f"val/{k} {v:.4f}" for k, v in self.teacher_metrics["val"].items())
+            log.info("teacher: %s", said)
+
+    def on_train_epoch_start(self) -> None:
+        """Seed by epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
+        seed = (self.seed * 1_000_003 + self.current_epoch * 9_176 + self.global_rank) % 2**32
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def _read_buffer(self, batch_idx: int) -> None:
+        window = self._buffer.read()
+        bad = first_bad(window)
+        if bad is not None:
+            self._stop_on(bad, batch_idx, len(window))
+        means = self._named_means(window.double().sum(0), len(window))
+        epoch = self.current_epoch + (batch_idx + 1) / max(1, self.trainer.num_training_batches)
+        for name in self.objective.schedules:
+            means[f"weight/{name}"] = self.objective.weight(name, epoch, self.trainer.max_epochs or 1)
+        means["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        for logger in self.loggers:
+            logger.log_metrics({"epoch": self.current_epoch, **means}, step=self.global_step)
+
+    def _stop_on(self, bad: tuple[int, list[int]], batch_idx: int, steps: int) -> None:
+        row, columns = bad
+        names = [self._buffer.names[c] for c in columns]
+        terms = [n for n in names if n in self.objective.names] or names[:1]
+        checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
+        raise KdError(
+            f"the loss is not finite: term {', '.join(terms)} at step {batch_idx - steps + 1 + row} of epoch "
+            f"{self.current_epoch}; last good checkpoint: {checkpoint}"
+        )
+
+    def _named_means(self, sums: Tensor, steps: int) -> dict[str, float]:
+        """Means over steps for the losses, over labelled rows for the counts."""
+        named = dict(zip(self._buffer.names, sums.tolist(), strict=True))
+        labelled = named.pop("labelled")
+        return {
+            f"train/{name}": value / max(1.0, labelled) if name in self.task.counts else value / max(1, steps)
+            for name, value in named.items()
+        }
+
+    def on_train_epoch_end(self) -> None:
+        """The epoch's exact means, over all processes."""
+        sums, steps = self._buffer.take_epoch()
+        if self.trainer.world_size > 1:
+            packed = torch.cat([sums, torch.tensor([float(steps)], dtype=torch.float64)]).to(self.device)
+            packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()  # type: ignore[union-attr]
+            sums, steps = packed[:-1], int(packed[-1])
+        self.epoch_means = self._named_means(sums, steps)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh metrics for the pass."""
+        self._metrics = self.task.metrics(self.num_classes).to(self.device)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Student and teacher on one validation batch."""
+        self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Student and teacher on one test batch."""
+        self._evaluate("test", batch, batch_idx)
+
+    def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> None:
+        logits = self.student(batch.inputs)
+        teacher = None
+        if self.teacher is not None:  # the split never changes: its teacher's logits are computed once
+            if (split, batch_idx) not in self._teacher_logits:
+                self._teacher_logits[split, batch_idx] = self.teacher(batch.inputs).rows
+            teacher = self._teacher_logits[split, batch_idx]
+        self._metrics.update(logits, batch.targets, teacher)
+        if self.predictions is not None:
+            for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", logits)):
+                self.predictions.setdefault(name, []).append(tensor.cpu())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/…`` once, and stop before a network that answers NaN reaches a checkpoint."""
+        metrics = {f"val/{k}": v for k, v in self._metrics.compute(self.teacher is not None).items()}
+        if not math.isfinite(metrics["val/nll"]):
+            raise KdError(
+                f"the student's answers are not finite after epoch {self.current_epoch} (val/nll = "
+                f"{metrics['val/nll']}); last good checkpoint: "
+                f"{getattr(self.trainer.checkpoint_callback, 'best_model_path', '') or 'none yet'}"
+            )
+        self.log_dict(metrics)
+        if self.trainer.state.fn == "fit":
+            self.history[self.current_epoch] = metrics
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/…`` once."""
+        metrics = {f"test/{k}": v for k, v in self._metrics.compute(self.teacher is not None).items()}
+        self.log_dict(metrics)
+        self.test_per_class = self._metrics.accuracy_per_class()
+
+    def test_logits(self, batch_idx: int) -> Tensor:
+        """The teacher's logits on a test batch that was evaluated before."""
+        return self._teacher_logits["test", batch_idx]
+
+    # ------------------------------------------------------------------ optimiser and checkpoints
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What the optimiser gets: the student's and the adapters' parameters, never the teacher's."""
+        return [p for m in (self.student, self.objective) for p in m.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        """The recipe's optimiser and schedule."""
+        optimizer = self._make_optimizer(self.trainable())
+        if self._make_scheduler is None:
+            return optimizer
+        scheduler = self._make_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self._interval}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the teacher out: it is furniture, and half as large again."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
+        checkpoint["kd"] = {"history": self.history}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the teacher back, so that loading stays strict."""
+        own = self.state_dict()
+        checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
+        self.history = dict(checkpoint.get("kd", {}).get("history", {}))
+
+
+@torch.no_grad()
+def measure(
+    task: Any,
+    num_classes: int,
+    network: Callable[[Tensor], Tensor],
+    loader: Iterable[Batch],
+    device: torch.device,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    keep: dict[str, list[Tensor]] | None = None,
+) -> tuple[dict[str, float], list[float]]:
+    """The task's metrics of a network on a split, and its accuracy per class, outside of a trainer.
+
+    ``network`` and ``teacher`` map inputs to logits (rows, classes); ``keep`` collects index, target and logits.
+    """
+    metrics = task.metrics(num_classes).to(device)
+    for batch in loader:
+        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+        logits = network(inputs)
+        metrics.update(logits, targets, teacher(inputs) if teacher is not None else None)
+        if keep is not None:
+            for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", logits)):
+                keep.setdefault(name, []).append(tensor.cpu())
+    return metrics.compute(teacher is not None), metrics.accuracy_per_class()

@@ -1,0 +1,225 @@
+"""The inside of a run: build, fit, test, and the numbers of the record. Imports torch and lightning."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd import build, callbacks, loggers, weights
+from kd.distiller import Distiller
+
+log = logging.getLogger(__name__)
+
+
+def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """Build from a checked config, fit (on from ``checkpoint``), test once; the part of the record that this yields."""
+    quieten()
+    if config["hardware"]["threads"]:
+        torch.set_num_threads(config["hardware"]["threads"])
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+    data = build.datamodule(config)
+    module = build.distiller(config, data)
+    about = {"model": config["student"]["model"], "data": build.facts(data), "seed": config["seed"]}
+    hooks = callbacks.standard(run_dir, config["protocol"], about)
+    extra = build.loggers(config, run_dir)
+    outcome: dict[str, Any] | None = None
+    try:
+        trainer = make_trainer(config, run_dir, [loggers.csv_logger(run_dir), *extra], hooks)
+        for logger in extra:
+            logger.log_hyperparams(config)
+        measured = sizes(module, data.input_shape)
+        log.info("%s", opening_line(config, measured, data))
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+        if trainer.is_global_zero:
+            weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
+        outcome = {"data": about["data"], **close(config, run_dir, trainer, module, data, hooks[0])}
+        for role, size in measured.items():
+            outcome[role] = {**outcome.get(role, {}), **size}
+        log.info("%s", five_lines(outcome, run_dir))
+        return outcome
+    finally:
+        loggers.finish_wandb(extra, outcome)
+
+
+def quieten() -> None:
+    """Silence Lightning's advice that does not apply here; what a user must know is in our own lines."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # small sets are served from memory
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        ".*LeafSpec.*is deprecated.*",  # inside of Lightning
+        ".*The number of training batches .* is smaller than the logging interval.*",  # we log by ourselves
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*GPU available but not used.*",  # hardware=cpu asked for it
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*Starting from v1.9.0, `tensorboardX` has been removed.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def make_trainer(config: dict[str, Any], run_dir: Path, run_loggers: list[Any], hooks: list[Any]) -> L.Trainer:
+    """Lightning's trainer for the recipe, protocol and hardware of the config."""
+    recipe, hardware = config["recipe"], config["hardware"]
+    arguments: dict[str, Any] = {
+        "max_epochs": recipe["epochs"],
+        "accumulate_grad_batches": recipe["accumulate"],
+        "gradient_clip_val": recipe["gradient_clip"],
+        "check_val_every_n_epoch": config["protocol"]["val_every"],
+        "accelerator": hardware["accelerator"],
+        "devices": hardware["devices"],
+        "num_nodes": hardware["num_nodes"],
+        "strategy": hardware["strategy"],
+        "precision": hardware["precision"],
+        "deterministic": hardware["deterministic"],
+        "logger": run_loggers,
+        "callbacks": hooks,
+        "default_root_dir": str(run_dir),
+        "enable_progress_bar": any(isinstance(h, callbacks.RichProgressBar) for h in hooks),
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,  # the dry batch and the teacher's measurement have seen the split already
+        "use_distributed_sampler": False,  # the data modules shard by themselves
+    }
+    return build.make({"_target_": "lightning.Trainer", **arguments_of(hardware)}, "hardware", **arguments)
+
+
+def arguments_of(hardware: dict[str, Any]) -> dict[str, Any]:
+    """The further Trainer arguments of ``hardware.trainer``."""
+    return dict(hardware["trainer"] or {})
+
+
+# ---------------------------------------------------------------------- sizes
+
+
+def sizes(module: Distiller, input_shape: tuple[int, ...]) -> dict[str, dict[str, int]]:
+    """Parameters and multiply-accumulates an image, of student and teacher; adapters are counted apart."""
+    example = torch.zeros(1, *input_shape)
+    adapters = sum(p.numel() for p in module.objective.parameters())
+    found = {"student": {**size(module.student, example), "adapter_parameters": adapters}}
+    if module.teacher is not None:
+        found["teacher"] = size(module.teacher, example)
+    return found
+
+
+def size(network: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """Number of parameters, and multiply-accumulate operations of one forward pass of ``example``."""
+    training = network.training
+    network.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(example)
+    network.train(training)
+    return {"parameters": sum(p.numel() for p in network.parameters()), "macs": counter.get_total_flops() // 2}
+
+
+# ---------------------------------------------------------------------- the end of a run
+
+
+def close(
+    config: dict[str, Any], run_dir: Path, trainer: L.Trainer, module: Distiller, data: Any, best: Any
+) -> dict[str, Any]:
+    """Test the last and the val-selected student, each once; predictions where they are to be kept."""
+    data.setup("test")
+    last_epoch = trainer.current_epoch - 1
+    train_means = {k.partition("/")[2]: v for k, v in module.epoch_means.items()}
+    last = {"epoch": last_epoch, "train": train_means, "val": _split(module.history[last_epoch])}
+    selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(module.history[best.epoch])}
+    keep = config["protocol"]["keep_predictions"]
+    if best.epoch != last_epoch:
+        last.update(_test(trainer, module, data))
+        state, _ = weights.read(run_dir / weights.SELECTED)
+        weights.load(module.student, state, run_dir, "student")
+        selected.update(_test(trainer, module, data, run_dir if keep else None))
+    else:
+        tested = _test(trainer, module, data, run_dir if keep else None)
+        last.update(tested)
+        selected.update(tested)
+    if keep:
+        module.predictions = {}
+        trainer.validate(module, datamodule=data, verbose=False)
+        _save_predictions(run_dir / "predictions_val.npz", module)
+    outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
+    if module.teacher is not None:
+        metrics, per_class = _teacher_test(module, data)
+        teacher = {"checkpoint": config["teacher"]["checkpoint"], "val": module.teacher_metrics["val"]}
+        outcome["teacher"] = {**teacher, "test": metrics, "test_per_class": per_class}
+    return outcome
+
+
+def _test(trainer: L.Trainer, module: Distiller, data: Any, keep_in: Path | None = None) -> dict[str, Any]:
+    module.predictions = {} if keep_in is not None else None
+    metrics = trainer.test(module, datamodule=data, verbose=False)[0]
+    if keep_in is not None:
+        _save_predictions(keep_in / "predictions_test.npz", module)
+    return {"test": _split(metrics), "test_per_class": module.test_per_class}
+
+
+def _teacher_test(module: Distiller, data: Any) -> tuple[dict[str, float], list[float]]:
+    """The teacher's metrics on the test split, from the logits that the student's test has left behind."""
+    metrics = module.task.metrics(module.num_classes)
+    for position, batch in enumerate(data.test_dataloader()):
+        metrics.update(module.test_logits(position).cpu(), batch.targets.cpu())
+    return metrics.compute(False), metrics.accuracy_per_class()
+
+
+def _save_predictions(path: Path, module: Distiller) -> None:
+    kept = {name: torch.cat(parts).numpy() for name, parts in (module.predictions or {}).items()}
+    module.predictions = None
+    order = np.argsort(kept["index"], kind="stable")
+    np.savez_compressed(path, **{name: values[order] for name, values in kept.items()})
+
+
+def _split(metrics: Any) -> dict[str, float]:
+    return {name.partition("/")[2]: float(value) for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------- what is said
+
+
+def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], data: Any) -> str:
+    """One line: what learns what from whom."""
+    roles = [f"{role} {size['parameters']:,} parameters" for role, size in measured.items()]
+    terms = "+".join(config["loss"])
+    return (
+        f"{config['name']}: {', '.join(roles)}; loss {terms}; {data.num_classes} classes, "
+        f"{data.sizes['train']}/{data.sizes['val']}/{data.sizes['test']} train/val/test; seed {config['seed']}"
+    )
+
+
+def five_lines(outcome: dict[str, Any], run_dir: Path) -> str:
+    """The end of a run: student last and selected, teacher, retention, and where everything is."""
+    student, teacher = outcome["student"], outcome.get("teacher")
+    lines = [
+        f"student (last, epoch {student['last']['epoch'] + 1})       {_metrics(student['last'])}",
+        f"student (selected, epoch {student['selected']['epoch'] + 1})   {_metrics(student['selected'])}",
+    ]
+    if teacher is None:
+        lines += ["teacher                   none", f"size                      {_size(student)}"]
+    else:
+        retention = student["selected"]["test"]["acc1"] / max(teacher["test"]["acc1"], 1e-12)
+        lines += [
+            f"teacher                   {_metrics(teacher)}",
+            f"retention                 {retention:.1%} of the teacher's top-1 with {_size(student)} against "
+            f"{_size(teacher)}",
+        ]
+    return "\n".join([*lines, f"run directory             {run_dir.resolve()}"])
+
+
+def _metrics(part: dict[str, Any]) -> str:
+    test, val = part["test"], part["val"]
+    agreement = f"  agreement {test['agreement']:.4f}" if "agreement" in test else ""
+    return (
+        f"val top-1 {val['acc1']:.4f}  test top-1 {test['acc1']:.4f}  NLL {test['nll']:.4f}  "
+        f"ECE {test['ece']:.4f}{agreement}"
+    )
+
+
+def _size(part: dict[str, Any]) -> str:
+    return f"{part['parameters']:,} parameters, {part['macs']:,} MACs"

@@ -1,0 +1,89 @@
+"""The run record: ``result.json``, written atomically, also when a run fails. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kd.errors import KdError
+
+FILE = "result.json"
+SCHEMA = 1
+NOT_THE_EXPERIMENT = ("seed", "name", "tags", "notes", "paths", "logger", "hardware", "resume")
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Twelve hex digits that runs of the same experiment share: seed, names, paths, hardware and loggers left out."""
+    kept = {k: v for k, v in config.items() if k not in NOT_THE_EXPERIMENT}
+    kept["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "seed")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def commit(directory: str | Path = ".") -> str | None:
+    """The git commit of a directory, with ``+changes`` when tracked files differ; None outside of a repository."""
+    try:
+        head = _git(directory, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(directory, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(directory: str | Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def write(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Write ``result.json`` in one step: a reader finds the old record or the new one, never half of it."""
+    write_text(run_dir / FILE, json.dumps(_finite(record), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read(run_dir: str | Path) -> dict[str, Any]:
+    """The record of a run. ``KdError`` when the directory has none or it cannot be read."""
+    file = Path(run_dir) / FILE
+    if not file.is_file():
+        raise KdError(f"{run_dir} is not a run directory: there is no {FILE} in it")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise KdError(f"{file} cannot be read: it is not valid JSON") from None
+    if record.get("schema", 0) > SCHEMA:
+        raise KdError(f"{file} was written by a newer version of kd (schema {record['schema']}, known: {SCHEMA})")
+    return record
+
+
+def read_config(run_dir: str | Path) -> dict[str, Any]:
+    """The resolved config of a run."""
+    import yaml
+
+    file = Path(run_dir) / "config.yaml"
+    if not file.is_file():
+        raise KdError(f"{run_dir} is not a run directory: there is no config.yaml in it")
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        raise KdError(f"{file} cannot be read: it is not valid YAML") from None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,1 @@
+"""Tasks: what is a row, a target, a metric."""

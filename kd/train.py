@@ -1,0 +1,165 @@
+"""``kd train``: compose → check → build → fit → test → record."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from kd import record
+from kd.errors import KdError
+
+log = logging.getLogger("kd.train")
+
+
+def main(argv: Sequence[str]) -> int:
+    """``kd train [GROUP=OPTION …] [KEY=VALUE …]``, a Hydra application; ``resume=RUN`` goes on with a run."""
+    resumed = [a.split("=", 1)[1] for a in argv if a.startswith("resume=")]
+    if resumed and resumed[-1] not in ("", "null"):
+        if len(argv) > 1:
+            others = ", ".join(a for a in argv if not a.startswith("resume="))
+            raise KdError(f"resume={resumed[-1]} takes no other arguments (given: {others}): a run goes on as it began")
+        resume(Path(resumed[-1]))
+        return 0
+    from kd.app import run
+
+    return run(list(argv), train)
+
+
+def resume(run_dir: Path) -> dict[str, Any]:
+    """Go on with an interrupted run, to the result that it would have had."""
+    from kd.weights import CHECKPOINT
+
+    config, before = record.read_config(run_dir), record.read(run_dir)
+    if before["status"] == "finished":
+        raise KdError(f"resume={run_dir}: that run is finished")
+    if not (run_dir / CHECKPOINT).is_file():
+        raise KdError(f"resume={run_dir}: there is no {CHECKPOINT} in it, the run ended before its first validation")
+    return train(config, run_dir, before["overrides"], checkpoint=run_dir / CHECKPOINT)
+
+
+def train(
+    config: dict[str, Any], run_dir: Path, overrides: Sequence[str] = (), checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """One run from a checked, resolved config: writes the run directory and returns the record.
+
+    The record is written when the run starts, and again when it finishes, fails or is interrupted.
+    """
+    start = time.perf_counter()
+    handlers = _start_logging(run_dir)
+    result = _opening(config, overrides)
+    try:
+        import yaml
+
+        if checkpoint is None:
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            record.write_text(run_dir / "config.yaml", text)
+        record.write(run_dir, result)
+        from kd.fit import fit
+
+        result.update(fit(config, run_dir, checkpoint))
+        result["status"] = "finished"
+    except (KeyboardInterrupt, SystemExit) as error:
+        result.update(status="interrupted", error="interrupted")
+        raise KeyboardInterrupt from error
+    except Exception as error:
+        result.update(status="failed", error=str(error) or type(error).__name__)
+        _log_failure(error)
+        raise
+    finally:
+        result["wall_clock_s"] = round(time.perf_counter() - start, 3)
+        result["peak_memory_mb"] = _peak_memory()
+        result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        record.write(run_dir, result)
+        _stop_logging(handlers)
+    return result
+
+
+def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from kd import __version__
+
+    return {
+        "schema": record.SCHEMA,
+        "status": "running",
+        "error": None,
+        "name": config["name"],
+        "overrides": list(overrides),
+        "config_hash": record.config_hash(config),
+        "commit": record.commit(),
+        "seed": config["seed"],
+        "tags": config["tags"],
+        "protocol": {**config["protocol"], "epochs": config["recipe"]["epochs"]},
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"kd": __version__, **{name: version(name) for name in ("torch", "lightning", "timm")}},
+    }
+
+
+# ---------------------------------------------------------------------- logging and resources
+
+
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever ``sys.stdout`` is at that moment: progress bars and tests replace it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        pass
+
+
+def _start_logging(run_dir: Path) -> list[logging.Handler]:
+    file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [_Console(), file]
+    logger = logging.getLogger("kd")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in handlers:
+        logger.addHandler(handler)
+    return handlers
+
+
+def _stop_logging(handlers: list[logging.Handler]) -> None:
+    for handler in handlers:
+        logging.getLogger("kd").removeHandler(handler)
+        handler.close()
+
+
+def _log_failure(error: Exception) -> None:
+    """The whole traceback into the run's own log; the console gets it only when it is not a plain sentence."""
+    text = "".join(traceback.format_exception(error))
+    for handler in logging.getLogger("kd").handlers:
+        if isinstance(handler, logging.FileHandler) or not isinstance(error, KdError):
+            handler.handle(logging.LogRecord("kd", logging.ERROR, __file__, 0, text, None, None))
+
+
+def _peak_memory() -> dict[str, float]:
+    """Peak resident memory of the process, and of the GPU where one was used, in MiB."""
+    import resource
+
+    unit = 1024 if sys.platform != "darwin" else 1024**2
+    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1024**2, 1)
+    return peak
+
+
+if __name__ == "__main__":
+    from kd.cli import guarded
+
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(guarded(main, sys.argv[1:]))

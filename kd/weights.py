@@ -1,0 +1,106 @@
+"""Reading and writing weights: run directories, Lightning checkpoints, safetensors, plain state dicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kd.errors import KdError
+
+SELECTED = "student.safetensors"  # of a run directory: the weights that the validation split picked
+LAST = "student_last.safetensors"
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
+    """Write a network's plain state dict with ``about`` (model, data facts) as metadata, atomically."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(state, str(temporary), metadata={"kd": json.dumps(about), "format": "pt"})
+    os.replace(temporary, path)
+
+
+def locate(path: str | Path) -> Path:
+    """The file that holds the weights: the path itself, or the selected student of a run directory."""
+    given = Path(path).expanduser()
+    if given.is_dir():
+        for candidate in (given / SELECTED, given / LAST, given / CHECKPOINT):
+            if candidate.is_file():
+                return candidate
+        raise KdError(f"{given} holds no weights: there is no {SELECTED} in it (did that run finish an epoch?)")
+    if not given.is_file():
+        raise KdError(f"{given} does not exist: give a run directory, a .ckpt, a .safetensors or a state dict")
+    return given
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict in a file (or run directory), and what was recorded with it (empty when nothing was).
+
+    Files are read without running code: a pickle that needs more than tensors and plain containers is refused.
+    Raises ``KdError`` for files that are missing, truncated, or no checkpoints.
+    """
+    file = locate(path)
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower() and "GLOBAL" in str(error):
+            raise KdError(f"{file} is refused: it is a pickle that wants to run code, not only tensors") from None
+        raise KdError(f"{file} cannot be read: it is truncated or not a checkpoint") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, UnicodeDecodeError):
+        raise KdError(f"{file} cannot be read: it is truncated or not a checkpoint") from None
+    return _state_dict(content, file), {}
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            about = json.loads((handle.metadata() or {}).get("kd", "{}"))
+            return {name: handle.get_tensor(name) for name in handle.keys()}, about  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError):
+        raise KdError(f"{file} cannot be read: it is truncated or not a safetensors file") from None
+
+
+def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
+    """Unwrap the usual shells: Lightning's and others' outer dictionaries, DDP's and compile's prefixes."""
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise KdError(f"{file} holds no state dict (name → tensor)")
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if any(name.startswith("student.") for name in state):  # a checkpoint of this package
+        state = {n: v for n, v in state.items() if n.startswith("student.")}
+    for prefix in ("student.", "module.", "_orig_mod.", "model."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def load(network: nn.Module, state: dict[str, Tensor], source: str | Path, whose: str) -> None:
+    """Put a state dict into a network, strictly. ``KdError`` names the first tensors that do not fit."""
+    own = network.state_dict()
+    for name in own.keys() & state.keys():
+        if own[name].shape != state[name].shape:
+            raise KdError(
+                f"{source} does not fit the {whose}: {name} is {tuple(state[name].shape)} in the file "
+                f"and {tuple(own[name].shape)} in the network"
+            )
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or extra:
+        parts = [f"lacks {', '.join(missing[:3])}" if missing else "", f"has {', '.join(extra[:3])}" if extra else ""]
+        said = " and ".join(part for part in parts if part)
+        raise KdError(
+            f"{source} does not fit the {whose}: the file {said} ({len(missing)} missing, {len(extra)} unexpected)"
+        )
+    network.load_state_dict(state)
