@@ -13,6 +13,7 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -59,22 +60,20 @@ def run(argv: list[str], job: Job) -> int:
     """
     arguments = _parsed(argv)
     shows_only = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion))
-    if not shows_only and not arguments.multirun:
-        _precheck(arguments)
-    failures: list[str] = []
+    if not shows_only:
+        for overrides in _samples(arguments.overrides) if arguments.multirun else [arguments.overrides]:
+            checked(overrides, arguments.config_dir)
+    failed: list[tuple[str, Exception]] = []
 
     def task(cfg: DictConfig) -> None:
         settings = HydraConfig.get()
-        sweep = settings.mode == RunMode.MULTIRUN
+        overrides = list(settings.overrides.task)
         try:
-            config = _check(cfg)
-            job(config, Path(settings.runtime.output_dir), list(settings.overrides.task))
-        except Exception as error:
-            if not sweep:
-                raise
-            label = f"job {settings.job.num} ({settings.job.override_dirname})"
-            failures.append(f"{label} failed: {error}")
-            print(f"kd: {failures[-1]}", file=sys.stderr)
+            job(_check(cfg), Path(settings.runtime.output_dir), overrides)
+        except Exception as error:  # kept: Hydra would print it its own way, and stop a sweep
+            failed.append((", ".join(overrides), error))
+            if settings.mode == RunMode.MULTIRUN:
+                print(f"kd: job {settings.job.num} failed: {error}", file=sys.stderr)
 
     with _arguments(argv), _full_errors():
         try:
@@ -88,9 +87,32 @@ def run(argv: list[str], job: Job) -> int:
                 f"the run directory cannot be written: {error.filename}: {error.strerror} (set paths.runs or "
                 "hydra.run.dir)"
             ) from error
-    if failures:
-        raise KdError("\n".join([f"{len(failures)} of the sweep's jobs failed:", *failures]))
+    if failed and not arguments.multirun:
+        raise failed[0][1]
+    if failed:
+        sentences = [f"{overrides or 'defaults'}: {error}" for overrides, error in failed]
+        raise KdError("\n".join([f"{len(failed)} of the sweep's jobs failed:", *sentences]))
     return 0
+
+
+def _samples(overrides: list[str]) -> Iterator[list[str]]:
+    """Of a sweep, every value of every axis once, with the first values of the others: enough to find a typo."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except explain.KNOWN as error:
+        raise KdError(explain.explain(error, overrides)) from error
+    axes = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line or ""]
+        for o in parsed
+        if not o.is_hydra_override()
+    ]
+    first = [axis[0] for axis in axes]
+    yield first
+    for position, axis in enumerate(axes):
+        for value in axis[1:]:
+            yield [*first[:position], value, *first[position + 1 :]]
 
 
 def _parsed(argv: list[str]) -> Any:
@@ -100,13 +122,6 @@ def _parsed(argv: list[str]) -> Any:
         if stop.code:
             raise KdError("the flags are not understood: kd train --help lists what there is") from None
         raise
-
-
-def _precheck(arguments: Any) -> None:
-    """Compose and check once before Hydra makes a directory, so that bad input leaves nothing behind."""
-    cfg = composed(arguments.overrides, arguments.config_dir)
-    HydraConfig.instance().set_config(cfg)
-    _check(cfg)
 
 
 @contextmanager

@@ -218,8 +218,8 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
     )
-    labels = {int(t) for t in getattr(data, "labels_seen", lambda: [])()}
-    if labels == {-1} and (wanting := module.objective.needs("labels")):
+    wanting = module.objective.needs("labels")
+    if wanting and data.sizes["labelled"] == 0:
         raise KdError(f"loss.{wanting[0]} needs labels, the training data has none")
     module.prepare(next(iter(data.train_dataloader())))
     if not module.trainable():

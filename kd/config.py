@@ -108,6 +108,7 @@ class Root:
 
 
 ConfigStore.instance().store(name="schema", node=Root)
+OmegaConf.register_new_resolver("kd.or", lambda value, default: default if value is None else value, replace=True)
 
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
 OBJECTIVE_KEYS = ("weight", "schedule")  # of a loss node: read by the objective, not by the term
@@ -179,6 +180,12 @@ def _check_targets(values: dict[str, Any]) -> Iterator[str]:
                 yield f"{path}.{key} is not an argument of {node['_target_']}{near(key, names)}{_where(path, key)}"
 
 
+    trainer = arguments("lightning.Trainer").names
+    for key in values["hardware"]["trainer"] or {}:
+        if key not in trainer:
+            yield f"hardware.trainer.{key} is not an argument of lightning.Trainer{near(key, trainer)}"
+
+
 def _where(path: str, key: str) -> str:
     """The configuration file that spells this key, for the complaint about it."""
     files = [f for f in loaded_files() if any(line.split(":")[0].strip() == key for line in _lines(f))]
@@ -224,8 +231,9 @@ def _check_numbers(values: dict[str, Any]) -> Iterator[str]:
     for path, value in {**whole, "protocol.val_every": protocol["val_every"]}.items():
         if value < 1:
             yield f"{path} = {value} is not allowed: it must be 1 or more"
-    if 1 <= protocol["val_every"] and recipe["epochs"] % protocol["val_every"]:
-        yield f"protocol.val_every = {protocol['val_every']} is not allowed: it must divide recipe.epochs = {recipe['epochs']}"
+    every, epochs = protocol["val_every"], recipe["epochs"]
+    if every >= 1 and epochs % every:
+        yield f"protocol.val_every = {every} is not allowed: it must divide recipe.epochs = {epochs}"
     clip = recipe["gradient_clip"]
     if clip is not None and not clip > 0:
         yield f"recipe.gradient_clip = {clip} is not allowed: it must be above 0, or null"

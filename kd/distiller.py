@@ -141,8 +141,11 @@ class Distiller(L.LightningModule):
         values, total = self.objective(student, teacher, batch, epoch, self.trainer.max_epochs or 1)
         correct, labelled = self.task.count(student.rows, batch.targets)
         self._buffer.add([total, *values, *correct, labelled])
-        if self._buffer.full or batch_idx + 1 == self.trainer.num_training_batches:
+        last = batch_idx + 1 == self.trainer.num_training_batches
+        if last or self._buffer.full:
             self._read_buffer(batch_idx)
+        if last:
+            self._close_epoch()
         return total
 
     # ------------------------------------------------------------------ bookkeeping of an epoch
@@ -198,8 +201,8 @@ class Distiller(L.LightningModule):
             for name, value in named.items()
         }
 
-    def on_train_epoch_end(self) -> None:
-        """The epoch's exact means, over all processes."""
+    def _close_epoch(self) -> None:
+        """The epoch's exact means, over all processes; before the validation, so that the epoch's line has both."""
         sums, steps = self._buffer.take_epoch()
         if self.trainer.world_size > 1:
             packed = torch.cat([sums, torch.tensor([float(steps)], dtype=torch.float64)]).to(self.device)

@@ -97,7 +97,7 @@ def _not_an_option(key: str, text: str, overrides: Sequence[str], config: str) -
     names = [g.name for g in CONF.iterdir() if g.is_dir()]
     keys = known_keys(overrides, config)
     given = next((o for o in overrides if o.split("=")[0] == key), key)
-    return f"{where}{given}: there is no option {key}{near(key, [*keys, *names])}"
+    return f"{where}{given}: there is no option {key}{near(key, {*keys, *names})}"
 
 
 def _key_or_value(text: str, overrides: Sequence[str], config: str) -> str:

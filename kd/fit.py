@@ -59,6 +59,7 @@ def quieten() -> None:
         ".*LeafSpec.*is deprecated.*",  # inside of Lightning
         ".*The number of training batches .* is smaller than the logging interval.*",  # we log by ourselves
         ".*Experiment logs directory .* exists and is not empty.*",
+        ".*module.* in eval mode at the start of training.*",  # the teacher
         ".*GPU available but not used.*",  # hardware=cpu asked for it
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
         ".*Starting from v1.9.0, `tensorboardX` has been removed.*",
@@ -186,10 +187,11 @@ def _split(metrics: Any) -> dict[str, float]:
 def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], data: Any) -> str:
     """One line: what learns what from whom."""
     roles = [f"{role} {size['parameters']:,} parameters" for role, size in measured.items()]
-    terms = "+".join(config["loss"])
+    terms, count = "+".join(config["loss"]), data.sizes
+    few = f" ({count['labelled']} labelled)" if count["labelled"] < count["train"] else ""
     return (
         f"{config['name']}: {', '.join(roles)}; loss {terms}; {data.num_classes} classes, "
-        f"{data.sizes['train']}/{data.sizes['val']}/{data.sizes['test']} train/val/test; seed {config['seed']}"
+        f"{count['train']}{few}/{count['val']}/{count['test']} train/val/test; seed {config['seed']}"
     )
 
 

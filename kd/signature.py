@@ -103,9 +103,8 @@ def _definition(body: list[ast.stmt], name: str) -> ast.stmt | None:
         elif isinstance(node, (ast.ImportFrom, ast.Import)):
             if any((alias.asname or alias.name) == name for alias in node.names):
                 found = node
-        elif isinstance(node, ast.Assign):
-            if any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-                found = node
+        elif isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            found = node
     return found
 
 

@@ -36,7 +36,7 @@ def _stages(network: nn.Module, side: str) -> list[str]:
     try:
         return list(stages(network))
     except ValueError as error:
-        raise KdError(f"the {side}'s stages are not known, name its taps: {error}") from None
+        raise KdError(f"{side}: {error}") from None
 
 
 def _module(network: nn.Module, name: str, side: str) -> nn.Module:

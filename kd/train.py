@@ -139,10 +139,10 @@ def _stop_logging(handlers: list[logging.Handler]) -> None:
 
 
 def _log_failure(error: Exception) -> None:
-    """The whole traceback into the run's own log; the console gets it only when it is not a plain sentence."""
+    """The whole traceback, into the run's own log only: the console gets it, or one sentence, from the caller."""
     text = "".join(traceback.format_exception(error))
     for handler in logging.getLogger("kd").handlers:
-        if isinstance(handler, logging.FileHandler) or not isinstance(error, KdError):
+        if isinstance(handler, logging.FileHandler):
             handler.handle(logging.LogRecord("kd", logging.ERROR, __file__, 0, text, None, None))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is said below
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error).lower() and "GLOBAL" in str(error):
-            raise KdError(f"{file} is refused: it is a pickle that wants to run code, not only tensors") from None
+        if "GLOBAL" in str(error) or "Unsupported operand" in str(error):
+            raise KdError(f"{file} is refused: it is a pickle that would run code, not only tensors") from None
         raise KdError(f"{file} cannot be read: it is truncated or not a checkpoint") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, UnicodeDecodeError):
         raise KdError(f"{file} cannot be read: it is truncated or not a checkpoint") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,7 +18,7 @@ class Batch(NamedTuple):
 
     inputs: Tensor  # (batch, channels, height, width), normalised
     targets: Tensor  # (rows,) int64; UNLABELLED where the label is withheld
-    index: Tensor  # (batch,) int64: position of the sample in the data set, stable over epochs
+    index: Tensor  # type: ignore[assignment]  # (batch,) int64: place in the data set, stable over epochs
 
 
 @dataclass
@@ -66,13 +67,54 @@ class Term(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward(student, teacher, batch)")
 
     def pairs(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
-        """The tapped tensors, student's and teacher's, side by side."""
-        names = zip(self.student_taps or (), self.teacher_taps or (), strict=True)
-        return [(student.features[str(s)], teacher.features[str(t)]) for s, t in names]
+        """The tapped tensors, student's and teacher's, side by side. ``ValueError`` when they are not equally many.
+
+        Taps that are still ``None`` (no distiller has resolved them) stand for everything that was recorded.
+        """
+        students = list(student.features if self.student_taps is None else self.student_taps)
+        teachers = list(teacher.features if self.teacher_taps is None else self.teacher_taps)
+        if len(students) != len(teachers) or not students:
+            raise ValueError(
+                f"student_taps = {students} and teacher_taps = {teachers} are not allowed: "
+                f"they are compared pair by pair, so both must name equally many taps, one or more"
+            )
+        return [
+            (_recorded(student, s, "student"), _recorded(teacher, t, "teacher"))
+            for s, t in zip(students, teachers, strict=True)
+        ]
+
+
+def _recorded(output: Output, tap: str | int, side: str) -> Tensor:
+    if str(tap) not in output.features:
+        raise ValueError(f"{side} tap {tap} was not recorded: there are {', '.join(output.features) or 'none'}")
+    return output.features[str(tap)]
+
+
+# ---------------------------------------------------------------------- shared by the pure functions
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay: sums of squares and exponents overflow in halves."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def check_same_shape(what: str, student: Tensor, teacher: Tensor) -> None:
+    """``ValueError`` when the shapes differ: broadcasting would give a number, and a wrong one."""
+    if student.shape != teacher.shape:
+        shapes = f"the student's is {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}"
+        raise ValueError(f"{what} must have one shape: {shapes}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """The value, or ``ValueError`` when it is not one of the choices."""
+    if value not in choices:
+        allowed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise ValueError(f"{name} = {value} is not allowed: it must be {allowed}")
+    return value
 
 
 def check_temperature(temperature: float) -> float:
     """The temperature, or ``ValueError`` when it is not a finite number above zero."""
-    if not (temperature > 0 and torch.isfinite(torch.tensor(float(temperature)))):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature = {temperature} is not allowed: it must be a finite number above 0")
     return float(temperature)

@@ -1,0 +1,1 @@
+"""Student and teacher factories: ``f(..., *, num_classes, input_shape) -> nn.Module``."""

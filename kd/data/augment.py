@@ -1,0 +1,104 @@
+"""Random crops, flips and shifts of in-memory images: one gather a batch, another offset for every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd.data.split import generator
+from kd.errors import near
+
+PAD_MODES = ("constant", "reflect")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to a training image.
+
+    ``pad``: pixels added on each side before a random crop of the original size; 0: no crop
+    ``pad_mode``: "constant" pads with 0 (black), "reflect" mirrors without repeating the edge
+    ``flip``: mirror left-right with probability 1/2
+    ``scale``: (lowest, highest) area of the random resized crop, fractions in (0, 1]; image files only
+    """
+
+    pad: int = 0
+    pad_mode: str = "constant"
+    flip: bool = False
+    scale: Sequence[float] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether in-memory images are changed at all."""
+        return self.pad > 0 or self.flip
+
+
+def augment_problems(values: Mapping[str, Any]) -> list[str]:
+    """One sentence for each entry of ``values`` that :class:`Augment` does not allow."""
+    names = [f.name for f in fields(Augment)]
+    problems = [f"data.augment.{key} is not an option{near(key, names)}" for key in values if key not in names]
+    pad, mode = values.get("pad", 0), values.get("pad_mode", "constant")
+    if not isinstance(pad, int) or isinstance(pad, bool) or pad < 0:
+        problems.append(f"data.augment.pad = {pad} is not allowed: it must be a whole number, 0 or more")
+    if mode not in PAD_MODES:
+        problems.append(f"data.augment.pad_mode = {mode} is not allowed: it must be {' or '.join(PAD_MODES)}")
+    if not isinstance(values.get("flip", False), bool):
+        problems.append(f"data.augment.flip = {values['flip']} is not allowed: it must be true or false")
+    if (scale := values.get("scale")) is not None:
+        numbers = isinstance(scale, Sequence) and all(isinstance(v, (int, float)) for v in scale) and len(scale) == 2
+        if not numbers or not 0 < scale[0] <= scale[1] <= 1:
+            problems.append(
+                f"data.augment.scale = {scale} is not allowed: it must be [low, high], 0 < low <= high <= 1"
+            )
+    return problems
+
+
+def to_planes(images: Tensor) -> Tensor:
+    """(n, C, H, W) uint8 as (C, 1 + n*H*W): one flat plane a channel, with a zero in front for "outside"."""
+    count, channels, height, width = images.shape
+    planes = torch.zeros(channels, 1 + count * height * width, dtype=torch.uint8)
+    planes[:, 1:].view(channels, count, height, width).copy_(images.transpose(0, 1))
+    return planes
+
+
+def window(rows: Tensor, offsets: Tensor, flips: Tensor | None, size: tuple[int, int], mode: str, total: int) -> Tensor:
+    """Where in a plane each output pixel comes from: (B * H * W,) for ``to_planes`` of ``total`` elements a plane.
+
+    Output pixel (y, x) of sample b is input pixel (y + offsets[b, 0], x + offsets[b, 1]) of image ``rows[b]``, with x
+    counted from the right where ``flips[b]``: crop first, then flip. Outside: 0 ("constant") or mirrored ("reflect").
+    """
+    far = -(2**30) if total < 2**30 else -(2**62)  # outside, whatever is added; int32 halves the memory traffic
+    dtype = torch.int32 if total < 2**30 else torch.int64
+    height, width = size
+    ys = torch.arange(height) + offsets[:, :1]
+    xs = torch.arange(width).expand(len(rows), width)
+    if flips is not None:
+        xs = torch.where(flips[:, None], width - 1 - xs, xs)
+    xs = xs + offsets[:, 1:]
+    if mode == "reflect":
+        ys = height - 1 - (height - 1 - ys.abs()).abs()
+        xs = width - 1 - (width - 1 - xs.abs()).abs()
+    start = 1 + rows[:, None] * (height * width)
+    y_part = torch.where((ys < 0) | (ys >= height), far, start + ys * width).to(dtype)
+    x_part = torch.where((xs < 0) | (xs >= width), far, xs).to(dtype)
+    index = y_part[:, :, None] + x_part[:, None, :]
+    return index.view(-1) if mode == "reflect" else index.clamp_(min=0).view(-1)
+
+
+def shifted(images: Tensor, reach: int, seed: int = 0) -> Tensor:
+    """``images`` (n, C, H, W) uint8, each moved by its own offset in [-reach, reach]², never (0, 0), filled with 0.
+
+    The offsets depend on ``seed``, ``reach`` and the position of the image alone.
+    """
+    count, _, height, width = images.shape
+    side = 2 * reach + 1
+    cell = torch.randint(side * side - 1, (count,), generator=generator(seed, reach, "shift"))
+    cell += (cell >= side * side // 2).long()  # jump over the middle cell, the offset (0, 0)
+    offsets = torch.stack([cell // side, cell % side], dim=1) - reach
+    planes = to_planes(images)
+    index = window(torch.arange(count), offsets, None, (height, width), "constant", planes.shape[1])
+    moved = [plane.index_select(0, index).view(count, 1, height, width) for plane in planes]
+    return torch.cat(moved, dim=1)

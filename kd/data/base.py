@@ -1,0 +1,295 @@
+"""The data module every set derives from: options and their checks, splits, withheld labels, loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor
+
+from kd.data.augment import Augment, augment_problems, shifted
+from kd.data.loader import Loader, TensorLoader
+from kd.data.split import round_half_up, stratified
+from kd.errors import KdError
+from kd.losses.base import UNLABELLED
+
+
+class Samples(NamedTuple):
+    """One array or folder as it lies on disk: its positions are the ``index`` of a batch."""
+
+    inputs: Tensor | list[Path]  # (n, C, H, W) uint8, or image files
+    targets: Tensor  # (n,) int64
+
+
+class Source(NamedTuple):
+    """What a set delivers. ``val``: carved from ``train`` if None; ``test`` likewise, by ``test_fraction``."""
+
+    train: Samples
+    test: Samples | None = None
+    val: Samples | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split: the rows ``index`` (n,) int64 of ``inputs``, with ``targets`` (n,) that may be UNLABELLED."""
+
+    inputs: Tensor | list[Path]
+    targets: Tensor
+    index: Tensor
+
+    def take(self, rows: Tensor) -> Part:
+        """The part made of these rows."""
+        return Part(self.inputs, self.targets[rows], self.index[rows])
+
+
+class DataModule(lightning.LightningDataModule):
+    """Train, val and test of one set, always apart: val is carved from train, test is read by ``test_dataloader`` only.
+
+    A subclass sets ``num_classes``, ``input_shape`` and ``class_names`` (in its constructor, or in ``load``) and
+    defines ``load() -> Source``. A batch is ``kd.losses.base.Batch``: inputs (B, C, H, W) float32, normalised; targets
+    and index (B,) int64, index the position in the original array or folder listing, whatever the options are.
+
+    Options, all of which name themselves in the error when they are wrong (``KdError``):
+
+    ``root``: folder of data sets
+    ``batch_size``, ``eval_batch_size``: samples a step and process
+    ``seed``: order, augmentation, and the choice of labels and of ``train_size``; ``split_seed``: what goes to val
+    (null: ``seed``)
+    ``val_fraction``: part of the training set used for validation, in (0, 1), stratified
+    ``label_fraction``: part of the training set that keeps its label, in (0, 1], stratified, at least one a class
+    ``keep_unlabelled``: whether the others stay, as UNLABELLED transfer set, or are removed
+    ``drop_classes``: classes without any training image; val and test keep them and ``num_classes`` does not change
+    ``train_size``: at most this many training images, stratified; null: all
+    ``test_shift``: move every test image by a fixed random offset of up to this many pixels, never (0, 0)
+    ``augment``: see :class:`kd.data.augment.Augment`
+    ``mean``, ``std``: a value a channel, or one for all, on the 0..1 scale
+    ``shuffle``, ``drop_last``: of the training batches
+    """
+
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    class_names: list[str]
+    reads_files = False  # whether augment.scale means anything
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 512,
+        seed: int = 0,
+        split_seed: int | None = None,
+        val_fraction: float = 0.1,
+        label_fraction: float = 1.0,
+        keep_unlabelled: bool = True,
+        drop_classes: Sequence[int] = (),
+        train_size: int | None = None,
+        test_shift: int = 0,
+        augment: Mapping[str, Any] | None = None,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        values = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        problems = [*_problems(values), *augment_problems(augment or {})]
+        if not self.reads_files and augment and augment.get("scale") is not None:
+            problems.append("data.augment.scale is for image files only (data=imagefolder): use data.augment.pad")
+        if problems:
+            raise KdError("\n".join(problems))
+        self.root, self.batch_size, self.eval_batch_size = root, batch_size, eval_batch_size
+        self.seed, self.split_seed = seed, seed if split_seed is None else split_seed
+        self.val_fraction, self.label_fraction, self.keep_unlabelled = val_fraction, label_fraction, keep_unlabelled
+        self.drop_classes, self.train_size, self.test_shift = list(drop_classes), train_size, test_shift
+        self.augment = Augment(**(augment or {}))
+        self.mean, self.std = list(mean), list(std)
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.test_fraction = 0.0  # of sets without a test set of their own
+        self.parts: dict[str, Part] = {}
+
+    def load(self) -> Source:
+        """Read the set. Raises ``KdError`` when it is missing or damaged."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and split the set, once; ``stage`` makes no difference."""
+        if self.parts:
+            return
+        source = self.load()
+        self._check_shape()
+        train, val, test = self._split(source)
+        self.parts = {"train": self._withhold(self._shrink(train)), "val": val, "test": self._shifted(test)}
+
+    def _split(self, source: Source) -> tuple[Part, Part, Part]:
+        train = _whole(source.train)
+        if source.test is None:
+            test, train = self._carve(train, "test")
+        else:
+            test = _whole(source.test)
+        if source.val is None:
+            val, train = self._carve(train, "val")
+        else:
+            val = _whole(source.val)
+        return train, val, test
+
+    def _carve(self, part: Part, name: str) -> tuple[Part, Part]:
+        fraction, count = getattr(self, f"{name}_fraction"), len(part.targets)
+        total = round_half_up(fraction * count)
+        if not 0 < total < count:
+            where = (
+                f"no image for {'validation' if name == 'val' else 'the test set'}" if total < 1 else "none to train on"
+            )
+            raise KdError(f"data.{name}_fraction = {fraction} leaves {where}: the training set has {count:,} images")
+        chosen, rest = stratified(part.targets, total, self.split_seed, name)
+        return part.take(chosen), part.take(rest)
+
+    def _shrink(self, train: Part) -> Part:
+        """Without the dropped classes, and no more than ``train_size``."""
+        wrong = [c for c in self.drop_classes if not 0 <= c < self.num_classes]
+        if wrong:
+            raise KdError(f"data.drop_classes = {wrong} is not allowed: classes are 0 to {self.num_classes - 1}")
+        dropped = torch.tensor(self.drop_classes, dtype=torch.int64)
+        train = train.take((~torch.isin(train.targets, dropped)).nonzero().flatten())
+        count = len(train.targets)
+        if count == 0:
+            raise KdError(f"data.drop_classes = {self.drop_classes} leaves no image to train on")
+        if self.train_size is None:
+            return train
+        if self.train_size > count:
+            raise KdError(f"data.train_size = {self.train_size} is not allowed: there are {count:,} training images")
+        return train.take(stratified(train.targets, self.train_size, self.seed, "train_size")[0])
+
+    def _withhold(self, train: Part) -> Part:
+        """Labels for ``label_fraction`` of the images only."""
+        if self.label_fraction < 1:
+            total = round_half_up(self.label_fraction * len(train.targets))
+            labelled, rest = stratified(train.targets, total, self.seed, "labels", minimum=1)
+            if not self.keep_unlabelled:
+                train = train.take(labelled)
+            else:
+                train = Part(train.inputs, train.targets.index_fill(0, rest, UNLABELLED), train.index)
+        if self.drop_last and len(train.targets) < self.batch_size:
+            raise KdError(
+                f"data.drop_last = true leaves no batch: {len(train.targets):,} training images are fewer than "
+                f"data.batch_size = {self.batch_size}"
+            )
+        return train
+
+    def _shifted(self, test: Part) -> Part:
+        if not self.test_shift:
+            return test
+        if not isinstance(test.inputs, Tensor):
+            raise KdError(f"data.test_shift = {self.test_shift} needs images in memory: set data.in_memory=true")
+        return Part(shifted(test.inputs, self.test_shift), test.targets, test.index)
+
+    def _check_shape(self) -> None:
+        channels, height, width = self.input_shape
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if len(values) not in (1, channels):
+                raise KdError(f"data.{key} = {values} is not allowed: the images have {channels} channel(s)")
+            setattr(self, key, values * channels if len(values) == 1 else values)
+        edge = min(height, width)
+        if self.augment.pad_mode == "reflect" and self.augment.pad >= edge:
+            raise KdError(f"data.augment.pad = {self.augment.pad} is not allowed: reflecting needs less than {edge}")
+        if self.test_shift >= edge:
+            raise KdError(f"data.test_shift = {self.test_shift} is not allowed: the images are {height} x {width}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images in train, val and test, and ``labelled``: those of train that have a label."""
+        self.setup()
+        labelled = int((self.parts["train"].targets != UNLABELLED).sum())
+        return {**{name: len(part.targets) for name, part in self.parts.items()}, "labelled": labelled}
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled, augmented; over several ranks padded by wrap-around to shards of equal length."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> Loader:
+        """In order, each sample on one rank only."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> Loader:
+        """In order, each sample on one rank only."""
+        return self._loader("test")
+
+    def _loader(self, name: str) -> Loader:
+        self.setup()
+        return self.make_loader(self.parts[name], **self.loader_options(train=name == "train"))
+
+    def loader_options(self, train: bool) -> dict[str, Any]:
+        """Keyword arguments of a loader, for the rank that this process has."""
+        return {
+            "batch_size": self.batch_size if train else self.eval_batch_size,
+            "mean": self.mean,
+            "std": self.std,
+            "train": train,
+            "seed": self.seed,
+            "shuffle": train and self.shuffle,
+            "drop_last": self.drop_last,
+            "rank": self.trainer.global_rank if self.trainer is not None else 0,
+            "world_size": self.trainer.world_size if self.trainer is not None else 1,
+        }
+
+    def make_loader(self, part: Part, **options: Any) -> Loader:
+        """The loader of one part."""
+        assert isinstance(part.inputs, Tensor)
+        augment = self.augment if options["train"] else None
+        return TensorLoader(part.inputs, part.targets, part.index, augment=augment, **options)
+
+
+def folder_of(root: str | None) -> Path:
+    """The folder of data sets, or ``KdError`` when none is named."""
+    if not root:
+        raise KdError(f"data.root = {root} is not allowed: set paths.data, or KD_DATA, to the folder of data sets")
+    return Path(root).expanduser()
+
+
+def whole(value: Any, least: int) -> bool:
+    """Whether ``value`` is an integer, no bool, of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def number(value: Any) -> bool:
+    """Whether ``value`` is a finite number, no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _whole(samples: Samples) -> Part:
+    return Part(samples.inputs, samples.targets, torch.arange(len(samples.targets)))
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    """One sentence for each option that is not allowed."""
+    found: list[str] = []
+
+    def need(key: str, fine: bool, rule: str) -> None:
+        if not fine:
+            value = str(values[key]).lower() if isinstance(values[key], bool) else values[key]
+            found.append(f"data.{key} = {'null' if value is None else value} is not allowed: {rule}")
+
+    for key, least in {"batch_size": 1, "eval_batch_size": 1, "seed": 0, "test_shift": 0}.items():
+        need(key, whole(values[key], least), f"it must be a whole number, {least} or more")
+    for key, least in {"split_seed": 0, "train_size": 1}.items():
+        fine = values[key] is None or whole(values[key], least)
+        need(key, fine, f"it must be null or a whole number, {least} or more")
+    val, label = values["val_fraction"], values["label_fraction"]
+    need("val_fraction", number(val) and 0 < val < 1, "it must lie between 0 and 1")
+    need("label_fraction", number(label) and 0 < label <= 1, "it must be above 0 and at most 1")
+    for key in ("keep_unlabelled", "shuffle", "drop_last"):
+        need(key, isinstance(values[key], bool), "it must be true or false")
+    dropped = values["drop_classes"]
+    fine = isinstance(dropped, Sequence) and not isinstance(dropped, str) and all(whole(c, 0) for c in dropped)
+    need("drop_classes", fine, "it must be a list of class numbers, such as [3]")
+    for key in ("mean", "std"):
+        value = values[key]
+        fine = isinstance(value, Sequence) and len(value) > 0 and all(number(v) for v in value)
+        fine = fine and (key == "mean" or all(v > 0 for v in value))
+        need(key, fine, f"it must be a list of {'positive ' if key == 'std' else ''}numbers, one a channel")
+    return found

@@ -1,0 +1,121 @@
+"""Image files: listing a folder of class folders, decoding, and a loader that reads them batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kd.data.loader import Loader, affine, normalise
+from kd.data.split import generator
+from kd.errors import KdError
+from kd.losses.base import Batch
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def list_images(folder: Path) -> tuple[list[str], list[Path], Tensor]:
+    """Class names, files and targets (n,) int64 of ``folder/CLASS/**/*.png`` (jpg, …), in sorted order."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files: list[Path] = []
+    targets: list[int] = []
+    for label, name in enumerate(names):
+        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        files += found
+        targets += [label] * len(found)
+    if not files:
+        raise KdError(f"there is no image in {folder}: it must hold CLASS/*{{{','.join(EXTENSIONS[:3])},…}}")
+    return names, files, torch.tensor(targets, dtype=torch.int64)
+
+
+def decode(path: Path, transform: Callable[[Any], Tensor]) -> Tensor:
+    """The file as RGB through ``transform``: (3, H, W) uint8. Raises ``KdError`` naming a damaged file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            opaque = image.convert("RGBA") if "transparency" in image.info else image
+            return transform(opaque.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of these on damaged files
+        raise KdError(
+            f"{path} cannot be read as an image ({' '.join(str(error).split())}): replace or delete it"
+        ) from None
+
+
+def eval_transform(image_size: int, crop_pct: float) -> Callable[[Any], Tensor]:
+    """Shorter edge to ``image_size / crop_pct`` (bicubic), centre crop, bytes."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    edge = round(image_size / crop_pct)
+    bicubic = InterpolationMode.BICUBIC
+    return v2.Compose([v2.Resize(edge, bicubic), v2.CenterCrop(image_size), v2.PILToTensor()])
+
+
+def train_transform(image_size: int, scale: Sequence[float] | None, flip: bool) -> Callable[[Any], Tensor]:
+    """Random resized crop of an area in ``scale``, or the whole, squeezed to a square; then a flip; bytes."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    bicubic = InterpolationMode.BICUBIC
+    size = (image_size, image_size)
+    steps: list[Any] = [
+        v2.RandomResizedCrop(size, tuple(scale), interpolation=bicubic) if scale else v2.Resize(size, bicubic)
+    ]
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+class Files(Dataset[tuple[Tensor, int]]):
+    """Items ``(row, seed)`` to ``(image, row)``; the seed makes an item the same in any process."""
+
+    def __init__(self, paths: list[Path], transform: Callable[[Any], Tensor]) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        """Decode one file, under its own random state."""
+        row, seed = item
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return decode(self.paths[row], self.transform), row
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class FileLoader(Loader):
+    """Batches of image files, decoded by ``num_workers`` processes (0: in this one), the same for any number."""
+
+    def __init__(
+        self,
+        paths: list[Path],
+        targets: Tensor,
+        index: Tensor,
+        batch_size: int,
+        *,
+        transform: Callable[[Any], Tensor],
+        num_workers: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        **options: Any,
+    ) -> None:
+        super().__init__(targets, index, batch_size, **options)
+        self.files = Files([paths[i] for i in index.tolist()], transform)
+        self.num_workers = num_workers
+        self.scale, self.shift = affine(mean, std)
+
+    def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """Decode in the workers, normalise here: bytes travel between processes, not floats."""
+        random = generator(self.seed, self.epoch, "files")
+        seeds = torch.randint(2**62, (len(self.targets),), generator=random).tolist()
+        items = [[(row, seeds[row]) for row in rows.tolist()] for rows in batches]
+        # its own generator: a DataLoader draws a number from the global one otherwise
+        loader = DataLoader(self.files, batch_sampler=items, num_workers=self.num_workers, generator=random)
+        try:
+            for images, rows in loader:
+                yield Batch(normalise(images, self.scale, self.shift), self.targets[rows], self.index[rows])
+        except KdError as error:  # from a worker it comes with the worker's traceback in its text
+            raise KdError(str(error).strip().splitlines()[-1].removeprefix("kd.errors.KdError: ")) from None

@@ -1,0 +1,124 @@
+"""A folder of images: ``train/CLASS/*.png``, with ``val/`` and ``test/`` beside it if there are any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd.data.base import DataModule, Part, Samples, Source, folder_of, number, whole
+from kd.data.files import FileLoader, decode, eval_transform, list_images, train_transform
+from kd.data.loader import Loader
+from kd.errors import KdError
+
+SMALL = 2000  # images; below it `in_memory: auto` decodes once
+
+
+class ImageFolder(DataModule):
+    """RGB images of ``image_size``², read from files or, small folders, kept in memory.
+
+    ``folder``: relative to ``root``, or absolute
+    ``crop_pct``: evaluation resizes the shorter edge to ``image_size / crop_pct`` and crops the centre
+    ``in_memory``: decode everything once, as for evaluation, and augment by ``augment.pad`` and ``augment.flip``; from
+    files training images get a random resized crop (``augment.scale``) and ``augment.flip``. "auto": below 2,000 images
+    ``num_workers``: processes that decode files; 0: the training process
+    ``test_fraction``: cut a test set from train/, stratified, where there is no test/; null: that is an error
+
+    ``num_classes`` and ``class_names`` (the class folders, sorted) are known after ``setup``. ``index`` is the position
+    in the sorted listing of the folder that the image lies in.
+    """
+
+    reads_files = True
+
+    def __init__(
+        self,
+        *,
+        folder: str | None = None,
+        image_size: int = 224,
+        crop_pct: float = 0.875,
+        in_memory: bool | str = "auto",
+        num_workers: int = 0,
+        test_fraction: float | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        given = {k: v for k, v in locals().items() if k not in ("self", "common", "__class__")}
+        problems = _problems(given)
+        if problems:
+            raise KdError("\n".join(problems))
+        self.folder, self.image_size, self.crop_pct = str(folder), image_size, crop_pct
+        self.in_memory, self.num_workers = in_memory, num_workers
+        self.test_fraction = test_fraction or 0.0
+        self.input_shape = (3, image_size, image_size)
+
+    def load(self) -> Source:
+        """List the folders, and decode them if they are to stay in memory."""
+        path = Path(self.folder).expanduser()
+        path = path if path.is_absolute() else folder_of(self.root) / path
+        if not (path / "train").is_dir():
+            raise KdError(
+                f"there is no folder {path / 'train'}: data.folder must hold train/CLASS/*.png, "
+                "relative to paths.data (the environment variable KD_DATA) or absolute"
+            )
+        self._check_test(path)
+        parts: dict[str, Samples] = {}
+        for part in ("train", "val", "test"):
+            if (path / part).is_dir():
+                names, files, targets = list_images(path / part)
+                if part == "train":
+                    self.class_names, self.num_classes = names, len(names)
+                self._check_classes(path, part, names)
+                parts[part] = Samples(files, targets)
+        if self.in_memory is True or (self.in_memory == "auto" and sum(len(p.targets) for p in parts.values()) < SMALL):
+            parts = {part: Samples(self._decode(samples.inputs), samples.targets) for part, samples in parts.items()}
+        return Source(parts["train"], val=parts.get("val"), test=parts.get("test"))
+
+    def _check_test(self, path: Path) -> None:
+        if (path / "test").is_dir() and self.test_fraction:
+            raise KdError(f"data.test_fraction = {self.test_fraction} is not allowed: {path} has a folder test")
+        if not (path / "test").is_dir() and not self.test_fraction:
+            raise KdError(
+                f"there is no folder {path / 'test'}: add one, or cut it from train with data.test_fraction=0.2"
+            )
+
+    def _check_classes(self, path: Path, part: str, names: list[str]) -> None:
+        difference = sorted(set(names) ^ set(self.class_names))
+        if difference:
+            where = [f"{name} ({part if name in names else 'train'} only)" for name in difference]
+            raise KdError(f"the class folders of {path}/train and {path}/{part} differ: {', '.join(where)}")
+
+    def _decode(self, paths: Tensor | list[Path]) -> Tensor:
+        transform = eval_transform(self.image_size, self.crop_pct)
+        return torch.stack([decode(Path(path), transform) for path in paths])
+
+    def make_loader(self, part: Part, **options: Any) -> Loader:
+        """From memory, or from files."""
+        if isinstance(part.inputs, Tensor):
+            return super().make_loader(part, **options)
+        if self.augment.pad:
+            raise KdError(f"data.augment.pad = {self.augment.pad} needs images in memory: set data.in_memory=true")
+        if options["train"]:
+            transform = train_transform(self.image_size, self.augment.scale, self.augment.flip)
+        else:
+            transform = eval_transform(self.image_size, self.crop_pct)
+        workers = self.num_workers
+        return FileLoader(part.inputs, part.targets, part.index, transform=transform, num_workers=workers, **options)
+
+
+def _problems(given: dict[str, Any]) -> list[str]:
+    crop, test = given["crop_pct"], given["test_fraction"]
+    rules = {
+        "folder": (bool(given["folder"]), "name the folder that holds train/CLASS/*.png, for example data.folder=pets"),
+        "image_size": (whole(given["image_size"], 1), "it must be a whole number, 1 or more"),
+        "crop_pct": (number(crop) and 0 < crop <= 1, "it must be above 0 and at most 1"),
+        "in_memory": (given["in_memory"] in (True, False, "auto"), "it must be auto, true or false"),
+        "num_workers": (whole(given["num_workers"], 0), "it must be a whole number, 0 or more"),
+        "test_fraction": (test is None or (number(test) and 0 < test < 1), "it must be null or between 0 and 1"),
+    }
+    return [
+        f"data.{key} = {'null' if given[key] is None else given[key]} is not allowed: {rule}"
+        for key, (fine, rule) in rules.items()
+        if not fine
+    ]

@@ -1,0 +1,177 @@
+"""Batches of small images straight from memory: no worker processes, no Python loop over samples.
+
+All random numbers come from (seed, epoch), so an epoch is bit-identical whatever ran before it: after a resume, in
+another process, with another number of workers. What happens to a sample in an epoch does not depend on the batch
+size or the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kd.data.augment import Augment, to_planes, window
+from kd.data.split import generator
+from kd.losses.base import Batch
+
+
+class Loader:
+    """Order, shards, epochs and resuming; a subclass fetches the samples (:meth:`fetch`).
+
+    ``targets``, ``index``: (n,) int64, the label and the stable position of each sample of this part
+    ``train``: shards are padded by wrap-around to equal length over the ranks, and the last, smaller batch may be
+    dropped; otherwise the shards are a strided split in which each sample occurs once
+    """
+
+    def __init__(
+        self,
+        targets: Tensor,
+        index: Tensor,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.targets, self.index, self.batch_size = targets, index, batch_size
+        self.train, self.seed, self.shuffle, self.drop_last = train, seed, shuffle, train and drop_last
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self._done = 0  # batches of this epoch handed out
+        self._resume: tuple[int, int] | None = None  # (epoch, batches to skip), after load_state_dict
+
+    batch_sampler = None  # Lightning asks for it wherever there is a sampler
+
+    @property
+    def sampler(self) -> Loader:
+        """Itself: Lightning calls ``loader.sampler.set_epoch(epoch)`` before each epoch, also after a resume."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration draws its random numbers for."""
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and batches handed out, for a checkpoint in the middle of an epoch."""
+        return {"epoch": self.epoch, "batch": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skip what was handed out already, if the next iteration is over that same epoch."""
+        self._resume = (state["epoch"], state["batch"])
+
+    def samples(self) -> int:
+        """The number of samples that this rank sees in an epoch."""
+        return len(range(self.rank, self._padded(), self.world_size))
+
+    def _padded(self) -> int:
+        count = len(self.targets)
+        return -(-count // self.world_size) * self.world_size if self.train else count
+
+    def __len__(self) -> int:
+        count = self.samples()
+        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+
+    def batches(self) -> list[Tensor]:
+        """The rows (positions within this part) of each batch of this rank in this epoch."""
+        count = len(self.targets)
+        random = generator(self.seed, self.epoch, "order")
+        order = torch.randperm(count, generator=random) if self.shuffle else torch.arange(count)
+        mine = order[torch.arange(self._padded()) % count][self.rank :: self.world_size]
+        return list(mine.split(self.batch_size))[: len(self)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        resume, self._resume = self._resume, None
+        self._done = resume[1] if resume is not None and resume[0] == self.epoch else 0
+        for batch in self.fetch(self.batches()[self._done :]):
+            self._done += 1
+            yield batch
+
+    def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """The samples of each tensor of rows, one batch each."""
+        raise NotImplementedError
+
+
+class TensorLoader(Loader):
+    """Batches of ``images`` (n, C, H, W) uint8, of which the rows ``index`` belong to this part.
+
+    Training batches are cropped and flipped sample by sample, then ``(x / 255 - mean) / std`` in float32.
+    ``mean``, ``std``: one value a channel, on the 0..1 scale. With augmentation the images of the part are copied once.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        index: Tensor,
+        batch_size: int,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        train: bool,
+        seed: int,
+        augment: Augment | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(
+            targets,
+            index,
+            batch_size,
+            train=train,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.images, self.augment = images, augment or Augment()
+        self.scale, self.shift = affine(mean, std)
+        self.planes = to_planes(images[index]) if self.augment.active else None
+
+    def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """One gather a batch; an epoch's offsets and flips are drawn at its start, for all samples at once."""
+        if self.planes is None:
+            for rows in batches:
+                index = self.index[rows]
+                yield Batch(
+                    normalise(self.images.index_select(0, index), self.scale, self.shift), self.targets[rows], index
+                )
+            return
+        offsets, flips = draw(self.augment, len(self.targets), self.seed, self.epoch)
+        for rows in batches:
+            flip = flips[rows] if flips is not None else None
+            yield Batch(self._crop(self.planes, rows, offsets[rows], flip), self.targets[rows], self.index[rows])
+
+    def _crop(self, planes: Tensor, rows: Tensor, offsets: Tensor, flips: Tensor | None) -> Tensor:
+        channels, height, width = self.images.shape[1:]
+        where = window(rows, offsets, flips, (height, width), self.augment.pad_mode, planes.shape[1])
+        out = torch.empty(len(rows), channels, height * width)
+        for channel in range(channels):
+            pixels = planes[channel].index_select(0, where).view(len(rows), -1)
+            out[:, channel].copy_(pixels).mul_(self.scale[channel]).add_(self.shift[channel])
+        return out.view(len(rows), channels, height, width)
+
+
+def draw(augment: Augment, count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor | None]:
+    """Crop offsets (count, 2) in [-pad, pad] and flips (count,) bool, or None, of every sample in one epoch."""
+    random = generator(seed, epoch, "augment")
+    offsets = torch.randint(-augment.pad, augment.pad + 1, (count, 2), generator=random)
+    return offsets, torch.rand(count, generator=random) < 0.5 if augment.flip else None
+
+
+def affine(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) float32 that turn a byte into ``(byte / 255 - mean) / std``."""
+    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return (1 / (255 * s)).float(), (-m / s).float()
+
+
+def normalise(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(B, C, H, W) uint8 to float32, ``image * scale + shift`` a channel."""
+    return images.float().mul_(scale.view(-1, 1, 1)).add_(shift.view(-1, 1, 1))

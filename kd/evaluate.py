@@ -1,0 +1,161 @@
+"""``kd eval``: a run, a checkpoint or a teacher alone, through the same build and the same metrics as in training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd import record
+from kd.config import flat
+from kd.errors import KdError, near
+
+OWN = {"run": None, "split": "test", "who": "student", "weights": "selected", "out": None}
+CHOICES = {"split": ("val", "test"), "who": ("student", "teacher"), "weights": ("selected", "last")}
+
+USAGE = """kd eval [run=RUN] [split=val|test] [who=student|teacher] [weights=selected|last] [out=FILE] [KEY=VALUE ...]
+
+Measures top-1/5, NLL, expected calibration error, accuracy per class, and beside a teacher agreement and KL to it.
+
+  kd eval run=RUN                                     the student of a run on its test split
+  kd eval run=RUN who=teacher split=val               that run's teacher
+  kd eval run=RUN data.test_shift=1                   any key of the run's config can be changed
+  kd eval student.checkpoint=FILE model@student=mlp   a checkpoint, with the groups and keys of kd train
+  kd eval who=teacher teacher.checkpoint=RUN          a teacher alone
+
+out=FILE also writes the numbers as JSON."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, measure, print a table."""
+    if any(a in ("-h", "--help") for a in argv):
+        print(USAGE)
+        return 0
+    own, overrides = _split_arguments(argv)
+    if own["out"] is not None and not Path(own["out"]).resolve().parent.is_dir():
+        raise KdError(f"out = {own['out']} cannot be written: its folder does not exist")
+    config = run_config(own["run"], overrides) if own["run"] else _composed(overrides)
+    file = _weights_file(own) if own["run"] and own["who"] == "student" else None
+    result = evaluate(config, own["who"], own["split"], file)
+    _print(result)
+    if own["out"]:
+        record.write_text(Path(own["out"]), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _split_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    own: dict[str, Any] = dict(OWN)
+    overrides = []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise KdError(f"{argument} cannot be read as KEY=VALUE")
+        if key in own:
+            own[key] = value
+        else:
+            overrides.append(argument)
+    for key, allowed in CHOICES.items():
+        if own[key] not in allowed:
+            raise KdError(f"{key} = {own[key]} is not allowed: it must be {' or '.join(allowed)}")
+    return own, overrides
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
+    from kd.app import checked
+
+    return checked(overrides)
+
+
+def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The config of a run with some keys changed. ``KdError`` for keys that it does not have."""
+    from omegaconf import OmegaConf
+
+    from kd.config import check
+
+    config = record.read_config(run)
+    known = set(flat(config))
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key not in known:
+            raise KdError(f"{override}: the run has no key {key}{near(key, known)} (groups cannot be changed)")
+    merged = OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(list(overrides)))
+    return check(merged)  # type: ignore[arg-type]
+
+
+def _weights_file(own: Mapping[str, Any]) -> Path:
+    from kd.weights import LAST, SELECTED
+
+    file = Path(own["run"]) / (SELECTED if own["weights"] == "selected" else LAST)
+    if not file.is_file():
+        raise KdError(f"run = {own['run']} holds no {file.name}: it ended before its first validation, or is running")
+    return file
+
+
+def evaluate(
+    config: dict[str, Any],
+    who: str = "student",
+    split: str = "test",
+    weights_file: Path | None = None,
+    keep: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Metrics of a config's student or teacher on one split.
+
+    ``weights_file``: the student's weights, else ``student.checkpoint``; a student without weights is refused.
+    ``keep`` collects index, target and logits of every row.
+    """
+    import torch
+
+    from kd import build, fit, weights
+    from kd.distiller import measure
+
+    fit.quieten()
+    source = weights_file or config["student"]["checkpoint"]
+    if who == "student" and source is None:
+        raise KdError("the student has no weights: give run=RUN or student.checkpoint=FILE")
+    data = build.datamodule(config)
+    data.setup("test")
+    teacher = build.teacher(config, data)
+    task = build.make(config["task"], "task")
+    device = torch.device("cuda" if torch.cuda.is_available() and config["hardware"]["accelerator"] != "cpu" else "cpu")
+    loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    if teacher is not None:
+        teacher.to(device)
+    if who == "teacher":
+        if teacher is None:
+            raise KdError("there is no teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
+        metrics, per_class = measure(
+            task, data.num_classes, lambda x: teacher(x).rows, loader, device, keep=keep
+        )
+        source = config["teacher"]["checkpoint"]
+    else:
+        student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
+        state, _ = weights.read(source)
+        weights.load(student, state, source, "student")
+        student.to(device).eval()
+        beside = (lambda x: teacher(x).rows) if teacher is not None else None
+        metrics, per_class = measure(task, data.num_classes, student, loader, device, beside, keep)
+    return {
+        "who": who,
+        "split": split,
+        "source": str(source),
+        "rows": data.sizes[split],
+        "metrics": metrics,
+        "per_class": dict(zip(data.class_names, per_class, strict=True)),
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['who']} on {result['split']} ({result['rows']} rows): {result['source']}")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in result["metrics"].items():
+        table.add_row(name, f"{value:.4f}")
+    if len(result["per_class"]) <= 20:
+        for name, value in result["per_class"].items():
+            table.add_row(f"accuracy of class {name}", f"{value:.4f}")
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110).print(table)

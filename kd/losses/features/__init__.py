@@ -1,0 +1,1 @@
+"""Methods that read intermediate feature maps or vectors."""

@@ -1,0 +1,92 @@
+"""AT: Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.losses.base import Batch, Output, Term, at_least_float32, check_choice
+
+VARIANTS = ("code", "paper")
+
+
+def attention_map(feature: Tensor, p: float = 2) -> Tensor:
+    """(B, C, H, W) → (B, H·W): mean over the channels of |f|^p, each sample's map divided by its L2 norm; ``p`` ≥ 1.
+
+    A map of zeros stays zero. The paper sums over channels (section 3.1); after the norm it is the same map. The code
+    of CRD's benchmark leaves out the absolute value: another map for odd p where features are negative.
+    """
+    _check_map("a feature", feature)
+    return F.normalize(at_least_float32(feature).abs().pow(_check_p(p)).mean(1).flatten(1), dim=1)
+
+
+def attention_transfer(student_feature: Tensor, teacher_feature: Tensor, p: float = 2, variant: str = "code") -> Tensor:
+    """Distance of the attention maps of two features (B, C, H, W); the channels may differ.
+
+    Sizes may differ too: the larger feature is average-pooled to the smaller one before its map is taken.
+
+    ``variant``: ``"code"``, the mean over batch and positions of squared differences (the authors' code and all the
+    benchmarks, CIFAR-100 weight 1000 for a sum over three stages); ``"paper"``, Eq. 2: the L2 norm of the difference,
+    not squared, mean over the batch. The paper's factor β/2 is the weight.
+    """
+    check_choice("variant", variant, VARIANTS)
+    _check_map("the student's feature", student_feature)
+    _check_map("the teacher's feature", teacher_feature)
+    (height, width), (t_height, t_width) = student_feature.shape[2:], teacher_feature.shape[2:]
+    size = (min(height, t_height), min(width, t_width))
+    student = attention_map(_pool(student_feature, size), p)
+    teacher = attention_map(_pool(teacher_feature, size), p)
+    if variant == "code":
+        return (student - teacher).square().mean()
+    return torch.linalg.vector_norm(student - teacher, dim=1).mean()  # at zero difference torch takes 0 as gradient
+
+
+def _pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(feature.shape[2:]) == size:
+        return feature
+    return F.adaptive_avg_pool2d(at_least_float32(feature), size)
+
+
+def _check_map(name: str, feature: Tensor) -> None:
+    if feature.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(feature.shape)}: attention maps need (B, C, H, W)")
+
+
+def _check_p(p: float) -> float:
+    if not 1 <= p < math.inf:
+        raise ValueError(f"p = {p} is not allowed: it must be a finite number, 1 or more")
+    return p
+
+
+class AttentionTransfer(Term):
+    """:func:`attention_transfer` summed over the taps; ``None`` is all stages of each network."""
+
+    needs_logits = False
+
+    def __init__(
+        self,
+        student_taps: Sequence[str | int] | None = None,
+        teacher_taps: Sequence[str | int] | None = None,
+        p: float = 2,
+        variant: str = "code",
+    ) -> None:
+        super().__init__()
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        self.p = _check_p(p)
+        self.variant = check_choice("variant", variant, VARIANTS)
+
+    def prepare(self, student: Output, teacher: Output) -> None:
+        """Refuse taps that are not equally many, or not maps (B, C, H, W)."""
+        self.pairs(student, teacher)
+        for side, taps, output in (("student", self.student_taps, student), ("teacher", self.teacher_taps, teacher)):
+            for tap in output.features if taps is None else taps:
+                _check_map(f"{side} tap {tap}", output.features[str(tap)])
+
+    def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
+        """The sum over the taps."""
+        pairs = self.pairs(student, teacher)
+        return torch.stack([attention_transfer(s, t, self.p, self.variant) for s, t in pairs]).sum()

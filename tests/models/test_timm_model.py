@@ -1,0 +1,53 @@
+"""timm networks take the shape of the data; wrong names and missing weights are one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from kd.models.timm_model import timm_model
+
+SHAPE = (1, 32, 32)
+
+
+def test_channels_and_classes() -> None:
+    model = timm_model("resnet18", num_classes=10, input_shape=SHAPE)
+    assert model.eval()(torch.randn(2, *SHAPE)).shape == (2, 10)
+
+
+def test_own_head() -> None:
+    with torch.device("meta"):
+        model = timm_model("resnet18", num_classes=None, input_shape=(3, 224, 224))
+    assert model.get_classifier().out_features == 1000  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"])
+def test_vit_takes_the_size_of_the_data(name: str) -> None:
+    with torch.device("meta"):
+        model: Any = timm_model(name, num_classes=10, input_shape=(3, 64, 64), patch_size=8)
+        assert model.patch_embed.img_size == (64, 64)
+        assert model.patch_embed.patch_size == (8, 8)
+        assert timm_model(name, num_classes=10, input_shape=(3, 64, 32)).patch_embed.img_size == (64, 32)  # type: ignore[union-attr]
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match=r"name = resnet81 is not a network of timm \(near: .*resnet18"):
+        timm_model("resnet81", num_classes=10, input_shape=SHAPE)
+
+
+def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def offline(name: str, **kwargs: Any) -> nn.Module:
+        calls.append(kwargs)
+        raise FileNotFoundError("cannot reach the hub.\nmore")  # huggingface_hub's LocalEntryNotFoundError is one
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    sentence = r"weights of vit_tiny_patch16_224 cannot be had \(cannot reach the hub\): give .*teacher.checkpoint=FILE"
+    with pytest.raises(ValueError, match=sentence):
+        timm_model("vit_tiny_patch16_224", pretrained=True, num_classes=10, input_shape=SHAPE)
+    assert calls == [{"pretrained": True, "in_chans": 1, "num_classes": 10}]  # no img_size: the weights have a size

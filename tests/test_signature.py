@@ -1,0 +1,53 @@
+"""Arguments read from source agree with what Python itself says after importing."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from kd.signature import arguments
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.optim.SGD",
+        "torch.optim.Adam",
+        "torch.optim.lr_scheduler.MultiStepLR",
+        "kd.objective.Linear",
+        "kd.distiller.Distiller",
+        "kd.teacher.Teacher",
+        "kd.record.write",
+        "lightning.pytorch.callbacks.EarlyStopping",
+    ],
+)
+def test_agrees_with_inspect(target: str) -> None:
+    module, _, name = target.rpartition(".")
+    real = inspect.signature(getattr(__import__(module, fromlist=[name]), name)).parameters
+    assert set(arguments(target).names) == set(real)
+    assert not arguments(target).any
+
+
+def test_kwargs_accept_anything() -> None:
+    assert arguments("timm.create_model").any
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        ("tork.optim.SGD", "there is no module 'tork'"),
+        ("torch.optim.SGDD", "there is no 'SGDD' in torch.optim"),
+        ("kd.objective.Liner", r"no 'Liner' in kd.objective \(near: Linear"),
+    ],
+)
+def test_unknown_names_are_sentences(target: str, sentence: str) -> None:
+    with pytest.raises(LookupError, match=sentence):
+        arguments(target)
+
+
+def test_a_subclass_inherits_its_base_arguments(tmp_path, monkeypatch) -> None:
+    (tmp_path / "outside_base.py").write_text("class Base:\n    def __init__(self, a, b=1): ...\n")
+    (tmp_path / "outside_sub.py").write_text("from outside_base import Base\nclass Sub(Base):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert arguments("outside_sub.Sub").names == ("a", "b")

@@ -1,0 +1,135 @@
+"""Taps on any network: outputs, inputs, stages, and every way they can be wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kd.errors import KdError
+from kd.taps import Taps, resolve
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.fc(x))
+
+
+class Net(nn.Module):
+    stages = ("one", "two")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Block(), Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))
+
+
+class Many(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Tanh()
+        self.pair = Pair()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.act(self.pair(x)[0]))
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+        return x + 1, "text"
+
+
+def run(taps: Taps, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    taps.active = True
+    return net(x)
+
+
+def test_output_and_input_are_recorded() -> None:
+    net, x = Net(), torch.randn(3, 4)
+    taps = Taps(net, ["one", "two:input", "two"], "student")
+    answer = run(taps, net, x)
+    found = taps.take()
+    assert torch.equal(found["one"], net.one(x))
+    assert torch.equal(found["two:input"], found["one"])
+    assert torch.equal(found["two"], answer)
+
+
+def test_a_tap_that_is_overwritten_in_place_is_cloned() -> None:
+    net, x = Net(), torch.randn(3, 4)
+    taps = Taps(net, ["one.act:input"], "student")  # the ReLU after it works in place
+    run(taps, net, x)
+    assert taps.inspect()
+    run(taps, net, x)
+    assert not taps.inspect()
+    assert torch.equal(taps.take()["one.act:input"], net.one.fc(x))
+
+
+def test_the_gradient_flows_through_a_tap() -> None:
+    net, x = Net(), torch.randn(3, 4)
+    taps = Taps(net, ["one"], "student")
+    run(taps, net, x)
+    taps.take()["one"].sum().backward()
+    assert net.one.fc.weight.grad is not None
+    assert net.two.fc.weight.grad is None
+
+
+def test_a_tuple_is_represented_by_its_first_tensor() -> None:
+    net = Many()
+    taps = Taps(net, ["pair"], "teacher")
+    run(taps, net, torch.zeros(2))
+    assert torch.equal(taps.take()["pair"], torch.ones(2))
+
+
+def test_an_inactive_tap_keeps_nothing() -> None:
+    net = Net()
+    taps = Taps(net, ["one"], "student")
+    net(torch.randn(3, 4))
+    with pytest.raises(KdError, match="student tap one did not fire"):
+        taps.take()
+
+
+def test_a_tap_that_does_not_fire_is_an_error() -> None:
+    net = Net()
+    taps = Taps(net, ["one.unused"], "student")
+    run(taps, net, torch.randn(3, 4))
+    with pytest.raises(KdError, match=r"student tap one\.unused did not fire"):
+        taps.take()
+
+
+def test_a_tap_that_fires_twice_is_an_error() -> None:
+    net = Many()
+    taps = Taps(net, ["act"], "student")
+    run(taps, net, torch.zeros(2))
+    with pytest.raises(KdError, match="fires 2 times"):
+        taps.inspect()
+
+
+def test_stages_and_integers() -> None:
+    assert resolve(None, Net(), "student") == ["one", "two"]
+    assert resolve([-1, 0, "one.fc"], Net(), "student") == ["two", "one", "one.fc"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("one.fcc", r"student tap one\.fcc does not exist: there is no module one\.fcc \(near: one\.fc"),
+        (5, "student tap 5 does not exist: the stages are one, two"),
+        ("one:middle", "after the colon stands input or output"),
+    ],
+)
+def test_wrong_names_list_near_ones(name, sentence) -> None:
+    with pytest.raises(KdError, match=sentence):
+        resolve([name], Net(), "student")
+
+
+def test_a_network_without_stages_says_so() -> None:
+    with pytest.raises(KdError, match="teacher: "):
+        resolve(None, nn.Sequential(nn.Linear(2, 2)), "teacher")
