@@ -78,6 +78,9 @@ def run(argv: list[str], job: Job) -> int:
     with _arguments(argv), _full_errors():
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
+        except SystemExit as stop:  # after printing help or a config
+            if stop.code:
+                raise
         except explain.KNOWN as error:
             raise KdError(explain.explain(error, arguments.overrides)) from error
         except OSError as error:

@@ -64,28 +64,33 @@ def to_planes(images: Tensor) -> Tensor:
     return planes
 
 
-def window(rows: Tensor, offsets: Tensor, flips: Tensor | None, size: tuple[int, int], mode: str, total: int) -> Tensor:
-    """Where in a plane each output pixel comes from: (B * H * W,) for ``to_planes`` of ``total`` elements a plane.
+def window(offsets: Tensor, flips: Tensor | None, size: tuple[int, int], mode: str) -> tuple[Tensor, Tensor]:
+    """Where in a plane (:func:`to_planes`) each output pixel comes from: a row part (n, H) and a column part (n, W).
 
-    Output pixel (y, x) of sample b is input pixel (y + offsets[b, 0], x + offsets[b, 1]) of image ``rows[b]``, with x
-    counted from the right where ``flips[b]``: crop first, then flip. Outside: 0 ("constant") or mirrored ("reflect").
+    Output pixel (y, x) of image i is its input pixel (y + offsets[i, 0], x + offsets[i, 1]), with x counted from the
+    right where ``flips[i]``: crop first, then flip. Outside: 0 ("constant") or mirrored ("reflect").
     """
-    far = -(2**30) if total < 2**30 else -(2**62)  # outside, whatever is added; int32 halves the memory traffic
-    dtype = torch.int32 if total < 2**30 else torch.int64
     height, width = size
+    small = 1 + len(offsets) * height * width < 2**30
+    far = -(2**30) if small else -(2**62)  # outside, whatever is added to it
+    dtype = torch.int32 if small else torch.int64  # int32 halves the memory traffic
     ys = torch.arange(height) + offsets[:, :1]
-    xs = torch.arange(width).expand(len(rows), width)
+    xs = torch.arange(width).expand(len(offsets), width)
     if flips is not None:
         xs = torch.where(flips[:, None], width - 1 - xs, xs)
     xs = xs + offsets[:, 1:]
     if mode == "reflect":
         ys = height - 1 - (height - 1 - ys.abs()).abs()
         xs = width - 1 - (width - 1 - xs.abs()).abs()
-    start = 1 + rows[:, None] * (height * width)
+    start = 1 + torch.arange(len(offsets))[:, None] * (height * width)
     y_part = torch.where((ys < 0) | (ys >= height), far, start + ys * width).to(dtype)
     x_part = torch.where((xs < 0) | (xs >= width), far, xs).to(dtype)
-    index = y_part[:, :, None] + x_part[:, None, :]
-    return index.view(-1) if mode == "reflect" else index.clamp_(min=0).view(-1)
+    return y_part, x_part
+
+
+def places(y_part: Tensor, x_part: Tensor) -> Tensor:
+    """Both parts of some images together: the index (B * H * W,) into a plane, 0 for what lies outside."""
+    return (y_part[:, :, None] + x_part[:, None, :]).clamp_(min=0).view(-1)
 
 
 def shifted(images: Tensor, reach: int, seed: int = 0) -> Tensor:
@@ -99,6 +104,6 @@ def shifted(images: Tensor, reach: int, seed: int = 0) -> Tensor:
     cell += (cell >= side * side // 2).long()  # jump over the middle cell, the offset (0, 0)
     offsets = torch.stack([cell // side, cell % side], dim=1) - reach
     planes = to_planes(images)
-    index = window(torch.arange(count), offsets, None, (height, width), "constant", planes.shape[1])
+    index = places(*window(offsets, None, (height, width), "constant"))
     moved = [plane.index_select(0, index).view(count, 1, height, width) for plane in planes]
     return torch.cat(moved, dim=1)

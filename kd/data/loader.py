@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kd.data.augment import Augment, to_planes, window
+from kd.data.augment import Augment, places, to_planes, window
 from kd.data.split import generator
 from kd.losses.base import Batch
 
@@ -136,7 +136,7 @@ class TensorLoader(Loader):
         self.planes = to_planes(images[index]) if self.augment.active else None
 
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """One gather a batch; an epoch's offsets and flips are drawn at its start, for all samples at once."""
+        """One gather a channel; an epoch's offsets and flips are drawn at its start, for all samples at once."""
         if self.planes is None:
             for rows in batches:
                 index = self.index[rows]
@@ -145,18 +145,20 @@ class TensorLoader(Loader):
                 )
             return
         offsets, flips = draw(self.augment, len(self.targets), self.seed, self.epoch)
+        height, width = self.images.shape[2:]
+        y_part, x_part = window(offsets, flips, (height, width), self.augment.pad_mode)
         for rows in batches:
-            flip = flips[rows] if flips is not None else None
-            yield Batch(self._crop(self.planes, rows, offsets[rows], flip), self.targets[rows], self.index[rows])
+            where = places(y_part.index_select(0, rows), x_part.index_select(0, rows))
+            yield Batch(self._gather(self.planes, where), self.targets[rows], self.index[rows])
 
-    def _crop(self, planes: Tensor, rows: Tensor, offsets: Tensor, flips: Tensor | None) -> Tensor:
+    def _gather(self, planes: Tensor, where: Tensor) -> Tensor:
         channels, height, width = self.images.shape[1:]
-        where = window(rows, offsets, flips, (height, width), self.augment.pad_mode, planes.shape[1])
-        out = torch.empty(len(rows), channels, height * width)
+        count = len(where) // (height * width)
+        out = torch.empty(count, channels, height * width)
         for channel in range(channels):
-            pixels = planes[channel].index_select(0, where).view(len(rows), -1)
+            pixels = planes[channel].index_select(0, where).view(count, -1)
             out[:, channel].copy_(pixels).mul_(self.scale[channel]).add_(self.shift[channel])
-        return out.view(len(rows), channels, height, width)
+        return out.view(count, channels, height, width)
 
 
 def draw(augment: Augment, count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor | None]:

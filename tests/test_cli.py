@@ -1,0 +1,155 @@
+"""The command line: help at once, and one plain sentence for whatever is mistyped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_help_lists_the_verbs(kd) -> None:
+    said = kd("--help")
+    assert said.code == 0
+    for verb in ("train", "eval", "demo"):
+        assert f"\n  {verb}" in said.out
+        assert kd(verb, "--help").out
+
+
+def test_version(kd) -> None:
+    from kd import __version__
+
+    assert kd("--version").out.strip() == __version__
+
+
+def test_an_unknown_verb_names_the_near_one(kd) -> None:
+    said = kd("trian")
+    assert said.code == 1
+    assert said.err == "kd: there is no verb trian (near: train); verbs: train, eval, demo\n"
+
+
+def test_without_a_verb_it_says_how(kd) -> None:
+    said = kd()
+    assert said.code == 1
+    assert "kd VERB" in said.out
+
+
+def test_train_help_shows_groups_and_keys(kd) -> None:
+    said = kd("train", "--help")
+    assert said.code == 0
+    for word in ("model: ", "loss: at, ce, hint, kd", "epochs: 30", "resume=RUN"):
+        assert word in said.out
+
+
+def test_the_config_can_be_printed(kd) -> None:
+    said = kd("train", "--cfg", "job", "loss=[ce,kd]", "loss.kd.temperature=2", "loss.kd.weight=0.5")
+    assert said.code == 0
+    assert "temperature: 2" in said.out
+    assert "weight: 0.5" in said.out
+
+
+def test_the_defaults_tree_can_be_printed(kd) -> None:
+    assert "loss/ce" in kd("train", "--info", "defaults-tree").out
+
+
+TYPOS = [
+    (["recipe.epocs=3"], "recipe.epocs=3: there is no option recipe.epocs (near: recipe.epochs"),
+    (["losss=[ce]"], "losss=[ce]: there is no option losss (near: loss"),
+    (["loss=[ce,kdd]"], "loss=kdd does not exist (near: kd); options of loss: at, ce, hint, kd"),
+    (["data=digitz"], "data=digitz does not exist (near: digits); options of data: "),
+    (["model@student=resnet21"], "model=resnet21 does not exist (near: resnet20"),
+    (["model=mlp"], "model is not a group here: write model@student or model@teacher"),
+    (["experiment=nope"], "experiment=nope does not exist; options of experiment: "),
+    (["loss.kd.temperature=3"], "kd is not among the chosen loss terms (ce); choose it with loss=[ce,kd]"),
+    (["loss=[ce,kd]", "loss.kd.temprature=3"], "there is no option loss.kd.temprature (near: loss.kd.temperature"),
+    (["student.model.hiden=[3]"], "there is no option student.model.hiden (near: student.model.hidden"),
+    (["+recipe.optimizer.momentun=3"], "recipe.optimizer.momentun is not an argument of torch.optim.Adam"),
+    (["+recipe.foo=3"], "there is no option recipe.foo"),
+    (["+foo=3"], "there is no option foo"),
+    (["~data"], "data is empty"),
+    (["~loss.ce"], "loss is empty: choose at least one term"),
+    (["seed=abc"], "seed=abc is not allowed: value 'abc' of type 'str' could not be converted to Integer"),
+    (["recipe.epochs=1,2"], "recipe.epochs=1,2 has several values: add -m"),
+    (["recipe"], "recipe cannot be read as KEY=VALUE"),
+    (["student.model._target_=kd.models.mlp.mpl"], "there is no 'mpl' in kd.models.mlp (near: mlp)"),
+    (["student.model._target_=nowhere.X"], "student.model._target_ = nowhere.X cannot be found"),
+    (["loss=[ce,kd]", "loss.kd.temperature=0"], "loss.kd.temperature = 0 is not allowed"),
+    (["loss=[ce,kd]", "loss.kd.temperature=-1"], "loss.kd.temperature = -1 is not allowed"),
+    (["loss.ce.weight=-1"], "loss.ce.weight = -1 is not allowed: it must be a finite number, 0 or more"),
+    (["loss.ce.weight=heavy"], "loss.ce.weight = heavy is not allowed: it must be a number"),
+    (["recipe.epochs=0"], "recipe.epochs = 0 is not allowed: it must be 1 or more"),
+    (["protocol.val_every=7"], "protocol.val_every = 7 is not allowed: it must divide recipe.epochs = 30"),
+    (["protocol.mode=best"], "protocol.mode = best is not allowed: it must be max or min"),
+    (["experiment=digits_kd"], "teacher.checkpoint has no value: set it, for example teacher.checkpoint=…"),
+    (["hardware.trainer={max_epoch:3}"], "hardware.trainer.max_epoch is not an argument of lightning.Trainer"),
+    (["--nonsense"], "the flags are not understood"),
+    (["resume=nowhere"], "nowhere is not a run directory: there is no config.yaml in it"),
+    (["resume=nowhere", "seed=3"], "resume=nowhere takes no other arguments (given: seed=3)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), TYPOS, ids=[" ".join(a) for a, _ in TYPOS])
+def test_a_typo_is_one_sentence_and_leaves_nothing(kd, tmp_path, arguments, sentence) -> None:
+    said = kd("train", *arguments)
+    assert said.code == 1
+    assert sentence in said.err
+    assert "Traceback" not in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_complaints_come_at_once(kd) -> None:
+    said = kd("train", "loss.ce.weight=-1", "recipe.epochs=0")
+    assert len(said.err.splitlines()) == 2
+
+
+def experiment(folder: Path, text: str) -> list[str]:
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    (folder / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\n" + text)
+    return ["--config-dir", str(folder / "conf"), "experiment=mine"]
+
+
+YAML_TYPOS = [
+    ("reciep:\n  epochs: 3\n", ["experiment/mine.yaml", "there is no option reciep (near: recipe"]),
+    ("recipe:\n  epochz: 3\n", ["experiment/mine.yaml", "there is no option recipe.epochz (near: recipe.epochs"]),
+    ("recipe:\n  epochs: many\n", ["experiment/mine.yaml", "recipe.epochs: value 'many'"]),
+    ("recipe:\n epochs: 3\n  lr: 2\n", ["experiment/mine.yaml, line 4", "not valid YAML"]),
+    ("defaults:\n  - override /data: digitz\n", ["data=digitz does not exist (near: digits)"]),
+    ("defaults:\n  - override /datas: digits\n", ["experiment/mine.yaml", "datas"]),
+    ("loss:\n  ce:\n    wieght: 3\n", ["loss.ce.wieght is not an argument", "(near: weight", "mine.yaml"]),
+    ("student:\n  model:\n    hiden: [3]\n", ["student.model.hiden is not an argument", "(near: hidden", "mine.yaml"]),
+    ("data:\n  val_fractoin: 0.1\n", ["data.val_fractoin is not an argument", "(near: val_fraction", "mine.yaml"]),
+    ("loss:\n  kd:\n    temperature: 3\n", ["loss.kd = {'temperature': 3} has no _target_"]),
+]
+
+
+@pytest.mark.parametrize(("text", "parts"), YAML_TYPOS, ids=[t.replace("\n", " ") for t, _ in YAML_TYPOS])
+def test_a_typo_in_a_file_names_the_file(kd, tmp_path, text, parts) -> None:
+    said = kd("train", *experiment(tmp_path, text))
+    assert said.code == 1
+    for part in parts:
+        assert part in said.err
+    assert "Traceback" not in said.err
+    assert [p.name for p in tmp_path.iterdir()] == ["conf"]
+
+
+def test_a_typo_in_a_sweep_stops_before_the_first_job(kd, tmp_path) -> None:
+    said = kd("train", "-m", "loss=[ce],[ce,kdd]", "seed=0,1")
+    assert said.code == 1
+    assert "loss=kdd does not exist (near: kd)" in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exit_code_reaches_the_shell_before_torch_is_imported(tmp_path) -> None:
+    code = "import sys; sys.argv[1:] = ['train', 'recipe.epocs=3']; from kd.cli import main; r = main(); print('torch' in sys.modules); sys.exit(r)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout.strip() == "False"
+    assert done.stderr.startswith("kd: recipe.epocs=3")
+
+
+def test_python_m_kd_train_is_the_same_command(tmp_path) -> None:
+    command = [sys.executable, "-m", "kd.train", "recipe.epocs=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "there is no option recipe.epocs" in done.stderr
