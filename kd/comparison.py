@@ -39,13 +39,14 @@ class Table:
 
         columns = list(self.rows[0].values)
         seeds = len(self.rows[0].values[columns[0]])
-        table = RichTable(title=f"\n{self.title} (mean ± std, {seeds} seeds)", title_justify="left")
+        table = RichTable()
         table.add_column("")
         for name in columns:
             table.add_column(name, justify="right")
         for row in self.rows:
             table.add_row(row.label, *(f"{v.mean():.1f} ± {v.std(ddof=1):.1f}" for v in row.values.values()))
         console = Console(width=100, highlight=False)
+        console.print(f"\n{self.title} (mean ± std, {seeds} seeds)", style="bold")
         console.print(table)
         mean, low, high = self.difference()
         better, worse = (self.rows[i].label for i in self.compare)

@@ -42,7 +42,7 @@ class Arm:
     overrides: tuple[str, ...]
 
 
-FEW = ("data.label_fraction=0.03", "data.keep_unlabelled=false", "recipe.epochs=200", "protocol.val_every=200")
+FEW = ("data.label_fraction=0.03", "data.keep_unlabelled=false", "recipe.epochs=400", "protocol.val_every=400")
 SOFT = ("experiment=digits_kd", "teacher.checkpoint={teacher}", "protocol.keep_predictions=true")
 HARD = ("experiment=digits_alone", "protocol.keep_predictions=true")
 TEACHER = Arm("teacher", "teacher", ("experiment=digits_teacher",))

@@ -35,7 +35,7 @@ def explain(error: Exception, overrides: Sequence[str] = (), config: str = "trai
         return f"{found[1]}.yaml: {_key_or_value(found[2], overrides, config)}"
     found = re.search(r"Could not override '([^']+)'", text)
     if found:
-        return _not_an_option(found[1], text, overrides, config)
+        return _not_an_option(found[1], text, cause, overrides, config)
     found = re.search(r"Error merging override (.+)", text)
     if found:
         return f"{found[1]} is not allowed: {_lower(cause.splitlines()[0]) if cause else 'wrong type'}"
@@ -79,7 +79,7 @@ def known_keys(overrides: Sequence[str], config: str) -> list[str]:
     return []
 
 
-def _not_an_option(key: str, text: str, overrides: Sequence[str], config: str) -> str:
+def _not_an_option(key: str, text: str, cause: str, overrides: Sequence[str], config: str) -> str:
     source = re.search(r"In '([^']+)':", text)
     where = f"{source[1]}.yaml: " if source else ""
     groups = re.search(r"override one of (.+?)\??\n", text)
@@ -96,7 +96,11 @@ def _not_an_option(key: str, text: str, overrides: Sequence[str], config: str) -
             )
     names = [g.name for g in CONF.iterdir() if g.is_dir()]
     keys = known_keys(overrides, config)
-    given = next((o for o in overrides if o.split("=")[0] == key), key)
+    given = key
+    deeper = re.search(r"full_key: (\S+)", cause)  # a mapping was given, and the mistake is inside it
+    if deeper and deeper[1].startswith(f"{key}."):
+        key = deeper[1]
+    given = next((o for o in overrides if o.split("=")[0] in (key, given)), key)
     return f"{where}{given}: there is no option {key}{near(key, {*keys, *names})}"
 
 
