@@ -61,6 +61,7 @@ def facts(data: Any) -> dict[str, Any]:
         "class_names": list(data.class_names),
         "mean": list(data.mean),
         "std": list(data.std),
+        "split": dict(data.split_facts),
     }
 
 
@@ -127,6 +128,7 @@ def _member(model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any) 
         )
     recorded = about.get("data", {})
     _same_classes(recorded, data, checkpoint)
+    _same_split(recorded, data, checkpoint)
     shape = tuple(recorded.get("input_shape", data.input_shape))
     net = network(spec, "teacher.model", data.num_classes, shape if spec is not model else data.input_shape)
     if state is not None:
@@ -166,6 +168,19 @@ def _same_classes(recorded: Mapping[str, Any], data: Any, checkpoint: Any) -> No
         f"teacher.checkpoint = {checkpoint} was trained on other classes: class {first} is {theirs[first]} there "
         f"and {ours[first]} in the data"
     )
+
+
+def _same_split(recorded: Mapping[str, Any], data: Any, checkpoint: Any) -> None:
+    """A teacher of the same set must not have been trained on this run's test images, nor silently on its val."""
+    theirs, ours = recorded.get("split"), dict(data.split_facts)
+    if theirs is None or theirs == ours or theirs["set"] != ours["set"]:
+        return
+    differ = ", ".join(f"data.{k} {theirs.get(k)} there and {v} here" for k, v in ours.items() if theirs.get(k) != v)
+    if ours["test_fraction"]:
+        raise KdError(
+            f"teacher.checkpoint = {checkpoint} may have been trained on this run's test images: {differ}"
+        )
+    log.warning("teacher.checkpoint = %s may have been trained on this run's validation images: %s", checkpoint, differ)
 
 
 def _resize(asked: Any, expected: Any, given: Any) -> int | None:

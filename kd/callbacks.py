@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
 
 from kd import weights
 from kd.errors import KdError
@@ -62,6 +63,10 @@ class EpochLine(Callback):
         if not trainer.is_global_zero:
             return
         epoch = trainer.current_epoch
+        if epoch in module.history:  # with each checkpoint: what a killed run leaves must fit together
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    logger.save()
         values = {**module.epoch_means, **module.history.get(epoch, {})}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "train/acc5")
         log.info("epoch %d/%d  %s  (%.1f s)", epoch + 1, trainer.max_epochs, shown, time.perf_counter() - self.start)

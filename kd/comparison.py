@@ -65,11 +65,12 @@ class Table:
         figure, axes = plt.subplots(figsize=(7.5, height), layout="constrained")
         for position, row in enumerate(reversed(self.rows)):
             values = row.values[self.measure]
-            colour = "#2a6f97" if len(self.rows) - 1 - position == self.compare[0] else "#a9bcc9"
+            marked = len(self.rows) - 1 - position == self.compare[0]
+            colour = "#2a6f97" if marked else "#a9bcc9"
             axes.barh(position, values.mean(), color=colour, height=0.6, zorder=1)
             spread = np.linspace(-0.16, 0.16, len(values))
             axes.scatter(values, position + spread, s=14, color="#1b1b1b", zorder=2)
-            axes.text(1.5, position, f"{values.mean():.1f}", va="center", color="white" if values.mean() > 12 else "#1b1b1b")
+            axes.text(1.5, position, f"{values.mean():.1f}", va="center", color="white" if marked else "#1b1b1b")
         axes.set_yticks(range(len(self.rows)), [row.label for row in reversed(self.rows)])
         axes.set_xlim(0, 102)
         axes.set_xlabel(f"{self.measure}   (bar: mean, dots: seeds)")

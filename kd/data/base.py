@@ -207,6 +207,13 @@ class DataModule(lightning.LightningDataModule):
         labelled = int((self.parts["train"].targets != UNLABELLED).sum())
         return {**{name: len(part.targets) for name, part in self.parts.items()}, "labelled": labelled}
 
+    @property
+    def split_facts(self) -> dict[str, Any]:
+        """What decides which image is in which split: two runs of one set with equal facts share their splits."""
+        name = f"{type(self).__module__}.{type(self).__name__}"
+        fractions = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
+        return {"set": f"{name}:{getattr(self, 'name', '')}", "split_seed": self.split_seed, **fractions}
+
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented; over several ranks padded by wrap-around to shards of equal length."""
         return self._loader("train")

@@ -1,0 +1,339 @@
+"""``kd train`` from the command line to the record: alone, distilled, swept, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+FAST = ["recipe.epochs=2", "hardware=cpu"]
+
+
+def only_run(folder: Path) -> tuple[Path, dict]:
+    (file,) = folder.rglob("result.json")
+    return file.parent, json.loads(file.read_text())
+
+
+def test_the_default_trains_and_records(kd, tmp_path) -> None:
+    said = kd("train", *FAST)
+    assert said.code == 0, said.err
+    run_dir, result = only_run(tmp_path)
+    assert result["status"] == "finished"
+    assert result["overrides"] == FAST
+    assert result["protocol"]["monitor"] == "val/acc1"
+    student = result["student"]
+    assert student["parameters"] == 64 * 32 + 32 + 32 * 32 + 32 + 32 * 10 + 10
+    assert student["macs"] == 64 * 32 + 32 * 32 + 32 * 10
+    for when in ("last", "selected"):
+        assert 0 < student[when]["test"]["acc1"] <= student[when]["test"]["acc5"] <= 1
+        assert len(student[when]["test_per_class"]) == 10
+    assert "teacher" not in result
+    assert result["wall_clock_s"] > 0
+    assert {f.name for f in run_dir.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+        "result.json",
+        "student.safetensors",
+        "student_last.safetensors",
+        "train.log",
+    }
+    assert str(run_dir.resolve()) in said.out.splitlines()[-1]
+    assert sum(line.startswith("epoch ") for line in said.out.splitlines()) == 2
+
+
+def test_the_epoch_line_and_the_csv_agree_with_the_record(kd, tmp_path) -> None:
+    kd("train", *FAST)
+    run_dir, result = only_run(tmp_path)
+    rows = (run_dir / "metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    values = [dict(zip(header, row.split(","), strict=True)) for row in rows[1:]]
+    last_val = [float(v["val/acc1"]) for v in values if v["val/acc1"]][-1]
+    assert last_val == pytest.approx(result["student"]["last"]["val"]["acc1"])
+    last_train = [float(v["train/ce"]) for v in values if v["train/ce"]][-1]  # one window an epoch: 13 batches < 50
+    assert last_train == pytest.approx(result["student"]["last"]["train"]["ce"], rel=1e-6)
+
+
+def test_distillation_with_every_term(kd, tmp_path) -> None:
+    net = ["data=fake", "data.shape=[1,16,16]", "data.num_classes=4", "data.train_images=96", "data.test_images=32"]
+    net += ["model@student=resnet8", "model@teacher=resnet8x4", "teacher.allow_random=true"]
+    said = kd("train", *FAST, *net, "loss=[ce,kd,hint,at]", "loss.kd.schedule={_target_:kd.objective.Linear}")
+    assert said.code == 0, said.err
+    run_dir, result = only_run(tmp_path)
+    assert set(result["student"]["last"]["train"]) == {"loss", "ce", "kd", "hint", "at", "acc1", "acc5"}
+    assert result["student"]["adapter_parameters"] > 0
+    assert {"agreement", "kl"} <= set(result["student"]["last"]["test"])
+    assert result["teacher"]["parameters"] > result["student"]["parameters"]
+    assert "weight/kd" in (run_dir / "metrics.csv").read_text().splitlines()[0]
+    state = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert not any(name.startswith("teacher.") for name in state)
+    assert any(name.startswith("objective.terms.hint") for name in state)
+    assert "teacher: val/acc1" in said.out.split("epoch 1/2")[0]
+
+
+def test_the_total_is_the_weighted_sum(kd, tmp_path, teacher_run) -> None:
+    said = kd(
+        "train", *FAST, f"teacher.checkpoint={teacher_run}", "loss=[ce,kd]", "loss.ce.weight=0.3", "loss.kd.weight=2"
+    )
+    assert said.code == 0, said.err
+    means = only_run(tmp_path)[1]["student"]["last"]["train"]
+    assert means["loss"] == pytest.approx(0.3 * means["ce"] + 2 * means["kd"], rel=1e-5)
+
+
+def test_a_run_directory_is_a_teacher_and_is_measured(kd, tmp_path, teacher_run) -> None:
+    said = kd("train", *FAST, f"teacher.checkpoint={teacher_run}", "loss=[kd]")
+    assert said.code == 0, said.err
+    teacher = only_run(tmp_path)[1]["teacher"]
+    own = json.loads((teacher_run / "result.json").read_text())["student"]["selected"]
+    assert teacher["test"]["acc1"] == pytest.approx(own["test"]["acc1"])
+    assert teacher["val"]["nll"] == pytest.approx(own["val"]["nll"], rel=1e-5)
+    assert teacher["parameters"] == 85_002
+
+
+def test_several_teachers(kd, tmp_path, teacher_run) -> None:
+    said = kd("train", *FAST, f"teacher.checkpoint=[{teacher_run},{teacher_run}]", "loss=[kd]", "teacher.weights=[1,3]")
+    assert said.code == 0, said.err
+    assert only_run(tmp_path)[1]["teacher"]["parameters"] == 2 * 85_002
+
+
+def test_the_same_seed_gives_the_same_student(kd, tmp_path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert kd("train", *FAST, f"seed={seed}", f"hydra.run.dir={name}").code == 0
+    a, b, c = (load_file(tmp_path / n / "student_last.safetensors") for n in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_a_sweep_runs_every_combination(kd, tmp_path, teacher_run) -> None:
+    said = kd("train", "-m", "loss=[ce],[ce,kd]", "seed=0,1", f"teacher.checkpoint={teacher_run}", *FAST)
+    assert said.code == 0, said.err
+    results = [json.loads(f.read_text()) for f in sorted(tmp_path.rglob("result.json"))]
+    assert len(results) == 4
+    assert {(r["overrides"][0], r["seed"]) for r in results} == {
+        (loss, seed) for loss in ("loss=[ce]", "loss=[ce,kd]") for seed in (0, 1)
+    }
+
+
+def test_a_failed_job_does_not_stop_a_sweep(kd, tmp_path) -> None:
+    said = kd("train", "-m", "loss=[ce],[ce,kd],[ce]", *FAST)  # kd has no teacher here
+    assert said.code == 1
+    assert "1 of the sweep's jobs failed" in said.err
+    status = [json.loads(f.read_text())["status"] for f in sorted(tmp_path.rglob("result.json"))]
+    assert status == ["finished", "failed", "finished"]
+
+
+def test_the_student_loads_in_plain_timm(kd, tmp_path) -> None:
+    import timm
+
+    data = ["data=fake", "data.train_images=40", "data.test_images=16", "data.num_classes=3"]
+    said = kd("train", *data, "model@student=timm_resnet18", "recipe.epochs=1", "recipe.batch_size=16", "hardware=cpu")
+    assert said.code == 0, said.err
+    run_dir, _ = only_run(tmp_path)
+    net = timm.create_model("resnet18", num_classes=3)
+    net.load_state_dict(load_file(run_dir / "student.safetensors"))
+
+
+def test_predictions_are_kept_when_asked(kd, tmp_path) -> None:
+    import numpy as np
+
+    assert kd("train", *FAST, "protocol.keep_predictions=true").code == 0
+    run_dir, result = only_run(tmp_path)
+    kept = np.load(run_dir / "predictions_test.npz")
+    accuracy = (kept["logits"].argmax(1) == kept["target"]).mean()
+    assert accuracy == pytest.approx(result["student"]["selected"]["test"]["acc1"])
+    assert len(np.unique(kept["index"])) == len(kept["index"]) == 719
+
+
+def test_loggers_by_configuration(kd, tmp_path) -> None:
+    said = kd("train", *FAST, "logger=[wandb,tensorboard]", "tags=[a]", "hydra.run.dir=run")
+    assert said.code == 0, said.err
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+# ---------------------------------------------------------------------- resume
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "kd.train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> None:
+    """Killed in the middle of training, with dropout and augmentation, and resumed: equal weights and metrics."""
+    # one thread everywhere: sums over another number of threads differ in their last bits
+    arguments = ["recipe.epochs=12", "hardware=cpu", "hardware.threads=1", "model@student=mlp", "student.model.dropout=0.2"]
+    arguments += ["data.augment.pad=1", "loss=[ce,kd]", f"teacher.checkpoint={teacher_run}"]
+    assert kd("train", *arguments, "hydra.run.dir=whole").code == 0
+    killed = tmp_path / "killed"
+    process = start(tmp_path, *arguments, "hydra.run.dir=killed")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 4/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    assert json.loads((killed / "result.json").read_text())["status"] == "running"
+    said = kd("train", "resume=killed")
+    assert said.code == 0, said.err
+    assert "epoch 1/" not in said.out
+    whole, resumed = (load_file(tmp_path / n / "student_last.safetensors") for n in ("whole", "killed"))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    a, b = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "killed"))
+    assert a["student"] == b["student"]
+    assert b["status"] == "finished"
+    rows = (killed / "metrics.csv").read_text().splitlines()
+    assert rows == (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    assert "is finished" in kd("train", "resume=killed").err
+
+
+def test_an_interrupted_run_says_so(tmp_path) -> None:
+    process = start(tmp_path, "recipe.epochs=500", "hardware=cpu", "hydra.run.dir=run")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate()[0]
+    assert process.wait() == 130, rest
+    assert "kd: interrupted" in rest
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def fails(said, sentence: str) -> None:
+    assert said.code == 1
+    assert sentence in said.err, said.err
+    assert "Traceback" not in said.err + said.out
+
+
+def test_a_random_teacher_is_refused(kd) -> None:
+    fails(kd("train", *FAST, "model@teacher=mlp", "loss=[kd]"), "the teacher has random weights: give teacher.checkpoint")
+
+
+def test_a_term_without_its_teacher_is_refused(kd) -> None:
+    fails(kd("train", *FAST, "loss=[ce,kd]"), "loss.kd needs a teacher")
+
+
+def test_a_wrong_tap_lists_near_names(kd, teacher_run) -> None:
+    arguments = [f"teacher.checkpoint={teacher_run}", "loss=[ce,hint]", "loss.hint.teacher_taps=[1]"]
+    said = kd("train", *FAST, *arguments, "loss.hint.student_taps=[rellu1]")
+    fails(said, "student tap rellu1 does not exist: there is no module rellu1 (near: relu1")
+
+
+def test_a_tap_of_the_wrong_shape_is_named(kd, teacher_run) -> None:
+    said = kd("train", *FAST, f"teacher.checkpoint={teacher_run}", "loss=[ce,at]")
+    fails(said, "loss.at: student tap relu1 has shape (2, 32): attention maps need (B, C, H, W)")
+
+
+def test_other_classes_are_refused(kd, teacher_run) -> None:
+    data = ["data=fake", "data.shape=[1,8,8]", "data.num_classes=7"]
+    said = kd("train", *FAST, *data, f"teacher.checkpoint={teacher_run}", "loss=[kd]")
+    fails(said, "was trained on 10 classes, the data has 7")
+
+
+def test_classes_with_other_names_are_refused(kd, tmp_path, teacher_run) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(teacher_run / "student.safetensors", "pt") as handle:
+        metadata = handle.metadata()
+        tensors = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118 - not a dict
+    about = json.loads(metadata["kd"])
+    about["data"]["class_names"][4] = "four"
+    save_file(tensors, tmp_path / "other.safetensors", {**metadata, "kd": json.dumps(about)})
+    said = kd("train", *FAST, "teacher.checkpoint=other.safetensors", "loss=[kd]")
+    fails(said, "was trained on other classes: class 4 is four there and 4 in the data")
+
+
+def test_another_split_is_refused(kd, teacher_run) -> None:
+    said = kd("train", *FAST, "data.split_seed=5", f"teacher.checkpoint={teacher_run}", "loss=[kd]")
+    fails(said, "may have been trained on this run's test images")
+
+
+def test_another_image_size_must_be_decided(kd) -> None:
+    assert kd("train", *FAST, "data=fake", "data.shape=[1,8,8]", "hydra.run.dir=small").code == 0
+    arguments = [*FAST, "data=fake", "data.shape=[1,16,16]", "teacher.checkpoint=small", "loss=[kd]"]
+    fails(kd("train", *arguments), "the teacher expects 8×8 images, the data gives 16×16: set teacher.resize=8")
+    fails(kd("train", *arguments, "teacher.resize=0"), "teacher.resize = 0 is not allowed")
+    said = kd("train", *arguments, "teacher.resize=8")
+    assert said.code == 0, said.err
+
+
+def test_a_bare_state_dict_needs_its_network(kd, tmp_path, teacher_run) -> None:
+    torch.save(load_file(teacher_run / "student.safetensors"), tmp_path / "bare.pt")
+    arguments = [*FAST, "teacher.checkpoint=bare.pt", "loss=[kd]"]
+    fails(kd("train", *arguments), "does not say which network it belongs to: add model@teacher=NAME")
+    fails(kd("train", *arguments, "model@teacher=mlp"), "does not fit the teacher: ")
+    said = kd("train", *arguments, "model@teacher=mlp_teacher")
+    assert said.code == 0, said.err
+
+
+def test_a_truncated_checkpoint(kd, tmp_path, teacher_run) -> None:
+    (tmp_path / "cut.safetensors").write_bytes((teacher_run / "student.safetensors").read_bytes()[:1000])
+    said = kd("train", *FAST, "teacher.checkpoint=cut.safetensors", "loss=[kd]")
+    fails(said, "cut.safetensors cannot be read: it is truncated")
+
+
+def test_a_lightning_checkpoint_is_a_teacher(kd, teacher_run) -> None:
+    checkpoint = teacher_run / "checkpoints" / "last.ckpt"
+    said = kd("train", *FAST, f"teacher.checkpoint={checkpoint}", "model@teacher=mlp_teacher", "loss=[kd]")
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_stops_the_run(kd, tmp_path, monkeypatch, loss) -> None:
+    """The sentence names the step, the term and the last good checkpoint; no later checkpoint is written."""
+    from kd.losses.logits.ce import CrossEntropy
+
+    original, calls = CrossEntropy.forward, []
+
+    def poisoned(self, student, teacher, batch):
+        calls.append(1)
+        return original(self, student, teacher, batch) * (float(loss) if len(calls) == 13 + 5 else 1.0)
+
+    monkeypatch.setattr(CrossEntropy, "forward", poisoned)
+    said = kd("train", "recipe.epochs=3", "hardware=cpu", "hydra.run.dir=run")
+    fails(said, "the loss is not finite: term ce at step 4 of epoch 1; last good checkpoint: ")
+    checkpoint = Path(said.err.split("last good checkpoint: ")[1].strip())
+    assert checkpoint == (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve()
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert "term ce" in result["error"]
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_an_unwritable_run_directory(kd, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    fails(kd("train", *FAST, "hydra.run.dir=file/run"), "the run directory cannot be written: ")
+
+
+def test_an_empty_split(kd) -> None:
+    fails(kd("train", *FAST, "data.val_fraction=0.0001"), "data.val_fraction = 0.0001 leaves no image for validation")
+
+
+def test_a_wrong_monitor_lists_what_is_measured(kd) -> None:
+    fails(kd("train", *FAST, "protocol.monitor=val/top1"), "protocol.monitor = val/top1 is not measured; measured: val/acc1")
+
+
+def test_an_unexpected_error_keeps_its_traceback(kd, tmp_path, monkeypatch) -> None:
+    import kd.fit
+
+    monkeypatch.setattr(kd.fit, "sizes", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        from kd.cli import main
+
+        main(["train", *FAST, "hydra.run.dir=run"])
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
