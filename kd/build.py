@@ -127,8 +127,7 @@ def _member(model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any) 
             f"teacher.checkpoint = {checkpoint} does not say which network it belongs to: add model@teacher=NAME"
         )
     recorded = about.get("data", {})
-    _same_classes(recorded, data, checkpoint)
-    _same_split(recorded, data, checkpoint)
+    same_data(recorded, data, f"teacher.checkpoint = {checkpoint}")
     shape = tuple(recorded.get("input_shape", data.input_shape))
     net = network(spec, "teacher.model", data.num_classes, shape if spec is not model else data.input_shape)
     if state is not None:
@@ -155,32 +154,26 @@ def _statistics(
     return None
 
 
-def _same_classes(recorded: Mapping[str, Any], data: Any, checkpoint: Any) -> None:
+def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
+    """Refuse weights (``source``, with the facts recorded beside them) of other classes or of another split.
+
+    Weights of the same set must not have been trained on this run's test images, nor silently on its val.
+    """
     theirs, ours = recorded.get("class_names"), list(data.class_names)
-    if theirs is None or theirs == ours:
-        return
-    if len(theirs) != len(ours):
+    if theirs is not None and len(theirs) != len(ours):
+        raise KdError(f"{source} was trained on {len(theirs)} classes, the data has {len(ours)}")
+    if theirs is not None and theirs != ours:
+        first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
         raise KdError(
-            f"teacher.checkpoint = {checkpoint} was trained on {len(theirs)} classes, the data has {len(ours)}"
+            f"{source} was trained on other classes: class {first} is {theirs[first]} there and {ours[first]} in the data"
         )
-    first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-    raise KdError(
-        f"teacher.checkpoint = {checkpoint} was trained on other classes: class {first} is {theirs[first]} there "
-        f"and {ours[first]} in the data"
-    )
-
-
-def _same_split(recorded: Mapping[str, Any], data: Any, checkpoint: Any) -> None:
-    """A teacher of the same set must not have been trained on this run's test images, nor silently on its val."""
-    theirs, ours = recorded.get("split"), dict(data.split_facts)
-    if theirs is None or theirs == ours or theirs["set"] != ours["set"]:
+    split, here = recorded.get("split"), dict(data.split_facts)
+    if split is None or split == here or split["set"] != here["set"]:
         return
-    differ = ", ".join(f"data.{k} {theirs.get(k)} there and {v} here" for k, v in ours.items() if theirs.get(k) != v)
-    if ours["test_fraction"]:
-        raise KdError(
-            f"teacher.checkpoint = {checkpoint} may have been trained on this run's test images: {differ}"
-        )
-    log.warning("teacher.checkpoint = %s may have been trained on this run's validation images: %s", checkpoint, differ)
+    differ = ", ".join(f"data.{k} {split.get(k)} there and {v} here" for k, v in here.items() if split.get(k) != v)
+    if here["test_fraction"]:
+        raise KdError(f"{source} may have been trained on this run's test images: {differ}")
+    log.warning("%s may have been trained on this run's validation images: %s", source, differ)
 
 
 def _resize(asked: Any, expected: Any, given: Any) -> int | None:

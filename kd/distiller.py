@@ -279,13 +279,13 @@ class Distiller(L.LightningModule):
         """Leave the teacher out: it is furniture, and half as large again."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
-        checkpoint["kd"] = {"history": self.history}
+        checkpoint["kd"] = {"history": self.history, "epoch_means": self.epoch_means}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the teacher back, so that loading stays strict."""
         own = self.state_dict()
         checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
-        self.history = dict(checkpoint.get("kd", {}).get("history", {}))
+        self.history, self.epoch_means = (dict(checkpoint["kd"][name]) for name in ("history", "epoch_means"))
 
 
 @torch.no_grad()

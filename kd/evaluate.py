@@ -131,7 +131,8 @@ def evaluate(
         source = config["teacher"]["checkpoint"]
     else:
         student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
-        state, _ = weights.read(source)
+        state, about = weights.read(source)
+        build.same_data(about.get("data", {}), data, str(source))
         weights.load(student, state, source, "student")
         student.to(device).eval()
         beside = (lambda x: teacher(x).rows) if teacher is not None else None

@@ -25,6 +25,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     if config["hardware"]["threads"]:
         torch.set_num_threads(config["hardware"]["threads"])
     L.seed_everything(config["seed"], workers=True, verbose=False)
+    done = weights.read_pickle(checkpoint)["global_step"] if checkpoint else 0
     data = build.datamodule(config)
     module = build.distiller(config, data)
     about = {"model": config["student"]["model"], "data": build.facts(data), "seed": config["seed"]}
@@ -32,12 +33,12 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     extra = build.loggers(config, run_dir)
     outcome: dict[str, Any] | None = None
     try:
-        trainer = make_trainer(config, run_dir, [loggers.csv_logger(run_dir), *extra], hooks)
+        trainer = make_trainer(config, run_dir, [loggers.csv_logger(run_dir, done), *extra], hooks)
         for logger in extra:
             logger.log_hyperparams(config)
         measured = sizes(module, data.input_shape)
         log.info("%s", opening_line(config, measured, data))
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if trainer.is_global_zero:
             weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
         outcome = {"data": about["data"], **close(config, run_dir, trainer, module, data, hooks[0])}

@@ -61,13 +61,14 @@ def has_wandb_key() -> bool:
     return any("wandb" in host for host in hosts)
 
 
-def csv_logger(run_dir: Path) -> CSVLogger:
-    """``metrics.csv`` in the run directory; the rows that an interrupted run left there are kept."""
+def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
+    """``metrics.csv`` in the run directory; of an interrupted run's rows those of its first ``done`` steps are kept."""
     file = run_dir / "metrics.csv"
     earlier: list[dict[str, Any]] = []
     if file.is_file():
         with file.open(newline="") as handle:
-            earlier = [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(handle)]
+            rows = [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(handle)]
+        earlier = [row for row in rows if int(row["step"]) < done]
         file.unlink()  # the logger deletes it anyway, with a warning
     logger = CSVLogger(str(run_dir), name="", version="", flush_logs_every_n_steps=500)
     writer = logger.experiment

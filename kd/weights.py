@@ -51,17 +51,21 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = locate(path)
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
+    return _state_dict(read_pickle(file), file), {}
+
+
+def read_pickle(file: Path) -> Any:
+    """The content of a file that ``torch.save`` wrote, read without running code. ``KdError`` as :func:`read`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is said below
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported operand" in str(error):
             raise KdError(f"{file} is refused: it is a pickle that would run code, not only tensors") from None
         raise KdError(f"{file} cannot be read: it is truncated or not a checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, UnicodeDecodeError):
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
         raise KdError(f"{file} cannot be read: it is truncated or not a checkpoint") from None
-    return _state_dict(content, file), {}
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

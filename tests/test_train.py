@@ -188,6 +188,7 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> 
     assert "epoch 1/" not in said.out
     whole, resumed = (load_file(tmp_path / n / "student_last.safetensors") for n in ("whole", "killed"))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert len(whole) == 6
     a, b = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "killed"))
     assert a["student"] == b["student"]
     assert b["status"] == "finished"
@@ -329,11 +330,26 @@ def test_a_wrong_monitor_lists_what_is_measured(kd) -> None:
 
 
 def test_an_unexpected_error_keeps_its_traceback(kd, tmp_path, monkeypatch) -> None:
-    import kd.fit
+    from kd import fit
 
-    monkeypatch.setattr(kd.fit, "sizes", lambda *a: 1 / 0)
+    monkeypatch.setattr(fit, "sizes", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        from kd.cli import main
-
-        main(["train", *FAST, "hydra.run.dir=run"])
+        kd("train", *FAST, "hydra.run.dir=run")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
+
+
+def test_a_damaged_checkpoint_cannot_be_resumed(kd, tmp_path, monkeypatch) -> None:
+    from kd import fit
+
+    monkeypatch.setattr(fit, "close", lambda *a: 1 / 0)  # the run fails after its last epoch
+    with pytest.raises(ZeroDivisionError):
+        kd("train", *FAST, "hydra.run.dir=run")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:2000])
+    fails(kd("train", "resume=run"), "last.ckpt cannot be read: it is truncated or not a checkpoint")
+    checkpoint.write_bytes(whole)
+    said = kd("train", "resume=run")
+    assert said.code == 0, said.err

@@ -210,9 +210,9 @@ class DataModule(lightning.LightningDataModule):
     @property
     def split_facts(self) -> dict[str, Any]:
         """What decides which image is in which split: two runs of one set with equal facts share their splits."""
-        name = f"{type(self).__module__}.{type(self).__name__}"
+        which = getattr(self, "set_name", "") or getattr(self, "folder", "")
         fractions = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
-        return {"set": f"{name}:{getattr(self, 'name', '')}", "split_seed": self.split_seed, **fractions}
+        return {"set": f"{type(self).__name__} {which}".strip(), "split_seed": self.split_seed, **fractions}
 
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented; over several ranks padded by wrap-around to shards of equal length."""
