@@ -95,6 +95,13 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
     if section["checkpoint"] is not None:
         state, _ = weights.read(section["checkpoint"])
         weights.load(net, state, section["checkpoint"], "student")
+    elif section["model"].get("pretrained"):
+        own = getattr(net, "pretrained_cfg", None) or {}
+        if any(list(own.get(k) or getattr(data, k)) != list(getattr(data, k)) for k in ("mean", "std")):
+            log.warning(
+                "the student was pretrained on inputs of mean %s, std %s, the data has %s, %s: set data.mean, data.std",
+                *(own.get("mean"), own.get("std"), data.mean, data.std),
+            )
     return net
 
 
@@ -137,11 +144,30 @@ def _member(model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any) 
             "the teacher has random weights: give teacher.checkpoint=RUN (or a weights file), a pretrained model, or "
             "ask for it with teacher.allow_random=true"
         )
-    pretrained = getattr(net, "pretrained_cfg", None) or {} if state is None and spec.get("pretrained") else {}
+    pretrained: Mapping[str, Any] = {}
+    if state is None and spec.get("pretrained"):
+        pretrained = getattr(net, "pretrained_cfg", None) or {}
+        _own_head(pretrained, data, section["allow_random"])
+    elif state is not None and not recorded and section["mean"] is None:
+        log.warning(
+            "%s does not record the statistics of its input: the data's are used (set teacher.mean and teacher.std)",
+            checkpoint,
+        )
     mean = _statistics("mean", section, recorded, pretrained)
     std = _statistics("std", section, recorded, pretrained)
     size = pretrained.get("input_size", recorded.get("input_shape", data.input_shape))
     return net, InputMap(data.mean, data.std, mean, std, _resize(section["resize"], size, data.input_shape))
+
+
+def _own_head(pretrained: Mapping[str, Any], data: Any, allow_random: bool) -> None:
+    """A pretrained network gets a new, random classifier where the data has other classes than its own."""
+    own = pretrained.get("num_classes")
+    if own is not None and own != data.num_classes and not allow_random:
+        raise KdError(
+            f"the teacher was pretrained on {own} classes, the data has {data.num_classes}: its classifier would be "
+            "random. Fine-tune it first (model@student=timm student.model.pretrained=true, loss=[ce]) and give that "
+            "run as teacher.checkpoint, or set teacher.allow_random=true if no term reads its logits"
+        )
 
 
 def _statistics(
@@ -164,9 +190,8 @@ def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
         raise KdError(f"{source} was trained on {len(theirs)} classes, the data has {len(ours)}")
     if theirs is not None and theirs != ours:
         first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-        raise KdError(
-            f"{source} was trained on other classes: class {first} is {theirs[first]} there and {ours[first]} in the data"
-        )
+        differ = f"class {first} is {theirs[first]} there and {ours[first]} in the data"
+        raise KdError(f"{source} was trained on other classes: {differ}")
     split, here = recorded.get("split"), dict(data.split_facts)
     if split is None or split == here or split["set"] != here["set"]:
         return

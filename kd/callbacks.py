@@ -29,7 +29,7 @@ class SelectedWeights(Callback):
         self.best: float | None = None
         self.epoch: int | None = None
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Save when this validation beats all before it."""
         if trainer.state.fn != "fit":
             return

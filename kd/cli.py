@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 from kd import __version__
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(import_module(MODULES[verb]).main, rest)
 
 
-def guarded(verb, arguments: list[str]) -> int:  # type: ignore[no-untyped-def]
+def guarded(verb: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a verb; bad input becomes one sentence on stderr and exit code 1, an interruption exit code 130."""
     from kd.errors import KdError
 

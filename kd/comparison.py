@@ -50,15 +50,17 @@ class Table:
         console.print(table)
         mean, low, high = self.difference()
         better, worse = (self.rows[i].label for i in self.compare)
-        console.print(f"{better} − {worse}: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}", soft_wrap=True)
+        console.print(
+            f"{better} − {worse}: {mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}", soft_wrap=True
+        )
         console.print(f"published: {self.published}", soft_wrap=True)
         console.print(f"figure:    {self.figure(out / f'{self.key}.png')}", soft_wrap=True)
 
     def figure(self, path: Path) -> Path:
         """Bars of the measured column with a dot for every seed."""
-        import matplotlib
+        import matplotlib as mpl
 
-        matplotlib.use("Agg")
+        mpl.use("Agg")
         import matplotlib.pyplot as plt
 
         height = 1.4 + 0.5 * len(self.rows)

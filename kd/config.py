@@ -179,7 +179,6 @@ def _check_targets(values: dict[str, Any]) -> Iterator[str]:
             if not key.startswith("_") and key not in names and not known.any:
                 yield f"{path}.{key} is not an argument of {node['_target_']}{near(key, names)}{_where(path, key)}"
 
-
     trainer = arguments("lightning.Trainer").names
     for key in values["hardware"]["trainer"] or {}:
         if key not in trainer:

@@ -60,6 +60,8 @@ class Distiller(L.LightningModule):
         self.teacher_metrics: dict[str, dict[str, float]] = {}  # split → metrics, measured once
         self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
         self._teacher_logits: dict[tuple[str, int], Tensor] = {}
+        # the dry pass wants them, to compare the classes; after it only the terms have a say
+        self._teacher_logits_wanted = True
         self._refuse_what_cannot_work()
 
     # ------------------------------------------------------------------ before the first batch
@@ -74,29 +76,35 @@ class Distiller(L.LightningModule):
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> None:
-        """Run both networks once on (a few rows of) a batch; resolve taps, build adapters, compare the classes.
+        """Run both networks and each term once on two rows of a batch; resolve taps, build adapters, compare classes.
 
         The random state and batch statistics are left as they were. Raises ``KdError`` for wrong taps and for
         shapes that do not fit.
         """
         inputs = batch.inputs[:2].to(self.device)
-        terms = self.objective.terms
-        for term in terms.values():
+        terms = self.objective.items()
+        for _, term in terms:
             term.student_taps = resolve(term.student_taps, self.student, "student")
             root = self.teacher.root if self.teacher else None
             term.teacher_taps = resolve(term.teacher_taps, root, "teacher") if root is not None else []
-        self.student_taps = Taps(self.student, [n for t in terms.values() for n in t.student_taps], "student")
+        self.student_taps = Taps(self.student, [str(n) for _, t in terms for n in t.student_taps or ()], "student")
         if self.teacher is not None:
-            self.teacher.tap([n for t in terms.values() for n in t.teacher_taps])
+            self.teacher.tap([str(n) for _, t in terms for n in t.teacher_taps or ()])
         training = self.student.training
         self.student.eval()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             teacher, student = self._dry(inputs)
-            for name, term in terms.items():
+            self._teacher_logits_wanted = any(t.needs_teacher and t.needs_logits for _, t in terms)
+            if not self._teacher_logits_wanted:
+                teacher.logits = None
+            self.objective.eval()  # adapters with batch statistics
+            for name, term in terms:
                 try:
                     term.prepare(student, teacher)
-                except ValueError as error:
-                    raise KdError(f"loss.{name}: {error}") from None
+                    term(student, teacher, Batch(inputs, *(t[: len(inputs)].to(self.device) for t in batch[1:])))
+                except (ValueError, RuntimeError) as error:
+                    raise KdError(f"loss.{name}: {str(error).splitlines()[0]}") from None
+            self.objective.train()
         self.student.train(training)
 
     def _dry(self, inputs: Tensor) -> tuple[Output, Output]:
@@ -123,7 +131,9 @@ class Distiller(L.LightningModule):
 
     def answer_both(self, inputs: Tensor) -> tuple[Output, Output]:
         """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
-        teacher = self.teacher(inputs, features=True) if self.teacher is not None else Output()
+        teacher = Output()
+        if self.teacher is not None:
+            teacher = self.teacher(inputs, features=True, logits=self._teacher_logits_wanted)
         self.student_taps.active = bool(self.student_taps.names)
         logits = self.student(inputs)
         features = self.student_taps.take() if self.student_taps.active else {}
@@ -155,9 +165,9 @@ class Distiller(L.LightningModule):
         names = ["loss", *self.objective.names, *self.task.counts, "labelled"]
         self._buffer = StepBuffer(names, self.log_every, self.device)
         if self.teacher is not None and "val" not in self.teacher_metrics:
-            loader = self.trainer.datamodule.val_dataloader()
+            teacher, loader = self.teacher, self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
             self.teacher_metrics["val"], _ = measure(
-                self.task, self.num_classes, lambda x: self.teacher(x).rows, loader, self.device
+                self.task, self.num_classes, lambda x: teacher(x).rows, loader, self.device
             )
             said = ", ".join(f"val/{k} {v:.4f}" for k, v in self.teacher_metrics["val"].items())
             log.info("teacher: %s", said)
@@ -206,7 +216,7 @@ class Distiller(L.LightningModule):
         sums, steps = self._buffer.take_epoch()
         if self.trainer.world_size > 1:
             packed = torch.cat([sums, torch.tensor([float(steps)], dtype=torch.float64)]).to(self.device)
-            packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()  # type: ignore[union-attr]
+            packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()
             sums, steps = packed[:-1], int(packed[-1])
         self.epoch_means = self._named_means(sums, steps)
 

@@ -13,6 +13,6 @@ class KdError(Exception):
 def near(name: str, known: Iterable[str], count: int = 3) -> str:
     """``" (near: a, b)"`` for the known names that look like ``name``, or an empty string."""
     names = sorted(set(known))
-    matches = get_close_matches(name, names, n=count, cutoff=0.5)
+    matches = get_close_matches(name, names, n=count, cutoff=0.6)
     matches += [n for n in names if n not in matches and n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     return f" (near: {', '.join(matches[:count])})" if matches else ""

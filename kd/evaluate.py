@@ -125,9 +125,7 @@ def evaluate(
     if who == "teacher":
         if teacher is None:
             raise KdError("there is no teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
-        metrics, per_class = measure(
-            task, data.num_classes, lambda x: teacher(x).rows, loader, device, keep=keep
-        )
+        metrics, per_class = measure(task, data.num_classes, lambda x: teacher(x).rows, loader, device, keep=keep)
         source = config["teacher"]["checkpoint"]
     else:
         student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)

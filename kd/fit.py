@@ -175,7 +175,7 @@ def _save_predictions(path: Path, module: Distiller) -> None:
     kept = {name: torch.cat(parts).numpy() for name, parts in (module.predictions or {}).items()}
     module.predictions = None
     order = np.argsort(kept["index"], kind="stable")
-    np.savez_compressed(path, **{name: values[order] for name, values in kept.items()})
+    np.savez_compressed(path, index=kept["index"][order], target=kept["target"][order], logits=kept["logits"][order])
 
 
 def _split(metrics: Any) -> dict[str, float]:
@@ -199,20 +199,19 @@ def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], da
 def five_lines(outcome: dict[str, Any], run_dir: Path) -> str:
     """The end of a run: student last and selected, teacher, retention, and where everything is."""
     student, teacher = outcome["student"], outcome.get("teacher")
-    lines = [
-        f"student (last, epoch {student['last']['epoch'] + 1})       {_metrics(student['last'])}",
-        f"student (selected, epoch {student['selected']['epoch'] + 1})   {_metrics(student['selected'])}",
-    ]
+    last, selected = student["last"], student["selected"]
+    lines = {
+        f"student, last epoch ({last['epoch'] + 1})": _metrics(last),
+        f"student, selected by val ({selected['epoch'] + 1})": _metrics(selected),
+        "teacher": "none" if teacher is None else _metrics(teacher),
+    }
     if teacher is None:
-        lines += ["teacher                   none", f"size                      {_size(student)}"]
+        lines["size"] = _size(student)
     else:
-        retention = student["selected"]["test"]["acc1"] / max(teacher["test"]["acc1"], 1e-12)
-        lines += [
-            f"teacher                   {_metrics(teacher)}",
-            f"retention                 {retention:.1%} of the teacher's top-1 with {_size(student)} against "
-            f"{_size(teacher)}",
-        ]
-    return "\n".join([*lines, f"run directory             {run_dir.resolve()}"])
+        share = selected["test"]["acc1"] / max(teacher["test"]["acc1"], 1e-12)
+        lines["retention"] = f"{share:.1%} of the teacher's top-1; {_size(student)} against {_size(teacher)}"
+    lines["run directory"] = str(run_dir.resolve())
+    return "\n".join(f"{label:<30} {text}" for label, text in lines.items())
 
 
 def _metrics(part: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,10 @@ class Objective(nn.Module):
             if not 0 <= weight < math.inf:
                 raise KdError(f"loss.{name}.weight = {weight} is not allowed: it must be a finite number, 0 or more")
 
+    def items(self) -> list[tuple[str, Term]]:
+        """Name and term, in the order of the config."""
+        return [(name, cast(Term, term)) for name, term in self.terms.items()]
+
     @property
     def names(self) -> list[str]:
         """The terms' names, in the order of the values of :meth:`forward`."""
@@ -91,7 +96,7 @@ class Objective(nn.Module):
 
     def needs(self, what: str) -> list[str]:
         """The names of the terms that declare ``needs_<what>``: teacher, logits or labels."""
-        return [name for name, term in self.terms.items() if getattr(term, f"needs_{what}")]
+        return [name for name, term in self.items() if getattr(term, f"needs_{what}")]
 
     def weight(self, name: str, epoch: float, epochs: int) -> float:
         """The factor of a term at this (fractional) epoch."""
@@ -102,7 +107,7 @@ class Objective(nn.Module):
         self, student: Output, teacher: Output, batch: Batch, epoch: float = 0.0, epochs: int = 1
     ) -> tuple[list[Tensor], Tensor]:
         """Each term's unweighted value, and their weighted sum (all scalars)."""
-        values = [term(student, teacher, batch) for term in self.terms.values()]
+        values = [term(student, teacher, batch) for _, term in self.items()]
         weights = [self.weight(name, epoch, epochs) for name in self.terms]
         total = torch.stack([w * v.float() for w, v in zip(weights, values, strict=True)]).sum()
         return values, total

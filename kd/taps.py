@@ -49,6 +49,10 @@ def _module(network: nn.Module, name: str, side: str) -> nn.Module:
     return modules[module]
 
 
+class AllTapped(Exception):
+    """Raised inside a network when all its taps have fired and nobody wants more of it."""
+
+
 class Taps:
     """Records tensors of one network while it runs.
 
@@ -60,6 +64,7 @@ class Taps:
         self.names = list(dict.fromkeys(names))
         self.side = side
         self.active = False  # hooks do nothing while the network runs for another purpose (validation, say)
+        self.stop = False  # end the forward pass (AllTapped) as soon as every tap has fired
         self._recorded: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
         self._fired: dict[str, int] = dict.fromkeys(self.names, 0)
@@ -71,14 +76,14 @@ class Taps:
             else:
                 module.register_forward_hook(self._output_hook(name))
 
-    def _input_hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _input_hook(self, name: str):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.active:
                 self._record(name, args or tuple(kwargs.values()))
 
         return hook
 
-    def _output_hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _output_hook(self, name: str):
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self.active:
                 self._record(name, output)
@@ -94,6 +99,8 @@ class Taps:
         self._recorded[name] = tensor.clone() if name in self._clone else tensor
         self._versions[name] = tensor._version
         self._fired[name] += 1
+        if self.stop and len(self._recorded) == len(self.names):
+            raise AllTapped
 
     def take(self) -> dict[str, Tensor]:
         """The tensors of the last forward pass by name; forgets them. ``KdError`` when one did not fire."""

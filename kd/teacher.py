@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kd.errors import KdError
 from kd.losses.base import Output
-from kd.taps import Taps
+from kd.taps import AllTapped, Taps
 
 log = logging.getLogger(__name__)
 
@@ -99,13 +99,22 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, inputs: Tensor, features: bool = False) -> Output:
-        """``inputs`` as the data module makes them. ``features``: also return the tapped tensors."""
+    def forward(self, inputs: Tensor, features: bool = False, logits: bool = True) -> Output:
+        """``inputs`` as the data module makes them. ``features``: also return the tapped tensors.
+
+        Without ``logits`` the pass ends at the last tap: what lies behind it costs nothing.
+        """
         self.taps.active = features and bool(self.taps.names)
-        answers = [net(prepare(inputs)) for net, prepare in zip(self.networks, self.input_maps, strict=True)]
-        recorded = self.taps.take() if self.taps.active else {}
-        self.taps.active = False
-        return Output(self._combined(answers), recorded)
+        self.taps.stop = self.taps.active and not logits
+        answers = []
+        try:
+            for network, prepare in zip(self.networks, self.input_maps, strict=True):
+                answers.append(network(prepare(inputs)))
+        except AllTapped:
+            return Output(None, self.taps.take())
+        finally:
+            active, self.taps.active = self.taps.active, False
+        return Output(self._combined(answers), self.taps.take() if active else {})
 
     def _combined(self, answers: list[Tensor]) -> Tensor:
         if len(answers) == 1:

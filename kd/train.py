@@ -105,7 +105,7 @@ def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 # ---------------------------------------------------------------------- logging and resources
 
 
-class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+class _Console(logging.StreamHandler):
     """Writes to whatever ``sys.stdout`` is at that moment: progress bars and tests replace it."""
 
     def __init__(self) -> None:

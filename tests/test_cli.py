@@ -82,7 +82,10 @@ TYPOS = [
     (["protocol.val_every=7"], "protocol.val_every = 7 is not allowed: it must divide recipe.epochs = 30"),
     (["protocol.mode=best"], "protocol.mode = best is not allowed: it must be max or min"),
     (["student.model=???"], "student.model has no value: set it, for example student.model=…"),
-    (["+hardware.trainer.max_epoch=3"], "hardware.trainer.max_epoch is not an argument of lightning.Trainer (near: max_"),
+    (
+        ["+hardware.trainer.max_epoch=3"],
+        "hardware.trainer.max_epoch is not an argument of lightning.Trainer (near: max_",
+    ),
     (["hardware.trainer={max_epoch:3}"], "there is no option hardware.trainer.max_epoch"),
     (["--nonsense"], "the flags are not understood"),
     (["resume=nowhere"], "nowhere is not a run directory: there is no config.yaml in it"),
@@ -142,7 +145,8 @@ def test_a_typo_in_a_sweep_stops_before_the_first_job(kd, tmp_path) -> None:
 
 
 def test_the_exit_code_reaches_the_shell_before_torch_is_imported(tmp_path) -> None:
-    code = "import sys; sys.argv[1:] = ['train', 'recipe.epocs=3']; from kd.cli import main; r = main(); print('torch' in sys.modules); sys.exit(r)"
+    code = "import sys; from kd.cli import main; r = main(['train', 'recipe.epocs=3']); print('torch' in sys.modules)"
+    code += "; sys.exit(r)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout.strip() == "False"

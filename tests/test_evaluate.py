@@ -32,7 +32,14 @@ def test_last_and_selected_weights(kd, tmp_path, teacher_run) -> None:
 
 
 def test_beside_a_teacher_agreement_and_kl(kd, tmp_path, teacher_run) -> None:
-    kd("train", "recipe.epochs=2", "hardware=cpu", f"teacher.checkpoint={teacher_run}", "loss=[kd]", "hydra.run.dir=run")
+    kd(
+        "train",
+        "recipe.epochs=2",
+        "hardware=cpu",
+        f"teacher.checkpoint={teacher_run}",
+        "loss=[kd]",
+        "hydra.run.dir=run",
+    )
     found = numbers(kd, tmp_path, "run=run")
     assert found["metrics"] == pytest.approx(record(tmp_path / "run")["student"]["selected"]["test"], rel=1e-5)
     own = numbers(kd, tmp_path, "run=run", "who=teacher")

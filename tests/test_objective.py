@@ -62,7 +62,8 @@ def test_negative_weights_are_refused(weight: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Linear(start=-1), lambda: Cosine(epochs=0), lambda: Step([1], gamma=-1), lambda: Linear(end=math.nan)]
+    "make",
+    [lambda: Linear(start=-1), lambda: Cosine(epochs=0), lambda: Step([1], gamma=-1), lambda: Linear(end=math.nan)],
 )
 def test_schedules_refuse_bad_numbers(make) -> None:
     with pytest.raises(ValueError, match="is not allowed"):

@@ -14,7 +14,7 @@ from kd import weights
 from kd.errors import KdError
 
 
-@pytest.fixture()
+@pytest.fixture
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
@@ -105,4 +105,6 @@ def test_what_does_not_fit_is_named(net) -> None:
     with pytest.raises(KdError, match=r"does not fit the teacher: 1\.weight is \(9, 9\) in the file and \(2, 4\)"):
         weights.load(net, {**state, "1.weight": torch.zeros(9, 9)}, "f", "teacher")
     with pytest.raises(KdError, match=r"lacks 0\.bias and has other \(1 missing, 1 unexpected\)"):
-        weights.load(net, {**{k: v for k, v in state.items() if k != "0.bias"}, "other": torch.zeros(1)}, "f", "student")
+        weights.load(
+            net, {**{k: v for k, v in state.items() if k != "0.bias"}, "other": torch.zeros(1)}, "f", "student"
+        )

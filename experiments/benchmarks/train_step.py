@@ -26,7 +26,12 @@ from kd.distiller import Distiller
 
 SIZES = {
     "mlp": (
-        ["data.shape=[1,28,28]", "student.model.hidden=[256,256]", "model@teacher=mlp", "teacher.model.hidden=[256,256]"],
+        [
+            "data.shape=[1,28,28]",
+            "student.model.hidden=[256,256]",
+            "model@teacher=mlp",
+            "teacher.model.hidden=[256,256]",
+        ],
         400,
     ),
     "small": (["data.shape=[3,32,32]", "model@student=resnet8", "model@teacher=resnet20"], 40),
@@ -65,9 +70,7 @@ def bare(module: Distiller, data) -> float:
         with torch.no_grad():
             soft = teacher(batch.inputs)
         logits = module.student(batch.inputs)
-        kl = F.kl_div(
-            F.log_softmax(logits / 4, 1), F.log_softmax(soft / 4, 1), reduction="batchmean", log_target=True
-        )
+        kl = F.kl_div(F.log_softmax(logits / 4, 1), F.log_softmax(soft / 4, 1), reduction="batchmean", log_target=True)
         loss = F.cross_entropy(logits, batch.targets) + 16 * kl
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,135 @@
+"""Building teachers and students: pretrained statistics and heads, early exit, prepared taps."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from kd import build
+from kd.app import checked
+from kd.errors import KdError
+from kd.losses.base import Term
+
+FAKE = ["data=fake", "data.train_images=64", "data.test_images=16", "hardware=cpu", "recipe.batch_size=8"]
+
+
+@pytest.fixture
+def offline_timm(monkeypatch) -> None:
+    """timm's networks without their weights: ``pretrained=True`` then still carries the pretrained configuration."""
+    import timm
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kw: create(name, pretrained=False, **kw))
+
+
+def module(*overrides: str):
+    config = checked([*FAKE, *overrides])
+    data = build.datamodule(config)
+    return build.distiller(config, data), data
+
+
+def test_a_pretrained_teacher_is_fed_with_its_own_statistics(offline_timm) -> None:
+    teacher = ["model@teacher=timm_resnet18", "teacher.model.pretrained=true", "teacher.resize=false"]
+    distiller, _ = module(*teacher, "teacher.allow_random=true", "loss=[ce,kd]", "data.mean=[0.5]", "data.std=[0.25]")
+    raw = torch.rand(2, 3, 32, 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    wanted = (raw - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(distiller.teacher.input_maps[0]((raw - 0.5) / 0.25), wanted)
+
+
+def test_a_pretrained_teacher_of_other_classes_is_refused(offline_timm) -> None:
+    with pytest.raises(
+        KdError, match="was pretrained on 1000 classes, the data has 10: its classifier would be random"
+    ):
+        module("model@teacher=timm_resnet18", "teacher.model.pretrained=true", "loss=[ce,kd]")
+
+
+def test_a_pretrained_teacher_of_another_size_is_refused(offline_timm) -> None:
+    with pytest.raises(KdError, match="the teacher expects 224×224 images, the data gives 32×32"):
+        module("model@teacher=timm_resnet18", "teacher.model.pretrained=true", "teacher.allow_random=true", "loss=[kd]")
+
+
+def test_a_pretrained_student_of_other_statistics_is_told(offline_timm, caplog) -> None:
+    logging.getLogger("kd").propagate = True
+    module("model@student=timm_resnet18", "student.model.pretrained=true")
+    assert "the student was pretrained on inputs of mean (0.485, 0.456, 0.406)" in caplog.text
+
+
+def test_weights_without_recorded_statistics_are_told(tmp_path, caplog) -> None:
+    from kd.models.cifar_resnet import resnet
+
+    logging.getLogger("kd").propagate = True
+    torch.save(resnet(8, num_classes=10, input_shape=(3, 32, 32)).state_dict(), tmp_path / "bare.pt")
+    module("model@teacher=resnet8", f"teacher.checkpoint={tmp_path / 'bare.pt'}", "loss=[kd]")
+    assert "does not record the statistics of its input" in caplog.text
+
+
+def test_the_teacher_stops_after_the_last_tap() -> None:
+    distiller, data = module(
+        "model@student=resnet8", "model@teacher=resnet8", "teacher.allow_random=true", "loss=[ce,hint]"
+    )
+    ran = []
+    for name in ("layer2", "layer3", "fc"):
+        distiller.teacher.root.get_submodule(name).register_forward_pre_hook(lambda *a, name=name: ran.append(name))
+    batch = next(iter(data.train_dataloader()))
+    teacher, student = distiller.answer_both(batch.inputs)
+    assert ran == ["layer2"]
+    assert teacher.logits is None
+    assert list(teacher.features) == ["layer2"]
+    assert student.logits is not None
+    assert distiller.teacher(batch.inputs).rows.shape == (8, 10)  # validation still gets its logits
+
+
+class Undeclared(Term):
+    """Reads the teacher's logits without saying so."""
+
+    needs_logits = False
+
+    def forward(self, student, teacher, batch):
+        return teacher.rows.mean()
+
+
+class Broken(Term):
+    """Cannot match the shapes."""
+
+    def forward(self, student, teacher, batch):
+        return student.rows @ teacher.rows
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("Undeclared", "this term reads logits, but does not declare it"), ("Broken", "loss.mine: mat1 and mat2 shapes")],
+)
+def test_a_term_is_tried_before_the_first_batch(name, sentence) -> None:
+    arguments = [f"+loss.mine={{_target_:tests.test_build.{name}}}", "model@student=resnet8", "model@teacher=resnet8"]
+    with pytest.raises(KdError, match=sentence):
+        module(*arguments, "teacher.allow_random=true")
+
+
+def test_preparing_leaves_the_student_and_the_random_state_alone() -> None:
+    config = checked(
+        [*FAKE, "model@student=resnet8", "model@teacher=resnet8", "teacher.allow_random=true", "loss=[ce,at]"]
+    )
+    data = build.datamodule(config)
+    torch.manual_seed(0)
+    distiller = build.distiller(config, data)
+    state = torch.random.get_rng_state()
+    before = {k: v.clone() for k, v in distiller.student.state_dict().items()}
+    distiller.prepare(next(iter(data.train_dataloader())))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in distiller.student.state_dict().items())
+    assert distiller.student.training
+    assert distiller.objective.training
+
+
+def test_adapters_are_trained_and_the_teacher_is_not() -> None:
+    distiller, _ = module(
+        "model@student=resnet8", "model@teacher=resnet8x4", "teacher.allow_random=true", "loss=[ce,hint]"
+    )
+    wanted = {id(p) for p in distiller.trainable()}
+    assert {id(p) for p in distiller.objective.parameters()} <= wanted
+    assert not {id(p) for p in distiller.teacher.parameters()} & wanted
+    optimizer = distiller.configure_optimizers()["optimizer"]
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == wanted

@@ -1,0 +1,62 @@
+"""Every notebook runs from top to bottom on fresh runs, and is kept without what it printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def text_of(cell: nbformat.NotebookNode) -> str:
+    """Everything a code cell printed or showed, as plain text."""
+    shown = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+    return "\n".join(shown)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher's run and a distilled one, two epochs each."""
+    from kd.app import checked
+    from kd.train import train
+
+    folder = tmp_path_factory.mktemp("runs")
+    common = ["recipe.epochs=2", "hardware=cpu"]
+    distilled = [f"teacher.checkpoint={folder / '1_teacher'}", "loss=[ce,kd]", "name=distilled", "seed=3", *common]
+    arms = {"1_teacher": ["model@student=mlp_teacher", "name=big", *common], "2_distilled": distilled}
+    for name, overrides in arms.items():
+        (folder / name).mkdir()
+        train(checked(overrides), folder / name, overrides)
+    return folder
+
+
+def test_there_are_notebooks() -> None:
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{n:02}_" for n in range(1, len(NOTEBOOKS) + 1)]
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+        assert cell.metadata == {}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("KD_RUNS", str(runs))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = "\n".join(text_of(cell) for cell in notebook.cells if cell.cell_type == "code")
+    assert "2 of 2 runs" in said
+    tables = [text_of(cell) for cell in notebook.cells if cell.cell_type == "code" and "retention" in cell.source]
+    assert any("1_teacher" in t and "2_distilled" in t and "ce+kd" in t for t in tables)

@@ -1,0 +1,43 @@
+"""What the README shows does what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
+    return ["\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found]
+
+
+def test_the_loss_of_the_three_steps_trains(kd, tmp_path, monkeypatch, teacher_run) -> None:
+    module = next(b for b in blocks("python") if "class LogitMSE" in b)
+    yaml = next(b for b in blocks("yaml") if "LogitMSE" in b).replace("kd.losses.logits.mse", "readme_mse")
+    (tmp_path / "readme_mse.py").write_text(module)
+    (tmp_path / "myconf" / "loss").mkdir(parents=True)
+    (tmp_path / "myconf" / "loss" / "mse.yaml").write_text(yaml)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["recipe.epochs=1", "hardware=cpu", f"teacher.checkpoint={teacher_run}", "loss=[ce,mse]"]
+    said = kd("train", "--config-dir", "myconf", *arguments)
+    assert said.code == 0, said.err
+    assert "train/mse" in said.out
+
+
+def test_the_loss_in_a_loop_of_your_own() -> None:
+    code = next(b for b in blocks("python") if "from kd.losses.functional import" in b)
+    logits = torch.randn(4, 10, requires_grad=True)
+    names = {"F": F, "logits": logits, "teacher_logits": torch.randn(4, 10), "target": torch.arange(4)}
+    exec(code, names)
+    names["loss"].backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"[A-Z]+_OUTPUT", README)
+    assert 150 <= len(README.splitlines()) <= 250
