@@ -26,6 +26,8 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``kd`` command. Returns the exit code."""
     args = sys.argv[1:] if argv is None else argv
+    if "" not in sys.path:  # so that _target_: mymodule.MyTerm finds a module of the working directory
+        sys.path.append("")
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0 if args else 1

@@ -187,7 +187,8 @@ def _check_targets(values: dict[str, Any]) -> Iterator[str]:
 
 def _where(path: str, key: str) -> str:
     """The configuration file that spells this key, for the complaint about it."""
-    files = [f for f in loaded_files() if any(line.split(":")[0].strip() == key for line in _lines(f))]
+    group, name, *_ = [*path.split("."), ""]  # Hydra does not list the options of groups chosen as lists
+    files = [f for f in loaded_files(Path(group) / f"{name}.yaml") if any(line.split(":")[0].strip() == key for line in _lines(f))]
     return f" [{', '.join(str(f) for f in files[:2])}]" if files else f" [command line: {path}.{key}]"
 
 
@@ -195,15 +196,15 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def loaded_files() -> list[Path]:
-    """The YAML files of the options that Hydra chose, while it composes or runs; else none."""
+def loaded_files(*more: Path) -> list[Path]:
+    """The YAML files of the options that Hydra chose (and ``more``), while it composes or runs; else none."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
         return []
     runtime = HydraConfig.get().runtime
     roots = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
-    chosen = [Path("train.yaml")]
+    chosen = [Path("train.yaml"), *more]
     for group, choice in runtime.choices.items():
         options = choice if isinstance(choice, (list, ListConfig)) else [choice]
         chosen += [Path(group.split("@")[0]) / f"{option}.yaml" for option in options if option is not None]
