@@ -188,7 +188,11 @@ def _check_targets(values: dict[str, Any]) -> Iterator[str]:
 def _where(path: str, key: str) -> str:
     """The configuration file that spells this key, for the complaint about it."""
     group, name, *_ = [*path.split("."), ""]  # Hydra does not list the options of groups chosen as lists
-    files = [f for f in loaded_files(Path(group) / f"{name}.yaml") if any(line.split(":")[0].strip() == key for line in _lines(f))]
+    files = [
+        f
+        for f in loaded_files(Path(group) / f"{name}.yaml")
+        if any(line.split(":")[0].strip() == key for line in _lines(f))
+    ]
     return f" [{', '.join(str(f) for f in files[:2])}]" if files else f" [command line: {path}.{key}]"
 
 
