@@ -1,6 +1,6 @@
 """Every loss against numbers that the reference implementations returned; inputs and settings come from the files.
 
-``pytest --golden DIR`` puts other cases through the same tests: every DIR/<method><suffix>.npz whose name
+``pytest --golden=DIR`` puts other cases through the same tests: every DIR/<method><suffix>.npz whose name
 starts with a method below. Keys: inputs (``student_logits``, ``student_feature_0``, …), 0-d hyperparameters under the
 names of our arguments, ``loss``, ``grad_<input>``, ``alt_loss__<other implementation>``.
 """
