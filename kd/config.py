@@ -241,8 +241,8 @@ def _check_numbers(values: dict[str, Any]) -> Iterator[str]:
     clip = recipe["gradient_clip"]
     if clip is not None and not clip > 0:
         yield f"recipe.gradient_clip = {clip} is not allowed: it must be above 0, or null"
-    if values["seed"] < 0:
-        yield f"seed = {values['seed']} is not allowed: it must be 0 or more"
+    if not 0 <= values["seed"] < 2**32:
+        yield f"seed = {values['seed']} is not allowed: it must be 0 to {2**32 - 1}"
 
 
 def _check_choices(values: dict[str, Any]) -> Iterator[str]:

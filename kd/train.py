@@ -51,6 +51,8 @@ def train(
 
     The record is written when the run starts, and again when it finishes, fails or is interrupted.
     """
+    if checkpoint is None and (run_dir / record.FILE).exists():
+        raise KdError(f"{run_dir} holds a run already: go on with resume={run_dir}, or choose another hydra.run.dir")
     start = time.perf_counter()
     handlers = _start_logging(run_dir)
     result = _opening(config, overrides)

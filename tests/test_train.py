@@ -331,6 +331,13 @@ def test_an_unwritable_run_directory(kd, tmp_path) -> None:
     fails(kd("train", *FAST, "hydra.run.dir=file/run"), "the run directory cannot be written: ")
 
 
+def test_a_second_run_does_not_overwrite_the_first(kd, tmp_path) -> None:
+    assert kd("train", *FAST, "hydra.run.dir=run").code == 0
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    fails(kd("train", *FAST, "seed=1", "hydra.run.dir=run"), "run holds a run already: go on with resume=")
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+
 def test_an_empty_split(kd) -> None:
     fails(kd("train", *FAST, "data.val_fraction=0.0001"), "data.val_fraction = 0.0001 leaves no image for validation")
 
