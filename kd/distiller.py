@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd.bookkeeping import StepBuffer, first_bad
 from kd.errors import KdError
 from kd.losses.base import Batch, Output
+from kd.measure import measure
 from kd.objective import Objective
 from kd.taps import Taps, resolve
 from kd.teacher import Teacher
@@ -296,28 +297,3 @@ class Distiller(L.LightningModule):
         own = self.state_dict()
         checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
         self.history, self.epoch_means = (dict(checkpoint["kd"][name]) for name in ("history", "epoch_means"))
-
-
-@torch.no_grad()
-def measure(
-    task: Any,
-    num_classes: int,
-    network: Callable[[Tensor], Tensor],
-    loader: Iterable[Batch],
-    device: torch.device,
-    teacher: Callable[[Tensor], Tensor] | None = None,
-    keep: dict[str, list[Tensor]] | None = None,
-) -> tuple[dict[str, float], list[float]]:
-    """The task's metrics of a network on a split, and its accuracy per class, outside of a trainer.
-
-    ``network`` and ``teacher`` map inputs to logits (rows, classes); ``keep`` collects index, target and logits.
-    """
-    metrics = task.metrics(num_classes).to(device)
-    for batch in loader:
-        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-        logits = network(inputs)
-        metrics.update(logits, targets, teacher(inputs) if teacher is not None else None)
-        if keep is not None:
-            for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", logits)):
-                keep.setdefault(name, []).append(tensor.cpu())
-    return metrics.compute(teacher is not None), metrics.accuracy_per_class()

@@ -108,7 +108,7 @@ def evaluate(
     import torch
 
     from kd import build, fit, weights
-    from kd.distiller import measure
+    from kd.measure import measure
 
     fit.quieten()
     source = weights_file or config["student"]["checkpoint"]
