@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -101,16 +102,20 @@ def run(argv: list[str], job: Job) -> int:
 def _samples(overrides: list[str]) -> Iterator[list[str]]:
     """Of a sweep, every value of every axis once, with the first values of the others: enough to find a typo."""
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        loader = ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONF)))
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)  # globs ask the loader
     except explain.KNOWN as error:
         raise KdError(explain.explain(error, overrides)) from error
+    settable = [o for o in parsed if not o.is_hydra_override()]
     axes = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()
         else [o.input_line or ""]
-        for o in parsed
-        if not o.is_hydra_override()
+        for o in settable
     ]
+    empty = [o.input_line for o, axis in zip(settable, axes, strict=True) if not axis]
+    if empty:
+        raise KdError(f"{empty[0]} is a sweep over nothing")
     first = [axis[0] for axis in axes]
     yield first
     for position, axis in enumerate(axes):

@@ -33,9 +33,7 @@ def make(node: Mapping[str, Any], path: str, **extra: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, KdError):
             raise cause from None
-        if isinstance(cause, (ValueError, TypeError, OSError, ImportError, LookupError, RuntimeError)):
-            raise KdError(f"{path}: {_first_line(cause)}") from cause
-        raise KdError(f"{path}: {_first_line(error)}") from error
+        raise KdError(f"{path}: {_first_line(cause or error)}") from error
     except (ValueError, TypeError) as error:
         raise KdError(f"{path}: {_first_line(error)}") from error
 
@@ -93,7 +91,8 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
     section = config["student"]
     net = network(section["model"], "student.model", data.num_classes, data.input_shape)
     if section["checkpoint"] is not None:
-        state, _ = weights.read(section["checkpoint"])
+        state, about = weights.read(section["checkpoint"])
+        same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
         weights.load(net, state, section["checkpoint"], "student")
     elif section["model"].get("pretrained"):
         own = getattr(net, "pretrained_cfg", None) or {}

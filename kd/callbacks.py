@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import CSVLogger
 
 from kd import weights
-from kd.errors import KdError
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +32,6 @@ class SelectedWeights(Callback):
         """Save when this validation beats all before it."""
         if trainer.state.fn != "fit":
             return
-        if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(k for k in trainer.callback_metrics if k.startswith("val/")))
-            raise KdError(f"protocol.monitor = {self.monitor} is not measured; measured: {known}")
         value = float(trainer.callback_metrics[self.monitor])
         if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
             self.best, self.epoch = value, trainer.current_epoch

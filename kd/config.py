@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -59,8 +60,6 @@ class Hardware:
 
     accelerator: str = "auto"
     devices: Any = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
     precision: str = "32-true"
     threads: int | None = None  # of torch on the CPU; null: torch's choice
     deterministic: Any = "warn"  # true, false, or "warn" where an operation has no deterministic form
@@ -72,7 +71,7 @@ class Protocol:
     """Which split picks the checkpoint, how often it is looked at, what is kept."""
 
     monitor: str = "val/acc1"
-    mode: str = "max"
+    mode: str | None = None  # max or min; null: what is better for the metric
     val_every: int = 1  # epochs between validations; the last epoch is always validated
     keep_predictions: bool = False  # write predictions_val.npz and predictions_test.npz
 
@@ -111,6 +110,12 @@ ConfigStore.instance().store(name="schema", node=Root)
 OmegaConf.register_new_resolver("kd.or", lambda value, default: default if value is None else value, replace=True)
 
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
+OWN_TRAINER_KEYS = (
+    *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val"),
+    *("check_val_every_n_epoch", "val_check_interval", "num_sanity_val_steps", "fast_dev_run", "overfit_batches"),
+    *("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "logger", "callbacks"),
+    *("default_root_dir", "enable_progress_bar", "enable_checkpointing", "barebones", "use_distributed_sampler"),
+)
 OBJECTIVE_KEYS = ("weight", "schedule")  # of a loss node: read by the objective, not by the term
 
 
@@ -135,7 +140,24 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     problems += [*_check_numbers(values), *_check_choices(values)]
     if problems:
         raise KdError("\n".join(problems))
+    protocol = values["protocol"]
+    protocol["mode"] = protocol["mode"] or better(protocol["monitor"])
+    for section in ("student", "teacher"):
+        values[section]["checkpoint"] = _absolute(values[section]["checkpoint"])
+    values["data"]["root"] = _absolute(values["data"].get("root"))
     return values
+
+
+def better(metric: str) -> str:
+    """Whether ``max`` or ``min`` of a metric is better: losses, errors and distances are to be small."""
+    return "min" if metric.rpartition("/")[2] in ("nll", "ece", "kl", "loss") else "max"
+
+
+def _absolute(path: Any) -> Any:
+    """Existing paths made absolute, so that a run's config means the same from every directory."""
+    if isinstance(path, list):
+        return [_absolute(p) for p in path]
+    return os.path.abspath(path) if isinstance(path, str) and os.path.exists(path) else path
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -180,8 +202,10 @@ def _check_targets(values: dict[str, Any]) -> Iterator[str]:
                 yield f"{path}.{key} is not an argument of {node['_target_']}{near(key, names)}{_where(path, key)}"
 
     trainer = arguments("lightning.Trainer").names
-    for key in values["hardware"]["trainer"] or {}:
-        if key not in trainer:
+    for key, value in (values["hardware"]["trainer"] or {}).items():
+        if key in OWN_TRAINER_KEYS or (key, value) == ("limit_val_batches", 0):
+            yield f"hardware.trainer.{key} = {value} is not allowed: the recipe, protocol and hardware sections set it"
+        elif key not in trainer:
             yield f"hardware.trainer.{key} is not an argument of lightning.Trainer{near(key, trainer)}"
 
 
@@ -249,13 +273,19 @@ def _check_choices(values: dict[str, Any]) -> Iterator[str]:
     allowed = {
         "teacher.combine": ("probabilities", "logits"),
         "recipe.scheduler_interval": ("epoch", "step"),
-        "protocol.mode": ("max", "min"),
     }
     for path, choices in allowed.items():
         section, key = path.split(".")
         value = values[section][key]
         if value not in choices:
             yield f"{path} = {value} is not allowed: it must be {' or '.join(choices)}"
+
+    mode, monitor = values["protocol"]["mode"], values["protocol"]["monitor"]
+    if mode is not None and mode != better(monitor):
+        yield f"protocol.mode = {mode} is not allowed: the better {monitor} is its {better(monitor)}imum (or null)"
+    devices = values["hardware"]["devices"]
+    if devices != 1 and not (isinstance(devices, list) and len(devices) == 1):
+        yield f"hardware.devices = {devices} is not allowed: 1, or a list with the number of one device"
 
 
 def _check_loss(values: dict[str, Any]) -> Iterator[str]:

@@ -42,7 +42,7 @@ class Arm:
     overrides: tuple[str, ...]
 
 
-FEW = ("data.label_fraction=0.03", "data.keep_unlabelled=false", "recipe.epochs=400", "protocol.val_every=400")
+FEW = ("data.label_fraction=0.03", "data.keep_unlabelled=false", "recipe.epochs=400")
 SOFT = ("experiment=digits_kd", "teacher.checkpoint={teacher}", "protocol.keep_predictions=true")
 HARD = ("experiment=digits_alone", "protocol.keep_predictions=true")
 TEACHER = Arm("teacher", "teacher", ("experiment=digits_teacher",))
@@ -133,7 +133,9 @@ def _run_one(work: tuple[Arm, int, Path]) -> tuple[str, str | None]:
     run_dir = directory(out, arm.name, seed)
     teacher = str(directory(out, "teacher", seed))
     overrides = [o.format(teacher=teacher) for o in arm.overrides]
-    # each repetition has its own split; the teacher and the students of a seed share it
+    # each repetition has its own split; the teacher and the students of a seed share it. One validation, at the end:
+    # the selected epoch is the last, so that every figure of a table is of the same weights
+    overrides.append("protocol.val_every=${recipe.epochs}")
     overrides += [
         f"seed={seed}",
         f"data.split_seed={seed}",

@@ -59,6 +59,10 @@ class Distiller(L.LightningModule):
         self.epoch_means: dict[str, float] = {}  # of the last training epoch
         self.history: dict[int, dict[str, float]] = {}  # epoch → validation metrics, survives a resume
         self.teacher_metrics: dict[str, dict[str, float]] = {}  # split → metrics, measured once
+        self.test_name = "test"
+        self.tested: dict[str, Any] = {}  # of the last test pass: metrics and accuracy per class
+        self.teacher_tested: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}  # what is recorded with the weights: model, data facts
         self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
         self._teacher_logits: dict[tuple[str, int], Tensor] = {}
         # the dry pass wants them, to compare the classes; after it only the terms have a say
@@ -84,10 +88,13 @@ class Distiller(L.LightningModule):
         """
         inputs = batch.inputs[:2].to(self.device)
         terms = self.objective.items()
-        for _, term in terms:
-            term.student_taps = resolve(term.student_taps, self.student, "student")
-            root = self.teacher.root if self.teacher else None
-            term.teacher_taps = resolve(term.teacher_taps, root, "teacher") if root is not None else []
+        for name, term in terms:
+            try:
+                term.student_taps = resolve(term.student_taps, self.student, "student")
+                root = self.teacher.root if self.teacher else None
+                term.teacher_taps = resolve(term.teacher_taps, root, "teacher") if root is not None else []
+            except KdError as error:
+                raise KdError(f"loss.{name}: {error}") from None
         self.student_taps = Taps(self.student, [str(n) for _, t in terms for n in t.student_taps or ()], "student")
         if self.teacher is not None:
             self.teacher.tap([str(n) for _, t in terms for n in t.teacher_taps or ()])
@@ -98,13 +105,16 @@ class Distiller(L.LightningModule):
             self._teacher_logits_wanted = any(t.needs_teacher and t.needs_logits for _, t in terms)
             if not self._teacher_logits_wanted:
                 teacher.logits = None
-            self.objective.eval()  # adapters with batch statistics
+            few = Batch(inputs, *(t[: len(inputs)].to(self.device) for t in batch[1:]))
             for name, term in terms:
                 try:
                     term.prepare(student, teacher)
-                    term(student, teacher, Batch(inputs, *(t[: len(inputs)].to(self.device) for t in batch[1:])))
-                except (ValueError, RuntimeError) as error:
-                    raise KdError(f"loss.{name}: {str(error).splitlines()[0]}") from None
+                    value = term.eval()(student, teacher, few)  # eval: adapters may have batch statistics
+                except (ValueError, RuntimeError, TypeError, LookupError, AssertionError) as error:
+                    raise KdError(f"loss.{name}: {str(error).splitlines()[0]}") from error
+                if not isinstance(value, Tensor) or value.ndim:
+                    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise KdError(f"loss.{name} returns {shape}: a term must return a scalar tensor")
             self.objective.train()
         self.student.train(training)
 
@@ -151,7 +161,7 @@ class Distiller(L.LightningModule):
         epoch = self.current_epoch + batch_idx / max(1, self.trainer.num_training_batches)
         values, total = self.objective(student, teacher, batch, epoch, self.trainer.max_epochs or 1)
         correct, labelled = self.task.count(student.rows, batch.targets)
-        self._buffer.add([total, *values, *correct, labelled])
+        self._buffer.add([total, *values, *correct, labelled], rows=len(batch.targets))
         last = batch_idx + 1 == self.trainer.num_training_batches
         if last or self._buffer.full:
             self._read_buffer(batch_idx)
@@ -163,8 +173,8 @@ class Distiller(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Measure the teacher with the student's metrics, once, and say so before the first epoch."""
-        names = ["loss", *self.objective.names, *self.task.counts, "labelled"]
-        self._buffer = StepBuffer(names, self.log_every, self.device)
+        names, few = ["loss", *self.objective.names], self.objective.needs("labels")
+        self._buffer = StepBuffer(names, self.log_every, self.device, over_labelled=few, counts=self.task.counts)
         if self.teacher is not None and "val" not in self.teacher_metrics:
             teacher, loader = self.teacher, self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
             self.teacher_metrics["val"], _ = measure(
@@ -185,7 +195,7 @@ class Distiller(L.LightningModule):
         bad = first_bad(window)
         if bad is not None:
             self._stop_on(bad, batch_idx, len(window))
-        means = self._named_means(window.double().sum(0), len(window))
+        means = self._train_means(*self._buffer.last)
         epoch = self.current_epoch + (batch_idx + 1) / max(1, self.trainer.num_training_batches)
         for name in self.objective.schedules:
             means[f"weight/{name}"] = self.objective.weight(name, epoch, self.trainer.max_epochs or 1)
@@ -203,29 +213,24 @@ class Distiller(L.LightningModule):
             f"{self.current_epoch}; last good checkpoint: {checkpoint}"
         )
 
-    def _named_means(self, sums: Tensor, steps: int) -> dict[str, float]:
-        """Means over steps for the losses, over labelled rows for the counts."""
-        named = dict(zip(self._buffer.names, sums.tolist(), strict=True))
-        labelled = named.pop("labelled")
-        return {
-            f"train/{name}": value / max(1.0, labelled) if name in self.task.counts else value / max(1, steps)
-            for name, value in named.items()
-        }
+    def _train_means(self, sums: Tensor, rows: int) -> dict[str, float]:
+        return {f"train/{name}": value for name, value in self._buffer.means(sums, rows).items()}
 
     def _close_epoch(self) -> None:
         """The epoch's exact means, over all processes; before the validation, so that the epoch's line has both."""
-        sums, steps = self._buffer.take_epoch()
+        sums, rows = self._buffer.take_epoch()
         if self.trainer.world_size > 1:
-            packed = torch.cat([sums, torch.tensor([float(steps)], dtype=torch.float64)]).to(self.device)
+            packed = torch.cat([sums, torch.tensor([float(rows)], dtype=torch.float64)]).to(self.device)
             packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()
-            sums, steps = packed[:-1], int(packed[-1])
-        self.epoch_means = self._named_means(sums, steps)
+            sums, rows = packed[:-1], int(packed[-1])
+        self.epoch_means = self._train_means(sums, rows)
 
     # ------------------------------------------------------------------ evaluation
 
     def on_validation_epoch_start(self) -> None:
         """Fresh metrics for the pass."""
         self._metrics = self.task.metrics(self.num_classes).to(self.device)
+        self._teacher_metrics = self.task.metrics(self.num_classes).to(self.device)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -244,6 +249,8 @@ class Distiller(L.LightningModule):
             if (split, batch_idx) not in self._teacher_logits:
                 self._teacher_logits[split, batch_idx] = self.teacher(batch.inputs).rows
             teacher = self._teacher_logits[split, batch_idx]
+            if split == "test":  # val is measured before the first epoch
+                self._teacher_metrics.update(teacher, batch.targets)
         self._metrics.update(logits, batch.targets, teacher)
         if self.predictions is not None:
             for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", logits)):
@@ -263,14 +270,13 @@ class Distiller(L.LightningModule):
             self.history[self.current_epoch] = metrics
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/…`` once."""
-        metrics = {f"test/{k}": v for k, v in self._metrics.compute(self.teacher is not None).items()}
-        self.log_dict(metrics)
-        self.test_per_class = self._metrics.accuracy_per_class()
-
-    def test_logits(self, batch_idx: int) -> Tensor:
-        """The teacher's logits on a test batch that was evaluated before."""
-        return self._teacher_logits["test", batch_idx]
+        """Log the pass under ``test_name``, and keep it: two students of a run are tested, last and selected."""
+        metrics = self._metrics.compute(self.teacher is not None)
+        self.log_dict({f"{self.test_name}/{name}": value for name, value in metrics.items()})
+        self.tested = {"test": metrics, "test_per_class": self._metrics.accuracy_per_class()}
+        if self.teacher is not None:
+            per_class = self._teacher_metrics.accuracy_per_class()
+            self.teacher_tested = {"test": self._teacher_metrics.compute(False), "test_per_class": per_class}
 
     # ------------------------------------------------------------------ optimiser and checkpoints
 
@@ -290,7 +296,7 @@ class Distiller(L.LightningModule):
         """Leave the teacher out: it is furniture, and half as large again."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
-        checkpoint["kd"] = {"history": self.history, "epoch_means": self.epoch_means}
+        checkpoint["kd"] = {"history": self.history, "epoch_means": self.epoch_means, "about": self.about}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the teacher back, so that loading stays strict."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,12 @@ from kd.errors import KdError, near
 
 OWN = {"run": None, "split": "test", "who": "student", "weights": "selected", "out": None}
 CHOICES = {"split": ("val", "test"), "who": ("student", "teacher"), "weights": ("selected", "last")}
+
+RESOLVED = {
+    "seed": "set data.seed or data.split_seed",
+    "paths.data": "set data.root",
+    "student.checkpoint": "leave out run= to measure a checkpoint",
+}
 
 USAGE = """kd eval [run=RUN] [split=val|test] [who=student|teacher] [weights=selected|last] [out=FILE] [KEY=VALUE ...]
 
@@ -36,7 +43,12 @@ def main(argv: Sequence[str]) -> int:
     own, overrides = _split_arguments(argv)
     if own["out"] is not None and not Path(own["out"]).resolve().parent.is_dir():
         raise KdError(f"out = {own['out']} cannot be written: its folder does not exist")
-    config = run_config(own["run"], overrides) if own["run"] else _composed(overrides)
+    if own["run"]:
+        config = run_config(own["run"], overrides)
+    else:
+        from kd.app import checked
+
+        config = checked(overrides)
     file = _weights_file(own) if own["run"] and own["who"] == "student" else None
     result = evaluate(config, own["who"], own["split"], file)
     _print(result)
@@ -62,17 +74,12 @@ def _split_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return own, overrides
 
 
-def _composed(overrides: list[str]) -> dict[str, Any]:
-    from kd.app import checked
-
-    return checked(overrides)
-
-
 def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The config of a run with some keys changed. ``KdError`` for keys that it does not have."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    from kd.config import check
+    from kd.config import Root, check
 
     config = record.read_config(run)
     known = set(flat(config))
@@ -80,7 +87,12 @@ def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         key = override.partition("=")[0]
         if key not in known:
             raise KdError(f"{override}: the run has no key {key}{near(key, known)} (groups cannot be changed)")
-    merged = OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(list(overrides)))
+        if key in RESOLVED:
+            raise KdError(f"{override} changes nothing here, a run's config is resolved: {RESOLVED[key]}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Root), config, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise KdError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     return check(merged)  # type: ignore[arg-type]
 
 
@@ -109,6 +121,7 @@ def evaluate(
 
     from kd import build, fit, weights
     from kd.measure import measure
+    from kd.teacher import InputMap
 
     fit.quieten()
     source = weights_file or config["student"]["checkpoint"]
@@ -130,11 +143,19 @@ def evaluate(
     else:
         student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
         state, about = weights.read(source)
-        build.same_data(about.get("data", {}), data, str(source))
+        recorded = about.get("data", {})
+        build.same_data(recorded, data, str(source))
+        if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):
+            raise KdError(f"{source} was trained on images of shape {recorded['input_shape']}, not {data.input_shape}")
+        prepare = InputMap(data.mean, data.std, recorded.get("mean"), recorded.get("std")).to(device)
         weights.load(student, state, source, "student")
         student.to(device).eval()
         beside = (lambda x: teacher(x).rows) if teacher is not None else None
-        metrics, per_class = measure(task, data.num_classes, student, loader, device, beside, keep)
+        metrics, per_class = measure(
+            task, data.num_classes, lambda x: student(prepare(x)), loader, device, beside, keep
+        )
+    if not math.isfinite(metrics["nll"]):
+        raise KdError(f"{source}: its answers are not finite on {split} (nll = {metrics['nll']})")
     return {
         "who": who,
         "split": split,

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd import build, callbacks, loggers, weights
 from kd.distiller import Distiller
+from kd.errors import KdError
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +23,17 @@ log = logging.getLogger(__name__)
 def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     """Build from a checked config, fit (on from ``checkpoint``), test once; the part of the record that this yields."""
     quieten()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if config["hardware"]["threads"]:
         torch.set_num_threads(config["hardware"]["threads"])
     L.seed_everything(config["seed"], workers=True, verbose=False)
     done = weights.read_pickle(checkpoint)["global_step"] if checkpoint else 0
     data = build.datamodule(config)
     module = build.distiller(config, data)
+    check_monitor(config["protocol"]["monitor"], module)
     about = {"model": config["student"]["model"], "data": build.facts(data), "seed": config["seed"]}
+    module.about = about
     hooks = callbacks.standard(run_dir, config["protocol"], about)
     extra = build.loggers(config, run_dir)
     outcome: dict[str, Any] | None = None
@@ -78,8 +83,6 @@ def make_trainer(config: dict[str, Any], run_dir: Path, run_loggers: list[Any], 
         "check_val_every_n_epoch": config["protocol"]["val_every"],
         "accelerator": hardware["accelerator"],
         "devices": hardware["devices"],
-        "num_nodes": hardware["num_nodes"],
-        "strategy": hardware["strategy"],
         "precision": hardware["precision"],
         "deterministic": hardware["deterministic"],
         "logger": run_loggers,
@@ -90,12 +93,14 @@ def make_trainer(config: dict[str, Any], run_dir: Path, run_loggers: list[Any], 
         "num_sanity_val_steps": 0,  # the dry batch and the teacher's measurement have seen the split already
         "use_distributed_sampler": False,  # the data modules shard by themselves
     }
-    return build.make({"_target_": "lightning.Trainer", **arguments_of(hardware)}, "hardware", **arguments)
+    return build.make({"_target_": "lightning.Trainer", **(hardware["trainer"] or {})}, "hardware", **arguments)
 
 
-def arguments_of(hardware: dict[str, Any]) -> dict[str, Any]:
-    """The further Trainer arguments of ``hardware.trainer``."""
-    return dict(hardware["trainer"] or {})
+def check_monitor(monitor: str, module: Distiller) -> None:
+    """Refuse a metric that this run will not measure, before the first epoch."""
+    known = [f"val/{name}" for name in module.task.metric_names(module.teacher is not None)]
+    if monitor not in known:
+        raise KdError(f"protocol.monitor = {monitor} is not measured; measured: {', '.join(known)}")
 
 
 # ---------------------------------------------------------------------- sizes
@@ -135,40 +140,28 @@ def close(
     selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(module.history[best.epoch])}
     keep = config["protocol"]["keep_predictions"]
     if best.epoch != last_epoch:
-        last.update(_test(trainer, module, data))
+        last.update(_test(trainer, module, data, "test_last"))
         state, _ = weights.read(run_dir / weights.SELECTED)
         weights.load(module.student, state, run_dir, "student")
-        selected.update(_test(trainer, module, data, run_dir if keep else None))
-    else:
-        tested = _test(trainer, module, data, run_dir if keep else None)
-        last.update(tested)
-        selected.update(tested)
+    selected.update(_test(trainer, module, data, "test", run_dir if keep else None))
+    last = {**selected, **last}  # the same student is tested once
     if keep:
         module.predictions = {}
         trainer.validate(module, datamodule=data, verbose=False)
         _save_predictions(run_dir / "predictions_val.npz", module)
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
     if module.teacher is not None:
-        metrics, per_class = _teacher_test(module, data)
         teacher = {"checkpoint": config["teacher"]["checkpoint"], "val": module.teacher_metrics["val"]}
-        outcome["teacher"] = {**teacher, "test": metrics, "test_per_class": per_class}
+        outcome["teacher"] = {**teacher, **module.teacher_tested}
     return outcome
 
 
-def _test(trainer: L.Trainer, module: Distiller, data: Any, keep_in: Path | None = None) -> dict[str, Any]:
-    module.predictions = {} if keep_in is not None else None
-    metrics = trainer.test(module, datamodule=data, verbose=False)[0]
+def _test(trainer: L.Trainer, module: Distiller, data: Any, name: str, keep_in: Path | None = None) -> dict[str, Any]:
+    module.test_name, module.predictions = name, {} if keep_in is not None else None
+    trainer.test(module, datamodule=data, verbose=False)
     if keep_in is not None:
         _save_predictions(keep_in / "predictions_test.npz", module)
-    return {"test": _split(metrics), "test_per_class": module.test_per_class}
-
-
-def _teacher_test(module: Distiller, data: Any) -> tuple[dict[str, float], list[float]]:
-    """The teacher's metrics on the test split, from the logits that the student's test has left behind."""
-    metrics = module.task.metrics(module.num_classes)
-    for position, batch in enumerate(data.test_dataloader()):
-        metrics.update(module.test_logits(position).cpu(), batch.targets.cpu())
-    return metrics.compute(False), metrics.accuracy_per_class()
+    return module.tested
 
 
 def _save_predictions(path: Path, module: Distiller) -> None:

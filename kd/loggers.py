@@ -82,7 +82,7 @@ def finish_wandb(loggers: list[Any], summary: Mapping[str, Any] | None) -> None:
     from lightning.pytorch.loggers import WandbLogger
 
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
             if summary is not None:
                 logger.experiment.summary.update(flat(summary))
-            logger.experiment.finish()
+            logger.experiment.finish(exit_code=0 if summary is not None else 1)

@@ -19,10 +19,24 @@ NOT_THE_EXPERIMENT = ("seed", "name", "tags", "notes", "paths", "logger", "hardw
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Twelve hex digits that runs of the same experiment share: seed, names, paths, hardware and loggers left out."""
+    """Twelve hex digits that runs of the same experiment share.
+
+    Left out: seeds, names, paths, loggers, and of the hardware all that does not change the result. A teacher's run
+    directory counts by the hash of its own experiment.
+    """
     kept = {k: v for k, v in config.items() if k not in NOT_THE_EXPERIMENT}
-    kept["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "seed")}
+    kept["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "seed", "split_seed")}
+    kept["hardware"] = {k: config["hardware"][k] for k in ("precision", "trainer")}
+    kept["teacher"] = {**config["teacher"], "checkpoint": _experiment_of(config["teacher"]["checkpoint"])}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _experiment_of(checkpoint: Any) -> Any:
+    if isinstance(checkpoint, (list, tuple)):
+        return [_experiment_of(c) for c in checkpoint]
+    if checkpoint is not None and (Path(checkpoint) / FILE).is_file():
+        return read(checkpoint)["config_hash"]
+    return checkpoint
 
 
 def commit(directory: str | Path = ".") -> str | None:

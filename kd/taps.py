@@ -20,6 +20,8 @@ def resolve(names: Sequence[Name] | None, network: nn.Module, side: str) -> list
     """
     if names is None:
         return _stages(network, side)
+    if isinstance(names, (str, int)):
+        names = [names]
     resolved = []
     for name in names:
         if isinstance(name, int):

@@ -51,11 +51,12 @@ def train(
 
     The record is written when the run starts, and again when it finishes, fails or is interrupted.
     """
-    if checkpoint is None and (run_dir / record.FILE).exists():
-        raise KdError(f"{run_dir} holds a run already: go on with resume={run_dir}, or choose another hydra.run.dir")
-    start = time.perf_counter()
+    if checkpoint is None:
+        _refuse_to_overwrite(run_dir)
+    start, before = time.perf_counter(), record.read(run_dir) if checkpoint else {}
     handlers = _start_logging(run_dir)
     result = _opening(config, overrides)
+    result["started"] = before.get("started", result["started"])
     try:
         import yaml
 
@@ -75,12 +76,24 @@ def train(
         _log_failure(error)
         raise
     finally:
-        result["wall_clock_s"] = round(time.perf_counter() - start, 3)
+        result["wall_clock_s"] = round(before.get("wall_clock_s", 0) + time.perf_counter() - start, 3)
         result["peak_memory_mb"] = _peak_memory()
         result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         record.write(run_dir, result)
         _stop_logging(handlers)
     return result
+
+
+def _refuse_to_overwrite(run_dir: Path) -> None:
+    """A directory may be used again when what it holds failed before it had anything to lose."""
+    from kd.weights import CHECKPOINT
+
+    if not (run_dir / record.FILE).exists():
+        return
+    if (run_dir / CHECKPOINT).exists():
+        raise KdError(f"{run_dir} holds a run already: go on with resume={run_dir}, or choose another hydra.run.dir")
+    if record.read(run_dir)["status"] != "failed":
+        raise KdError(f"{run_dir} holds a run already: choose another hydra.run.dir")
 
 
 def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -95,7 +108,8 @@ def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         "name": config["name"],
         "overrides": list(overrides),
         "config_hash": record.config_hash(config),
-        "commit": record.commit(),
+        "commit": record.commit(Path(__file__).parent),
+        "project_commit": record.commit("."),
         "seed": config["seed"],
         "tags": config["tags"],
         "protocol": {**config["protocol"], "epochs": config["recipe"]["epochs"]},
@@ -123,7 +137,10 @@ class _Console(logging.StreamHandler):
 
 
 def _start_logging(run_dir: Path) -> list[logging.Handler]:
-    file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+    try:
+        file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+    except OSError as error:
+        raise KdError(f"the run directory cannot be written: {error.filename}: {error.strerror}") from None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [_Console(), file]
     logger = logging.getLogger("kd")
@@ -149,7 +166,7 @@ def _log_failure(error: Exception) -> None:
 
 
 def _peak_memory() -> dict[str, float]:
-    """Peak resident memory of the process, and of the GPU where one was used, in MiB."""
+    """Peak resident memory of the process since it began, and of the GPU in this run, in MiB."""
     import resource
 
     unit = 1024 if sys.platform != "darwin" else 1024**2

@@ -51,7 +51,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = locate(path)
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
-    return _state_dict(read_pickle(file), file), {}
+    content = read_pickle(file)
+    own = content.get("kd") if isinstance(content, dict) else None
+    return _state_dict(content, file), own.get("about", {}) if isinstance(own, dict) else {}
 
 
 def read_pickle(file: Path) -> Any:

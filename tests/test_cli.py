@@ -80,7 +80,10 @@ TYPOS = [
     (["loss.ce.weight=heavy"], "loss.ce.weight = heavy is not allowed: it must be a number"),
     (["recipe.epochs=0"], "recipe.epochs = 0 is not allowed: it must be 1 or more"),
     (["protocol.val_every=7"], "protocol.val_every = 7 is not allowed: it must divide recipe.epochs = 30"),
-    (["protocol.mode=best"], "protocol.mode = best is not allowed: it must be max or min"),
+    (["protocol.mode=min"], "protocol.mode = min is not allowed: the better val/acc1 is its maximum"),
+    (["hardware.devices=2"], "hardware.devices = 2 is not allowed"),
+    (["+hardware.trainer.max_epochs=3"], "hardware.trainer.max_epochs = 3 is not allowed"),
+    (["seed=-1"], "seed = -1 is not allowed"),
     (["student.model=???"], "student.model has no value: set it, for example student.model=…"),
     (
         ["+hardware.trainer.max_epoch=3"],
@@ -135,6 +138,20 @@ def test_a_typo_in_a_file_names_the_file(kd, tmp_path, text, parts) -> None:
         assert part in said.err
     assert "Traceback" not in said.err
     assert [p.name for p in tmp_path.iterdir()] == ["conf"]
+
+
+def test_a_sweep_over_nothing_is_an_error(kd, tmp_path) -> None:
+    for empty in ("seed=range(0,0)", "experiment=glob(nothing*)"):
+        said = kd("train", "-m", empty)
+        assert said.code == 1
+        assert f"{empty} is a sweep over nothing" in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_by_glob(kd, tmp_path) -> None:
+    said = kd("train", "-m", "experiment=glob(digits_a*)", "recipe.epochs=1", "protocol.val_every=1", "hardware=cpu")
+    assert said.code == 0, said.err
+    assert len(list(tmp_path.rglob("result.json"))) == 1
 
 
 def test_a_typo_in_a_sweep_stops_before_the_first_job(kd, tmp_path) -> None:

@@ -65,6 +65,22 @@ def test_a_key_of_the_run_can_be_changed(kd, tmp_path, teacher_run) -> None:
     assert moved["metrics"]["acc1"] < clean["metrics"]["acc1"]
 
 
+def test_a_student_is_fed_with_the_statistics_it_was_trained_on(kd, tmp_path) -> None:
+    kd("train", "recipe.epochs=2", "hardware=cpu", "data.mean=[0.9]", "data.std=[0.05]", "hydra.run.dir=run")
+    found = numbers(kd, tmp_path, "student.checkpoint=run", "model@student=mlp")  # the data's are 0 and 1 here
+    assert found["metrics"]["nll"] == pytest.approx(
+        record(tmp_path / "run")["student"]["selected"]["test"]["nll"], rel=1e-3
+    )
+
+
+def test_a_run_is_measured_from_another_directory(kd, tmp_path, monkeypatch, teacher_run) -> None:
+    (tmp_path / "t").symlink_to(teacher_run)
+    kd("train", "recipe.epochs=1", "hardware=cpu", "teacher.checkpoint=t", "loss=[kd]", "hydra.run.dir=run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert kd("eval", "run=../run").code == 0
+
+
 def test_the_table_is_printed(kd, teacher_run) -> None:
     said = kd("eval", f"run={teacher_run}")
     for word in ("student on test (719 rows)", "acc1", "nll", "ece", "accuracy of class 9"):
@@ -79,6 +95,12 @@ def test_the_table_is_printed(kd, teacher_run) -> None:
         (["run=RUN", "who=me"], "who = me is not allowed: it must be student or teacher"),
         (["run=RUN", "data.tset_shift=1"], "the run has no key data.tset_shift (near: data.test_shift"),
         (["run=RUN", "data=mnist"], "the run has no key data"),
+        (["run=RUN", "seed=5"], "seed=5 changes nothing here, a run's config is resolved: set data.seed"),
+        (
+            ["run=RUN", "recipe.epochs=abc"],
+            "recipe.epochs: Value 'abc' of type 'str' could not be converted to Integer",
+        ),
+        (["run=RUN", "student.checkpoint=x"], "leave out run= to measure a checkpoint"),
         (["run=RUN", "who=teacher"], "there is no teacher: give teacher.checkpoint=RUN"),
         (["run=RUN", "out=no/such/folder/x.json"], "cannot be written: its folder does not exist"),
         (["model@student=mlp"], "the student has no weights: give run=RUN or student.checkpoint=FILE"),

@@ -338,6 +338,42 @@ def test_a_second_run_does_not_overwrite_the_first(kd, tmp_path) -> None:
     assert (tmp_path / "run" / "result.json").read_bytes() == before
 
 
+def test_a_failed_start_can_be_repeated_in_its_directory(kd, tmp_path) -> None:
+    fails(kd("train", *FAST, "model@teacher=mlp", "loss=[kd]", "hydra.run.dir=run"), "random weights")
+    assert kd("train", *FAST, "hydra.run.dir=run").code == 0
+
+
+def test_a_student_does_not_start_from_weights_that_saw_its_test_images(kd, teacher_run) -> None:
+    start = ["model@student=mlp_teacher", f"student.checkpoint={teacher_run}"]
+    assert kd("train", *FAST, *start).code == 0
+    fails(kd("train", *FAST, *start, "data.split_seed=1"), "may have been trained on this run's test images")
+
+
+@pytest.mark.parametrize("debug", ["fast", "overfit", "anomaly"])
+def test_debug_presets_with_a_teacher(kd, teacher_run, debug) -> None:
+    arguments = [f"debug={debug}", f"teacher.checkpoint={teacher_run}", "loss=[ce,kd]", "data.eval_batch_size=64"]
+    said = kd("train", "recipe.epochs=1", "hardware=cpu", *arguments)
+    assert said.code == 0, said.err
+
+
+def test_the_better_loss_is_the_smaller_one(kd, tmp_path) -> None:
+    assert (
+        kd("train", "recipe.epochs=4", "hardware=cpu", "protocol.monitor=val/nll", "recipe.optimizer.lr=0.003").code
+        == 0
+    )
+    _, result = only_run(tmp_path)
+    assert result["protocol"]["mode"] == "min"
+    assert result["student"]["selected"]["epoch"] == 3  # it falls from epoch to epoch here
+
+
+def test_labels_are_averaged_over_what_is_labelled(kd, tmp_path) -> None:
+    """With a rate of almost 0 the mean training loss of few labels is that of the untrained network: ln 10, about."""
+    arguments = ["data.label_fraction=0.03", "recipe.batch_size=8", "recipe.optimizer.lr=1e-9", "recipe.epochs=1"]
+    assert kd("train", *arguments, "hardware=cpu").code == 0
+    student = only_run(tmp_path)[1]["student"]["last"]
+    assert student["train"]["ce"] == pytest.approx(student["val"]["nll"], rel=0.05)
+
+
 def test_an_empty_split(kd) -> None:
     fails(kd("train", *FAST, "data.val_fraction=0.0001"), "data.val_fraction = 0.0001 leaves no image for validation")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,11 @@ class DataModule(lightning.LightningDataModule):
             return
         source = self.load()
         self._check_shape()
+        if self.num_classes < 2:
+            raise KdError(f"the data has {self.num_classes} class ({', '.join(self.class_names)}): it needs 2 or more")
+        parts = [source.train, *(p for p in (source.val, source.test) if p is not None)]
+        content = b"".join(p.targets.numpy().tobytes() for p in parts) + "|".join(self.class_names).encode()
+        self.digest = hashlib.sha256(content).hexdigest()[:12]
         train, val, test = self._split(source)
         self.parts = {"train": self._withhold(self._shrink(train)), "val": val, "test": self._shifted(test)}
 
@@ -210,9 +216,9 @@ class DataModule(lightning.LightningDataModule):
     @property
     def split_facts(self) -> dict[str, Any]:
         """What decides which image is in which split: two runs of one set with equal facts share their splits."""
-        which = getattr(self, "set_name", "") or getattr(self, "folder", "")
+        self.setup()
         fractions = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
-        return {"set": f"{type(self).__name__} {which}".strip(), "split_seed": self.split_seed, **fractions}
+        return {"set": f"{type(self).__name__} {self.digest}", "split_seed": self.split_seed, **fractions}
 
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented; over several ranks padded by wrap-around to shards of equal length."""

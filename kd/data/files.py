@@ -38,6 +38,8 @@ def decode(path: Path, transform: Callable[[Any], Tensor]) -> Tensor:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would clip these to white
+                raise ValueError(f"mode {image.mode}: more than 8 bits a channel, convert it first")
             opaque = image.convert("RGBA") if "transparency" in image.info else image
             return transform(opaque.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of these on damaged files

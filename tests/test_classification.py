@@ -1,0 +1,62 @@
+"""The metrics of image classification, against scikit-learn and by hand; ties and NaN score nothing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+from torch.nn import functional as F
+
+from kd.tasks.classification import Classification
+
+
+def measured(logits, targets, teacher=None) -> dict[str, float]:
+    metrics = Classification().metrics(logits.shape[1])
+    for part in range(0, len(logits), 7):
+        rows = slice(part, part + 7)
+        metrics.update(logits[rows], targets[rows], None if teacher is None else teacher[rows])
+    return metrics.compute(teacher is not None)
+
+
+def test_against_other_implementations() -> None:
+    torch.manual_seed(0)
+    logits, targets, teacher = torch.randn(50, 8) * 2, torch.randint(0, 8, (50,)), torch.randn(50, 8)
+    found = measured(logits, targets, teacher)
+    p = logits.softmax(1).double().numpy()
+    p /= p.sum(1, keepdims=True)
+    assert found["acc1"] == pytest.approx(accuracy_score(targets, p.argmax(1)))
+    assert found["acc5"] == pytest.approx(top_k_accuracy_score(targets, p, k=5, labels=range(8)))
+    assert found["nll"] == pytest.approx(log_loss(targets, p, labels=range(8)), rel=1e-5)
+    assert found["agreement"] == pytest.approx((logits.argmax(1) == teacher.argmax(1)).float().mean().item())
+    q = teacher.softmax(1).double()
+    assert found["kl"] == pytest.approx((q * (q.log() - F.log_softmax(logits.double(), 1))).sum(1).mean(), rel=1e-5)
+    confidence, right = p.max(1), p.argmax(1) == targets.numpy()
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    ece = sum(abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in set(bins))
+    assert found["ece"] == pytest.approx(ece, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_dead_network_scores_nothing(value) -> None:
+    logits, targets = torch.full((10, 8), value), torch.arange(10) % 8
+    found = measured(logits, targets)
+    assert found["acc1"] == found["acc5"] == 0
+    correct, labelled = Classification().count(logits, targets)
+    assert [int(c) for c in correct] == [0, 0]
+    assert int(labelled) == 10
+
+
+def test_unlabelled_rows_are_not_counted() -> None:
+    logits = torch.eye(4) * 5
+    correct, labelled = Classification().count(logits, torch.tensor([0, -1, 2, 1]))
+    assert [int(c) for c in correct] == [2, 3]
+    assert int(labelled) == 3
+
+
+def test_accuracy_per_class() -> None:
+    metrics = Classification().metrics(3)
+    metrics.update(torch.eye(3)[[0, 0, 1, 1]], torch.tensor([0, 1, 1, 1]))
+    assert metrics.accuracy_per_class() == pytest.approx([1.0, 2 / 3, 0.0])
