@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -76,7 +78,8 @@ def run(argv: list[str], job: Job) -> int:
             if settings.mode == RunMode.MULTIRUN:
                 print(f"kd: job {settings.job.num} failed: {error}", file=sys.stderr)
 
-    with _arguments(argv), _full_errors():
+    flags = [a for a in argv if a not in arguments.overrides]  # Hydra wants them apart
+    with _arguments([*flags, *arguments.overrides]), _full_errors():
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
         except SystemExit as stop:  # after printing help or a config
@@ -124,11 +127,14 @@ def _samples(overrides: list[str]) -> Iterator[list[str]]:
 
 
 def _parsed(argv: list[str]) -> Any:
+    said = io.StringIO()
     try:
-        return get_args_parser().parse_args(argv)
+        with contextlib.redirect_stderr(said):
+            return get_args_parser().parse_intermixed_args(argv)
     except SystemExit as stop:
         if stop.code:
-            raise KdError("the flags are not understood: kd train --help lists what there is") from None
+            reason = said.getvalue().strip().rpartition("error: ")[2]
+            raise KdError(f"the flags are not understood: {reason}") from None
         raise
 
 

@@ -13,6 +13,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd import weights
 from kd.config import OBJECTIVE_KEYS
@@ -189,7 +190,7 @@ def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
         raise KdError(f"{source} was trained on {len(theirs)} classes, the data has {len(ours)}")
     if theirs is not None and theirs != ours:
         first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-        differ = f"class {first} is {theirs[first]} there and {ours[first]} in the data"
+        differ = f"class {first} is called {theirs[first]!r} there, {ours[first]!r} in the data"
         raise KdError(f"{source} was trained on other classes: {differ}")
     split, here = recorded.get("split"), dict(data.split_facts)
     if split is None or split == here or split["set"] != here["set"]:
@@ -253,6 +254,12 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     wanting = module.objective.needs("labels")
     if wanting and data.sizes["labelled"] == 0:
         raise KdError(f"loss.{wanting[0]} needs labels, the training data has none")
+    count, size = data.sizes["train"], recipe["batch_size"]
+    if count % size == 1 and not data.drop_last and any(isinstance(m, _BatchNorm) for m in module.student.modules()):
+        raise KdError(
+            f"recipe.batch_size = {size} leaves a last batch of one image ({count} in all), too few "
+            " for batch norm: set data.drop_last=true, or another batch size"
+        )
     module.prepare(next(iter(data.train_dataloader())))
     if not module.trainable():
         raise KdError("the student has no trainable parameters")

@@ -47,11 +47,16 @@ def guarded(verb: Callable[[list[str]], int], arguments: list[str]) -> int:
     from kd.errors import KdError
 
     try:
-        return int(verb(arguments) or 0)
+        code = int(verb(arguments) or 0)
+        sys.stdout.flush()
+        return code
     except KdError as error:
         if os.environ.get("KD_TRACEBACK"):
             raise
         return fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return fail("interrupted", code=130)
 

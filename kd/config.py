@@ -109,6 +109,7 @@ class Root:
 ConfigStore.instance().store(name="schema", node=Root)
 OmegaConf.register_new_resolver("kd.or", lambda value, default: default if value is None else value, replace=True)
 
+TRAINING = ("loss", "recipe", "distiller", "logger")
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
 OWN_TRAINER_KEYS = (
     *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val"),
@@ -116,6 +117,7 @@ OWN_TRAINER_KEYS = (
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "logger", "callbacks"),
     *("default_root_dir", "enable_progress_bar", "enable_checkpointing", "barebones", "use_distributed_sampler"),
 )
+NUMBERS = ("lr", "momentum", "weight_decay", "eps", "gamma", "T_max", "eta_min", "step_size", "total_iters")
 OBJECTIVE_KEYS = ("weight", "schedule")  # of a loss node: read by the objective, not by the term
 
 
@@ -124,10 +126,11 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if isinstance(node, (DictConfig, ListConfig)) else node
 
 
-def check(cfg: DictConfig) -> dict[str, Any]:
+def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
     """Resolve the config and refuse what cannot work, all complaints at once.
 
-    Returns the resolved config as plain containers. Raises ``KdError``; imports no torch.
+    Without ``training`` the loss, recipe, distiller and loggers do not matter. Returns the resolved config as plain
+    containers. Raises ``KdError``; imports no torch.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -136,8 +139,9 @@ def check(cfg: DictConfig) -> dict[str, Any]:
         values: dict[str, Any] = plain(cfg)
     except Exception as error:
         raise KdError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from None
-    problems = [*_check_keys(values), *_check_targets(values), *_check_loss(values)]
-    problems += [*_check_numbers(values), *_check_choices(values)]
+    problems = [*_check_keys(values), *_check_targets(values, () if training else TRAINING)]
+    if training:
+        problems += [*_check_loss(values), *_check_numbers(values), *_check_choices(values)]
     if problems:
         raise KdError("\n".join(problems))
     protocol = values["protocol"]
@@ -187,8 +191,10 @@ def _check_keys(values: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is empty: choose one of the group's options, or give it a _target_"
 
 
-def _check_targets(values: dict[str, Any]) -> Iterator[str]:
+def _check_targets(values: dict[str, Any], skip: tuple[str, ...]) -> Iterator[str]:
     for path, node in targets(values):
+        if path.partition(".")[0] in skip:
+            continue
         try:
             known = arguments(node["_target_"])
         except LookupError as error:
@@ -261,7 +267,11 @@ def _check_numbers(values: dict[str, Any]) -> Iterator[str]:
             yield f"{path} = {value} is not allowed: it must be 1 or more"
     every, epochs = protocol["val_every"], recipe["epochs"]
     if every >= 1 and epochs % every:
-        yield f"protocol.val_every = {every} is not allowed: it must divide recipe.epochs = {epochs}"
+        yield f"protocol.val_every = {every} is not allowed: it must divide recipe.epochs = {epochs} (set both)"
+    for section in ("optimizer", "scheduler"):
+        for key, value in (recipe[section] or {}).items():
+            if key in NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                yield f"recipe.{section}.{key} = {value} is not allowed: it must be a number"
     clip = recipe["gradient_clip"]
     if clip is not None and not clip > 0:
         yield f"recipe.gradient_clip = {clip} is not allowed: it must be above 0, or null"

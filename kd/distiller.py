@@ -209,8 +209,9 @@ class Distiller(L.LightningModule):
         terms = [n for n in names if n in self.objective.names] or names[:1]
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
         raise KdError(
-            f"the loss is not finite: term {', '.join(terms)} at step {batch_idx - steps + 1 + row} of epoch "
-            f"{self.current_epoch}; last good checkpoint: {checkpoint}"
+            f"the loss is not finite: term {', '.join(terms)} at step {batch_idx - steps + 2 + row} of epoch "
+            f"{self.current_epoch + 1} (a lower recipe.optimizer.lr or recipe.gradient_clip may help); "
+            f"last good checkpoint: {checkpoint}"
         )
 
     def _train_means(self, sums: Tensor, rows: int) -> dict[str, float]:
@@ -261,7 +262,7 @@ class Distiller(L.LightningModule):
         metrics = {f"val/{k}": v for k, v in self._metrics.compute(self.teacher is not None).items()}
         if not math.isfinite(metrics["val/nll"]):
             raise KdError(
-                f"the student's answers are not finite after epoch {self.current_epoch} (val/nll = "
+                f"the student's answers are not finite after epoch {self.current_epoch + 1} (val/nll = "
                 f"{metrics['val/nll']}); last good checkpoint: "
                 f"{getattr(self.trainer.checkpoint_callback, 'best_model_path', '') or 'none yet'}"
             )

@@ -86,14 +86,14 @@ def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     for override in overrides:
         key = override.partition("=")[0]
         if key not in known:
-            raise KdError(f"{override}: the run has no key {key}{near(key, known)} (groups cannot be changed)")
+            raise KdError(f"{override}: the run has no key {key}{near(key, {*known, *OWN})} (groups cannot be changed)")
         if key in RESOLVED:
             raise KdError(f"{override} changes nothing here, a run's config is resolved: {RESOLVED[key]}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Root), config, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
         raise KdError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    return check(merged)  # type: ignore[arg-type]
+    return check(merged, training=False)  # type: ignore[arg-type]
 
 
 def _weights_file(own: Mapping[str, Any]) -> Path:

@@ -29,7 +29,10 @@ def explain(error: Exception, overrides: Sequence[str] = (), config: str = "trai
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: not valid YAML ({error.problem})"
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read as KEY=VALUE: {text.splitlines()[-2] if text.count(chr(10)) else text}"
+        return (
+            f"{error.override} cannot be read as KEY=VALUE: close every bracket, leave out spaces, and quote a value "
+            "that holds spaces, commas or = signs twice, for example KEY=\"'a b'\""
+        )
     found = re.search(r"In '([^']+)': \w+ raised while composing config:\n(.*)", text, re.DOTALL)
     if found:
         return f"{found[1]}.yaml: {_key_or_value(found[2], overrides, config)}"

@@ -93,7 +93,11 @@ def make_trainer(config: dict[str, Any], run_dir: Path, run_loggers: list[Any], 
         "num_sanity_val_steps": 0,  # the dry batch and the teacher's measurement have seen the split already
         "use_distributed_sampler": False,  # the data modules shard by themselves
     }
-    return build.make({"_target_": "lightning.Trainer", **(hardware["trainer"] or {})}, "hardware", **arguments)
+    return build.make(
+        {"_target_": "lightning.Trainer", **(hardware["trainer"] or {})},
+        f"hardware.accelerator = {hardware['accelerator']}",
+        **arguments,
+    )
 
 
 def check_monitor(monitor: str, module: Distiller) -> None:

@@ -74,7 +74,8 @@ class Teacher(nn.Module):
         super().__init__()
         if weights is not None and (len(weights) != len(networks) or min(weights) < 0 or sum(weights) <= 0):
             raise KdError(
-                f"teacher.weights = {list(weights)} is not allowed: {len(networks)} numbers, none negative, not all 0"
+                f"teacher.weights = {list(weights)} is not allowed: it must be {len(networks)} numbers, none negative, "
+                "not all 0"
             )
         self.networks = nn.ModuleList(networks)
         self.input_maps = nn.ModuleList(input_maps)

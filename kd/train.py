@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import sys
@@ -51,10 +52,15 @@ def train(
 
     The record is written when the run starts, and again when it finishes, fails or is interrupted.
     """
-    if checkpoint is None:
-        _refuse_to_overwrite(run_dir)
-    start, before = time.perf_counter(), record.read(run_dir) if checkpoint else {}
+    start = time.perf_counter()
     handlers = _start_logging(run_dir)
+    try:
+        if checkpoint is None:
+            _refuse_to_overwrite(run_dir)
+        before = record.read(run_dir) if checkpoint else {}
+    except KdError:
+        _stop_logging(handlers)
+        raise
     result = _opening(config, overrides)
     result["started"] = before.get("started", result["started"])
     try:
@@ -127,6 +133,11 @@ class _Console(logging.StreamHandler):
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
+    def handleError(self, log_record: logging.LogRecord) -> None:
+        """A reader that went away (``| head``) does not stop a run, nor fill the terminal."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(log_record)
+
     @property
     def stream(self) -> Any:
         return sys.stdout
@@ -141,6 +152,12 @@ def _start_logging(run_dir: Path) -> list[logging.Handler]:
         file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
     except OSError as error:
         raise KdError(f"the run directory cannot be written: {error.filename}: {error.strerror}") from None
+    assert file.stream is not None
+    try:  # the log is the run's lock as well: it falls with the process
+        fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise KdError(f"{run_dir} is in use: another process trains in it") from None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [_Console(), file]
     logger = logging.getLogger("kd")

@@ -32,7 +32,9 @@ def test_against_other_implementations() -> None:
     assert found["nll"] == pytest.approx(log_loss(targets, p, labels=range(8)), rel=1e-5)
     assert found["agreement"] == pytest.approx((logits.argmax(1) == teacher.argmax(1)).float().mean().item())
     q = teacher.softmax(1).double()
-    assert found["kl"] == pytest.approx((q * (q.log() - F.log_softmax(logits.double(), 1))).sum(1).mean(), rel=1e-5)
+    assert found["kl"] == pytest.approx(
+        (q * (q.log() - F.log_softmax(logits.double(), 1))).sum(1).mean().item(), rel=1e-5
+    )
     confidence, right = p.max(1), p.argmax(1) == targets.numpy()
     bins = np.minimum((confidence * 15).astype(int), 14)
     ece = sum(abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in set(bins))

@@ -72,6 +72,9 @@ TYPOS = [
     (["seed=abc"], "seed=abc is not allowed: value 'abc' of type 'str' could not be converted to Integer"),
     (["recipe.epochs=1,2"], "recipe.epochs=1,2 has several values: add -m"),
     (["recipe"], "recipe cannot be read as KEY=VALUE"),
+    (["loss=[ce,kd"], "loss=[ce,kd cannot be read as KEY=VALUE: close every bracket"),
+    (["recipe.optimizer.lr=fast"], "recipe.optimizer.lr = fast is not allowed: it must be a number"),
+    (["recipe.scheduler.T_max=x"], "recipe.scheduler.T_max = x is not allowed: it must be a number"),
     (["student.model._target_=kd.models.mlp.mpl"], "there is no 'mpl' in kd.models.mlp (near: mlp)"),
     (["student.model._target_=nowhere.X"], "student.model._target_ = nowhere.X cannot be found"),
     (["loss=[ce,kd]", "loss.kd.temperature=0"], "loss.kd.temperature = 0 is not allowed"),
@@ -90,7 +93,7 @@ TYPOS = [
         "hardware.trainer.max_epoch is not an argument of lightning.Trainer (near: max_",
     ),
     (["hardware.trainer={max_epoch:3}"], "there is no option hardware.trainer.max_epoch"),
-    (["--nonsense"], "the flags are not understood"),
+    (["--nonsense"], "the flags are not understood: unrecognized arguments: --nonsense"),
     (["resume=nowhere"], "nowhere is not a run directory: there is no config.yaml in it"),
     (["resume=nowhere", "seed=3"], "resume=nowhere takes no other arguments (given: seed=3)"),
 ]

@@ -73,6 +73,15 @@ def test_a_student_is_fed_with_the_statistics_it_was_trained_on(kd, tmp_path) ->
     )
 
 
+def test_eval_does_not_need_the_code_of_the_loss(kd, tmp_path, teacher_run) -> None:
+    import shutil
+
+    shutil.copytree(teacher_run, tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("kd.losses.logits.ce.CrossEntropy", "gone.Loss"))
+    assert kd("eval", "run=run").code == 0
+
+
 def test_a_run_is_measured_from_another_directory(kd, tmp_path, monkeypatch, teacher_run) -> None:
     (tmp_path / "t").symlink_to(teacher_run)
     kd("train", "recipe.epochs=1", "hardware=cpu", "teacher.checkpoint=t", "loss=[kd]", "hydra.run.dir=run")

@@ -265,7 +265,7 @@ def test_classes_with_other_names_are_refused(kd, tmp_path, teacher_run) -> None
     about["data"]["class_names"][4] = "four"
     save_file(tensors, tmp_path / "other.safetensors", {**metadata, "kd": json.dumps(about)})
     said = kd("train", *FAST, "teacher.checkpoint=other.safetensors", "loss=[kd]")
-    fails(said, "was trained on other classes: class 4 is four there and 4 in the data")
+    fails(said, "was trained on other classes: class 4 is called 'four' there, '4' in the data")
 
 
 def test_another_split_is_refused(kd, teacher_run) -> None:
@@ -316,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(kd, tmp_path, monkeypatch, loss
 
     monkeypatch.setattr(CrossEntropy, "forward", poisoned)
     said = kd("train", "recipe.epochs=3", "hardware=cpu", "hydra.run.dir=run")
-    fails(said, "the loss is not finite: term ce at step 4 of epoch 1; last good checkpoint: ")
+    fails(said, "the loss is not finite: term ce at step 5 of epoch 2 (a lower recipe.optimizer.lr")
     checkpoint = Path(said.err.split("last good checkpoint: ")[1].strip())
     assert checkpoint == (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve()
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 0
@@ -336,6 +336,28 @@ def test_a_second_run_does_not_overwrite_the_first(kd, tmp_path) -> None:
     before = (tmp_path / "run" / "result.json").read_bytes()
     fails(kd("train", *FAST, "seed=1", "hydra.run.dir=run"), "run holds a run already: go on with resume=")
     assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+
+def test_two_processes_do_not_train_in_one_directory(kd, tmp_path) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "train.log").open("w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        fails(kd("train", *FAST, "hydra.run.dir=run"), "run is in use: another process trains in it")
+    assert kd("train", *FAST, "hydra.run.dir=run").code == 0
+
+
+def test_a_last_batch_of_one_image_under_batch_norm(kd) -> None:
+    data = ["data=fake", "data.train_size=33", "recipe.batch_size=32", "model@student=resnet8"]
+    fails(kd("train", *FAST, *data), "recipe.batch_size = 32 leaves a last batch of one image (33 in all)")
+    assert kd("train", *FAST, *data, "data.drop_last=true").code == 0
+
+
+def test_no_gpu_is_said(kd) -> None:
+    if torch.cuda.is_available():
+        return
+    fails(kd("train", "recipe.epochs=1", "hardware=gpu"), "hardware.accelerator = gpu: No supported gpu backend found")
 
 
 def test_a_failed_start_can_be_repeated_in_its_directory(kd, tmp_path) -> None:

@@ -68,8 +68,8 @@ def mlp(
     ``max_norm``: the longest incoming weight vector (L2) of every hidden and output unit, above 0; ``None``: free.
     Raises ``ValueError`` when a number is outside its range.
     """
-    if any(width < 1 for width in hidden):
-        raise ValueError(f"hidden = {list(hidden)} is not allowed: every width must be 1 or more")
+    if isinstance(hidden, str) or not all(isinstance(width, int) and width >= 1 for width in hidden):
+        raise ValueError(f"hidden = {hidden} is not allowed: it must be a list of widths, whole numbers of 1 or more")
     for name, value in (("dropout", dropout), ("input_dropout", input_dropout)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} = {value} is not allowed: it must be 0 or more and below 1")

@@ -60,10 +60,11 @@ class ClassificationMetrics(nn.Module):
     def __init__(self, num_classes: int, ece_bins: int, names: Callable[[bool], list[str]]) -> None:
         super().__init__()
         self.names = names
-        self.acc1, self.acc5 = MeanMetric(), MeanMetric()
+        self.acc1, self.acc5, self.nll, self.agreement, self.kl = (  # "disable": a NaN must show, not be dropped
+            MeanMetric(nan_strategy="disable") for _ in range(5)
+        )
         self.per_class = MulticlassAccuracy(num_classes, average="none")
         self.ece = MulticlassCalibrationError(num_classes, n_bins=ece_bins)
-        self.nll, self.agreement, self.kl = MeanMetric(), MeanMetric(), MeanMetric()
 
     def update(self, student: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:
         """Logits (rows, classes) of the measured network, targets (rows,), logits of its teacher if there is one."""

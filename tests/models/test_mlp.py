@@ -97,7 +97,10 @@ def test_max_norm_leaves_short_vectors_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"hidden": [32, 0]}, r"hidden = \[32, 0\] is not allowed: every width must be 1 or more"),
+        (
+            {"hidden": [32, 0]},
+            r"hidden = \[32, 0\] is not allowed: it must be a list of widths, whole numbers of 1 or more",
+        ),
         ({"hidden": [32], "dropout": 1.0}, "dropout = 1.0 is not allowed: it must be 0 or more and below 1"),
         ({"hidden": [32], "input_dropout": -0.1}, "input_dropout = -0.1 is not allowed"),
         ({"hidden": [32], "max_norm": 0}, "max_norm = 0 is not allowed: it must be above 0, or null"),
