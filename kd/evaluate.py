@@ -79,7 +79,8 @@ def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from kd.config import Root, check
+    from kd.config import check
+    from kd.schema import Root
 
     config = record.read_config(run)
     known = set(flat(config))

@@ -1,0 +1,100 @@
+"""The root schema of a run: every section, its names, types and defaults. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+
+@dataclass
+class Student:
+    """The network that is trained."""
+
+    model: Any = MISSING  # _target_ and its arguments
+    checkpoint: str | None = None  # weights to start from; null: random
+
+
+@dataclass
+class Teacher:
+    """The frozen network, or several, that the student learns from."""
+
+    model: Any = None  # null: no teacher, or the network recorded in the run directory given as checkpoint
+    checkpoint: Any = None  # a run directory, .ckpt, .safetensors or state dict; a list: several teachers
+    allow_random: bool = False  # a teacher without trained weights must be asked for
+    combine: str = "probabilities"  # several teachers: mean of "probabilities" or of "logits"
+    weights: list[float] | None = None  # several teachers: one weight each; null: equal
+    mean: list[float] | None = None  # statistics of its input; null: recorded with it, else those of the data
+    std: list[float] | None = None
+    resize: Any = None  # an edge in pixels, or false: feed as is; null: refuse when the sizes differ
+
+
+@dataclass
+class Recipe:
+    """Optimiser, schedule, epochs, batch."""
+
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] | None = None
+    scheduler_interval: str = "epoch"  # or "step"
+    gradient_clip: float | None = None
+    accumulate: int = 1
+
+
+@dataclass
+class Hardware:
+    """Where and how it runs; ``trainer`` holds further arguments of ``lightning.Trainer``."""
+
+    accelerator: str = "auto"
+    devices: Any = 1
+    precision: str = "32-true"
+    threads: int | None = None  # of torch on the CPU; null: torch's choice
+    deterministic: Any = "warn"  # true, false, or "warn" where an operation has no deterministic form
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Protocol:
+    """Which split picks the checkpoint, how often it is looked at, what is kept."""
+
+    monitor: str = "val/acc1"
+    mode: str | None = None  # max or min; null: what is better for the metric
+    val_every: int = 1  # epochs between validations; the last epoch is always validated
+    keep_predictions: bool = False  # write predictions_val.npz and predictions_test.npz
+
+
+@dataclass
+class Paths:
+    """Folders."""
+
+    data: str = MISSING
+    runs: str = MISSING
+
+
+@dataclass
+class Root:
+    """Everything a run is made of. Unknown keys are errors."""
+
+    name: str = MISSING
+    seed: int = 0
+    tags: list[str] = field(default_factory=list)
+    notes: str = ""
+    student: Student = field(default_factory=Student)
+    teacher: Teacher = field(default_factory=Teacher)
+    task: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
+    distiller: dict[str, Any] = field(default_factory=dict)
+    hardware: Hardware = field(default_factory=Hardware)
+    logger: dict[str, Any] = field(default_factory=dict)
+    protocol: Protocol = field(default_factory=Protocol)
+    paths: Paths = field(default_factory=Paths)
+    resume: str | None = None
+
+
+ConfigStore.instance().store(name="schema", node=Root)
+OmegaConf.register_new_resolver("kd.or", lambda value, default: default if value is None else value, replace=True)
