@@ -258,7 +258,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     if count % size == 1 and not data.drop_last and any(isinstance(m, _BatchNorm) for m in module.student.modules()):
         raise KdError(
             f"recipe.batch_size = {size} leaves a last batch of one image ({count} in all), too few "
-            " for batch norm: set data.drop_last=true, or another batch size"
+            "for batch norm: set data.drop_last=true, or another batch size"
         )
     module.prepare(next(iter(data.train_dataloader())))
     if not module.trainable():

@@ -71,6 +71,7 @@ class Taps:
         self._versions: dict[str, int] = {}
         self._fired: dict[str, int] = dict.fromkeys(self.names, 0)
         self._clone: set[str] = set()
+        self._overwritten: set[str] = set()
         for name in self.names:
             module = _module(network, name, side)
             if name.endswith(":input"):
@@ -98,8 +99,8 @@ class Taps:
             tensor = next((v for v in value if isinstance(v, Tensor)), None)
         if not isinstance(tensor, Tensor):
             raise KdError(f"{self.side} tap {name} is a {type(value).__name__}, not a tensor: tap a module inside it")
-        self._recorded[name] = tensor.clone() if name in self._clone else tensor
-        self._versions[name] = tensor._version
+        kept = tensor.clone() if name in self._clone else tensor
+        self._recorded[name], self._versions[name] = kept, kept._version
         self._fired[name] += 1
         if self.stop and len(self._recorded) == len(self.names):
             raise AllTapped
@@ -109,8 +110,12 @@ class Taps:
         silent = [name for name in self.names if name not in self._recorded]
         if silent:
             raise KdError(f"{self.side} tap {silent[0]} did not fire: its module does not run in the forward pass")
+        self._compare_versions()
         recorded, self._recorded = self._recorded, {}
         return recorded
+
+    def _compare_versions(self) -> None:
+        self._overwritten |= {n for n, tensor in self._recorded.items() if tensor._version != self._versions[n]}
 
     def inspect(self) -> bool:
         """After a dry pass: refuse taps that fire more than once; clone what the network overwrites in place.
@@ -120,9 +125,8 @@ class Taps:
         for name, count in self._fired.items():
             if count > 1:
                 raise KdError(f"{self.side} tap {name} fires {count} times in one pass: tap a module around it")
-        overwritten = {
-            name for name, tensor in self._recorded.items() if tensor._version != self._versions[name]
-        } - self._clone
+        self._compare_versions()
+        overwritten, self._overwritten = self._overwritten - self._clone, set()
         self._clone |= overwritten
         self._fired = dict.fromkeys(self.names, 0)
         return bool(overwritten)

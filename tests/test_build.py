@@ -82,6 +82,32 @@ def test_the_teacher_stops_after_the_last_tap() -> None:
     assert distiller.teacher(batch.inputs).rows.shape == (8, 10)  # validation still gets its logits
 
 
+class Overwriting(torch.nn.Module):
+    """A ReLU that works in place overwrites what was tapped before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = torch.nn.Conv2d(3, 10, 3, padding=1), torch.nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.conv(x)).mean((2, 3))
+
+
+def test_a_tap_before_an_in_place_layer_keeps_its_value() -> None:
+    node = "student.model={_target_:tests.test_build.Overwriting}"
+    taps = [
+        "loss.hint.student_taps=[conv]",
+        "loss.hint.teacher_taps=[layer1]",
+        "loss.hint.adapter=conv_bn_relu",
+        "model@teacher=resnet8",
+    ]
+    distiller, data = module("model@student=none", node, *taps, "teacher.allow_random=true", "loss=[ce,hint]")
+    batch = next(iter(data.train_dataloader()))
+    _, student = distiller.answer_both(batch.inputs)
+    assert torch.equal(student.features["conv"], distiller.student.conv(batch.inputs))
+    assert (student.features["conv"] < 0).any()
+
+
 class Undeclared(Term):
     """Reads the teacher's logits without saying so."""
 
