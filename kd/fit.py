@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import statistics
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,12 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if trainer.is_global_zero:
             weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
-        outcome = {"data": about["data"], **close(config, run_dir, trainer, module, data, hooks[0])}
+        facts = {**about["data"], "sizes": data.sizes}
+        outcome = {"data": facts, **close(config, run_dir, trainer, module, data, hooks[0])}
+        networks = {"student": module.student, "teacher": module.teacher}
         for role, size in measured.items():
-            outcome[role] = {**outcome.get(role, {}), **size}
+            speed = {"latency_ms": latency_ms(networks[role], data.input_shape)}
+            outcome[role] = {**outcome.get(role, {}), **size, **speed}
         log.info("%s", five_lines(outcome, run_dir))
         return outcome
     finally:
@@ -128,6 +133,24 @@ def size(network: nn.Module, example: torch.Tensor) -> dict[str, int]:
         network(example)
     network.train(training)
     return {"parameters": sum(p.numel() for p in network.parameters()), "macs": counter.get_total_flops() // 2}
+
+
+def latency_ms(network: Any, input_shape: tuple[int, ...], passes: int = 30) -> float:
+    """Median milliseconds of a forward pass of one image, where the network's weights are. Noisy on a busy machine."""
+    device = next(network.parameters()).device
+    example = torch.zeros(1, *input_shape, device=device)
+    training = network.training
+    network.eval()
+    times = []
+    with torch.no_grad():
+        for _ in range(3 + passes):  # the first ones warm up
+            start = time.perf_counter()
+            network(example)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    network.train(training)
+    return round(1000 * statistics.median(times[3:]), 4)
 
 
 # ---------------------------------------------------------------------- the end of a run

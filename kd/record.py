@@ -25,10 +25,22 @@ def config_hash(config: Mapping[str, Any]) -> str:
     directory counts by the hash of its own experiment.
     """
     kept = {k: v for k, v in config.items() if k not in NOT_THE_EXPERIMENT}
-    kept["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "seed", "split_seed")}
+    kept["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "download", "seed", "split_seed")}
     kept["hardware"] = {k: config["hardware"][k] for k in ("precision", "trainer")}
-    kept["teacher"] = {**config["teacher"], "checkpoint": _experiment_of(config["teacher"]["checkpoint"])}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    kept["protocol"] = {k: v for k, v in config["protocol"].items() if k != "keep_predictions"}
+    for role in ("student", "teacher"):
+        kept[role] = {**config[role], "checkpoint": _experiment_of(config[role]["checkpoint"])}
+    text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _without_nulls(value: Any) -> Any:
+    """An option that is null counts like one that does not exist: a new one changes no hash of before."""
+    if isinstance(value, Mapping):
+        return {str(k): _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_nulls(v) for v in value]
+    return value
 
 
 def _experiment_of(checkpoint: Any) -> Any:

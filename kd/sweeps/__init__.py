@@ -1,0 +1,1 @@
+"""Many runs: resumable sweeps, and studies that answer one question."""
