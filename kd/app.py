@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kd import explain
-from kd.config import CONF, check
+from kd.config import CONF
 from kd.errors import KdError
+from kd.sweeps import job as jobs
 
 log = logging.getLogger("kd.app")
 
@@ -44,43 +42,31 @@ def checked(overrides: Sequence[str], config_dir: str | None = None) -> dict[str
     """The composed config, checked and resolved, without Hydra's node."""
     cfg = composed(overrides, config_dir)
     HydraConfig.instance().set_config(cfg)
-    return _check(cfg)
-
-
-def _check(cfg: DictConfig) -> dict[str, Any]:
-    from omegaconf import open_dict
-
-    with open_dict(cfg):
-        cfg.pop("hydra", None)
-    return check(cfg)
+    return jobs.checked(cfg)
 
 
 def run(argv: list[str], job: Job) -> int:
-    """Run ``job`` once, or for each combination of a sweep. Returns the exit code.
+    """Run ``job`` once; with ``-m`` the config's sweeper and launcher run :func:`kd.sweeps.job.task` many times.
 
-    Bad input raises ``KdError`` before a run directory exists. In a sweep a failed job does not stop the others;
-    the failures are listed at the end.
+    Bad input raises ``KdError`` before a directory exists. Returns the exit code.
     """
     arguments = _parsed(argv)
     shows_only = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion))
-    if not shows_only:
-        for overrides in _samples(arguments.overrides) if arguments.multirun else [arguments.overrides]:
-            checked(overrides, arguments.config_dir)
-    failed: list[tuple[str, Exception]] = []
+    if not shows_only and not arguments.multirun:
+        checked(arguments.overrides, arguments.config_dir)
+    failed: list[Exception] = []
 
-    def task(cfg: DictConfig) -> None:
+    def single(cfg: DictConfig) -> None:
         settings = HydraConfig.get()
-        overrides = list(settings.overrides.task)
         try:
-            job(_check(cfg), Path(settings.runtime.output_dir), overrides)
-        except Exception as error:  # kept: Hydra would print it its own way, and stop a sweep
-            failed.append((", ".join(overrides), error))
-            if settings.mode == RunMode.MULTIRUN:
-                print(f"kd: job {settings.job.num} failed: {error}", file=sys.stderr)
+            job(jobs.checked(cfg), Path(settings.runtime.output_dir), list(settings.overrides.task))
+        except Exception as error:  # kept: Hydra would print it its own way
+            failed.append(error)
 
     flags = [a for a in argv if a not in arguments.overrides]  # Hydra wants them apart
     with _arguments([*flags, *arguments.overrides]), _full_errors():
         try:
+            task = jobs.task if arguments.multirun else single
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
         except SystemExit as stop:  # after printing help or a config
             if stop.code:
@@ -94,36 +80,9 @@ def run(argv: list[str], job: Job) -> int:
                 f"the run directory cannot be written: {error.filename}: {error.strerror} (set paths.runs or "
                 "hydra.run.dir)"
             ) from error
-    if failed and not arguments.multirun:
-        raise failed[0][1]
     if failed:
-        sentences = [f"{overrides or 'defaults'}: {error}" for overrides, error in failed]
-        raise KdError("\n".join([f"{len(failed)} of the sweep's jobs failed:", *sentences]))
+        raise failed[0]
     return 0
-
-
-def _samples(overrides: list[str]) -> Iterator[list[str]]:
-    """Of a sweep, every value of every axis once, with the first values of the others: enough to find a typo."""
-    try:
-        loader = ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONF)))
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)  # globs ask the loader
-    except explain.KNOWN as error:
-        raise KdError(explain.explain(error, overrides)) from error
-    settable = [o for o in parsed if not o.is_hydra_override()]
-    axes = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [o.input_line or ""]
-        for o in settable
-    ]
-    empty = [o.input_line for o, axis in zip(settable, axes, strict=True) if not axis]
-    if empty:
-        raise KdError(f"{empty[0]} is a sweep over nothing")
-    first = [axis[0] for axis in axes]
-    yield first
-    for position, axis in enumerate(axes):
-        for value in axis[1:]:
-            yield [*first[:position], value, *first[position + 1 :]]
 
 
 def _parsed(argv: list[str]) -> Any:

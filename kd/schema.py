@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,4 +98,7 @@ class Root:
 
 
 ConfigStore.instance().store(name="schema", node=Root)
+OmegaConf.register_new_resolver(
+    "kd.digest", lambda value: hashlib.sha256("\n".join(map(str, value)).encode()).hexdigest()[:8], replace=True
+)
 OmegaConf.register_new_resolver("kd.or", lambda value, default: default if value is None else value, replace=True)

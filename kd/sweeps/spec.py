@@ -25,8 +25,8 @@ ROW_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 class Row:
     """One line of the study's table: the same overrides for each of its seeds.
 
-    ``overrides`` may name the run directory of another row, ``teacher.checkpoint={teacher}``: that row's run of the same
-    seed, or its only one; ``{teacher@0}`` is the run of seed 0. Such rows are trained first.
+    ``overrides`` may name the run directory of another row, ``teacher.checkpoint={teacher}``: that row's run of the
+    same seed, or its only one; ``{teacher@0}`` is the run of seed 0. Such rows are trained first.
     ``teacher``, ``alone``: the rows that the gap is measured against.
     """
 
@@ -96,7 +96,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Published:
-    """``published.yaml``: row → measure → {value, std, n}; ``comparable`` when data, models and recipe are the paper's."""
+    """``published.yaml``: row → measure → {value, std, n}; ``comparable``: data, models and recipe are the paper's."""
 
     source: str
     protocol: str

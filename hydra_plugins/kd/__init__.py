@@ -1,0 +1,70 @@
+"""Hydra looks for plugins here: the sweepers and the launcher of kd. Nothing heavy is imported until one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class LocalLauncher(Launcher):
+    """Jobs on this machine, each in a fresh process; ``hydra/launcher=local``.
+
+    ``n_jobs``: how many at once, or "auto": one a GPU, else one a core. ``jobs_per_gpu``: how many may share a GPU.
+    """
+
+    def __init__(self, n_jobs: int | str = 1, jobs_per_gpu: int = 1) -> None:
+        self.n_jobs, self.jobs_per_gpu = n_jobs, jobs_per_gpu
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before :meth:`launch`."""
+        self.context, self.task, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run them all; one that fails or is killed does not stop the others."""
+        from kd.sweeps.local import launch
+
+        settings = (self.n_jobs, self.jobs_per_gpu)
+        return launch(self.context, self.task, self.config, job_overrides, initial_job_idx, *settings)
+
+
+class _KdSweeper(Sweeper):
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before :meth:`sweep`."""
+        from kd.sweeps.engine import Engine
+
+        self.engine = Engine(hydra_context, task_function, config)
+
+
+class ResumableSweeper(_KdSweeper):
+    """Every combination of the swept values; the same command again runs what is missing. ``hydra/sweeper=resumable``.
+
+    ``params``: swept like arguments, for a sweep that is written down in a configuration file.
+    """
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self.params = params or {}
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Plan, run what is missing, print the table."""
+        from kd.sweeps.grid import sweep
+
+        return sweep(self.engine, [*(f"{k}={v}" for k, v in self.params.items()), *arguments])
+
+
+class StudySweeper(_KdSweeper):
+    """The rows of a study, teachers first; ``kd study NAME``."""
+
+    def __init__(self, name: str, only: list[str] | None = None, seeds: list[int] | None = None) -> None:
+        self.name, self.only, self.seeds = name, only, seeds
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Plan, run what is missing, write results.csv and the report."""
+        from kd.sweeps.study import run
+
+        return run(self.engine, self.name, self.only, self.seeds, arguments)

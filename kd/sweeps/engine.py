@@ -1,0 +1,161 @@
+"""What every kind of sweep shares: compose and check all jobs, run what is missing in order, say how each one ended."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from kd import explain
+from kd.errors import KdError
+from kd.sweeps import manifest
+from kd.sweeps.job import checked, leave_a_record
+from kd.sweeps.manifest import Job, Manifest
+from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, MISSING, State, look
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job stands at the end."""
+
+    job: Job
+    run_dir: Path
+    state: State
+
+
+class Engine:
+    """Runs jobs through the launcher that the config names. ``master``: the config of the sweep, before any job."""
+
+    def __init__(self, context: HydraContext, task: TaskFunction, master: DictConfig) -> None:
+        self.context, self.master = context, master
+        self.directory = Path(str(master.hydra.sweep.dir)).resolve()
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=task, config=master
+        )
+
+    def compose(self, job: Job) -> dict[str, Any]:
+        """The checked config of a job. ``KdError`` when it does not compose or cannot work."""
+        overrides = list(job.overrides)
+        before = HydraConfig.instance().cfg
+        try:
+            cfg = self.context.config_loader.load_sweep_config(self.master, [*overrides, *self._place(job)])
+            HydraConfig.instance().set_config(cfg)
+            return checked(cfg)
+        except explain.KNOWN as error:
+            raise KdError(explain.explain(error, overrides)) from error
+        finally:
+            HydraConfig.instance().cfg = before
+
+    def _place(self, job: Job) -> list[str]:
+        return [f"hydra.sweep.dir='{self.directory}'", f"hydra.sweep.subdir='{job.name}'"]
+
+    def run(self, kind: str, name: str, jobs: Sequence[Job]) -> list[Outcome]:
+        """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong."""
+        configs = {job.name: self.compose(job) for job in jobs}
+        refuse_twins(configs)
+        plan = Manifest(kind, name, {job.name: job for job in jobs})
+        known = _joined(self.directory, plan)
+        for job in jobs:  # nothing starts when something cannot go on; who reads another run is looked at in its turn
+            if not job.after:
+                look(self.directory / job.name, configs[job.name])
+        with _locked(self.directory):
+            manifest.write(self.directory, known)
+            outcomes: dict[str, Outcome] = {}
+            for wave in waves(jobs):
+                outcomes |= self._wave(wave, outcomes)
+        return [outcomes[job.name] for job in jobs]
+
+    def _wave(self, wave: Sequence[Job], earlier: Mapping[str, Outcome]) -> dict[str, Outcome]:
+        todo: list[Job] = []
+        outcomes: dict[str, Outcome] = {}
+        for job in wave:
+            run_dir = self.directory / job.name
+            lacking = [a for a in job.after if a in earlier and earlier[a].state.status != FINISHED]
+            if lacking:
+                state = State(MISSING, f"not started: {lacking[0]} did not finish")
+            else:
+                state = look(run_dir, self.compose(job))  # composed again: the runs that it reads are there now
+                if state.status != FINISHED:
+                    todo.append(job)
+            outcomes[job.name] = Outcome(job, run_dir, state)
+        if todo:
+            self._launch(todo)
+        return outcomes | {job.name: self._ended(job) for job in todo}
+
+    def _launch(self, jobs: Sequence[Job]) -> None:
+        try:
+            self.launcher.launch([[*job.overrides, *self._place(job)] for job in jobs], initial_job_idx=0)
+        except KdError:
+            raise
+        except Exception as error:  # other launchers raise when one of many jobs is lost; the records tell which
+            for job in jobs:
+                reason = f"the launcher says: {str(error).strip().splitlines()[-1] if str(error) else type(error)}"
+                leave_a_record(self.directory / job.name, job.overrides, FAILED, reason)
+
+    def _ended(self, job: Job) -> Outcome:
+        run_dir = self.directory / job.name
+        if look(run_dir).status == MISSING:
+            leave_a_record(run_dir, job.overrides, FAILED, "the launcher did not run it")
+        leave_a_record(run_dir, job.overrides, INTERRUPTED, "it stopped without a word")
+        return Outcome(job, run_dir, look(run_dir))
+
+
+def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """The jobs in the order of their needs; those of one list do not need each other."""
+    left = {job.name: job for job in jobs}
+    while left:
+        wave = [job for job in left.values() if not any(a in left for a in job.after)]
+        if not wave:
+            raise KdError(f"the jobs wait for one another: {', '.join(left)}")
+        yield wave
+        for job in wave:
+            del left[job.name]
+
+
+def refuse_twins(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """``KdError`` when two jobs are the same run: a value listed twice, or two spellings of one number."""
+    seen: dict[str, str] = {}
+    for name, config in configs.items():
+        rest = {k: v for k, v in config.items() if k not in ("name", "tags", "notes", "logger")}
+        twin = seen.setdefault(repr(rest), name)
+        if twin != name:
+            raise KdError(f"the jobs {twin} and {name} are the same run: list each value once")
+
+
+def _joined(directory: Path, plan: Manifest) -> Manifest:
+    """The plan together with what the directory's manifest lists already. ``KdError`` when they do not fit."""
+    if not (directory / manifest.FILE).exists():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise KdError(f"{directory} is not empty and not the directory of a sweep: choose another hydra.sweep.dir")
+        return plan
+    there = manifest.read(directory)
+    if (there.kind, there.name) != (plan.kind, plan.name):
+        raise KdError(
+            f"{directory} belongs to the {there.kind} {there.name}, not to the {plan.kind} {plan.name}: choose another "
+            "hydra.sweep.dir"
+        )
+    return Manifest(plan.kind, plan.name, {**there.jobs, **plan.jobs})
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process a sweep: the lock falls with the process."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = (directory / "sweep.lock").open("w")
+    except OSError as error:
+        raise KdError(f"the sweep's directory cannot be written: {error.filename}: {error.strerror}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KdError(f"{directory} is in use: another process runs this sweep") from None
+        yield

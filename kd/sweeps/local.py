@@ -1,0 +1,142 @@
+"""The local launcher: N jobs at once, each with its share of the cores and, where there are GPUs, one of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from kd import record
+from kd.errors import KdError
+from kd.sweeps.job import leave_a_record
+from kd.sweeps.pool import forked, warm_up
+from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one job of several at once gets: torch threads, and GPUs by number (empty: leave the choice alone)."""
+
+    threads: int
+    gpus: Sequence[str] = ()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, by number, found without touching them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [g for g in visible.split(",") if g.strip() and g.strip() != "-1"]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def at_once(n_jobs: int | str, jobs_per_gpu: int, on_gpu: bool) -> int:
+    """How many jobs run together. ``auto``: one a GPU, or one a core. ``KdError`` for more than there is room for."""
+    room, what = (len(gpus()) * jobs_per_gpu, "GPUs") if on_gpu else (cores(), "cores")
+    if n_jobs == "auto":
+        return max(1, room)
+    if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs < 1:
+        raise KdError(f"hydra.launcher.n_jobs = {n_jobs} is not allowed: it must be a whole number, 1 or more, or auto")
+    if n_jobs > max(1, room):
+        hint = " (several may share one: hydra.launcher.jobs_per_gpu)" if on_gpu else ""
+        raise KdError(f"hydra.launcher.n_jobs = {n_jobs} is not allowed: there are {room} {what}{hint}")
+    return n_jobs
+
+
+def launch(
+    context: HydraContext,
+    task: TaskFunction,
+    master: DictConfig,
+    jobs: Sequence[Sequence[str]],
+    first: int,
+    n_jobs: int | str,
+    jobs_per_gpu: int,
+) -> list[JobReturn]:
+    """Run the jobs (lists of overrides, numbered from ``first``); what each one wrote is in its directory."""
+    setup_globals()
+    configs = []
+    for number, overrides in enumerate(jobs, start=first):
+        config = context.config_loader.load_sweep_config(master, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        configs.append(config)
+    on_gpu = bool(gpus()) and all(config.hardware.accelerator != "cpu" for config in configs)
+    together = min(at_once(n_jobs, jobs_per_gpu, on_gpu), len(configs))
+    visible = gpus() if on_gpu and together > 1 else []
+    warm_up()
+    threads = max(1, cores() // together)
+    shares = [Share(threads, [visible[slot % len(visible)]] if visible else []) for slot in range(together)]
+    calls = [_call(context, task, config, shares) for config in configs]
+    for done, (position, code) in enumerate(forked(calls, together), start=1):
+        run_dir = directory(configs[position])
+        overrides = [str(o) for o in configs[position].hydra.overrides.task]
+        if code:
+            leave_a_record(run_dir, overrides, *_death(code))
+        print(f"  {done:>{len(str(len(calls)))}}/{len(calls)}  {said(run_dir)}", flush=True)
+    return [JobReturn(overrides=list(overrides)) for overrides in jobs]
+
+
+def directory(config: DictConfig) -> Path:
+    """The run directory of a job's config."""
+    return Path(os.path.abspath(os.path.join(config.hydra.sweep.dir, str(config.hydra.sweep.subdir))))
+
+
+def _death(code: int) -> tuple[str, str]:
+    """Status and reason for a child that ended without a word of its own."""
+    if code > 0:
+        return (INTERRUPTED, "interrupted") if code == 130 else (FAILED, f"the process ended with exit code {code}")
+    name = signal.Signals(-code).name
+    return INTERRUPTED, f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def said(run_dir: Path) -> str:
+    """One line about a job that ended: its accuracy, or why it has none."""
+    found, name = record.read(run_dir), "/".join(run_dir.parts[-2:])
+    if found["status"] != FINISHED:
+        return f"{name}: {found['status']}: {found['error']} (see {run_dir / 'train.log'})"
+    student = found["student"]["last"]
+    return f"{name}: test top-1 {student['test']['acc1']:.1%} ({found['wall_clock_s']:.1f} s)"
+
+
+def _call(
+    context: HydraContext, task: TaskFunction, config: DictConfig, shares: Sequence[Share]
+) -> Callable[[int], None]:
+    state = Singleton.get_state()
+
+    def call(slot: int) -> None:
+        run_dir, share = directory(config), shares[slot]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "train.log").open("a") as log:
+            os.dup2(log.fileno(), sys.stdout.fileno())
+            os.dup2(log.fileno(), sys.stderr.fileno())
+        if share.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
+        if config.hardware.threads is None:
+            OmegaConf.update(config, "hardware.threads", share.threads)
+        Singleton.set_state(state)
+        run_job(
+            hydra_context=context,
+            task_function=task,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+    return call

@@ -1,0 +1,105 @@
+"""Jobs in fresh processes, forked from this one after it has imported everything: isolation at the price of none.
+
+This process must never touch a GPU nor start torch's threads: children of such a process hang.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+Call = Callable[[int], Any]
+"""What a child runs; it is given its slot, 0 to the number of jobs at once - 1."""
+
+
+def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
+    """Run each call in a process of its own, ``at_once`` at a time; yields (position, exit code) as they end.
+
+    A negative code is the signal that killed the child. When this process is interrupted, so are the children; when it
+    is killed, they die with it.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting = list(enumerate(calls))[::-1]
+    free = list(range(at_once))[::-1]
+    running: dict[Any, tuple[int, int, BaseProcess]] = {}
+    with _terminated_like_interrupted():
+        try:
+            while waiting or running:
+                while waiting and free:
+                    position, call = waiting.pop()
+                    slot = free.pop()
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    process: BaseProcess = context.Process(target=_child, args=(call, slot))
+                    process.start()
+                    running[process.sentinel] = (position, slot, process)
+                for sentinel in wait(list(running)):
+                    position, slot, process = running.pop(sentinel)
+                    process.join()
+                    free.append(slot)
+                    yield position, process.exitcode or 0
+        finally:
+            _interrupt([process for _, _, process in running.values()])
+
+
+def warm_up() -> None:
+    """Import what every job needs, once. No torch operation runs here."""
+    import kd.build
+    import kd.callbacks
+    import kd.fit
+    import kd.models.mlp
+    import kd.tasks.classification  # noqa: F401
+
+
+def _child(call: Call, slot: int) -> None:
+    os.setpgrp()  # Ctrl-C on a terminal reaches the parent alone and is passed on once: a second would cut the record
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_die_with_the_parent, daemon=True).start()
+    try:
+        call(slot)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _die_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _interrupt(processes: list[BaseProcess], patience: float = 20.0) -> None:
+    """As Ctrl-C does: a child writes its record and ends; one that does not is killed."""
+    for process in processes:
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGINT)
+    for process in processes:
+        process.join(patience)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which schedulers and ``kill`` send, ends this process as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

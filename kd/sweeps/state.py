@@ -1,0 +1,57 @@
+"""What a run directory of a sweep holds: nothing, a result, or something to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd import record
+from kd.config import flat
+from kd.errors import KdError
+
+MISSING, FINISHED, FAILED, INTERRUPTED = "missing", "finished", "failed", "interrupted"
+
+
+@dataclass(frozen=True)
+class State:
+    """``status``: one of the four above; ``reason``: why it did not finish; ``record``: what it wrote, if anything."""
+
+    status: str
+    reason: str = ""
+    record: Mapping[str, Any] | None = None
+
+
+def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
+    """The state of a job. A run that says "running" is one that was killed: nobody else may be using it.
+
+    With ``config``: ``KdError`` when the directory holds a run of another configuration.
+    """
+    if not (run_dir / record.FILE).exists():
+        return State(MISSING, "it did not start")
+    found = record.read(run_dir)
+    # a run that never began has no config yet, and one that failed is started anew in any case
+    if config is not None and found["status"] != FAILED and (run_dir / "config.yaml").is_file():
+        refuse_another(run_dir, record.read_config(run_dir), config)
+    if found["status"] in (FINISHED, FAILED):
+        return State(found["status"], found["error"] or "", found)
+    return State(INTERRUPTED, found["error"] or "it was killed", found)
+
+
+def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """``KdError`` when the two configs are not of the same experiment and seed; names the keys that differ."""
+    seeds = [(c["seed"], c["data"].get("seed"), c["data"].get("split_seed")) for c in (there, here)]
+    if record.config_hash(there) == record.config_hash(here) and seeds[0] == seeds[1]:
+        return
+    old, new = flat(there), flat(here)
+    ignored = tuple(f"{section}." for section in record.NOT_THE_EXPERIMENT)
+    differ = [
+        f"{key} = {old.get(key)} there and {new.get(key)} here"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and not key.startswith(ignored) and key not in ("name", "notes")
+    ]
+    raise KdError(
+        f"{run_dir} holds a run of another configuration ({'; '.join(differ[:3]) or 'its teacher differs'}): "
+        "remove it, or choose another hydra.sweep.dir"
+    )
