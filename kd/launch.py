@@ -28,6 +28,7 @@ from kd.errors import KdError
 from kd.hardware import settings
 
 WORKER = "KD_WORKER"  # set for the processes that kd starts: the number of their end of the pipe to the parent
+COMMAND = [sys.executable, "-m", "kd.launch"]
 GRACE = 20.0  # seconds for the others to end by themselves when one has failed, or on an interruption
 
 
@@ -116,7 +117,7 @@ def _in_processes(config: dict[str, Any], run_dir: Path, checkpoint: Path | None
 
 def _start(environment: Mapping[str, str], pipe: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "kd.launch"],
+        COMMAND,
         stdin=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment, WORKER: str(pipe)},
