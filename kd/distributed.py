@@ -146,7 +146,9 @@ def shard(networks: list[nn.Module], mesh: Any) -> None:
     for network in networks:
         for block in _blocks(network):
             fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+        # what is kept for the backward pass would be kept for ever where there is none
+        trained = any(p.requires_grad for p in network.parameters())
+        fully_shard(network, mesh=mesh, reshard_after_forward=None if trained else True)
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:

@@ -77,8 +77,10 @@ def run(folder: Path, cases: dict[str, list[str]]) -> None:
         if not built[-1].sharded:
             torch.save(seen(built[-1]), folder / name / f"seen{distributed.rank()}.pt")
         elif distributed.rank() == 0:
-            names = [type(p).__name__ for n in ("student", "teacher") for p in getattr(built[-1], n).parameters()]
-            (folder / name / "parameters.json").write_text(json.dumps(names))
+            kinds = [type(p).__name__ for p in built[-1].teacher.parameters()]
+            built[-1].student.state_dict()  # ends what an evaluation has gathered
+            kinds += [type(p).__name__ for p in built[-1].trainable()]
+            (folder / name / "parameters.json").write_text(json.dumps(kinds))
     distributed.leave()
 
 
