@@ -164,10 +164,14 @@ class Distiller(L.LightningModule):
             return
         self.sharded = True
         self.strict_loading = False  # the strategy reads a checkpoint before the teacher is put back
-        self._teacher_logits_wanted = True  # a network that is left half-way would not be sharded again
+        self.run_whole_teacher()  # a network that is left half-way would not be sharded again
         teachers = list(self.teacher.networks) if self.teacher is not None else []
         terms = [term for _, term in self.objective.items() if any(True for _ in term.parameters())]
         distributed.shard([self.student, *teachers, *terms], self._device_mesh["data_parallel"])
+
+    def run_whole_teacher(self) -> None:
+        """Do not leave the teacher behind its last tap, whatever the terms need."""
+        self._teacher_logits_wanted = True
 
     # ------------------------------------------------------------------ the forward passes
 

@@ -131,6 +131,8 @@ def compile_networks(config: Mapping[str, Any], module: Any) -> None:
     for role in hardware["compiled"]:
         for network in networks[role]:
             network.compile(mode=hardware["compile"])
+        if role == "teacher":
+            module.run_whole_teacher()  # an exit half-way would break the graph at every block
 
 
 def warn_of_slow_precision(config: Mapping[str, Any]) -> None:

@@ -283,7 +283,8 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
         "threading.Thread(target=launch._end_with_parent, daemon=True).start(); print('up', flush=True); time.sleep(99)"
     )
     code = "import sys; from pathlib import Path; from kd import launch; from kd.app import checked;"
-    code += f"launch.COMMAND = [sys.executable, '-c', {child!r}]; launch.fit(checked(['hardware=ddp_cpu']), Path('.'), None)"
+    code += f"launch.COMMAND = [sys.executable, '-c', {child!r}];"
+    code += "launch.fit(checked(['hardware=ddp_cpu']), Path('.'), None)"
     process = popen([sys.executable, "-c", code], tmp_path, variables(0, 0))
     assert process.stdout is not None
     assert [process.stdout.readline(), process.stdout.readline()] == ["up\n", "up\n"]
