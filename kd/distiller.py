@@ -214,8 +214,9 @@ class Distiller(L.LightningModule):
         self._buffer = StepBuffer(names, self.log_every, self.device, over_labelled=few, counts=self.task.counts)
         if self.teacher is not None and "val" not in self.teacher_metrics:
             teacher, loader = self.teacher, self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+            dtype = next(self.student.parameters()).dtype  # of a precision like bf16-true, as in the steps
             self.teacher_metrics["val"], _ = measure(
-                self.task, self.num_classes, lambda x: teacher(x).rows, loader, self.device
+                self.task, self.num_classes, lambda x: teacher(x.to(dtype)).rows, loader, self.device
             )
             said = ", ".join(f"val/{k} {v:.4f}" for k, v in self.teacher_metrics["val"].items())
             log.info("teacher: %s", said)

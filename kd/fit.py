@@ -144,8 +144,9 @@ def size(network: nn.Module, example: torch.Tensor) -> dict[str, int]:
 
 def latency_ms(network: Any, input_shape: tuple[int, ...], passes: int = 30) -> float:
     """Median milliseconds of an eager forward pass of one image, where the weights are. Noisy on a busy machine."""
-    device = next(network.parameters()).device
-    example = torch.zeros(1, *input_shape, device=device)
+    weight = next(network.parameters())
+    device = weight.device
+    example = torch.zeros(1, *input_shape, device=device, dtype=weight.dtype)
     training = network.training
     network.eval()
     times = []

@@ -127,6 +127,12 @@ def compile_networks(config: Mapping[str, Any], module: Any) -> None:
     hardware = settings(config)
     if hardware["compile"] is None:
         return
+    import torch._dynamo
+
+    # a forward is compiled anew for student and teacher, training and evaluation, a smaller last batch, taps on and
+    # off: more often than the 8 times after which torch gives up
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, name, max(64, getattr(torch._dynamo.config, name)))
     networks = {"student": [module.student], "teacher": list(module.teacher.networks) if module.teacher else []}
     for role in hardware["compiled"]:
         for network in networks[role]:

@@ -57,7 +57,7 @@ class Hardware:
     cluster: str | None = None  # who starts the processes: null: kd itself, on this machine; torchrun; slurm
     strategy: str = "auto"  # ddp, fsdp (student and teacher sharded), or auto: ddp where there are several processes
     sync_batchnorm: bool = False  # batch statistics over all processes (GPUs)
-    compile: str | None = None  # mode of torch.compile; null: eager
+    compile: str | None = None  # mode of torch.compile (default, reduce-overhead, …); null: eager
     compiled: list[str] = field(default_factory=lambda: ["student", "teacher"])  # the networks that it compiles
     precision: str = "32-true"
     threads: int | None = None  # of torch on the CPU; null: torch's choice

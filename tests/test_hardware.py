@@ -54,9 +54,13 @@ def test_accumulated_batches_make_one_step(kd, tmp_path) -> None:
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("64-true", torch.float64)])
-def test_precision_of_the_weights(kd, tmp_path, precision, dtype) -> None:
-    weights = trained(kd, tmp_path, "run", f"hardware.precision={precision}")
+DTYPES = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), DTYPES.items())
+def test_precision_of_the_weights(kd, tmp_path, teacher_run, precision, dtype) -> None:
+    teacher = [f"teacher.checkpoint={teacher_run}", "loss=[ce,kd]"]
+    weights = trained(kd, tmp_path, "run", f"hardware.precision={precision}", *teacher)
     assert {w.dtype for w in weights.values()} == {dtype}
 
 
