@@ -96,7 +96,7 @@ def trainer_arguments(config: Mapping[str, Any], module: Any) -> dict[str, Any]:
         devices = hardware["devices"] if hardware["cluster"] is None else 1
         # named, so that variables of a Slurm job are not taken for orders to train in several processes
         return {**same, "devices": devices, "plugins": [LightningEnvironment()]}
-    from kd.launch import environment, nodes
+    from kd.cluster import environment, nodes
 
     node_count, per_node = nodes(hardware)
     devices = hardware["devices"] if isinstance(hardware["devices"], list) else per_node

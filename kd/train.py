@@ -28,12 +28,12 @@ def main(argv: Sequence[str]) -> int:
             raise KdError(f"resume={resumed[-1]} takes no other arguments (given: {others}): a run goes on as it began")
         resume(Path(resumed[-1]))
         return 0
-    from kd import launch
+    from kd import cluster
 
-    config = launch.follower(argv)
+    config = cluster.follower(argv)
     if config is not None:
-        launch.join(config)
-        launch.follow()
+        cluster.join(config)
+        cluster.follow()
         return 0
     from kd.app import run
 
@@ -59,10 +59,10 @@ def train(
 
     The record is written when the run starts, and again when it finishes, fails or is interrupted.
     """
-    from kd import launch
+    from kd import cluster, launch
 
-    if launch.join(config) > 0:
-        return launch.follow()
+    if cluster.join(config) > 0:
+        return cluster.follow()
     start = time.perf_counter()
     handlers = start_logging(run_dir)
     try:

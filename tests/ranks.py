@@ -59,7 +59,7 @@ def seen(module: Any) -> dict[str, Any]:
 
 def run(folder: Path, cases: dict[str, list[str]]) -> None:
     """Each case in ``folder/NAME``, with ``outcome.json`` beside the run's own files."""
-    from kd import build, distributed, fit, launch
+    from kd import build, cluster, distributed, fit
     from kd.app import checked
 
     built: list[Any] = []
@@ -67,7 +67,7 @@ def run(folder: Path, cases: dict[str, list[str]]) -> None:
     build.distiller = lambda *a: built.append(original(*a)) or built[-1]  # type: ignore[func-returns-value,assignment]
     for name, overrides in cases.items():
         config = checked(overrides)
-        launch.join(config)
+        cluster.join(config)
         if distributed.rank() == 0:
             (folder / name).mkdir(parents=True)
         distributed.barrier()

@@ -44,6 +44,7 @@ NO_TORCH = (
     "explain.py",
     "app.py",
     "launch.py",
+    "cluster.py",
     "hardware.py",
 )
 
