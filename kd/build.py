@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hydra.utils import get_object, instantiate
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd import weights
+from kd import distributed, hardware, weights
 from kd.config import OBJECTIVE_KEYS
 from kd.distiller import Distiller
 from kd.errors import KdError
@@ -45,9 +46,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def datamodule(config: Mapping[str, Any]) -> Any:
-    """The data module, set up for all splits."""
+    """The data module, set up for all splits. Of several processes one a node downloads."""
     data = make(config["data"], "data")
-    data.prepare_data()
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not distributed.joined():
+        data.prepare_data()
+    distributed.barrier()
     data.setup("fit")
     return data
 
@@ -238,10 +241,13 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     task = make(config["task"], "task")
     optimizer = functools.partial(_optimizer, recipe["optimizer"])
     scheduler = functools.partial(_scheduler, recipe["scheduler"]) if recipe["scheduler"] else None
+    net = student(config, data)
+    if hardware.settings(config)["sync_batchnorm"] and distributed.joined():
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     module: Distiller = make(
         {**config["distiller"], "_convert_": "none"},
         "distiller",
-        student=student(config, data),
+        student=net,
         teacher=teacher(config, data),
         objective=objective(config),
         task=task,
@@ -254,16 +260,39 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     wanting = module.objective.needs("labels")
     if wanting and data.sizes["labelled"] == 0:
         raise KdError(f"loss.{wanting[0]} needs labels, the training data has none")
-    count, size = data.sizes["train"], recipe["batch_size"]
-    if count % size == 1 and not data.drop_last and any(isinstance(m, _BatchNorm) for m in module.student.modules()):
-        raise KdError(
-            f"recipe.batch_size = {size} leaves a last batch of one image ({count} in all), too few "
-            "for batch norm: set data.drop_last=true, or another batch size"
-        )
-    module.prepare(next(iter(data.train_dataloader())))
+    _check_last_batch(module, data, recipe["batch_size"])
+    batch = next(iter(data.train_dataloader()))
+    module.prepare(batch)
+    if distributed.joined():
+        module.find_unreached(batch)
+        if hardware.settings(config)["sync_batchnorm"]:
+            module.objective = nn.SyncBatchNorm.convert_sync_batchnorm(module.objective)  # the adapters'
     if not module.trainable():
         raise KdError("the student has no trainable parameters")
     return module
+
+
+def _check_last_batch(module: Distiller, data: Any, size: int) -> None:
+    """Each process needs a row of the last batch, and batch norm two."""
+    count, processes = data.sizes["train"], distributed.world_size()
+    last = 0 if data.drop_last else count % size
+    batch_norm = any(
+        isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.student.modules()
+    )
+    if last and batch_norm and last // processes < 2:
+        of = f" for {processes} processes" if processes > 1 else ""
+        raise KdError(
+            f"recipe.batch_size = {size} leaves a last batch of {'one image' if last == 1 else f'{last} images'}{of} "
+            f"({count} in all), too few for batch norm: set data.drop_last=true, or another batch size"
+        )
+    if 0 < last < processes:
+        raise KdError(
+            f"recipe.batch_size = {size} leaves a last batch of {last} image(s) ({count} in all), fewer than the "
+            f"{processes} processes: set data.drop_last=true, or another batch size"
+        )
+    short = next((s for s in ("val", "test") if data.sizes[s] < processes), None)
+    if short:
+        raise KdError(f"the {short} split has {data.sizes[short]} image(s), fewer than the {processes} processes")
 
 
 def _optimizer(node: Mapping[str, Any], params: Any) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from kd import weights
+from kd import distributed, weights
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,7 @@ class SelectedWeights(Callback):
         value = float(trainer.callback_metrics[self.monitor])
         if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
             self.best, self.epoch = value, trainer.current_epoch
-            if trainer.is_global_zero:
-                weights.save(module.student, self.run_dir / weights.SELECTED, {**self.about, "epoch": self.epoch})
+            weights.save(module.student, self.run_dir / weights.SELECTED, {**self.about, "epoch": self.epoch})
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: a resumed run must not forget its best."""
@@ -68,6 +68,23 @@ class EpochLine(Callback):
         log.info("epoch %d/%d  %s  (%.1f s)", epoch + 1, trainer.max_epochs, shown, time.perf_counter() - self.start)
 
 
+class StopOnSigterm(Callback):
+    """Of several processes: SIGTERM is an interruption. Lightning would first tell the others, by a collective that
+    meets theirs of another kind and waits."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Lightning's handler has been set a moment ago."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """The same, of ``trainer.validate``."""
+        self.on_train_start(trainer, module)
+
+    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """The same, of ``trainer.test``."""
+        self.on_train_start(trainer, module)
+
+
 def standard(run_dir: Path, protocol: dict[str, Any], about: dict[str, Any]) -> list[Callback]:
     """The callbacks of every run: selected weights, the checkpoint to resume from, and progress."""
     callbacks: list[Callback] = [
@@ -81,6 +98,8 @@ def standard(run_dir: Path, protocol: dict[str, Any], about: dict[str, Any]) -> 
         ),
         EpochLine(),
     ]
-    if sys.stderr.isatty():
+    if distributed.joined():
+        callbacks.append(StopOnSigterm())
+    if sys.stderr.isatty() and distributed.rank() == 0:
         callbacks.append(RichProgressBar(refresh_rate=50))
     return callbacks

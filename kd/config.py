@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from kd import hardware
 from kd.errors import KdError, near
 from kd.schema import Hardware, Paths, Protocol, Recipe, Root, Student, Teacher
 from kd.signature import arguments
@@ -27,6 +28,7 @@ OWN_TRAINER_KEYS = (
     *("check_val_every_n_epoch", "val_check_interval", "num_sanity_val_steps", "fast_dev_run", "overfit_batches"),
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "logger", "callbacks"),
     *("default_root_dir", "enable_progress_bar", "enable_checkpointing", "barebones", "use_distributed_sampler"),
+    *("sync_batchnorm", "plugins"),
 )
 # of optimisers and schedulers: torch finds out late, or not at all, when these are no numbers
 NUMBERS = ("lr", "momentum", "weight_decay", "eps", "gamma", "T_max", "eta_min", "step_size", "total_iters")
@@ -53,6 +55,7 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
         raise KdError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from None
     problems = [*_check_keys(values), *_check_targets(values, () if training else TRAINING)]
     if training:
+        problems += hardware.problems(values["hardware"], values["recipe"]["batch_size"])
         problems += [*_check_loss(values), *_check_numbers(values), *_check_choices(values)]
     if problems:
         raise KdError("\n".join(problems))
@@ -206,9 +209,6 @@ def _check_choices(values: dict[str, Any]) -> Iterator[str]:
     mode, monitor = values["protocol"]["mode"], values["protocol"]["monitor"]
     if mode is not None and mode != better(monitor):
         yield f"protocol.mode = {mode} is not allowed: the better {monitor} is its {better(monitor)}imum (or null)"
-    devices = values["hardware"]["devices"]
-    if devices != 1 and not (isinstance(devices, list) and len(devices) == 1):
-        yield f"hardware.devices = {devices} is not allowed: 1, or a list with the number of one device"
 
 
 def _check_loss(values: dict[str, Any]) -> Iterator[str]:

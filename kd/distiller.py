@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd import distributed
 from kd.bookkeeping import StepBuffer, first_bad
 from kd.errors import KdError
 from kd.losses.base import Batch, Output
@@ -63,6 +64,8 @@ class Distiller(L.LightningModule):
         self.tested: dict[str, Any] = {}  # of the last test pass: metrics and accuracy per class
         self.teacher_tested: dict[str, Any] = {}
         self.about: dict[str, Any] = {}  # what is recorded with the weights: model, data facts
+        self.unreached: list[str] = []  # see find_unreached
+        self.sharded = False  # whether each process holds a part of every parameter only
         self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
         self._teacher_logits: dict[tuple[str, int], Tensor] = {}
         # the dry pass wants them, to compare the classes; after it only the terms have a say
@@ -118,6 +121,23 @@ class Distiller(L.LightningModule):
             self.objective.train()
         self.student.train(training)
 
+    def find_unreached(self, batch: Batch) -> None:
+        """Note the trainable parameters that no term reaches, in one backward pass on two rows: DDP must know."""
+        inputs = batch.inputs[:2].to(self.device)
+        few = Batch(inputs, *(t[: len(inputs)].to(self.device) for t in batch[1:]))
+        training = self.student.training
+        self.student.eval()
+        self.objective.eval()
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            teacher, student = self.answer_both(inputs)
+            _, total = self.objective(student, teacher, few)
+            if total.requires_grad:
+                total.backward()
+        self.student.train(training)
+        self.objective.train()
+        self.unreached = [n for n, p in self.named_parameters() if p.requires_grad and p.grad is None]
+        self.zero_grad(set_to_none=True)
+
     def _dry(self, inputs: Tensor) -> tuple[Output, Output]:
         try:
             teacher, student = self.answer_both(inputs)
@@ -137,6 +157,21 @@ class Distiller(L.LightningModule):
             if classes is not None and classes != self.num_classes:
                 raise KdError(f"the {name} answers {classes} classes, the data has {self.num_classes}")
         return teacher, student
+
+    def configure_model(self) -> None:
+        """Of a strategy that shards (FSDP): student, teacher and adapters, each over all processes."""
+        if self._device_mesh is None or self.sharded:
+            return
+        self.sharded = True
+        self.strict_loading = False  # the strategy reads a checkpoint before the teacher is put back
+        self.run_whole_teacher()  # a network that is left half-way would not be sharded again
+        teachers = list(self.teacher.networks) if self.teacher is not None else []
+        terms = [term for _, term in self.objective.items() if any(True for _ in term.parameters())]
+        distributed.shard([self.student, *teachers, *terms], self._device_mesh["data_parallel"])
+
+    def run_whole_teacher(self) -> None:
+        """Do not leave the teacher behind its last tap, whatever the terms need."""
+        self._teacher_logits_wanted = True
 
     # ------------------------------------------------------------------ the forward passes
 
@@ -159,9 +194,11 @@ class Distiller(L.LightningModule):
         """One step: named terms, their weighted sum, counts into the buffer."""
         teacher, student = self.answer_both(batch.inputs)
         epoch = self.current_epoch + batch_idx / max(1, self.trainer.num_training_batches)
-        values, total = self.objective(student, teacher, batch, epoch, self.trainer.max_epochs or 1)
         correct, labelled = self.task.count(student.rows, batch.targets)
-        self._buffer.add([total, *values, *correct, labelled], rows=len(batch.targets))
+        shares = distributed.shares(len(batch.targets), labelled)
+        values, total = self.objective(student, teacher, batch, epoch, self.trainer.max_epochs or 1, shares)
+        loss = total if shares is None else total / shares.rows  # the buffer weights it with the rows again
+        self._buffer.add([loss, *values, *correct, labelled], rows=len(batch.targets))
         last = batch_idx + 1 == self.trainer.num_training_batches
         if last or self._buffer.full:
             self._read_buffer(batch_idx)
@@ -177,8 +214,9 @@ class Distiller(L.LightningModule):
         self._buffer = StepBuffer(names, self.log_every, self.device, over_labelled=few, counts=self.task.counts)
         if self.teacher is not None and "val" not in self.teacher_metrics:
             teacher, loader = self.teacher, self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+            dtype = next(self.student.parameters()).dtype  # of a precision like bf16-true, as in the steps
             self.teacher_metrics["val"], _ = measure(
-                self.task, self.num_classes, lambda x: teacher(x).rows, loader, self.device
+                self.task, self.num_classes, lambda x: teacher(x.to(dtype)).rows, loader, self.device
             )
             said = ", ".join(f"val/{k} {v:.4f}" for k, v in self.teacher_metrics["val"].items())
             log.info("teacher: %s", said)
@@ -195,7 +233,7 @@ class Distiller(L.LightningModule):
         bad = first_bad(window)
         if bad is not None:
             self._stop_on(bad, batch_idx, len(window))
-        means = self._train_means(*self._buffer.last)
+        means = self._train_means(*self._buffer.last)  # over all processes
         epoch = self.current_epoch + (batch_idx + 1) / max(1, self.trainer.num_training_batches)
         for name in self.objective.schedules:
             means[f"weight/{name}"] = self.objective.weight(name, epoch, self.trainer.max_epochs or 1)
@@ -215,21 +253,21 @@ class Distiller(L.LightningModule):
         )
 
     def _train_means(self, sums: Tensor, rows: int) -> dict[str, float]:
-        return {f"train/{name}": value for name, value in self._buffer.means(sums, rows).items()}
-
-    def _close_epoch(self) -> None:
-        """The epoch's exact means, over all processes; before the validation, so that the epoch's line has both."""
-        sums, rows = self._buffer.take_epoch()
         if self.trainer.world_size > 1:
             packed = torch.cat([sums, torch.tensor([float(rows)], dtype=torch.float64)]).to(self.device)
             packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()
             sums, rows = packed[:-1], int(packed[-1])
-        self.epoch_means = self._train_means(sums, rows)
+        return {f"train/{name}": value for name, value in self._buffer.means(sums, rows).items()}
+
+    def _close_epoch(self) -> None:
+        """The epoch's exact means; before the validation, so that the epoch's line has both."""
+        self.epoch_means = self._train_means(*self._buffer.take_epoch())
 
     # ------------------------------------------------------------------ evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh metrics for the pass."""
+        """Fresh metrics for the pass, and one network on all processes."""
+        distributed.same_buffers(self.student)
         self._metrics = self.task.metrics(self.num_classes).to(self.device)
         self._teacher_metrics = self.task.metrics(self.num_classes).to(self.device)
 
@@ -301,6 +339,7 @@ class Distiller(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the teacher back, so that loading stays strict."""
-        own = self.state_dict()
-        checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
+        if not self.sharded:
+            own = self.state_dict()
+            checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
         self.history, self.epoch_means = (dict(checkpoint["kd"][name]) for name in ("history", "epoch_means"))

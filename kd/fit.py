@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, loggers, weights
+from kd import build, callbacks, distributed, hardware, loggers, weights
 from kd.distiller import Distiller
 from kd.errors import KdError
 
@@ -23,8 +23,12 @@ log = logging.getLogger(__name__)
 
 
 def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """Build from a checked config, fit (on from ``checkpoint``), test once; the part of the record that this yields."""
+    """Build from a checked config, fit (on from ``checkpoint``), test once; the part of the record that this yields.
+
+    Of several processes each runs it, and the first one writes.
+    """
     quieten()
+    hardware.warn_of_slow_precision(config)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if config["hardware"]["threads"]:
@@ -37,22 +41,25 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     about = {"model": config["student"]["model"], "data": build.facts(data), "seed": config["seed"]}
     module.about = about
     hooks = callbacks.standard(run_dir, config["protocol"], about)
-    extra = build.loggers(config, run_dir)
+    first = distributed.rank() == 0
+    extra = build.loggers(config, run_dir) if first else []
     outcome: dict[str, Any] | None = None
     try:
-        trainer = make_trainer(config, run_dir, [loggers.csv_logger(run_dir, done), *extra], hooks)
+        own = [loggers.csv_logger(run_dir, done)] if first else []
+        trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
         for logger in extra:
             logger.log_hyperparams(config)
         measured = sizes(module, data.input_shape)
+        hardware.compile_networks(config, module)
         log.info("%s", opening_line(config, measured, data))
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        if trainer.is_global_zero:
-            weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
+        weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
         facts = {**about["data"], "sizes": data.sizes}
         outcome = {"data": facts, **close(config, run_dir, trainer, module, data, hooks[0])}
+        outcome["processes"] = distributed.world_size()
         networks = {"student": module.student, "teacher": module.teacher}
         for role, size in measured.items():
-            speed = {"latency_ms": latency_ms(networks[role], data.input_shape)}
+            speed = {} if module.sharded else {"latency_ms": latency_ms(networks[role], data.input_shape)}
             outcome[role] = {**outcome.get(role, {}), **size, **speed}
         log.info("%s", five_lines(outcome, run_dir))
         return outcome
@@ -74,22 +81,22 @@ def quieten() -> None:
         ".*GPU available but not used.*",  # hardware=cpu asked for it
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
         ".*Starting from v1.9.0, `tensorboardX` has been removed.*",
+        ".*It is recommended to use .* when logging on epoch level.*",  # the metrics come together by themselves
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
-def make_trainer(config: dict[str, Any], run_dir: Path, run_loggers: list[Any], hooks: list[Any]) -> L.Trainer:
+def make_trainer(
+    config: dict[str, Any], run_dir: Path, run_loggers: list[Any], hooks: list[Any], module: Distiller
+) -> L.Trainer:
     """Lightning's trainer for the recipe, protocol and hardware of the config."""
-    recipe, hardware = config["recipe"], config["hardware"]
+    recipe = config["recipe"]
     arguments: dict[str, Any] = {
         "max_epochs": recipe["epochs"],
         "accumulate_grad_batches": recipe["accumulate"],
         "gradient_clip_val": recipe["gradient_clip"],
         "check_val_every_n_epoch": config["protocol"]["val_every"],
-        "accelerator": hardware["accelerator"],
-        "devices": hardware["devices"],
-        "precision": hardware["precision"],
-        "deterministic": hardware["deterministic"],
+        **hardware.trainer_arguments(config, module),
         "logger": run_loggers,
         "callbacks": hooks,
         "default_root_dir": str(run_dir),
@@ -99,8 +106,8 @@ def make_trainer(config: dict[str, Any], run_dir: Path, run_loggers: list[Any], 
         "use_distributed_sampler": False,  # the data modules shard by themselves
     }
     return build.make(
-        {"_target_": "lightning.Trainer", **(hardware["trainer"] or {})},
-        f"hardware.accelerator = {hardware['accelerator']}",
+        {"_target_": "lightning.Trainer", **(config["hardware"]["trainer"] or {})},
+        f"hardware.accelerator = {config['hardware']['accelerator']}",
         **arguments,
     )
 
@@ -136,13 +143,14 @@ def size(network: nn.Module, example: torch.Tensor) -> dict[str, int]:
 
 
 def latency_ms(network: Any, input_shape: tuple[int, ...], passes: int = 30) -> float:
-    """Median milliseconds of a forward pass of one image, where the network's weights are. Noisy on a busy machine."""
-    device = next(network.parameters()).device
-    example = torch.zeros(1, *input_shape, device=device)
+    """Median milliseconds of an eager forward pass of one image, where the weights are. Noisy on a busy machine."""
+    weight = next(network.parameters())
+    device = weight.device
+    example = torch.zeros(1, *input_shape, device=device, dtype=weight.dtype)
     training = network.training
     network.eval()
     times = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for _ in range(3 + passes):  # the first ones warm up
             start = time.perf_counter()
             network(example)
@@ -168,7 +176,8 @@ def close(
     keep = config["protocol"]["keep_predictions"]
     if best.epoch != last_epoch:
         last.update(_test(trainer, module, data, "test_last"))
-        state, _ = weights.read(run_dir / weights.SELECTED)
+        state = weights.read(run_dir / weights.SELECTED)[0] if distributed.rank() == 0 else {}
+        state = distributed.broadcast(state)
         weights.load(module.student, state, run_dir, "student")
     selected.update(_test(trainer, module, data, "test", run_dir if keep else None))
     last = {**selected, **last}  # the same student is tested once
@@ -192,8 +201,12 @@ def _test(trainer: L.Trainer, module: Distiller, data: Any, name: str, keep_in: 
 
 
 def _save_predictions(path: Path, module: Distiller) -> None:
-    kept = {name: torch.cat(parts).numpy() for name, parts in (module.predictions or {}).items()}
+    shard = {name: torch.cat(parts).numpy() for name, parts in (module.predictions or {}).items()}
     module.predictions = None
+    shards = distributed.gather(shard)
+    if shards is None:
+        return
+    kept = {name: np.concatenate([s[name] for s in shards if s]) for name in shards[0]}
     order = np.argsort(kept["index"], kind="stable")
     np.savez_compressed(path, index=kept["index"][order], target=kept["target"][order], logits=kept["logits"][order])
 

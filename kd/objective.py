@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from kd.distributed import Shares
 from kd.errors import KdError
 from kd.losses.base import Batch, Output, Term
 
@@ -104,10 +105,22 @@ class Objective(nn.Module):
         return self.weights[name] * (schedule(epoch, epochs) if schedule else 1.0)
 
     def forward(
-        self, student: Output, teacher: Output, batch: Batch, epoch: float = 0.0, epochs: int = 1
+        self,
+        student: Output,
+        teacher: Output,
+        batch: Batch,
+        epoch: float = 0.0,
+        epochs: int = 1,
+        shares: Shares | None = None,
     ) -> tuple[list[Tensor], Tensor]:
-        """Each term's unweighted value, and their weighted sum (all scalars)."""
+        """Each term's unweighted value, and their weighted sum (all scalars).
+
+        With ``shares`` the sum is this process's part: the mean of all parts is the objective of the whole batch.
+        """
         values = [term(student, teacher, batch) for _, term in self.items()]
-        weights = [self.weight(name, epoch, epochs) for name in self.terms]
+        weights: list[Any] = [self.weight(name, epoch, epochs) for name in self.terms]
+        if shares is not None:
+            parts = (shares.labelled if term.needs_labels else shares.rows for _, term in self.items())
+            weights = [w * part for w, part in zip(weights, parts, strict=True)]
         total = torch.stack([w * v.float() for w, v in zip(weights, values, strict=True)]).sum()
         return values, total

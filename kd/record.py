@@ -27,6 +27,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     kept = {k: v for k, v in config.items() if k not in NOT_THE_EXPERIMENT}
     kept["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "download", "seed", "split_seed")}
     kept["hardware"] = {k: config["hardware"][k] for k in ("precision", "trainer")}
+    kept["hardware"]["sync_batchnorm"] = config["hardware"].get("sync_batchnorm") or None
     kept["protocol"] = {k: v for k, v in config["protocol"].items() if k != "keep_predictions"}
     for role in ("student", "teacher"):
         kept[role] = {**config[role], "checkpoint": _experiment_of(config[role]["checkpoint"])}

@@ -47,10 +47,19 @@ class Recipe:
 
 @dataclass
 class Hardware:
-    """Where and how it runs; ``trainer`` holds further arguments of ``lightning.Trainer``."""
+    """Where and how it runs; ``trainer`` holds further arguments of ``lightning.Trainer``.
+
+    With several processes (a process a device) a run is the same run: ``recipe.batch_size`` is split over them.
+    """
 
     accelerator: str = "auto"
-    devices: Any = 1
+    devices: Any = 1  # of each node: how many, a list of GPU numbers, or auto: all GPUs
+    num_nodes: int | None = None  # null: one, or what torchrun or Slurm says
+    cluster: str | None = None  # who starts the processes: null: kd itself, on this machine; torchrun; slurm
+    strategy: str = "auto"  # ddp, fsdp (student and teacher sharded), or auto: ddp where there are several processes
+    sync_batchnorm: bool = False  # batch statistics over all processes (GPUs)
+    compile: str | None = None  # mode of torch.compile (default, reduce-overhead, …); null: eager
+    compiled: list[str] = field(default_factory=lambda: ["student", "teacher"])  # the networks that it compiles
     precision: str = "32-true"
     threads: int | None = None  # of torch on the CPU; null: torch's choice
     deterministic: Any = "warn"  # true, false, or "warn" where an operation has no deterministic form

@@ -28,6 +28,13 @@ def main(argv: Sequence[str]) -> int:
             raise KdError(f"resume={resumed[-1]} takes no other arguments (given: {others}): a run goes on as it began")
         resume(Path(resumed[-1]))
         return 0
+    from kd import cluster
+
+    config = cluster.follower(argv)
+    if config is not None:
+        cluster.join(config)
+        cluster.follow()
+        return 0
     from kd.app import run
 
     return run(list(argv), train)
@@ -52,8 +59,12 @@ def train(
 
     The record is written when the run starts, and again when it finishes, fails or is interrupted.
     """
+    from kd import cluster, launch
+
+    if cluster.join(config) > 0:
+        return cluster.follow()
     start = time.perf_counter()
-    handlers = _start_logging(run_dir)
+    handlers = start_logging(run_dir)
     try:
         if checkpoint is None:
             _refuse_to_overwrite(run_dir)
@@ -70,9 +81,7 @@ def train(
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             record.write_text(run_dir / "config.yaml", text)
         record.write(run_dir, result)
-        from kd.fit import fit
-
-        result.update(fit(config, run_dir, checkpoint))
+        result.update(launch.fit(config, run_dir, checkpoint))
         result["status"] = "finished"
     except (KeyboardInterrupt, SystemExit) as error:
         result.update(status="interrupted", error="interrupted")
@@ -83,7 +92,7 @@ def train(
         raise
     finally:
         result["wall_clock_s"] = round(before.get("wall_clock_s", 0) + time.perf_counter() - start, 3)
-        result["peak_memory_mb"] = _peak_memory()
+        result.setdefault("peak_memory_mb", peak_memory())
         result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         record.write(run_dir, result)
         _stop_logging(handlers)
@@ -147,14 +156,16 @@ class _Console(logging.StreamHandler):
         pass
 
 
-def _start_logging(run_dir: Path) -> list[logging.Handler]:
+def start_logging(run_dir: Path, lock: bool = True) -> list[logging.Handler]:
+    """Log to the console and to ``train.log``; ``lock``: the directory is this process's until it ends."""
     try:
         file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
     except OSError as error:
         raise KdError(f"the run directory cannot be written: {error.filename}: {error.strerror}") from None
     assert file.stream is not None
     try:  # the log is the run's lock as well: it falls with the process
-        fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock:
+            fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise KdError(f"{run_dir} is in use: another process trains in it") from None
@@ -182,7 +193,7 @@ def _log_failure(error: Exception) -> None:
             handler.handle(logging.LogRecord("kd", logging.ERROR, __file__, 0, text, None, None))
 
 
-def _peak_memory() -> dict[str, float]:
+def peak_memory() -> dict[str, float]:
     """Peak resident memory of the process since it began, and of the GPU in this run, in MiB."""
     import resource
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kd import distributed
 from kd.errors import KdError
 
 SELECTED = "student.safetensors"  # of a run directory: the weights that the validation split picked
@@ -22,8 +23,17 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
-    """Write a network's plain state dict with ``about`` (model, data facts) as metadata, atomically."""
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    """Write a network's plain state dict with ``about`` (model, data facts) as metadata, atomically.
+
+    Of several processes all call it, and the first one writes.
+    """
+    state = {}
+    for name, tensor in network.state_dict().items():
+        full = distributed.whole(tensor.detach())
+        if distributed.rank() == 0:
+            state[name] = full.cpu().contiguous().clone()
+    if distributed.rank() > 0:
+        return
     temporary = path.with_suffix(".tmp")
     save_file(state, str(temporary), metadata={"kd": json.dumps(about), "format": "pt"})
     os.replace(temporary, path)
@@ -112,4 +122,9 @@ def load(network: nn.Module, state: dict[str, Tensor], source: str | Path, whose
         raise KdError(
             f"{source} does not fit the {whose}: the file {said} ({len(missing)} missing, {len(extra)} unexpected)"
         )
-    network.load_state_dict(state)
+    if any(hasattr(tensor, "full_tensor") for tensor in own.values()):  # sharded
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(network, dict(state), options=StateDictOptions(full_state_dict=True))
+    else:
+        network.load_state_dict(state)

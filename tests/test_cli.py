@@ -84,7 +84,7 @@ TYPOS = [
     (["recipe.epochs=0"], "recipe.epochs = 0 is not allowed: it must be 1 or more"),
     (["protocol.val_every=7"], "protocol.val_every = 7 is not allowed: it must divide recipe.epochs = 30"),
     (["protocol.mode=min"], "protocol.mode = min is not allowed: the better val/acc1 is its maximum"),
-    (["hardware.devices=2"], "hardware.devices = 2 is not allowed"),
+    (["hardware.devices=0"], "hardware.devices = 0 is not allowed"),
     (["+hardware.trainer.max_epochs=3"], "hardware.trainer.max_epochs = 3 is not allowed"),
     (["seed=-1"], "seed = -1 is not allowed"),
     (["student.model=???"], "student.model has no value: set it, for example student.model=…"),

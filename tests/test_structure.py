@@ -19,18 +19,34 @@ ALLOWED = {
     "tasks": {"tasks", "losses", "errors"},
     "taps": {"taps", "models", "errors"},
     "teacher": {"teacher", "taps", "losses", "errors"},
-    "objective": {"objective", "losses", "errors"},
+    "distributed": {"distributed", "errors"},
+    "objective": {"objective", "distributed", "losses", "errors"},
     "bookkeeping": {"bookkeeping"},
-    "weights": {"weights", "errors"},
+    "weights": {"weights", "distributed", "errors"},
     "measure": {"measure", "losses"},
-    "distiller": {"distiller", "measure", "objective", "teacher", "taps", "tasks", "losses", "bookkeeping", "errors"},
-    "config": {"config", "schema", "signature", "errors"},
+    "distiller": {
+        *("distiller", "measure", "objective", "teacher", "taps", "tasks", "losses", "bookkeeping", "distributed"),
+        "errors",
+    },
+    "config": {"config", "schema", "signature", "hardware", "errors"},
     "schema": set(),
     "signature": {"signature", "errors"},
     "record": {"record", "errors"},
     "errors": set(),
 }
-NO_TORCH = ("config.py", "schema.py", "record.py", "signature.py", "errors.py", "cli.py", "explain.py", "app.py")
+NO_TORCH = (
+    "config.py",
+    "schema.py",
+    "record.py",
+    "signature.py",
+    "errors.py",
+    "cli.py",
+    "explain.py",
+    "app.py",
+    "launch.py",
+    "cluster.py",
+    "hardware.py",
+)
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -57,7 +57,7 @@ class DataModule(lightning.LightningDataModule):
     Options, all of which name themselves in the error when they are wrong (``KdError``):
 
     ``root``: folder of data sets
-    ``batch_size``, ``eval_batch_size``: samples a step and process
+    ``batch_size``: samples a step, over all processes together; ``eval_batch_size``: samples a batch and process
     ``seed``: order, augmentation, and the choice of labels and of ``train_size``; ``split_seed``: what goes to val
     (null: ``seed``)
     ``val_fraction``: part of the training set used for validation, in (0, 1), stratified
@@ -221,7 +221,7 @@ class DataModule(lightning.LightningDataModule):
         return {"set": f"{type(self).__name__} {self.digest}", "split_seed": self.split_seed, **fractions}
 
     def train_dataloader(self) -> Loader:
-        """Shuffled, augmented; over several ranks padded by wrap-around to shards of equal length."""
+        """Shuffled, augmented; the batches of several ranks together are those of one process."""
         return self._loader("train")
 
     def val_dataloader(self) -> Loader:
@@ -238,8 +238,11 @@ class DataModule(lightning.LightningDataModule):
 
     def loader_options(self, train: bool) -> dict[str, Any]:
         """Keyword arguments of a loader, for the rank that this process has."""
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        if train and self.batch_size % world_size:
+            raise KdError(f"recipe.batch_size = {self.batch_size} cannot be split over {world_size} processes evenly")
         return {
-            "batch_size": self.batch_size if train else self.eval_batch_size,
+            "batch_size": self.batch_size // world_size if train else self.eval_batch_size,
             "mean": self.mean,
             "std": self.std,
             "train": train,
@@ -247,7 +250,7 @@ class DataModule(lightning.LightningDataModule):
             "shuffle": train and self.shuffle,
             "drop_last": self.drop_last,
             "rank": self.trainer.global_rank if self.trainer is not None else 0,
-            "world_size": self.trainer.world_size if self.trainer is not None else 1,
+            "world_size": world_size,
         }
 
     def make_loader(self, part: Part, **options: Any) -> Loader:

@@ -21,8 +21,9 @@ class Loader:
     """Order, shards, epochs and resuming; a subclass fetches the samples (:meth:`fetch`).
 
     ``targets``, ``index``: (n,) int64, the label and the stable position of each sample of this part
-    ``train``: shards are padded by wrap-around to equal length over the ranks, and the last, smaller batch may be
-    dropped; otherwise the shards are a strided split in which each sample occurs once
+    ``batch_size``: samples of a batch on this rank; ``rank``, ``world_size``: this process of so many
+    ``train``: batch k of all ranks together is batch k of one process with ``world_size * batch_size`` samples, so that
+    the last one may be smaller on some ranks by one; it may be dropped. In both, each sample is on one rank only
     """
 
     def __init__(
@@ -65,24 +66,24 @@ class Loader:
         self._resume = (state["epoch"], state["batch"])
 
     def samples(self) -> int:
-        """The number of samples that this rank sees in an epoch."""
-        return len(range(self.rank, self._padded(), self.world_size))
-
-    def _padded(self) -> int:
-        count = len(self.targets)
-        return -(-count // self.world_size) * self.world_size if self.train else count
+        """The number of samples that are this rank's in an epoch."""
+        return len(range(self.rank, len(self.targets), self.world_size))
 
     def __len__(self) -> int:
-        count = self.samples()
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+        if self.drop_last:  # equally many on every rank
+            return len(self.targets) // (self.batch_size * self.world_size)
+        most = -(-len(self.targets) // self.world_size)  # as the rank with most samples: all take equally many steps
+        return min(-(-most // self.batch_size), self.samples())
 
     def batches(self) -> list[Tensor]:
         """The rows (positions within this part) of each batch of this rank in this epoch."""
         count = len(self.targets)
         random = generator(self.seed, self.epoch, "order")
         order = torch.randperm(count, generator=random) if self.shuffle else torch.arange(count)
-        mine = order[torch.arange(self._padded()) % count][self.rank :: self.world_size]
-        return list(mine.split(self.batch_size))[: len(self)]
+        mine = list(order[self.rank :: self.world_size].split(self.batch_size))
+        if len(mine) < len(self):
+            mine[-1:] = mine[-1].tensor_split(2)
+        return mine[: len(self)]
 
     def __iter__(self) -> Iterator[Batch]:
         resume, self._resume = self._resume, None

@@ -109,10 +109,21 @@ def test_length_and_batch_sizes(drop_last: bool, sizes: list[int]) -> None:
     assert [len(batch.targets) for batch in batches] == sizes
 
 
-def test_training_shards_are_equal_and_cover_everything() -> None:
-    shards = [[int(i) for b in loader(part=39, rank=r, world_size=2) for i in b.index] for r in range(2)]
-    assert [len(shard) for shard in shards] == [20, 20]
-    assert len(set(shards[0]) | set(shards[1])) == 39
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_batches_of_all_ranks_together_are_those_of_one(drop_last: bool) -> None:
+    """Of 39 samples in batches of 16: the last one, of 7, is 4 and 3 on two ranks."""
+    whole = [set(b.index.tolist()) for b in loader(part=39, drop_last=drop_last)]
+    ranks = [list(loader(part=39, batch_size=8, rank=r, world_size=2, drop_last=drop_last)) for r in range(2)]
+    assert [len(r) for r in ranks] == [len(whole)] * 2 == [2 if drop_last else 3] * 2
+    for wanted, *parts in zip(whole, *ranks, strict=True):
+        assert sum(len(b.index) for b in parts) == len(wanted)
+        assert set().union(*(b.index.tolist() for b in parts)) == wanted
+
+
+def test_evaluation_takes_equally_many_steps_on_each_rank() -> None:
+    """17 samples in batches of 8 are 9 and 8 of them: two batches each, or a sharded network waits for ever."""
+    ranks = [list(loader(part=17, batch_size=8, train=False, rank=r, world_size=2)) for r in range(2)]
+    assert [[len(b.index) for b in r] for r in ranks] == [[8, 1], [4, 4]]
 
 
 @pytest.mark.parametrize("world", [2, 3, 60])

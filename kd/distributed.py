@@ -1,0 +1,167 @@
+"""One run in several processes: who they are, what they tell each other, how their means become means of the whole.
+
+Everything here does nothing, or answers for one process, where no process group was joined.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kd.errors import KdError
+
+T = TypeVar("T")
+FAILED = "kd_failed"  # key of the store: what the first process that failed had to say
+
+_control: Any = None  # the group for Python objects, always gloo: NCCL would move them through GPU memory
+
+
+def joined() -> bool:
+    """Whether this process belongs to a group of processes that train together."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    """Processes of this run."""
+    return dist.get_world_size() if joined() else 1
+
+
+def rank() -> int:
+    """Number of this process; 0 writes the record."""
+    return dist.get_rank() if joined() else 0
+
+
+def join(backend: str, rank: int, world_size: int) -> None:
+    """Meet the other processes at ``MASTER_ADDR:MASTER_PORT``; ``backend``: gloo or nccl. Once a process."""
+    global _control
+    if joined():
+        return
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
+    _control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
+
+
+def leave() -> None:
+    """The end of a group whose work is done (all processes call it)."""
+    if joined():
+        barrier()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if joined():
+        dist.barrier(_control)
+
+
+def broadcast(value: T) -> T:
+    """The value of process 0, whatever this process gave."""
+    if not joined():
+        return value
+    carrier = [value]
+    dist.broadcast_object_list(carrier, src=0, group=_control)
+    return carrier[0]
+
+
+def gather(value: T) -> list[T] | None:
+    """The values of all processes in their order, on process 0; None on the others."""
+    if not joined():
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=_control)
+    return values
+
+
+def say_failed(sentence: str) -> None:
+    """Leave word of the failure of this process: the others only see a broken connection."""
+    if joined() and not failed():
+        dist.distributed_c10d._get_default_store().set(FAILED, sentence)
+
+
+def failed() -> str | None:
+    """What a process that failed had to say, or None."""
+    if not joined():
+        return None
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.get(FAILED).decode() if store.check([FAILED]) else None
+    except RuntimeError:  # the process that kept the store is gone
+        return None
+
+
+# ---------------------------------------------------------------------- means over the whole batch
+
+
+class Shares(NamedTuple):
+    """Factors that turn a mean over this process's rows into its part of the mean over all rows of the step.
+
+    The mean of ``factor × local mean`` over the processes, which is what gradients go through, is then the mean over
+    the whole batch, also where a process has fewer rows or fewer labels than another. Both are 0-d tensors, 1 where
+    all processes have equally many.
+    """
+
+    rows: Tensor
+    labelled: Tensor
+
+
+def shares(rows: int, labelled: Tensor) -> Shares | None:
+    """The factors of a step, for this process's ``rows`` and number of ``labelled`` ones; None for one process."""
+    if not joined():
+        return None
+    own = torch.stack([torch.full_like(labelled, rows), labelled]).float()
+    total = own.clone()
+    dist.all_reduce(total)
+    return Shares(*(world_size() * own / total.clamp(min=1)))
+
+
+@torch.no_grad()
+def same_buffers(network: nn.Module) -> None:
+    """Give all processes the batch statistics of process 0, the ones that are saved: they must measure one network."""
+    if joined():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+# ---------------------------------------------------------------------- wrapping
+
+
+def ignore_in_ddp(module: nn.Module, prefix: str) -> None:
+    """Tell DDP to leave a submodule alone: a teacher's buffers would be sent round in every step."""
+    names = [n for n, _ in [*module.named_parameters(), *module.named_buffers()] if n.startswith(prefix)]
+    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+
+
+def shard(networks: list[nn.Module], mesh: Any) -> None:
+    """FSDP2: each process keeps its part of every parameter, and the whole of one block only while it runs.
+
+    ``networks``: modules that are called themselves; their blocks, the children with children of their own, are
+    gathered one after the other, the rest with the network. In place: names, hooks and state dict keys stay.
+    """
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise KdError("hardware.strategy = fsdp needs torch 2.6 or newer") from None
+    for network in networks:
+        for block in _blocks(network):
+            fully_shard(block, mesh=mesh)
+        # what is kept for the backward pass would be kept for ever where there is none
+        trained = any(p.requires_grad for p in network.parameters())
+        fully_shard(network, mesh=mesh, reshard_after_forward=None if trained else True)
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """The outermost modules with children, of lists and sequences their members; each called by its network."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            found += [m for m in child if any(True for _ in m.children())]
+        elif any(True for _ in child.children()):
+            found.append(child)
+    return [block for block in found if any(True for _ in block.parameters())]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over the processes, put together (all processes call it); any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
