@@ -1,0 +1,132 @@
+"""How all figures look: colour-blind-safe colours (Okabe and Ito), direct labels, few lines. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5D3A9B", "#7F7F7F")
+INK, SOFT, GRID = "#1B1B1B", "#5F6B73", "#D9DFE3"
+TEACHER, ALONE, STUDENT = "#3B3B3B", "#A3B1BA", COLOURS[0]
+STYLE = {
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 160,
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "font.size": 10,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": SOFT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "text.color": INK,
+    "lines.linewidth": 1.8,
+}
+
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Canvas | None]) -> Callable[P, Canvas | None]:
+    """Draw with the style; the drawing functions return a figure, or None when there is nothing to show."""
+
+    @wraps(draw)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> Canvas | None:
+        with rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+def save(figure: Canvas, path: Path) -> Path:
+    """Write a PNG."""
+    with rc_context(STYLE):
+        figure.savefig(path)
+    return path
+
+
+def colour(position: int) -> str:
+    """The colour of a line by its place; they repeat after eight."""
+    return COLOURS[position % len(COLOURS)]
+
+
+def end_labels(axes: Axes, x: float, ys: Sequence[float], texts: Sequence[str], colours: Sequence[str]) -> None:
+    """Write labels right of x, at the heights ys or as near as they do not overlap."""
+    low, high = axes.get_ylim()
+    height = axes.get_figure().get_size_inches()[1] * 0.78 * 72  # points that the axes are high, about
+    step = (high - low) * 12.5 / height
+    for y, wanted, text, ink in zip(apart(ys, step, low, high), ys, texts, colours, strict=True):
+        axes.annotate(
+            text,
+            (x, wanted),
+            (10, (y - wanted) / (high - low) * height),
+            textcoords="offset points",
+            color=ink,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+        )
+
+
+def apart(ys: Sequence[float], step: float, low: float, high: float) -> list[float]:
+    """The heights moved as little as needed to be ``step`` apart and between low and high."""
+    order = np.argsort(ys)
+    moved = np.asarray(ys, dtype=float)[order]
+    step = min(step, (high - low) / max(1, len(moved) - 1))
+    for _ in range(100):
+        for i in range(1, len(moved)):
+            if (lack := step - (moved[i] - moved[i - 1])) > 1e-12:
+                moved[i - 1] -= lack / 2
+                moved[i] += lack / 2
+        moved += max(0.0, low - moved[0]) if len(moved) else 0.0
+        moved -= max(0.0, moved[-1] - high) if len(moved) else 0.0
+    placed = np.empty_like(moved)
+    placed[order] = moved
+    return placed.tolist()
+
+
+def plain_log(axes: Axes, which: str, ticks: Sequence[float]) -> None:
+    """A logarithmic axis with the given ticks, written as plain numbers."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis.set_major_locator(_fixed(ticks))
+    axis.set_minor_locator(_fixed([]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def _fixed(ticks: Sequence[float]) -> object:
+    from matplotlib.ticker import FixedLocator
+
+    return FixedLocator(list(ticks))
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5 in every decade between low and high; only the ones when there are more than six."""
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
+    return ticks if len(ticks) <= 6 else [t for t in ticks if f"{t:e}".startswith("1.")]
+
+
+def short(value: float) -> str:
+    """1200 → ``1.2k``, 3400000 → ``3.4M``."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
