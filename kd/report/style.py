@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5D3A9B", "#7F7F7F")
 INK, SOFT, GRID = "#1B1B1B", "#5F6B73", "#D9DFE3"
@@ -67,22 +67,52 @@ def colour(position: int) -> str:
     return COLOURS[position % len(COLOURS)]
 
 
-def end_labels(axes: Axes, x: float, ys: Sequence[float], texts: Sequence[str], colours: Sequence[str]) -> None:
-    """Write labels right of x, at the heights ys or as near as they do not overlap."""
+def end_labels(axes: Axes, ys: Sequence[float], texts: Sequence[str], colours: Sequence[str]) -> None:
+    """Write labels right of the axes, at the heights ys (in data) or as near as they do not overlap."""
+    _labels(axes, [(1.0, y) for y in ys], texts, colours, ("axes fraction", "data"), 8)
+
+
+def point_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Label points (x, y, text) of a logarithmic x axis: left or right of them, those at about the same x apart."""
+    low, high = np.log(axes.get_xlim())
+    places = [(np.log(x) - low) / (high - low) for x, _, _ in points]
+    for cluster in _clusters(places, 0.12):
+        right = np.mean([places[i] for i in cluster]) < 0.6
+        chosen = [points[i] for i in cluster]
+        where = [(x, y) for x, y, _ in chosen]
+        _labels(axes, where, [p[2] for p in chosen], [INK] * len(chosen), ("data", "data"), 9 if right else -9)
+
+
+def _clusters(places: Sequence[float], width: float) -> list[list[int]]:
+    """Positions whose neighbours are nearer than ``width``, together."""
+    found: list[list[int]] = []
+    for i in np.argsort(places):
+        if found and places[i] - places[found[-1][-1]] < width:
+            found[-1].append(int(i))
+        else:
+            found.append([int(i)])
+    return found
+
+
+def _labels(
+    axes: Axes,
+    where: Sequence[tuple[float, float]],
+    texts: Sequence[str],
+    colours: Sequence[str],
+    coordinates: tuple[str, str],
+    offset: float,
+) -> None:
     low, high = axes.get_ylim()
-    height = axes.get_figure().get_size_inches()[1] * 0.78 * 72  # points that the axes are high, about
-    step = (high - low) * 12.5 / height
-    for y, wanted, text, ink in zip(apart(ys, step, low, high), ys, texts, colours, strict=True):
-        axes.annotate(
-            text,
-            (x, wanted),
-            (10, (y - wanted) / (high - low) * height),
-            textcoords="offset points",
-            color=ink,
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-        )
+    figure = axes.get_figure()
+    assert figure is not None
+    rows = axes.get_subplotspec().get_gridspec().nrows  # type: ignore[union-attr]
+    height = figure.get_size_inches()[1] / rows * 0.75 * 72  # about so many points high are the axes
+    moved = apart([y for _, y in where], (high - low) * 12.5 / height, low, high)
+    for (x, y), new, text, ink in zip(where, moved, texts, colours, strict=True):
+        side = "left" if offset > 0 else "right"
+        how = {"color": ink, "va": "center", "ha": side, "fontsize": 9, "annotation_clip": False}
+        shift = (offset, (new - y) / (high - low) * height)
+        axes.annotate(text, (x, y), shift, xycoords=coordinates, textcoords="offset points", **how)  # type: ignore[arg-type]
 
 
 def apart(ys: Sequence[float], step: float, low: float, high: float) -> list[float]:
@@ -106,15 +136,9 @@ def plain_log(axes: Axes, which: str, ticks: Sequence[float]) -> None:
     """A logarithmic axis with the given ticks, written as plain numbers."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    axis.set_major_locator(_fixed(ticks))
-    axis.set_minor_locator(_fixed([]))
+    axis.set_major_locator(FixedLocator(list(ticks)))
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-
-
-def _fixed(ticks: Sequence[float]) -> object:
-    from matplotlib.ticker import FixedLocator
-
-    return FixedLocator(list(ticks))
 
 
 def log_ticks(low: float, high: float) -> list[float]:
