@@ -35,7 +35,7 @@ class Compared:
     def show(self, value: float) -> str:
         """A number of this comparison: ``+1.20``, or ``91 %`` for the share of a gap."""
         if self.comparison.share_of:
-            return f"{100 * value:.0f} %".replace("-", "−")
+            return f"{100 * value:.0f}\u00a0%".replace("-", "−")
         return self.measure.change(value)
 
     @property
@@ -54,12 +54,22 @@ class Compared:
         if bounds is None:
             return f"{text} ({found.note})"
         note = f"; {found.note}" if found.note else ""
-        return f"{text}, 95 % interval {self.show(bounds[0])} to {self.show(bounds[1])} ({found.method}{note})"
+        return f"{text}, 95\u00a0% interval {self.show(bounds[0])} to {self.show(bounds[1])} ({found.method}{note})"
 
 
 def label_of(study: Study, row: str) -> str:
     """What a row is called on the page."""
     return study.rows[row].label or row
+
+
+def known(study: Study, frame: pd.DataFrame, measure: str) -> str | None:
+    """The column of a measure; None while it may still come, because runs are missing. ``KdError`` if no run has it."""
+    try:
+        return resolve(frame.columns, measure, study.epoch)
+    except KdError:
+        if (frame["status"] == "finished").all():
+            raise
+        return None
 
 
 def aligned(study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, str]]) -> list[np.ndarray]:
@@ -95,10 +105,12 @@ def compare(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[st
 
 
 def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir: Path | None) -> Compared:
-    column = resolve(frame.columns, comparison.measure, study.epoch)
-    other = resolve(frame.columns, comparison.than_measure or comparison.measure, study.epoch)
+    column = known(study, frame, comparison.measure)
+    other = known(study, frame, comparison.than_measure or comparison.measure)
     row, than = label_of(study, comparison.row), label_of(study, comparison.than)
-    measure = Measure(column)
+    measure = Measure(column or comparison.measure)
+    if column is None or other is None:
+        return Compared(comparison, f"“{row}” − “{than}”", measure, Interval(np.nan, 0, note="not measured yet"))
     if comparison.share_of:
         wanted = [(comparison.row, column), (comparison.than, other), (comparison.share_of, column)]
         interval = gap_closed(study, frame, wanted, measure)

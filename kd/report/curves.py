@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from kd.errors import KdError
 from kd.report import style
 from kd.report.claims import label_of, predictions
 from kd.report.frame import finished
-from kd.report.style import INK, SOFT, STUDENT, styled
+from kd.report.style import GREY, INK, SOFT, STUDENT, TEACHER, styled
 from kd.sweeps.spec import Study
 
 MOST = 8  # lines, or panels, that one figure can hold
@@ -44,26 +46,33 @@ def learning(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None
         return None
     figure = Canvas(figsize=(8, 4.6))
     axes = figure.subplots()
-    for number, curve in enumerate(lines.values()):
-        ink = style.colour(number)
+    inks = _inks(study, list(lines))
+    for ink, curve in zip(inks, lines.values(), strict=True):
         axes.fill_between(curve.index, curve.min(axis=1), curve.max(axis=1), color=ink, alpha=0.15, linewidth=0)
         axes.plot(curve.index, curve.mean(axis=1), color=ink)
     top = max(float(c.max().max()) for c in lines.values())
     low = min(_settled(curve) for curve in lines.values())
     axes.set_ylim(low - 0.08 * (top - low + 1e-9), top + 0.04 * (top - low + 1e-9))
     axes.set_xlim(0, max(c.index[-1] for c in lines.values()))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     split = "Validation" if column.startswith("val") else "Training"
     axes.set(xlabel="epoch", ylabel=f"{split.lower()} top-1, %")
     axes.set_title(f"{split} accuracy while training")
     ends = [float(c.mean(axis=1).iloc[-1]) for c in lines.values()]
-    inks = [style.colour(i) for i in range(len(lines))]
     style.end_labels(axes, ends, [label_of(study, n) for n in lines], inks)
     return figure
 
 
 def _settled(curve: pd.DataFrame) -> float:
-    """The lowest value after the first tenth of the epochs: the steep beginning would flatten all the rest."""
-    return float(curve[curve.index > curve.index[-1] / 10].min().min())
+    """The lowest value after the first fifth of the epochs: the steep beginning would flatten all the rest."""
+    return float(curve[curve.index > curve.index[-1] / 5].min().min())
+
+
+def _inks(study: Study, names: Sequence[str]) -> list[str]:
+    """Teachers dark, students alone grey, a colour for each of the others."""
+    teachers, alone = ({getattr(row, role) for row in study.rows.values()} for role in ("teacher", "alone"))
+    others = [n for n in names if n not in teachers | alone]
+    return [TEACHER if n in teachers else GREY if n in alone else style.colour(others.index(n)) for n in names]
 
 
 def _curve(frame: pd.DataFrame, row: str, runs_dir: Path, column: str) -> pd.DataFrame | None:
@@ -95,7 +104,7 @@ def reliability(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | N
     kept = {name: found for name, found in kept.items() if found is not None}
     if not kept:
         return None
-    across = min(3, len(kept))
+    across = 2 if len(kept) == 4 else min(3, len(kept))
     down = -(-len(kept) // across)
     figure = Canvas(figsize=(max(4.0, 2.9 * across), 0.5 + 3.1 * down))
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
@@ -151,5 +160,5 @@ def _reliability_panel(axes: Any, sure: np.ndarray, right: np.ndarray) -> None:
     size = 90 * np.sqrt(count / count.max())  # the area of a dot would hide how rare low confidence is
     axes.scatter(100 * confidence, 100 * accuracy, s=size, color=STUDENT, zorder=3)
     axes.text(4, 95, f"ECE {100 * error:.1f} %", va="top", color=INK)
-    axes.set(xlim=(0, 100), ylim=(0, 103), aspect="equal")
+    axes.set(xlim=(0, 100), ylim=(0, 106), xticks=(0, 50, 100), yticks=(0, 50, 100), aspect="equal")
 

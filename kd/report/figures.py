@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
 from kd.report import style
-from kd.report.claims import label_of
+from kd.report.claims import known, label_of
 from kd.report.frame import values
-from kd.report.measures import Measure, resolve
+from kd.report.measures import Measure
 from kd.report.style import ALONE, INK, SOFT, STUDENT, TEACHER, styled
 from kd.sweeps.spec import Figure, Study
 
@@ -57,6 +57,7 @@ def bars(rows: Sequence[Bar], title: str, axis: str) -> Canvas | None:
     else:
         axes.set_xmargin(0.06)
     axes.annotate("mean", (1.01, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", color=SOFT)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_yticks(list(positions), [row.label for row in rows])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(axis="y", visible=False)
@@ -78,6 +79,7 @@ def study_bars(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | 
 
 
 def _role(study: Study, name: str) -> str:
+    """The colour of a row by what it is for the others."""
     if name in {row.teacher for row in study.rows.values()}:
         return TEACHER
     return ALONE if name in {row.alone for row in study.rows.values()} else STUDENT
@@ -87,7 +89,7 @@ def _theirs(study: Study, frame: pd.DataFrame, name: str, measure: Measure) -> f
     if study.published is None or not study.published.comparable:
         return None
     for key, number in study.published.numbers.get(name, {}).items():
-        if resolve(frame.columns, key, study.epoch) == measure.column:
+        if known(study, frame, key) == measure.column:
             return measure.scale * number["value"]
     return None
 
@@ -102,7 +104,10 @@ def capital(text: str) -> str:
 
 def of_grid(study: Study, frame: pd.DataFrame, wanted: Figure) -> Canvas | None:
     """A figure that the study asks for: ``map`` or ``lines``."""
-    measure = Measure(resolve(frame.columns, wanted.measure, study.epoch))
+    column = known(study, frame, wanted.measure)
+    if column is None:
+        return None
+    measure = Measure(column)
     return (grid_map if wanted.kind == "map" else grid_lines)(study, frame, wanted, measure)
 
 
@@ -247,7 +252,7 @@ def pareto(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None
     sizes = {p[1] for p in _points(study, frame, measure, "student/parameters")}
     if len(sizes) < 2:  # one network: a difference of its latency is noise
         return None
-    figure = Canvas(figsize=(8, 3.4 * len(panels)))
+    figure = Canvas(figsize=(8, 0.4 + 2.7 * len(panels)))
     grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (label, points) in zip(grid, panels, strict=True):
         _panel(axes, points, measure, label)
@@ -278,9 +283,10 @@ def _panel(axes: Any, points: Sequence[tuple[str, float, float, str]], measure: 
             front.append(int(i))
     axes.plot(costs[front], found[front], color="#D55E00", linewidth=1.2, drawstyle="steps-post", zorder=2)
     low, high = costs.min(), costs.max()
-    style.plain_log(axes, "x", style.log_ticks(low / 1.3, high * 1.3) or [low, high])
-    axes.set_xlim(low / (high / low) ** 0.06, high * (high / low) ** 0.06)
-    axes.set_ymargin(0.12)
+    edge = (high / low) ** 0.06
+    style.plain_log(axes, "x", style.log_ticks(low / edge, high * edge))
+    axes.set_xlim(low / edge, high * edge)
+    axes.set_ymargin(0.15)
     axes.set(xlabel=label, ylabel=measure.label)
     named = range(len(points)) if len(points) <= MOST_NAMES else front
     style.point_labels(axes, [(points[i][1], points[i][2], points[i][0]) for i in named])

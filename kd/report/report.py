@@ -24,12 +24,13 @@ from kd.sweeps.spec import Study
 class Report:
     """What came out. ``verdict``: "supported", "contradicted", "not shown", or "" where nothing is claimed.
 
-    ``table``: a line a row, see ``tables.numbers``; ``figures``: name → PNG; ``paths``: "md" and "html" → file.
+    ``table``: a line a row, see ``tables.numbers``; ``shown``: its measured columns; ``figures``: name → PNG; ``paths``: "md" and "html" → file.
     """
 
     verdict: str
     reasons: list[str]
     table: pd.DataFrame
+    shown: list[Measure]
     compared: Mapping[str, Compared]
     figures: Mapping[str, Path]
     paths: Mapping[str, Path]
@@ -47,15 +48,15 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path) -
     check_protocol(frame)
     compared = compare(study, frame, runs_dir)
     state, reasons = verdict(study, compared)
-    table = tables.numbers(study, frame)
-    drawn = draw(study, frame, runs_dir, Measure(tables.measures(study, frame)[0].column))
+    table, shown = tables.numbers(study, frame), tables.measures(study, frame)
+    drawn = draw(study, frame, runs_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
             temporary = Path(folder)
             pictures = {n: Picture(style.save(f, temporary / f"{n}.png"), text) for n, (f, text) in drawn.items()}
             pages = render(_context(study, frame, compared, state, reasons, table, pictures))
-            return Report(state, reasons, table, compared, *_put(out, temporary, pages, list(drawn)))
+            return Report(state, reasons, table, shown, compared, *_put(out, temporary, pages, list(drawn)))
     except OSError as error:
         raise KdError(f"out = {out} cannot be written: {error.strerror}") from None
 
@@ -77,10 +78,9 @@ def _put(
 # ---------------------------------------------------------------------- figures
 
 
-def draw(
-    study: Study, frame: pd.DataFrame, runs_dir: Path | None, measure: Measure
-) -> dict[str, tuple[Canvas, str]]:
+def draw(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, tuple[Canvas, str]]:
     """Name → figure and caption, of those that these runs can show."""
+    measure = tables.measures(study, frame)[0]
     drawn: dict[str, tuple[Canvas | None, str]] = {
         "bars": (figures.study_bars(study, frame, measure), BARS + _diamond(study))
     }
@@ -106,7 +106,7 @@ PARETO = (
 )
 CURVES = (
     "Mean over seeds; the band goes from the lowest to the highest seed. The vertical axis begins at the lowest value "
-    "after the first tenth of the epochs."
+    "after the first fifth of the epochs."
 )
 RELIABILITY = (
     "Bars: how often answers of that confidence are right, all seeds together, val-selected student. On the dashed line "
@@ -159,7 +159,7 @@ def _results(study: Study, frame: pd.DataFrame, table: pd.DataFrame) -> Section:
         notes.append("There is one seed a row: no spread and no interval can be given.")
     if "mean rank" in table:
         p = tables.p_value(table.attrs["friedman_p"])
-        notes.append(f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference p {p}.")
+        notes.append(f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p}.")
     unfinished = tables.unfinished_grid(study, frame)
     section = Section("Results", grids=[grid], notes=notes)
     if unfinished is not None:
@@ -222,11 +222,13 @@ def _provenance(study: Study, frame: pd.DataFrame) -> Section:
     made = ", ".join(f"{str(c)[8:]} {' / '.join(sorted(set(done[c].dropna())))}" for c in versions)
     hours = done["wall_clock_s"].sum() / 3600
     points = [f"{len(done)} finished runs, {hours:.2f} hours of training in all.", f"Commit: {commits}.", f"Versions: {made}."]
+    grid, same = tables.provenance(study, frame)
+    points += same
     points += [f"Expected cost: {study.cost}"] if study.cost else []
     mixed = [name for name, part in done.groupby("row") if part["config_hash"].nunique() > 1]
     if mixed:
         points.append(f"The seeds of {', '.join(map(str, mixed))} come from different configurations (see the table).")
-    grids = [tables.provenance_grid(study, frame)]
+    grids = [grid]
     unfinished = tables.unfinished_grid(study, frame)
     grids += [unfinished] if unfinished is not None else []
     return Section("Where it comes from", grids=grids, points=points)

@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5D3A9B", "#7F7F7F")
 INK, SOFT, GRID = "#1B1B1B", "#5F6B73", "#D9DFE3"
 TEACHER, ALONE, STUDENT = "#3B3B3B", "#A3B1BA", COLOURS[0]
+GREY = "#7B8790"  # a line in the colour of ALONE would be too pale
 STYLE = {
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
@@ -69,7 +70,7 @@ def colour(position: int) -> str:
 
 def end_labels(axes: Axes, ys: Sequence[float], texts: Sequence[str], colours: Sequence[str]) -> None:
     """Write labels right of the axes, at the heights ys (in data) or as near as they do not overlap."""
-    _labels(axes, [(1.0, y) for y in ys], texts, colours, ("axes fraction", "data"), 8)
+    _labels(axes, [(1.0, y) for y in ys], texts, colours, ("axes fraction", "data"), (8, 0))
 
 
 def point_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
@@ -80,7 +81,7 @@ def point_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None
         right = np.mean([places[i] for i in cluster]) < 0.6
         chosen = [points[i] for i in cluster]
         where = [(x, y) for x, y, _ in chosen]
-        _labels(axes, where, [p[2] for p in chosen], [INK] * len(chosen), ("data", "data"), 9 if right else -9)
+        _labels(axes, where, [p[2] for p in chosen], [INK] * len(chosen), ("data", "data"), (7 if right else -7, 7))
 
 
 def _clusters(places: Sequence[float], width: float) -> list[list[int]]:
@@ -100,7 +101,7 @@ def _labels(
     texts: Sequence[str],
     colours: Sequence[str],
     coordinates: tuple[str, str],
-    offset: float,
+    offset: tuple[float, float],
 ) -> None:
     low, high = axes.get_ylim()
     figure = axes.get_figure()
@@ -109,9 +110,9 @@ def _labels(
     height = figure.get_size_inches()[1] / rows * 0.75 * 72  # about so many points high are the axes
     moved = apart([y for _, y in where], (high - low) * 12.5 / height, low, high)
     for (x, y), new, text, ink in zip(where, moved, texts, colours, strict=True):
-        side = "left" if offset > 0 else "right"
+        side = "left" if offset[0] > 0 else "right"
         how = {"color": ink, "va": "center", "ha": side, "fontsize": 9, "annotation_clip": False}
-        shift = (offset, (new - y) / (high - low) * height)
+        shift = (offset[0], offset[1] + (new - y) / (high - low) * height)
         axes.annotate(text, (x, y), shift, xycoords=coordinates, textcoords="offset points", **how)  # type: ignore[arg-type]
 
 
@@ -142,10 +143,15 @@ def plain_log(axes: Axes, which: str, ticks: Sequence[float]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 in every decade between low and high; only the ones when there are more than six."""
+    """Round numbers between low and high, of the coarsest set that has three: 1; 1 2 5; 1 1.5 2 3 4 5 6 8 a decade."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    ticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
-    return ticks if len(ticks) <= 6 else [t for t in ticks if f"{t:e}".startswith("1.")]
+    ticks: list[float] = []
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), range(10, 100)):
+        unit = 10 if len(steps) > 8 else 1
+        ticks = [m / unit * 10.0**d for d in decades for m in steps if low <= m / unit * 10.0**d <= high]
+        if len(ticks) > 2:
+            return ticks[:: -(-len(ticks) // 8)]
+    return ticks or [low, high]
 
 
 def short(value: float) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.report import stats
-from kd.report.claims import Compared, aligned, gap_closed, label_of
+from kd.report.claims import Compared, aligned, gap_closed, known, label_of
 from kd.report.frame import finished, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
@@ -37,7 +37,7 @@ def measures(study: Study, frame: pd.DataFrame) -> list[Measure]:
     if first in EPOCHS:
         other = f"{'selected' if first == 'last' else 'last'}/{rest}"
         columns += [other] if other in frame else []
-    columns += [resolve(frame.columns, c, study.epoch) for c in study.columns]
+    columns += [column for c in study.columns if (column := known(study, frame, c)) is not None]
     agreement = f"{study.epoch}/test/agreement"
     if agreement in frame and frame[agreement].notna().any():
         columns.append(agreement)
@@ -204,7 +204,7 @@ def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
         if name not in study.rows:
             raise KdError(f"published.yaml: the study has no row {name}")
         for key, number in given.items():
-            measure = Measure(resolve(frame.columns, key, study.epoch))
+            measure = Measure(known(study, frame, key) or key)
             if measure.is_share and abs(number["value"]) > 1:
                 raise KdError(f"published.yaml: {name}: {key} = {number['value']} must be a fraction, as in the results")
             rows.append(_published_row(study, frame, name, measure, number))
@@ -214,7 +214,7 @@ def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
 def _published_row(
     study: Study, frame: pd.DataFrame, name: str, measure: Measure, number: Mapping[str, float]
 ) -> tuple[str, ...]:
-    found = values(frame, name, measure.column)
+    found = values(frame, name, measure.column) if measure.column in frame else pd.Series(dtype=float)
     theirs = spread(measure, number["value"], number.get("std", np.nan))
     theirs += f" (n = {number['n']:.0f})" if number.get("n") else ""
     ours = spread(measure, found.mean(), found.std(ddof=1) if len(found) > 1 else np.nan) if len(found) else NOTHING
@@ -229,17 +229,25 @@ def _published_row(
 # ---------------------------------------------------------------------- where it comes from
 
 
-def provenance_grid(study: Study, frame: pd.DataFrame) -> Grid:
-    """Seeds, config hashes, data, epochs, selection and cost of each row."""
+def provenance(study: Study, frame: pd.DataFrame) -> tuple[Grid, list[str]]:
+    """Seeds, config hash and cost of each row; data, epochs and selection where they differ, else once, as sentences."""
+    done = finished(frame)
+    parts = {name: part for name in study.rows if len(part := done[done["row"] == name])}
+    differing, same = [], []
+    for column, word in (("data", "data"), ("epochs", "epochs"), ("monitor", "selected by")):
+        found = {name: _once(part[column]) for name, part in parts.items()}
+        if len(set(found.values())) > 1:
+            differing.append((word, found))
+        else:
+            same.append(f"{word.capitalize()}: {next(iter(found.values()))}.")
     rows = []
-    for name in study.rows:
-        part = finished(frame)[finished(frame)["row"] == name]
-        if len(part):
-            once = [_once(part[column]) for column in ("config_hash", "data", "epochs", "monitor")]
-            hours = f"{part['wall_clock_s'].sum() / 3600:.2f}"
-            rows.append((label_of(study, name), " ".join(map(str, sorted(part["seed"]))), *once, hours))
-    head = ("", "seeds", "config", "data", "epochs", "selected by", "hours")
-    return Grid(head, tuple(rows), text=7)
+    for name, part in parts.items():
+        seeds = " ".join(map(str, sorted(part["seed"])))
+        hours = f"{part['wall_clock_s'].sum() / 3600:.2f}"
+        cells = (found[name] for _, found in differing)
+        rows.append((label_of(study, name), seeds, _once(part["config_hash"]), *cells, hours))
+    head = ("", "seeds", "config", *(word for word, _ in differing), "hours")
+    return Grid(head, tuple(rows), text=len(head) - 1), same
 
 
 def _once(column: pd.Series) -> str:
