@@ -151,7 +151,7 @@ def _over_images(frame: pd.DataFrame, comparison: Comparison, runs_dir: Path) ->
 
 
 def _predictions(frame: pd.DataFrame, row: str, runs_dir: Path) -> dict[int, tuple[np.ndarray, ...]]:
-    found = {}
+    found: dict[int, tuple[np.ndarray, ...]] = {}
     for run in finished(frame)[finished(frame)["row"] == row].itertuples():
         kept = predictions(runs_dir / str(run.run))
         if kept is not None:
@@ -184,10 +184,8 @@ def verdict(study: Study, compared: Mapping[str, Compared]) -> tuple[str, list[s
         return "", []
     judged = [judge(condition, compared[condition.comparison]) for condition in study.supported]
     states = [state for state, _ in judged]
-    if CONTRADICTED in states:
-        state = CONTRADICTED
-    else:
-        state = SUPPORTED if all(s == SUPPORTED for s in states) else OPEN
+    worst = CONTRADICTED if CONTRADICTED in states else OPEN
+    state = SUPPORTED if set(states) == {SUPPORTED} else worst
     return state, [sentence for _, sentence in judged]
 
 

@@ -70,7 +70,7 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
 
     table = RichTable()
     for position, name in enumerate(head):
-        table.add_column(name, justify="right" if position else "left")
+        table.add_column(name, justify="right" if position else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # a cell such as [ce,kd] is no markup
     console = Console(width=width, highlight=False)

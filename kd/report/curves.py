@@ -36,13 +36,12 @@ def chosen(study: Study, frame: pd.DataFrame) -> list[str]:
 @styled
 def learning(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None:
     """Validation accuracy by epoch: the mean over seeds, and the band from the lowest to the highest seed."""
-    column, lines = "val/acc1", {}
     for column in ("val/acc1", "train/acc1"):
-        lines = {name: _curve(frame, name, runs_dir, column) for name in chosen(study, frame)}
-        lines = {name: curve for name, curve in lines.items() if curve is not None and len(curve) > 2}
+        curves = {name: _curve(frame, name, runs_dir, column) for name in chosen(study, frame)}
+        lines = {name: curve for name, curve in curves.items() if len(curve) > 2}
         if lines:
             break
-    if not lines:
+    else:
         return None
     figure = Canvas(figsize=(8, 4.6))
     axes = figure.subplots()
@@ -75,8 +74,8 @@ def _inks(study: Study, names: Sequence[str]) -> list[str]:
     return [TEACHER if n in teachers else GREY if n in alone else style.colour(others.index(n)) for n in names]
 
 
-def _curve(frame: pd.DataFrame, row: str, runs_dir: Path, column: str) -> pd.DataFrame | None:
-    """Percent by epoch (1, 2, …), one column a seed; epochs that all seeds have."""
+def _curve(frame: pd.DataFrame, row: str, runs_dir: Path, column: str) -> pd.DataFrame:
+    """Percent by epoch (1, 2, …), one column a seed; epochs that all seeds have. Empty if there is no curve."""
     found = {}
     for run in finished(frame)[finished(frame)["row"] == row].itertuples():
         file = runs_dir / str(run.run) / "metrics.csv"
@@ -91,7 +90,7 @@ def _curve(frame: pd.DataFrame, row: str, runs_dir: Path, column: str) -> pd.Dat
             series = series[series.index < run.epochs]  # tests after the last epoch are logged one epoch later
             found[run.seed] = 100 * series[~series.index.duplicated(keep="last")]
     if not found:
-        return None
+        return pd.DataFrame()
     curve = pd.concat(found, axis="columns", join="inner")
     curve.index = curve.index.astype(int) + 1
     return curve.sort_index()
@@ -143,7 +142,7 @@ def _confidence(frame: pd.DataFrame, row: str, runs_dir: Path) -> tuple[np.ndarr
 
 
 def calibration(sure: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Answers, mean confidence and share of right ones in each of 15 bins (NaN when empty), and the calibration error."""
+    """Answers, mean confidence and share of right ones in each of 15 bins (NaN when empty); the calibration error."""
     where = np.minimum((sure * BINS).astype(int), BINS - 1)
     count = np.bincount(where, minlength=BINS)
     with np.errstate(invalid="ignore"):
@@ -161,4 +160,3 @@ def _reliability_panel(axes: Any, sure: np.ndarray, right: np.ndarray) -> None:
     axes.scatter(100 * confidence, 100 * accuracy, s=size, color=STUDENT, zorder=3)
     axes.text(4, 95, f"ECE {100 * error:.1f} %", va="top", color=INK)
     axes.set(xlim=(0, 100), ylim=(0, 106), xticks=(0, 50, 100), yticks=(0, 50, 100), aspect="equal")
-

@@ -158,7 +158,7 @@ def grid_map(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measure
     axes.set(xlabel=words(wanted.x), ylabel=words(wanted.y))
     axes.set_title(wanted.title or f"{capital(measure.title)} by {words(wanted.x)} and {words(wanted.y)}")
     bar = figure.colorbar(image, ax=axes, label=measure.label, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -207,9 +207,7 @@ def grid_lines(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measu
     return figure
 
 
-def _line(
-    axes: Any, at: Sequence[float], found: Sequence[np.ndarray], ink: str, lower_is_better: bool
-) -> list[float]:
+def _line(axes: Any, at: Sequence[float], found: Sequence[np.ndarray], ink: str, lower_is_better: bool) -> list[float]:
     means = [float(v.mean()) for v in found]
     axes.fill_between(at, [v.min() for v in found], [v.max() for v in found], color=ink, alpha=0.15, linewidth=0)
     axes.plot(at, means, color=ink, marker="o", markersize=4.5)

@@ -1,4 +1,4 @@
-"""A run directory → one flat row; many rows → a frame, and ``results.csv``, which is the same frame in a file. No torch."""
+"""A run directory → one flat row; many rows → a frame; ``results.csv`` is the same frame in a file. No torch."""
 
 from __future__ import annotations
 

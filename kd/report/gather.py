@@ -21,7 +21,13 @@ from kd.sweeps.spec import Figure, Row, Study
 
 MEASURE, EPOCH = "test/acc1", "selected"
 SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
-PLACES = ("hydra.", "paths.", "name=", "teacher.checkpoint=", "student.checkpoint=")  # differ without being the question
+PLACES = (
+    "hydra.",
+    "paths.",
+    "name=",
+    "teacher.checkpoint=",
+    "student.checkpoint=",
+)  # differ without being the question
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Found:
     run_dir: Path
     overrides: tuple[str, ...]
     group: str  # runs of one group differ by the seed only
+    name: str = ""  # what a run calls itself
 
 
 def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.DataFrame]:
@@ -89,7 +96,8 @@ def of_run_dir(run_dir: Path) -> Found:
     """A run by itself: it shares its group with runs of the same configuration and name."""
     found = record.read(run_dir)
     try:
-        return Found(run_dir, tuple(found["overrides"]), f"{found['name']} {found['config_hash']}")
+        name = found["name"]
+        return Found(run_dir, tuple(found["overrides"]), f"{name} {found['config_hash']}", name)
     except (KeyError, TypeError):
         raise KdError(f"{run_dir / record.FILE} cannot be read: it is not what kd writes") from None
 
@@ -99,12 +107,17 @@ def _told(overrides: Sequence[str]) -> list[str]:
 
 
 def _labels(found: Sequence[Found]) -> dict[str, str]:
-    """Group → what it was told that not all were told; a number behind those that would have the same name."""
-    told = {run.group: _told(run.overrides) for run in found}
+    """Group → its name where only it has that, else what it was told that not all were; a number behind equal ones."""
+    told = {run.group: [w.lstrip("+") for w in _told(run.overrides)] for run in found}
+    names = {run.group: run.name for run in found}
     common = set.intersection(*(set(words) for words in told.values())) if len(told) > 1 else set()
     labels: dict[str, str] = {}
     for group, words in told.items():
-        wanted = " ".join(w.lstrip("+") for w in words if w not in common) or "default"
+        name = names[group]
+        if name and list(names.values()).count(name) == 1:
+            wanted = name
+        else:
+            wanted = " ".join([*([name] if name else []), *(w for w in words if w not in common)]) or "default"
         label, number = wanted, 2
         while label in labels.values():
             label, number = f"{wanted} ({number})", number + 1

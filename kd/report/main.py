@@ -13,9 +13,10 @@ from kd.errors import KdError
 from kd.report import gather, tables
 from kd.report.frame import of_study, read_results
 from kd.report.report import Report, build
-from kd.sweeps import manifest
+from kd.sweeps import manifest, spec
 from kd.sweeps.spec import Study
 
+COLUMNS = 5  # of the table that the terminal shows
 STUDY, RESULTS = "study.yaml", "results.csv"
 USAGE = """kd report STUDY|RUNS... [out=DIR]
 
@@ -68,14 +69,13 @@ def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None,
     found = [run for target in targets for run in _runs(Path(target))]
     base = Path(os.path.commonpath([run.run_dir.resolve() for run in found]))
     base = base.parent if len(found) == 1 else base
-    study, frame = gather.study_of(" ".join(targets), found, base)
+    name = first.resolve().name if len(targets) == 1 else f"{len(found)} runs"
+    study, frame = gather.study_of(name, found, base)
     return study, frame, base, Path("report")
 
 
 def _of_study(name: str, runs_dir: Path | None = None) -> tuple[Study, pd.DataFrame, Path | None, Path]:
-    from kd.sweeps.spec import load
-
-    study = load(name)
+    study = spec.load(name)
     directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
     if any(directory.glob(f"*/seed*/{record.FILE}")):
         return study, of_study(study, directory), directory, directory
@@ -101,7 +101,8 @@ def _say(study: Study, report: Report) -> None:
     from kd.report.console import print_table
 
     grid = tables.main_grid(study, report.table, report.shown)
-    print_table(study.question or study.name, grid.head, grid.rows)
+    some = slice(0, COLUMNS)  # the page has all
+    print_table(study.question or study.name, grid.head[some], [row[some] for row in grid.rows])
     if report.verdict:
         print(f"The claim: {study.claim}\n{report.verdict}:")
         for reason in report.reasons:

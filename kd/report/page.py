@@ -65,7 +65,10 @@ def render(context: Mapping[str, Any]) -> dict[str, str]:
 
 def markdown(grid: Grid) -> str:
     """A table in Markdown; rows that are set off are bold."""
-    lines = [_line(grid.head), "|" + "|".join(" :-- " if i < grid.text else " --: " for i in range(len(grid.head))) + "|"]
+    lines = [
+        _line(grid.head),
+        "|" + "|".join(" :-- " if i < grid.text else " --: " for i in range(len(grid.head))) + "|",
+    ]
     for position, row in enumerate(grid.rows):
         lines.append(_line([f"**{cell}**" if cell else cell for cell in row] if position in grid.strong else row))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A study and the frame of its runs → verdict, tables, figures, two pages; all built first, then put in place. No torch."""
+"""A study and the frame of its runs → verdict, tables, figures, two pages: built first, then put in place. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from kd.sweeps.spec import Study
 class Report:
     """What came out. ``verdict``: "supported", "contradicted", "not shown", or "" where nothing is claimed.
 
-    ``table``: a line a row, see ``tables.numbers``; ``shown``: its measured columns; ``figures``: name → PNG; ``paths``: "md" and "html" → file.
+    ``table``: a line a row, see ``tables.numbers``; ``shown``: its measured columns; ``figures``: name → PNG;
+    ``paths``: "md" and "html" → file.
     """
 
     verdict: str
@@ -81,36 +82,38 @@ def _put(
 def draw(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, tuple[Canvas, str]]:
     """Name → figure and caption, of those that these runs can show."""
     measure = tables.measures(study, frame)[0]
+    roles = ROLES if any(row.teacher or row.alone for row in study.rows.values()) else ""
     drawn: dict[str, tuple[Canvas | None, str]] = {
-        "bars": (figures.study_bars(study, frame, measure), BARS + _diamond(study))
+        "bars": (figures.study_bars(study, frame, measure), BARS + roles + _diamond(study))
     }
     for number, wanted in enumerate(study.figures, start=1):
         caption = MAP if wanted.kind == "map" else LINES
         drawn[f"{wanted.kind}_{number}"] = (figures.of_grid(study, frame, wanted), caption)
-    drawn["pareto"] = (figures.pareto(study, frame, measure), PARETO)
+    drawn["pareto"] = (figures.pareto(study, frame, measure), PARETO + roles)
     if runs_dir is not None:
         drawn["curves"] = (curves.learning(study, frame, runs_dir), CURVES)
         drawn["reliability"] = (curves.reliability(study, frame, runs_dir), RELIABILITY)
     return {name: (figure, caption) for name, (figure, caption) in drawn.items() if figure is not None}
 
 
-BARS = "A dot is a seed, the stroke and the number on the right are the mean. Dark: teachers; grey: students alone; blue: all others."
+BARS = "A dot is a seed, the stroke and the number on the right are the mean."
+ROLES = " Dark: teachers; grey: students alone; blue: all others."
 LINES = (
     "The line goes through the means, the band from the lowest to the highest seed, the ring is around the best mean. "
     "Dashed: the student alone."
 )
 MAP = "Means over seeds; lighter is better. The frame is around the best of each line."
 PARETO = (
-    "Means over seeds. No other row is both better and cheaper than those on the orange line. Dark: teachers; grey: "
-    "students alone. Latency is the median of 30 passes of one image on the machine that trained: noisy."
+    "Means over seeds. No other row is both better and cheaper than those on the orange line. Latency is the median of "
+    "30 passes of one image on the machine that trained: noisy."
 )
 CURVES = (
     "Mean over seeds; the band goes from the lowest to the highest seed. The vertical axis begins at the lowest value "
     "after the first fifth of the epochs."
 )
 RELIABILITY = (
-    "Bars: how often answers of that confidence are right, all seeds together, val-selected student. On the dashed line "
-    "confidence is honest; bars below it are over-confident. A larger dot stands for more answers."
+    "Bars: how often answers of that confidence are right, all seeds together, val-selected student. On the dashed "
+    "line confidence is honest; bars below it are over-confident. A larger dot stands for more answers."
 )
 
 
@@ -154,17 +157,23 @@ def _context(
 
 def _results(study: Study, frame: pd.DataFrame, table: pd.DataFrame) -> Section:
     grid = tables.main_grid(study, table, tables.measures(study, frame))
-    notes = ["Mean ± standard deviation over n seeds; in brackets the 95 % interval. Bold: the best row that is no teacher."]
+    teachers = any(row.teacher for row in study.rows.values())
+    bold = "Bold: the best row that is no teacher." if teachers else "Bold: the best row."
+    notes = [f"Mean ± standard deviation over n seeds; in brackets the 95 % interval. {bold}"]
     if table["n"].max() == 1:
         notes.append("There is one seed a row: no spread and no interval can be given.")
     if "mean rank" in table:
         p = tables.p_value(table.attrs["friedman_p"])
-        notes.append(f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p}.")
+        notes.append(
+            f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p}."
+        )
     unfinished = tables.unfinished_grid(study, frame)
     section = Section("Results", grids=[grid], notes=notes)
     if unfinished is not None:
         count = len(unfinished.rows)
-        section.notes.append(f"{count} {'run is' if count == 1 else 'runs are'} not finished and not counted: see the end.")
+        section.notes.append(
+            f"{count} {'run is' if count == 1 else 'runs are'} not finished and not counted: see the end."
+        )
     return section
 
 
@@ -173,16 +182,16 @@ def _comparisons(compared: Mapping[str, Compared]) -> Section | None:
         return None
     section = Section("Comparisons, paired over seeds", grids=[tables.comparison_grid(compared)])
     section.notes.append(
-        "The first interval counts below ten seeds: a bootstrap of so few (above all of fewer than five) is too narrow. "
-        "Holm: corrected for the number of comparisons. p of a share is that of the difference itself."
+        "The first interval counts below ten seeds: a bootstrap of so few (above all of fewer than five) is too "
+        "narrow. Holm: corrected for the number of comparisons. p of a share is that of the difference itself."
     )
     images = tables.image_grid(compared)
     if images is not None:
         section.grids.append(images)
         section.notes.append(
             "Second table: the same students, val-selected, on the same test images. Its interval is over images (each "
-            "with all its seeds) and says how another test set would have come out, not another training. McNemar's p is "
-            "twice the median over seeds, which holds however the seeds depend on one another."
+            "with all its seeds) and says how another test set would have come out, not another training. McNemar's p "
+            "is twice the median over seeds, which holds however the seeds depend on one another."
         )
     return section
 
@@ -194,7 +203,9 @@ def _published(study: Study, frame: pd.DataFrame) -> Section | None:
     given = study.published
     before = [f"Source: {given.source}", f"Their protocol: {given.protocol}"]
     before += [given.note] if given.note else []
-    comparable = "Data, models and recipe are the paper's." if given.comparable else "Not the paper's data, models or recipe: "
+    comparable = (
+        "Data, models and recipe are the paper's." if given.comparable else "Not the paper's data, models or recipe: "
+    )
     if not given.comparable:
         comparable += "the numbers stand side by side, but one cannot confirm or refute the other."
     return Section("Published beside measured", before=before, grids=[grid], notes=[comparable])
@@ -207,10 +218,10 @@ def _protocol(study: Study) -> Section:
     }[study.epoch]
     points = [
         f"{picked} The test split chooses nothing; it is used once for each student that is reported.",
-        "Gap recovered: (distilled − alone) ÷ (teacher − alone) of the first measure. Retention: student ÷ teacher, test "
-        "top-1. Agreement: student and teacher choose the same class.",
-        "Intervals of 95 %: Student's t over seeds, Fieller's for ratios; from ten seeds on the bootstrap over seeds (BCa, "
-        "9999 samples). They speak of new seeds, that is of initialisation, order and whatever else the seed draws.",
+        "Gap recovered: (distilled − alone) ÷ (teacher − alone) of the first measure. Retention: student ÷ teacher, "
+        "test top-1. Agreement: student and teacher choose the same class.",
+        "Intervals of 95 %: Student's t over seeds, Fieller's for ratios; from ten seeds on the bootstrap over seeds "
+        "(BCa, 9999 samples). They speak of new seeds, that is of initialisation, order and whatever else the seed draws.",
     ]
     return Section("Protocol", points=points)
 
@@ -221,7 +232,11 @@ def _provenance(study: Study, frame: pd.DataFrame) -> Section:
     commits = ", ".join(sorted({_short(c) for c in done["commit"].dropna()})) or "unknown"
     made = ", ".join(f"{str(c)[8:]} {' / '.join(sorted(set(done[c].dropna())))}" for c in versions)
     hours = done["wall_clock_s"].sum() / 3600
-    points = [f"{len(done)} finished runs, {hours:.2f} hours of training in all.", f"Commit: {commits}.", f"Versions: {made}."]
+    points = [
+        f"{len(done)} finished runs, {hours:.2f} hours of training in all.",
+        f"Commit: {commits}.",
+        f"Versions: {made}.",
+    ]
     grid, same = tables.provenance(study, frame)
     points += same
     points += [f"Expected cost: {study.cost}"] if study.cost else []

@@ -1,7 +1,7 @@
 """Means, paired differences and shares of a gap, each with its interval; tests over test images; ranks. No torch.
 
-All intervals are of 95 %. Over fewer than ten seeds the headline is Student's t (for a ratio: Fieller's interval, which is
-built on it), because a bootstrap of so few values is too narrow; from ten seeds on it is the bootstrap over seeds.
+All intervals are of 95 %. Over fewer than ten seeds the headline is Student's t (for a ratio: Fieller's interval, which
+is built on it), because a bootstrap of so few values is too narrow; from ten seeds on it is the bootstrap over seeds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+Numbers = Sequence[float] | np.ndarray
 
 LEVEL = 0.95
 FEW = 10  # below so many seeds Student's t is the headline
@@ -58,12 +60,12 @@ def paired_interval(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> tuple
     return mean, mean - half, mean + half
 
 
-def mean(values: Sequence[float] | np.ndarray) -> Interval:
+def mean(values: Numbers) -> Interval:
     """Mean over seeds, with its interval from two seeds on."""
     return difference(values, np.zeros(len(values)))
 
 
-def difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Interval:
+def difference(a: Numbers, b: Numbers) -> Interval:
     """Mean of ``a − b`` over paired seeds."""
     from scipy import stats
 
@@ -79,7 +81,7 @@ def difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray)
     return Interval(estimate, len(x), (low, high), _bootstrap((x, y), lambda u, v: (u - v).mean(-1)), p=p)
 
 
-def share(row: Sequence[float], than: Sequence[float], top: Sequence[float]) -> Interval:
+def share(row: Numbers, than: Numbers, top: Numbers) -> Interval:
     """(row − than) ÷ (top − than), means over paired seeds: the share of a gap that a row closes, by Fieller (1954).
 
     ``p`` is that of row − than. There is no interval where the gap itself is not clear of 0.

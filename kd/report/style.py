@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,7 +17,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5
 INK, SOFT, GRID = "#1B1B1B", "#5F6B73", "#D9DFE3"
 TEACHER, ALONE, STUDENT = "#3B3B3B", "#A3B1BA", COLOURS[0]
 GREY = "#7B8790"  # a line in the colour of ALONE would be too pale
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
     "savefig.dpi": 160,
@@ -105,7 +105,7 @@ def _labels(
 ) -> None:
     low, high = axes.get_ylim()
     figure = axes.get_figure()
-    assert figure is not None
+    assert isinstance(figure, Canvas)
     rows = axes.get_subplotspec().get_gridspec().nrows  # type: ignore[union-attr]
     height = figure.get_size_inches()[1] / rows * 0.75 * 72  # about so many points high are the axes
     moved = apart([y for _, y in where], (high - low) * 12.5 / height, low, high)

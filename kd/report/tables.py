@@ -191,7 +191,15 @@ def image_grid(compared: Mapping[str, Compared]) -> Grid | None:
             images = f"{i.images:,} × {i.seeds}"
             estimate = f"{accuracy.change(i.estimate)} points"
             rows.append((found.label, images, estimate, bounds, f"{i.only_row:,}", f"{i.only_than:,}", p_value(i.p)))
-    head = ("", "images × seeds", "top-1", "95 %, bootstrap", "only the first right", "only the second right", "McNemar p")
+    head = (
+        "",
+        "images × seeds",
+        "top-1",
+        "95 %, bootstrap",
+        "only the first right",
+        "only the second right",
+        "McNemar p",
+    )
     return Grid(head, tuple(rows)) if rows else None
 
 
@@ -206,7 +214,9 @@ def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
         for key, number in given.items():
             measure = Measure(known(study, frame, key) or key)
             if measure.is_share and abs(number["value"]) > 1:
-                raise KdError(f"published.yaml: {name}: {key} = {number['value']} must be a fraction, as in the results")
+                raise KdError(
+                    f"published.yaml: {name}: {key} = {number['value']} must be a fraction, as in the results"
+                )
             rows.append(_published_row(study, frame, name, measure, number))
     return Grid(("", "measure", "published", "measured", "95 % of the mean", "inside"), tuple(rows), text=2)
 
@@ -223,14 +233,21 @@ def _published_row(
     if study.published is not None and study.published.comparable:
         inside = NOTHING if bounds is None else ("yes" if bounds[0] <= number["value"] <= bounds[1] else "no")
     shown = NOTHING if bounds is None else f"{measure.show(bounds[0])} to {measure.show(bounds[1])}"
-    return label_of(study, name), measure.label, theirs, f"{ours} (n = {len(found)})" if len(found) else ours, shown, inside
+    return (
+        label_of(study, name),
+        measure.label,
+        theirs,
+        f"{ours} (n = {len(found)})" if len(found) else ours,
+        shown,
+        inside,
+    )
 
 
 # ---------------------------------------------------------------------- where it comes from
 
 
 def provenance(study: Study, frame: pd.DataFrame) -> tuple[Grid, list[str]]:
-    """Seeds, config hash and cost of each row; data, epochs and selection where they differ, else once, as sentences."""
+    """Seeds, config hash and cost of each row; data, epochs and selection where they differ, else once as sentences."""
     done = finished(frame)
     parts = {name: part for name in study.rows if len(part := done[done["row"] == name])}
     differing, same = [], []

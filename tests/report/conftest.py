@@ -150,7 +150,7 @@ def study(tmp_path: Path) -> Study:
         columns=("test/nll",),
         figures=(Figure("map", "test/acc1", "temperature", y="width"),
                  Figure("lines", "test/errors", "temperature", group="width", title="A narrow student wants a low T")),
-        published=Published("Hinton 2015, section 3", "MNIST, 10,000 test images", numbers, note="errors, one run each"),
+        published=Published("Hinton 2015, section 3", "MNIST, 10,000 test images", numbers, note="Errors of one run."),
     )  # fmt: skip
 
 
