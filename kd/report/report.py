@@ -165,7 +165,7 @@ def _results(study: Study, frame: pd.DataFrame, table: pd.DataFrame) -> Section:
     if "mean rank" in table:
         p = tables.p_value(table.attrs["friedman_p"])
         notes.append(
-            f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p}."
+            f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p if p.startswith('<') else f'= {p}'}."
         )
     unfinished = tables.unfinished_grid(study, frame)
     section = Section("Results", grids=[grid], notes=notes)
@@ -221,7 +221,7 @@ def _protocol(study: Study) -> Section:
         "Gap recovered: (distilled − alone) ÷ (teacher − alone) of the first measure. Retention: student ÷ teacher, "
         "test top-1. Agreement: student and teacher choose the same class.",
         "Intervals of 95 %: Student's t over seeds, Fieller's for ratios; from ten seeds on the bootstrap over seeds "
-        "(BCa, 9999 samples). They speak of new seeds, that is of initialisation, order and whatever else the seed draws.",
+        "(BCa, 9999 samples). They speak of new seeds: of initialisation, order and whatever else the seed draws.",
     ]
     return Section("Protocol", points=points)
 
