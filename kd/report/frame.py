@@ -136,7 +136,10 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
 
 
 def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows → frame: text columns as text or None, all others as floats or NaN, ``row, seed, status …`` first."""
+    """Rows → frame: text columns as text or None, all others as numbers or NaN, ``row, seed, status …`` first.
+
+    Six decimals are kept, those of ``results.csv``: a report from there is the report of the runs to the last digit.
+    """
     frame = pd.DataFrame(rows)
     for column in TEXT:
         frame[column] = frame[column].astype(object) if column in frame else None
@@ -144,7 +147,7 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
         if is_text(column):
             frame[column] = frame[column].astype(object).where(frame[column].notna(), None)
         else:
-            frame[column] = pd.to_numeric(frame[column])
+            frame[column] = pd.to_numeric(frame[column]).round(6)
     frame["seed"] = frame["seed"].astype(int)
     first = ["row", "seed", "status", "error", "run"]
     return frame[first + [c for c in frame.columns if c not in first]]
@@ -180,12 +183,12 @@ def check_protocol(frame: pd.DataFrame) -> None:
 
 
 def write_results(file: Path, study: Study, frame: pd.DataFrame) -> None:
-    """Write ``results.csv`` in one step: the stamp of the study, then the frame; shares to six decimals."""
+    """Write ``results.csv`` in one step: the stamp of the study, then the frame."""
     stamped = frame.drop(columns=[c for c in STAMP if c in frame]).copy()
     for position, value in enumerate((SCHEMA, study.name, study.epoch)):
         stamped.insert(position, STAMP[position], value)
     numbers = [c for c in stamped if not is_text(str(c))]
-    stamped[numbers] = stamped[numbers].astype(float).round(6).convert_dtypes()  # 67, not 67.0
+    stamped[numbers] = stamped[numbers].astype(float).convert_dtypes()  # 67, not 67.0
     record.write_text(file, stamped.to_csv(index=False, lineterminator="\n"))
 
 

@@ -164,8 +164,9 @@ def _results(study: Study, frame: pd.DataFrame, table: pd.DataFrame) -> Section:
         notes.append("There is one seed a row: no spread and no interval can be given.")
     if "mean rank" in table:
         p = tables.p_value(table.attrs["friedman_p"])
+        p = p if p.startswith("<") else f"= {p}"
         notes.append(
-            f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p if p.startswith('<') else f'= {p}'}."
+            f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p}."
         )
     unfinished = tables.unfinished_grid(study, frame)
     section = Section("Results", grids=[grid], notes=notes)

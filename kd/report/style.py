@@ -143,12 +143,11 @@ def plain_log(axes: Axes, which: str, ticks: Sequence[float]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between low and high, of the coarsest set that has three: 1; 1 2 5; 1 1.5 2 3 4 5 6 8 a decade."""
+    """Round numbers between low and high, of the coarsest set that has three: 1; 1 2 5; halves; tenths a decade."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     ticks: list[float] = []
-    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), range(10, 100)):
-        unit = 10 if len(steps) > 8 else 1
-        ticks = [m / unit * 10.0**d for d in decades for m in steps if low <= m / unit * 10.0**d <= high]
+    for steps in ((1.0,), (1.0, 2.0, 5.0), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
+        ticks = [float(m * 10.0**d) for d in decades for m in steps if low <= m * 10.0**d <= high]
         if len(ticks) > 2:
             return ticks[:: -(-len(ticks) // 8)]
     return ticks or [low, high]

@@ -91,7 +91,7 @@ def test_results_csv_and_back(study, runs, tmp_path) -> None:
     file = tmp_path / "results.csv"
     frame.write_results(file, study, before)
     after = frame.read_results(file, study)
-    pd.testing.assert_frame_equal(before, after, atol=1e-6, rtol=1e-6)
+    pd.testing.assert_frame_equal(before, after, check_exact=True, check_dtype=False)
     head, first = file.read_text().splitlines()[:2]
     assert head.startswith("schema,study,reported,row,seed,status")
     assert first.startswith("1,made_up,last,teacher,0,finished,,teacher/seed0,")
@@ -106,7 +106,11 @@ def test_results_csv_and_back(study, runs, tmp_path) -> None:
         ("schema,", "scheme,", "it is not a results file of kd"),
         ("\n1,made_up", "\n9,made_up", "was written by a newer version of kd"),
         ("made_up,last", "another,last", "holds the results of the study another, not of made_up"),
-        ("made_up,last", "made_up,selected", "of another protocol: it reports the selected epoch, the study the last one"),
+        (
+            "made_up,last",
+            "made_up,selected",
+            "of another protocol: it reports the selected epoch, the study the last one",
+        ),
         ("last,teacher,", "last,tutor,", "of another protocol: the study has no row tutor"),
         (",0,finished", ",zero,finished", "it is not a results file of kd"),
     ],
