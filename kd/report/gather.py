@@ -86,6 +86,11 @@ def _rank(frame: pd.DataFrame, row: str) -> float:
     return float("inf") if pd.isna(mean) else (mean if Measure(column).lower_is_better else -mean)
 
 
+def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:
+    """A sweep's directory as a study without a claim, and the frame of its runs."""
+    return study_of(directory.resolve().name, of_sweep(directory), directory)
+
+
 def of_sweep(directory: Path) -> list[Found]:
     """The jobs of a sweep, also those without a result."""
     jobs = manifest.read(directory).jobs.values()

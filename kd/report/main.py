@@ -64,8 +64,7 @@ def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None,
             given = manifest.read(first)
             if given.kind == "study":
                 return _of_study(given.name, first)
-            study, frame = gather.study_of(first.resolve().name, gather.of_sweep(first), first)
-            return study, frame, first, first
+            return *gather.read_sweep(first), first, first
     found = [run for target in targets for run in _runs(Path(target))]
     base = Path(os.path.commonpath([run.run_dir.resolve() for run in found]))
     base = base.parent if len(found) == 1 else base
