@@ -74,5 +74,7 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # a cell such as [ce,kd] is no markup
     console = Console(width=width, highlight=False)
+    if width is None and not console.is_terminal:
+        console.width = 120
     console.print(f"\n{title}", style="bold", markup=False)
     console.print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,18 +116,27 @@ def _labels(found: Sequence[Found]) -> dict[str, str]:
     told = {run.group: [w.lstrip("+") for w in _told(run.overrides)] for run in found}
     names = {run.group: run.name for run in found}
     common = set.intersection(*(set(words) for words in told.values())) if len(told) > 1 else set()
+    keys = {w.partition("=")[0] for words in told.values() for w in words if w not in common}
     labels: dict[str, str] = {}
     for group, words in told.items():
         name = names[group]
         if name and list(names.values()).count(name) == 1:
             wanted = name
         else:
-            wanted = " ".join([*([name] if name else []), *(w for w in words if w not in common)]) or "default"
+            differing = (_short(w, keys) for w in words if w not in common)
+            wanted = " ".join([*([name] if name else []), *differing]) or "default"
         label, number = wanted, 2
         while label in labels.values():
             label, number = f"{wanted} ({number})", number + 1
         labels[group] = label
     return labels
+
+
+def _short(word: str, keys: Collection[str]) -> str:
+    """``loss.kd.temperature=4`` → ``temperature=4`` where no other key ends like that."""
+    key, equals, value = word.partition("=")
+    end = key.rsplit(".", 1)[-1]
+    return f"{end if [k.rsplit('.', 1)[-1] for k in keys].count(end) == 1 else key}{equals}{value}"
 
 
 def _seed(overrides: Sequence[str]) -> int:
@@ -136,7 +145,7 @@ def _seed(overrides: Sequence[str]) -> int:
 
 
 def _values(label: str) -> dict[str, Any]:
-    """The numbers in a label: ``loss.kd.temperature=4`` → ``{"loss.kd.temperature": 4}``."""
+    """The numbers in a label: ``temperature=4`` → ``{"temperature": 4}``."""
     found = {}
     for part in label.split(" "):
         key, equals, text = part.partition("=")

@@ -203,11 +203,11 @@ def test_kd_report_of_a_sweep(kd, write, tmp_path) -> None:
     text = (sweep / "report.md").read_text()
     lines = [line for line in text.split("## Results")[1].splitlines() if "temperature" in line][:3]
     assert [line.replace("*", "").split(" | ")[:3] for line in lines] == [
-        ["| loss.kd.temperature=4", "2", "94.05 ± 0.07"],
-        ["| loss.kd.temperature=2", "3", "92.10 ± 0.10"],
-        ["| loss.kd.temperature=1", "3", "91.10 ± 0.10"],
+        ["| temperature=4", "2", "94.05 ± 0.07"],
+        ["| temperature=2", "3", "92.10 ± 0.10"],
+        ["| temperature=1", "3", "91.10 ± 0.10"],
     ]
-    assert "| loss.kd.temperature=4 | 2 | missing | – |" in text
+    assert "| temperature=4 | 2 | missing | – |" in text
     assert (sweep / "figures" / "lines_1.png").read_bytes()[:8] == PNG
     assert "The claim" not in text
 

@@ -40,11 +40,11 @@ def test_an_ablation_is_read(write, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     said, pictures = executed("02_ablation.ipynb", tmp_path)
     assert "8 of 9 runs" in said
-    assert "minus loss.kd.temperature=1" in said
-    differences = said.split("minus loss.kd.temperature=1")[1].splitlines()
+    assert "minus temperature=1" in said
+    differences = said.split("minus temperature=1")[1].splitlines()
     assert [line.split()[:2] for line in differences[1:3]] == [
-        ["loss.kd.temperature=4", "3.15"],  # of the two seeds that are finished
-        ["loss.kd.temperature=2", "1.10"],
+        ["temperature=4", "3.15"],  # of the two seeds that are finished
+        ["temperature=2", "1.10"],
     ]
     assert pictures == 2
 
