@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from kd.comparison import Row, Table
 from kd.errors import KdError
+from kd.report.console import Row, Table
 
 SEEDS = 5
 UNSEEN = 3  # the class that the transfer set lacks

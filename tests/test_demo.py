@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from kd import demo
-from kd.comparison import paired_interval
+from kd.report.stats import paired_interval
 
 SHORT = ("recipe.epochs=2", "protocol.val_every=2")
 

@@ -32,6 +32,7 @@ ALLOWED = {
     "schema": set(),
     "signature": {"signature", "errors"},
     "record": {"record", "errors"},
+    "report": {"report", "sweeps", "record", "errors"},
     "errors": set(),
 }
 NO_TORCH = (
@@ -47,6 +48,7 @@ NO_TORCH = (
     "cluster.py",
     "hardware.py",
 )
+REPORT = tuple(f"report/{file.name}" for file in sorted((PACKAGE / "report").glob("*.py")))
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -85,7 +87,7 @@ def test_losses_import_torch_alone() -> None:
         assert not outside, f"{path.name} imports {outside}"
 
 
-@pytest.mark.parametrize("name", NO_TORCH)
+@pytest.mark.parametrize("name", NO_TORCH + REPORT)
 def test_no_torch_at_import(name: str) -> None:
     heavy = {"torch", "lightning", "torchvision", "timm", "transformers", "wandb", "torchmetrics"}
     assert not {n.split(".")[0] for n in imports(PACKAGE / name, top_level_only=True)} & heavy
@@ -101,3 +103,9 @@ def test_composing_and_checking_loads_no_torch() -> None:
     code = "import sys; from kd.app import checked; checked(['loss=[ce]']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_reporting_loads_no_torch() -> None:
+    code = "import sys; import kd.report.main, kd.report.curves; print({'torch', 'hydra'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"

@@ -66,6 +66,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def test_the_wheel_holds_every_conf_file(installed) -> None:
     names = set(ZipFile(installed.wheel).namelist())
     assert {f"kd/{file}" for file in CONF_FILES} <= names
+    assert {"kd/report/report.html.j2", "kd/report/report.md.j2"} <= names
     assert not [n for n in names if n.startswith(("tests/", "conf/", "experiments/")) or n.endswith(".pyc")]
 
 

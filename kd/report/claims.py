@@ -1,0 +1,215 @@
+"""The comparisons of a study with their intervals, and what its claim comes to. No torch."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kd.errors import KdError
+from kd.report import stats
+from kd.report.frame import finished, values
+from kd.report.measures import Measure, resolve
+from kd.report.stats import Interval, OverImages
+from kd.sweeps.spec import Comparison, Condition, Study
+
+SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not shown"
+PREDICTIONS = "predictions_test.npz"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One comparison with its interval over seeds, ``corrected`` p (Holm), and the same over test images if kept."""
+
+    comparison: Comparison
+    label: str
+    measure: Measure
+    interval: Interval
+    images: OverImages | None = None
+    corrected: float | None = None
+
+    def show(self, value: float) -> str:
+        """A number of this comparison: ``+1.20``, or ``91 %`` for the share of a gap."""
+        if self.comparison.share_of:
+            return f"{100 * value:.0f}\u00a0%".replace("-", "−")
+        return self.measure.change(value)
+
+    @property
+    def unit(self) -> str:
+        """The unit of a difference, with a space before it."""
+        unit = "" if self.comparison.share_of else self.measure.change_unit
+        return f" {unit}" if unit else ""
+
+    @property
+    def sentence(self) -> str:
+        """The estimate with its interval."""
+        found, bounds = self.interval, self.interval.headline
+        if np.isnan(found.estimate):
+            return f"{self.label}: {found.note}"
+        text = f"{self.label}: {self.show(found.estimate)}{self.unit}"
+        if bounds is None:
+            return f"{text} ({found.note})"
+        note = f"; {found.note}" if found.note else ""
+        return f"{text}, 95\u00a0% interval {self.show(bounds[0])} to {self.show(bounds[1])} ({found.method}{note})"
+
+
+def label_of(study: Study, row: str) -> str:
+    """What a row is called on the page."""
+    return study.rows[row].label or row
+
+
+def known(study: Study, frame: pd.DataFrame, measure: str) -> str | None:
+    """The column of a measure; None while it may still come, because runs are missing. ``KdError`` if no run has it."""
+    try:
+        return resolve(frame.columns, measure, study.epoch)
+    except KdError:
+        if (frame["status"] == "finished").all():
+            raise
+        return None
+
+
+def aligned(study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+    """One array for each (row, column), of the seeds that all of these rows have finished.
+
+    A row that is meant to have a single run, a teacher that all students share, stands beside every seed.
+    """
+    found = [values(frame, row, column) for row, column in wanted]
+    single = [
+        len(series) == 1 and len(study.rows[row].seeds or study.seeds) == 1
+        for (row, _), series in zip(wanted, found, strict=True)
+    ]
+    several = [series.index for series, one in zip(found, single, strict=True) if not one]
+    if not several:
+        return [series.to_numpy() for series in found]
+    shared = several[0]
+    for index in several[1:]:
+        shared = shared.intersection(index)
+    return [
+        np.full(len(shared), series.iloc[0]) if one else series.loc[shared].to_numpy()
+        for series, one in zip(found, single, strict=True)
+    ]
+
+
+def compare(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, Compared]:
+    """Every comparison of the study, with p values corrected for their number."""
+    found = {name: _compare(study, frame, c, runs_dir) for name, c in study.comparisons.items()}
+    tested = [name for name, c in found.items() if c.interval.p is not None]
+    corrected = stats.holm([found[name].interval.p for name in tested])  # type: ignore[misc]
+    for name, p in zip(tested, corrected, strict=True):
+        found[name] = replace(found[name], corrected=p)
+    return found
+
+
+def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir: Path | None) -> Compared:
+    column = known(study, frame, comparison.measure)
+    other = known(study, frame, comparison.than_measure or comparison.measure)
+    row, than = label_of(study, comparison.row), label_of(study, comparison.than)
+    measure = Measure(column or comparison.measure)
+    if column is None or other is None:
+        return Compared(comparison, f"“{row}” − “{than}”", measure, Interval(np.nan, 0, note="not measured yet"))
+    if comparison.share_of:
+        wanted = [(comparison.row, column), (comparison.than, other), (comparison.share_of, column)]
+        interval = gap_closed(study, frame, wanted, measure)
+        label = f"share of the gap from “{than}” to “{label_of(study, comparison.share_of)}” that “{row}” closes"
+        return Compared(comparison, label, measure, interval, corrected=None)
+    interval = stats.difference(*aligned(study, frame, [(comparison.row, column), (comparison.than, other)]))
+    of = f", {Measure(other).title}" if other != column else ""
+    label = f"“{row}” − “{than}”{of}" if not of else f"“{row}”, {measure.title} − “{than}”{of}"
+    images = None
+    if runs_dir is not None and other == column and column.endswith(("test/acc1", "test/errors", "test/error")):
+        images = _over_images(frame, comparison, runs_dir)
+    return Compared(comparison, label, measure, interval, images)
+
+
+def gap_closed(
+    study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, str]], measure: Measure
+) -> stats.Interval:
+    """The share of the gap between a second and a third row that a first one closes; (row, column) of the three."""
+    found = aligned(study, frame, wanted)
+    interval = stats.share(*found)
+    if len(found[0]):
+        gap = float((found[2] - found[1]).mean())
+        if gap > 0 if measure.lower_is_better else gap < 0:
+            return replace(interval, note="the teacher is not better: there is no gap to close")
+    return interval
+
+
+def _over_images(frame: pd.DataFrame, comparison: Comparison, runs_dir: Path) -> OverImages | None:
+    """Both rows on the same test images, where both kept their predictions (those of the val-selected student)."""
+    sides = [_predictions(frame, row, runs_dir) for row in (comparison.row, comparison.than)]
+    pairs = []
+    for seed in sorted(sides[0].keys() & sides[1].keys()):
+        (index, target, row), (index_than, target_than, than) = sides[0][seed], sides[1][seed]
+        if len(index) != len(index_than) or (index != index_than).any() or (target != target_than).any():
+            return None  # other test images: nothing to pair
+        pairs.append((index, row, than))
+    return stats.over_images(pairs) if pairs else None
+
+
+def _predictions(frame: pd.DataFrame, row: str, runs_dir: Path) -> dict[int, tuple[np.ndarray, ...]]:
+    found: dict[int, tuple[np.ndarray, ...]] = {}
+    for run in finished(frame)[finished(frame)["row"] == row].itertuples():
+        kept = predictions(runs_dir / str(run.run))
+        if kept is not None:
+            index, target, logits = kept
+            found[int(run.seed)] = (index, target, logits.argmax(1) == target)
+    return found
+
+
+def predictions(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Index, target and logits (rows × classes) of a run's test images, sorted by index; None if they were not kept."""
+    file = run_dir / PREDICTIONS
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file) as kept:
+            return kept["index"], kept["target"], kept["logits"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise KdError(f"{file} cannot be read: it is not what kd writes") from None
+
+
+# ---------------------------------------------------------------------- the claim
+
+
+def verdict(study: Study, compared: Mapping[str, Compared]) -> tuple[str, list[str]]:
+    """``supported`` when every condition holds, ``contradicted`` when one cannot, else ``not shown``; and why.
+
+    No correction for the number of conditions is needed: all of them must hold at 95 % (an intersection–union test).
+    """
+    if not study.supported:
+        return "", []
+    judged = [judge(condition, compared[condition.comparison]) for condition in study.supported]
+    states = [state for state, _ in judged]
+    worst = CONTRADICTED if CONTRADICTED in states else OPEN
+    state = SUPPORTED if set(states) == {SUPPORTED} else worst
+    return state, [sentence for _, sentence in judged]
+
+
+def judge(condition: Condition, compared: Compared) -> tuple[str, str]:
+    """One condition: the whole interval fulfils it, none of it does, or the interval cannot tell."""
+    wanted = _wanted(condition, compared)
+    bounds = compared.interval.headline
+    if bounds is None:
+        return OPEN, f"{compared.sentence}. It had to be {wanted}: without an interval that is not shown."
+    low = -np.inf if condition.above is None else condition.above
+    high = np.inf if condition.below is None else condition.below
+    if condition.inside is not None:
+        low, high = condition.inside
+    if low < bounds[0] and bounds[1] < high:
+        return SUPPORTED, f"{compared.sentence}. It had to be {wanted}, and all of the interval is."
+    if bounds[1] < low or high < bounds[0]:
+        return CONTRADICTED, f"{compared.sentence}. It had to be {wanted}, and none of the interval is."
+    return OPEN, f"{compared.sentence}. It had to be {wanted}, and only a part of the interval is."
+
+
+def _wanted(condition: Condition, compared: Compared) -> str:
+    if condition.inside is not None:
+        low, high = condition.inside
+        return f"between {compared.show(low)} and {compared.show(high)}"
+    number = condition.above if condition.above is not None else condition.below
+    assert number is not None, f"a condition on {condition.comparison} without a number"
+    return f"{'above' if condition.above is not None else 'below'} {compared.show(number)}"

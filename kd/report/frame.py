@@ -1,0 +1,215 @@
+"""A run directory → one flat row; many rows → a frame; ``results.csv`` is the same frame in a file. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kd import record
+from kd.errors import KdError
+from kd.report.measures import EPOCHS
+from kd.sweeps.spec import Study
+
+SCHEMA = 1  # of results.csv
+EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {metric: number}}
+CLASSES = 20  # accuracies of single classes are kept up to so many
+STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
+TEXT = ("row", "status", "error", "run", "name", "config_hash", "commit", "started", "monitor", "data")
+
+
+def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
+    """The flat row of one run: who it is, what it cost, and its numbers as ``last/test/acc1``, ``student/macs`` …
+
+    ``{last,selected}/test/errors`` counts wrong test images; ``retention`` is student ÷ teacher on test; ``last/gap``
+    is training minus test accuracy; ``NAME/metric`` comes from the run's further evaluations. A failed run has
+    fewer columns. ``base``: what the path of the run is written relative to.
+    """
+    found = record.read(run_dir)
+    try:
+        rows = found.get("data", {}).get("sizes", {}).get("test")
+        numbers = {**_student(found, rows), **_teacher(found), **_evaluations(run_dir, rows)}
+        path = run_dir.resolve().relative_to(base.resolve()) if base else run_dir
+        return {"row": row, **_about(found), "run": path.as_posix(), **numbers}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise KdError(f"{run_dir / record.FILE} cannot be read: it is not what kd writes") from None
+
+
+def _about(found: Mapping[str, Any]) -> dict[str, Any]:
+    protocol = found["protocol"]
+    return {
+        "seed": int(found["seed"]),
+        "status": found["status"],
+        "error": found["error"],
+        "name": found["name"],
+        "config_hash": found["config_hash"],
+        "commit": found["commit"],
+        "started": found["started"],
+        "wall_clock_s": found.get("wall_clock_s"),
+        "peak_memory_mb": max(found.get("peak_memory_mb", {}).values(), default=None),
+        "epochs": protocol["epochs"],
+        "monitor": f"{protocol['mode']} {protocol['monitor']}",
+        "data": _data(found.get("data")),
+        **{f"version/{package}": version for package, version in found["versions"].items()},
+    }
+
+
+def _data(data: Mapping[str, Any] | None) -> str | None:
+    if not data:
+        return None
+    sizes, split = data["sizes"], data.get("split", {})
+    few = f" ({sizes['labelled']} labelled)" if sizes.get("labelled", sizes["train"]) < sizes["train"] else ""
+    return f"{split.get('set', 'data')}: {sizes['train']}{few}/{sizes['val']}/{sizes['test']} train/val/test"
+
+
+def _student(found: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
+    student = found.get("student", {})
+    numbers: dict[str, Any] = {f"student/{key}": value for key, value in student.items() if key not in EPOCHS}
+    for epoch in EPOCHS:
+        if epoch not in student:
+            continue
+        part = student[epoch]
+        numbers[f"{epoch}/epoch"] = part["epoch"]
+        for split in ("train", "val", "test"):
+            numbers |= {f"{epoch}/{split}/{metric}": value for metric, value in part.get(split, {}).items()}
+        numbers |= _classes(f"{epoch}/test", part)
+        numbers |= _wrong(f"{epoch}/test", part["test"], rows)
+        if "teacher" in found:
+            numbers[f"{epoch}/retention"] = part["test"]["acc1"] / max(found["teacher"]["test"]["acc1"], 1e-12)
+        if "train" in part:
+            numbers[f"{epoch}/gap"] = part["train"]["acc1"] - part["test"]["acc1"]
+    return numbers
+
+
+def _teacher(found: Mapping[str, Any]) -> dict[str, Any]:
+    teacher = found.get("teacher", {})
+    numbers = {f"teacher/{key}": v for key, v in teacher.items() if isinstance(v, (int, float))}
+    for split in ("val", "test"):
+        numbers |= {f"teacher/{split}/{metric}": value for metric, value in teacher.get(split, {}).items()}
+    return numbers | _classes("teacher/test", teacher)
+
+
+def _classes(prefix: str, part: Mapping[str, Any]) -> dict[str, float]:
+    values = part.get("test_per_class", ())
+    return {f"{prefix}/class_{i}": value for i, value in enumerate(values)} if len(values) <= CLASSES else {}
+
+
+def _wrong(prefix: str, metrics: Mapping[str, Any], rows: int | None) -> dict[str, float]:
+    if metrics.get("acc1") is None:
+        return {}
+    error = 1 - metrics["acc1"]
+    return {f"{prefix}/error": error, **({f"{prefix}/errors": round(error * rows)} if rows else {})}
+
+
+def _evaluations(run_dir: Path, rows: int | None) -> dict[str, float]:
+    file = run_dir / EVALUATIONS
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        numbers: dict[str, float] = {}
+        for name, metrics in content.items():
+            numbers |= _wrong(name, metrics, rows) | {f"{name}/{m}": float(v) for m, v in metrics.items()}
+        return numbers
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise KdError(f"{file} cannot be read: it is not what kd writes") from None
+
+
+# ---------------------------------------------------------------------- a study's runs
+
+
+def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
+    """All runs of a study below its directory ``ROW/seedN``, those that are still missing as well."""
+    rows = []
+    for name, row in study.rows.items():
+        found = {int(p.name[4:]) for p in (runs_dir / name).glob("seed*") if p.name[4:].isdigit()}
+        for seed in sorted(found | set(row.seeds or study.seeds)):
+            run_dir = runs_dir / name / f"seed{seed}"
+            if (run_dir / record.FILE).is_file():
+                rows.append({**of_run(run_dir, name, runs_dir), "seed": seed})
+            else:
+                rows.append({"row": name, "seed": seed, "status": "missing"})
+    return table(rows)
+
+
+def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows → frame: text columns as text or None, all others as numbers or NaN, ``row, seed, status …`` first.
+
+    Six decimals are kept, those of ``results.csv``: a report from there is the report of the runs to the last digit.
+    """
+    frame = pd.DataFrame(rows)
+    for column in TEXT:
+        frame[column] = frame[column].astype(object) if column in frame else None
+    for column in frame.columns:
+        if is_text(column):
+            frame[column] = frame[column].astype(object).where(frame[column].notna(), None)
+        else:
+            frame[column] = pd.to_numeric(frame[column]).round(6)
+    frame["seed"] = frame["seed"].astype(int)
+    first = ["row", "seed", "status", "error", "run"]
+    return frame[first + [c for c in frame.columns if c not in first]]
+
+
+def is_text(column: str) -> bool:
+    """Whether a column holds text: the others hold numbers."""
+    return column in TEXT or column in ("study", "reported") or column.startswith("version/")
+
+
+def finished(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose runs are finished."""
+    return frame[frame["status"] == "finished"]
+
+
+def values(frame: pd.DataFrame, row: str, column: str) -> pd.Series:
+    """One number a finished seed of a row, indexed by seed; runs without that number are left out."""
+    found = finished(frame)
+    return found[found["row"] == row].set_index("seed")[column].dropna().astype(float).sort_index()
+
+
+def check_protocol(frame: pd.DataFrame) -> None:
+    """Refuse a row whose seeds were trained by different protocols: their mean would be of nothing."""
+    for name, part in finished(frame).groupby("row", sort=False):
+        for column, key in (("monitor", "protocol.monitor"), ("epochs", "recipe.epochs")):
+            found = sorted(set(part[column]))
+            if len(found) > 1:
+                given = " and ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in found)
+                raise KdError(f"row {name}: its runs are of different protocols ({key} = {given})")
+
+
+# ---------------------------------------------------------------------- results.csv
+
+
+def write_results(file: Path, study: Study, frame: pd.DataFrame) -> None:
+    """Write ``results.csv`` in one step: the stamp of the study, then the frame."""
+    stamped = frame.drop(columns=[c for c in STAMP if c in frame]).copy()
+    for position, value in enumerate((SCHEMA, study.name, study.epoch)):
+        stamped.insert(position, STAMP[position], value)
+    numbers = [c for c in stamped if not is_text(str(c))]
+    stamped[numbers] = stamped[numbers].astype(float).convert_dtypes()  # 67, not 67.0
+    record.write_text(file, stamped.to_csv(index=False, lineterminator="\n"))
+
+
+def read_results(file: Path, study: Study) -> pd.DataFrame:
+    """The frame of a ``results.csv``. ``KdError`` when it is of another study, protocol or a newer version."""
+    try:
+        text = pd.read_csv(file, dtype=str, keep_default_na=False, na_values=[""])
+        schema, name, epoch = (text[c].iloc[0] for c in STAMP)
+        newer = int(schema) > SCHEMA
+    except (OSError, ValueError, KeyError, IndexError):  # pandas' own errors are ValueErrors
+        raise KdError(f"{file} cannot be read: it is not a results file of kd") from None
+    if newer:
+        raise KdError(f"{file} was written by a newer version of kd (schema {schema}, known: {SCHEMA})")
+    if name != study.name:
+        raise KdError(f"{file} holds the results of the study {name}, not of {study.name}")
+    if epoch != study.epoch:
+        raise KdError(f"{file} is of another protocol: it reports the {epoch} epoch, the study the {study.epoch} one")
+    unknown = sorted(set(text["row"]) - set(study.rows))
+    if unknown:
+        raise KdError(f"{file} is of another protocol: the study has no row {', '.join(unknown)}")
+    try:
+        return table(text.drop(columns=list(STAMP)).to_dict("records"))
+    except (KeyError, ValueError):
+        raise KdError(f"{file} cannot be read: it is not a results file of kd") from None

@@ -1,0 +1,169 @@
+"""Run directories that belong to no study → rows that share all but the seed, as a study without a claim. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from kd import record
+from kd.errors import KdError
+from kd.report.frame import finished, of_run, table
+from kd.report.measures import Measure
+from kd.sweeps import manifest
+from kd.sweeps.spec import Figure, Row, Study
+
+MEASURE, EPOCH = "test/acc1", "selected"
+SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
+PLACES = (
+    "hydra.",
+    "paths.",
+    "name=",
+    "teacher.checkpoint=",
+    "student.checkpoint=",
+)  # differ without being the question
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run that may not exist yet, and what it was told."""
+
+    run_dir: Path
+    overrides: tuple[str, ...]
+    group: str  # runs of one group differ by the seed only
+    name: str = ""  # what a run calls itself
+
+
+def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.DataFrame]:
+    """A study with a row for each group, best first, and the frame of its runs; paths relative to ``base``."""
+    labels = _labels(found)
+    seen: Counter[str] = Counter()
+    lines = []
+    for run in found:
+        row = labels[run.group]
+        if (run.run_dir / record.FILE).is_file():
+            lines.append(of_run(run.run_dir, row, base))
+        else:
+            lines.append({"row": row, "seed": _seed(run.overrides), "status": "missing"})
+        seen[row] += 1
+    frame = table(lines)
+    doubled = frame[frame.duplicated(["row", "seed"])]
+    if len(doubled):
+        row, seed = doubled.iloc[0][["row", "seed"]]
+        raise KdError(f"{row}: there are two runs of seed {seed}; give one of them")
+    values = {labels[run.group]: _values(labels[run.group]) for run in found}
+    order = sorted(seen, key=lambda row: _rank(frame, row))
+    seeds = tuple(sorted(set(frame["seed"])))
+    rows = {row: Row(row, (), row, tuple(frame[frame["row"] == row]["seed"]), values=values[row]) for row in order}
+    study = Study(
+        name=name,
+        folder=base,
+        question="",
+        paper="",
+        cost="",
+        measure=MEASURE,
+        epoch=EPOCH,
+        rows=rows,
+        seeds=seeds,
+        comparisons={},
+        claim="",
+        supported=(),
+        figures=_figures(list(values.values())),
+    )
+    return study, frame
+
+
+def _rank(frame: pd.DataFrame, row: str) -> float:
+    column = f"{EPOCH}/{MEASURE}"
+    found = finished(frame)
+    mean = found[found["row"] == row][column].mean() if column in found else float("nan")
+    return float("inf") if pd.isna(mean) else (mean if Measure(column).lower_is_better else -mean)
+
+
+def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:
+    """A sweep's directory as a study without a claim, and the frame of its runs."""
+    return study_of(directory.resolve().name, of_sweep(directory), directory)
+
+
+def of_sweep(directory: Path) -> list[Found]:
+    """The jobs of a sweep, also those without a result."""
+    jobs = manifest.read(directory).jobs.values()
+    return [Found(directory / job.name, job.overrides, " ".join(_told(job.overrides))) for job in jobs]
+
+
+def of_run_dir(run_dir: Path) -> Found:
+    """A run by itself: it shares its group with runs of the same configuration and name."""
+    found = record.read(run_dir)
+    try:
+        name = found["name"]
+        return Found(run_dir, tuple(found["overrides"]), f"{name} {found['config_hash']}", name)
+    except (KeyError, TypeError):
+        raise KdError(f"{run_dir / record.FILE} cannot be read: it is not what kd writes") from None
+
+
+def _told(overrides: Sequence[str]) -> list[str]:
+    return [o for o in overrides if not SEEDS.match(o) and not o.lstrip("+").startswith(PLACES)]
+
+
+def _labels(found: Sequence[Found]) -> dict[str, str]:
+    """Group → its name where only it has that, else what it was told that not all were; a number behind equal ones."""
+    told = {run.group: [w.lstrip("+") for w in _told(run.overrides)] for run in found}
+    names = {run.group: run.name for run in found}
+    common = set.intersection(*(set(words) for words in told.values())) if len(told) > 1 else set()
+    keys = {w.partition("=")[0] for words in told.values() for w in words if w not in common}
+    labels: dict[str, str] = {}
+    for group, words in told.items():
+        name = names[group]
+        if name and list(names.values()).count(name) == 1:
+            wanted = name
+        else:
+            differing = (_short(w, keys) for w in words if w not in common)
+            wanted = " ".join([*([name] if name else []), *differing]) or "default"
+        label, number = wanted, 2
+        while label in labels.values():
+            label, number = f"{wanted} ({number})", number + 1
+        labels[group] = label
+    return labels
+
+
+def _short(word: str, keys: Collection[str]) -> str:
+    """``loss.kd.temperature=4`` → ``temperature=4`` where no other key ends like that."""
+    key, equals, value = word.partition("=")
+    end = key.rsplit(".", 1)[-1]
+    return f"{end if [k.rsplit('.', 1)[-1] for k in keys].count(end) == 1 else key}{equals}{value}"
+
+
+def _seed(overrides: Sequence[str]) -> int:
+    given = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("seed=")]
+    return int(given[-1]) if given and given[-1].lstrip("-").isdigit() else 0
+
+
+def _values(label: str) -> dict[str, Any]:
+    """The numbers in a label: ``temperature=4`` → ``{"temperature": 4}``."""
+    found = {}
+    for part in label.split(" "):
+        key, equals, text = part.partition("=")
+        if equals:
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError:
+                continue
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[key] = value
+    return found
+
+
+def _figures(values: Sequence[Mapping[str, Any]]) -> tuple[Figure, ...]:
+    """Lines over a number that was swept; lines and a map over two."""
+    keys = [key for key in dict.fromkeys(k for v in values for k in v) if len({v[key] for v in values if key in v}) > 2]
+    if not keys or len(keys) > 2:
+        return ()
+    if len(keys) == 1:
+        return (Figure("lines", MEASURE, keys[0]),)
+    return Figure("lines", MEASURE, keys[0], group=keys[1]), Figure("map", MEASURE, keys[0], y=keys[1])

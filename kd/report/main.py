@@ -1,0 +1,110 @@
+"""``kd report STUDY|RUNS…``: tables, figures and a page of a study, a sweep, or any runs. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kd import record
+from kd.errors import KdError
+from kd.report import gather, tables
+from kd.report.frame import of_study, read_results
+from kd.report.report import Report, build
+from kd.sweeps import manifest, spec
+from kd.sweeps.spec import Study
+
+COLUMNS = 5  # of the table that the terminal shows
+STUDY, RESULTS = "study.yaml", "results.csv"
+USAGE = """kd report STUDY|RUNS... [out=DIR]
+
+Tables, intervals and figures of runs: report.html (one file, opens offline), report.md and figures/.
+
+  kd report hinton_mnist           a study of experiments/, by name or folder: the claim, its verdict, the published
+                                   numbers; from its runs (runs/study_NAME), else from its results.csv
+  kd report runs/sweep_DATE        a sweep: what differs between its jobs, best first
+  kd report runs/a runs/b          runs, or folders of runs; the same experiment with several seeds is one row
+
+  out=DIR    where it goes (default: runs/study_NAME of a study, the sweep's own directory, ./report of other runs)"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Find out what was given, build the report, print the table and where everything is."""
+    if any(a in ("-h", "--help") for a in argv):
+        print(USAGE)
+        return 0
+    targets, out = _parsed(argv)
+    study, frame, runs_dir, default = _gathered(targets)
+    _say(study, build(study, frame, runs_dir, out or default))
+    return 0
+
+
+def _parsed(argv: Sequence[str]) -> tuple[list[str], Path | None]:
+    targets = [a for a in argv if not a.startswith("out=")]
+    for argument in targets:
+        if argument.startswith("-") or ("=" in argument and not Path(argument).exists()):
+            raise KdError(f"{argument} is not understood: kd report takes STUDY or RUNS..., and out=DIR")
+    if not targets:
+        raise KdError("kd report needs the name of a study, or directories of runs")
+    outs = [a.partition("=")[2] for a in argv if a.startswith("out=")]
+    if outs and (not outs[-1] or (Path(outs[-1]).exists() and not Path(outs[-1]).is_dir())):
+        raise KdError(f"out = {outs[-1]} is not a directory")
+    return targets, Path(outs[-1]) if outs else None
+
+
+def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None, Path]:
+    """The study (or what stands for one), its frame, the runs' directory if there is one, and where to write."""
+    first = Path(targets[0])
+    if len(targets) == 1:
+        if (first / STUDY).is_file() or not first.exists():
+            return _of_study(targets[0])
+        if (first / manifest.FILE).is_file():
+            given = manifest.read(first)
+            if given.kind == "study":
+                return _of_study(given.name, first)
+            return *gather.read_sweep(first), first, first
+    found = [run for target in targets for run in _runs(Path(target))]
+    base = Path(os.path.commonpath([run.run_dir.resolve() for run in found]))
+    base = base.parent if len(found) == 1 else base
+    name = first.resolve().name if len(targets) == 1 else f"{len(found)} runs"
+    study, frame = gather.study_of(name, found, base)
+    return study, frame, base, Path("report")
+
+
+def _of_study(name: str, runs_dir: Path | None = None) -> tuple[Study, pd.DataFrame, Path | None, Path]:
+    study = spec.load(name)
+    directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
+    if any(directory.glob(f"*/seed*/{record.FILE}")):
+        return study, of_study(study, directory), directory, directory
+    file = study.folder / RESULTS
+    if not file.is_file():
+        raise KdError(f"{study.name} has no results: no runs in {directory}, no {RESULTS} in {study.folder}")
+    return study, read_results(file, study), None, directory
+
+
+def _runs(target: Path) -> list[gather.Found]:
+    """One run, the jobs of a sweep, or every run below a folder."""
+    if (target / manifest.FILE).is_file():
+        return gather.of_sweep(target)
+    if (target / record.FILE).is_file():
+        return [gather.of_run_dir(target)]
+    found = sorted(file.parent for file in target.rglob(record.FILE)) if target.is_dir() else []
+    if not found:
+        raise KdError(f"{target} is not a run, a sweep or a folder of runs: there is no {record.FILE} in it")
+    return [gather.of_run_dir(run_dir) for run_dir in found]
+
+
+def _say(study: Study, report: Report) -> None:
+    from kd.report.console import print_table
+
+    grid = tables.main_grid(study, report.table, report.shown)
+    some = slice(0, COLUMNS)  # the page has all
+    print_table(study.question or study.name, grid.head[some], [row[some] for row in grid.rows])
+    if report.verdict:
+        print(f"The claim: {study.claim}\n{report.verdict}:")
+        for reason in report.reasons:
+            print(f"  {reason}")
+    for path in report.paths.values():
+        print(path)

@@ -1,0 +1,117 @@
+"""Names of columns → words, units and signs for people. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kd.errors import KdError, near
+
+EPOCHS = {"last": "last epoch", "selected": "val-selected"}
+SHARES = {"acc1", "acc5", "agreement", "ece", "error", "gap", "retention"}  # kept as fractions, shown in percent
+WHOLE = {"errors", "parameters", "macs", "adapter_parameters"}
+LOWER = {"errors", "error", "nll", "ece", "kl", "gap", "loss", "latency_ms", "parameters", "macs", "wall_clock_s"}
+WORDS = {
+    "acc1": "top-1",
+    "acc5": "top-5",
+    "nll": "NLL",
+    "ece": "ECE",
+    "kl": "KL to the teacher",
+    "agreement": "agreement",
+    "error": "error rate",
+    "gap": "train − test top-1",
+    "latency_ms": "latency",
+    "macs": "multiply-accumulates",
+    "wall_clock_s": "training time",
+}
+UNITS = {"latency_ms": "ms an image", "wall_clock_s": "s", "macs": "MACs"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the frame: what it is called, how its numbers are written, and which direction is better."""
+
+    column: str
+
+    @property
+    def name(self) -> str:
+        """Its last part, ``acc1``."""
+        return self.column.rsplit("/", 1)[-1]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a fraction that is shown in percent."""
+        return self.name in SHARES or self.name.startswith("class_")
+
+    @property
+    def lower_is_better(self) -> bool:
+        """``errors`` and ``nll`` are better low, ``acc1`` high."""
+        return self.name in LOWER
+
+    @property
+    def scale(self) -> float:
+        """What a number of the column is multiplied by to be shown."""
+        return 100.0 if self.is_share else 1.0
+
+    @property
+    def unit(self) -> str:
+        """The unit of a value: ``%``, ``ms an image``, or nothing."""
+        return "%" if self.is_share else UNITS.get(self.name, "")
+
+    @property
+    def digits(self) -> int:
+        """Decimals that are shown."""
+        if self.name in WHOLE:
+            return 1 if self.name == "errors" else 0
+        return 2 if self.is_share else 3
+
+    @property
+    def title(self) -> str:
+        """``test top-1`` in words, without the epoch."""
+        first, *middle = self.column.split("/")
+        word = WORDS.get(self.name, self.name.replace("class_", "accuracy of class ").replace("_", " "))
+        if first == "teacher":
+            return " ".join(["teacher's", *middle[:-1], word])
+        if first == "student":
+            return word
+        if first in EPOCHS:
+            return " ".join([*middle[:-1], word])
+        return f"{first}: {word}" if middle else word
+
+    @property
+    def epoch(self) -> str:
+        """``last epoch``, ``val-selected``, or nothing."""
+        return EPOCHS.get(self.column.split("/")[0], "")
+
+    @property
+    def label(self) -> str:
+        """Title and unit, for an axis or the head of a column: ``test top-1, %``."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+    def show(self, value: float) -> str:
+        """A value without its unit: ``97.51``."""
+        return f"{self.scale * value:,.{self.digits}f}"
+
+    def change(self, value: float) -> str:
+        """A difference of two values, signed: ``+1.20``."""
+        text = f"{self.scale * value:+,.{self.digits}f}".replace("-", "−")
+        return text if float(text.replace(",", "").replace("−", "-")) else text.lstrip("+−")
+
+    @property
+    def change_unit(self) -> str:
+        """The unit of a difference: points of percent, errors, milliseconds."""
+        return "points" if self.is_share else {"errors": "errors"}.get(self.name, UNITS.get(self.name, ""))
+
+
+def resolve(columns: Iterable[str], measure: str, epoch: str) -> str:
+    """The column that a study means: itself (``last/test/acc1``, ``shifted/acc1``), or ``test/acc1`` at the epoch.
+
+    ``KdError`` for a measure that no run has.
+    """
+    known = list(columns)
+    for column in (measure, f"{epoch}/{measure}"):
+        if column in known:
+            return column
+    without = {re.sub("^(last|selected)/", "", c) for c in known if "/" in c}
+    raise KdError(f"measure = {measure} is not in any run{near(measure, without)}")

@@ -1,0 +1,78 @@
+"""Sections of text, tables and pictures → one HTML page that needs nothing else, and the same in Markdown. No torch."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from kd.report.tables import Grid
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG and what it shows."""
+
+    path: Path
+    caption: str
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return self.path.name
+
+    @property
+    def data(self) -> str:
+        """The picture itself as an address."""
+        return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
+
+    @property
+    def width(self) -> int:
+        """Pixels of the page that it is wide: it is drawn at twice as many."""
+        return int.from_bytes(self.path.read_bytes()[16:20], "big") * 9 // 16
+
+
+@dataclass
+class Section:
+    """A part of the page: text, tables, small print, pictures, points, in this order."""
+
+    title: str
+    before: list[str] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    points: list[str] = field(default_factory=list)
+
+
+def render(context: Mapping[str, Any]) -> dict[str, str]:
+    """``{"md": …, "html": …}`` of name, question, paper, claim, verdict, reasons and sections."""
+    loader = jinja2.PackageLoader("kd.report", "")
+    how: dict[str, Any] = {
+        "loader": loader,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "undefined": jinja2.StrictUndefined,
+    }
+    html = jinja2.Environment(autoescape=True, **how).get_template("report.html.j2").render(context)
+    plain = jinja2.Environment(autoescape=False, keep_trailing_newline=True, **how)
+    plain.filters["markdown"] = markdown
+    return {"html": html, "md": plain.get_template("report.md.j2").render(context)}
+
+
+def markdown(grid: Grid) -> str:
+    """A table in Markdown; rows that are set off are bold."""
+    lines = [
+        _line(grid.head),
+        "|" + "|".join(" :-- " if i < grid.text else " --: " for i in range(len(grid.head))) + "|",
+    ]
+    for position, row in enumerate(grid.rows):
+        lines.append(_line([f"**{cell}**" if cell else cell for cell in row] if position in grid.strong else row))
+    return "\n".join(lines)
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"

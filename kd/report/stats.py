@@ -1,0 +1,206 @@
+"""Means, paired differences and shares of a gap, each with its interval; tests over test images; ranks. No torch.
+
+All intervals are of 95 %. Over fewer than ten seeds the headline is Student's t (for a ratio: Fieller's interval, which
+is built on it), because a bootstrap of so few values is too narrow; from ten seeds on it is the bootstrap over seeds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Numbers = Sequence[float] | np.ndarray
+
+LEVEL = 0.95
+FEW = 10  # below so many seeds Student's t is the headline
+RESAMPLES = 9999
+SEED = 0  # of the bootstrap: the same runs give the same page
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate from ``n`` seeds; its intervals by theory and by bootstrap (None: cannot be had, ``note`` says why).
+
+    ``p``: two-sided, of the hypothesis that there is no difference.
+    """
+
+    estimate: float
+    n: int
+    theory: tuple[float, float] | None = None
+    bootstrap: tuple[float, float] | None = None
+    name: str = "Student's t"
+    p: float | None = None
+    note: str = ""
+
+    @property
+    def headline(self) -> tuple[float, float] | None:
+        """The interval that counts."""
+        return self.theory if self.n < FEW or self.theory is None else self.bootstrap
+
+    @property
+    def method(self) -> str:
+        """What the headline was made by."""
+        if self.headline is None:
+            return ""
+        return f"{self.name}, {self.n} seeds" if self.n < FEW else f"bootstrap over {self.n} seeds"
+
+
+def paired_interval(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
+    """Mean of ``a − b`` over pairs and its interval by Student's t. Needs two pairs or more."""
+    from scipy import stats
+
+    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    if len(differences) < 2:
+        raise ValueError("an interval needs two pairs or more")
+    mean = float(differences.mean())
+    half = float(stats.t.ppf(0.5 + level / 2, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5)
+    return mean, mean - half, mean + half
+
+
+def mean(values: Numbers) -> Interval:
+    """Mean over seeds, with its interval from two seeds on."""
+    return difference(values, np.zeros(len(values)))
+
+
+def difference(a: Numbers, b: Numbers) -> Interval:
+    """Mean of ``a − b`` over paired seeds."""
+    from scipy import stats
+
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if len(x) < 2:
+        return Interval(float((x - y).mean()) if len(x) else np.nan, len(x), note=_too_few(len(x)))
+    estimate, low, high = paired_interval(x, y)
+    if np.ptp(x - y) == 0:  # the t statistic is 0/0 or ∞, the bootstrap has nothing to resample
+        same = (estimate, estimate)
+        note = "all seeds gave the same number"
+        return Interval(estimate, len(x), same, same, p=1.0 if estimate == 0 else 0.0, note=note)
+    p = float(stats.ttest_rel(x, y).pvalue)
+    return Interval(estimate, len(x), (low, high), _bootstrap((x, y), lambda u, v: (u - v).mean(-1)), p=p)
+
+
+def share(row: Numbers, than: Numbers, top: Numbers) -> Interval:
+    """(row − than) ÷ (top − than), means over paired seeds: the share of a gap that a row closes, by Fieller (1954).
+
+    ``p`` is that of row − than. There is no interval where the gap itself is not clear of 0.
+    """
+    from scipy import stats
+
+    bottom = np.asarray(than, dtype=float)
+    x, y = np.asarray(row, dtype=float) - bottom, np.asarray(top, dtype=float) - bottom
+    n = len(x)
+    if n == 0 or y.mean() == 0:
+        return Interval(np.nan, n, note="there is no gap" if n else _too_few(0))
+    estimate = float(x.mean() / y.mean())
+    if n < 2:
+        return Interval(estimate, n, note=_too_few(n))
+    p = difference(x, np.zeros(n)).p
+    (xx, xy), (_, yy) = stats.t.ppf(0.5 + LEVEL / 2, n - 1) ** 2 * np.cov(x, y) / n
+    # the ratios r for which the mean of x − r·y is not clear of 0: a·r² − 2·b·r + c ≤ 0
+    a, b, c = y.mean() ** 2 - yy, x.mean() * y.mean() - xy, x.mean() ** 2 - xx
+    if a <= 0:
+        return Interval(estimate, n, p=p, note="the gap is not clear of 0, so a share of it has no interval")
+    root = np.sqrt(max(b * b - a * c, 0.0))
+    bootstrap = _bootstrap((x, y), lambda u, v: u.mean(-1) / v.mean(-1))
+    return Interval(estimate, n, (float((b - root) / a), float((b + root) / a)), bootstrap, "Fieller's interval", p)
+
+
+def _too_few(n: int) -> str:
+    return "one seed: no interval" if n == 1 else "no seed that the rows share"
+
+
+def _bootstrap(data: tuple[np.ndarray, np.ndarray], statistic: Callable[..., np.ndarray]) -> tuple[float, float] | None:
+    from scipy import stats
+
+    def vectorised(u: np.ndarray, v: np.ndarray, axis: int) -> np.ndarray:
+        return statistic(u, v)
+
+    rng = np.random.default_rng(SEED)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            data, vectorised, paired=True, vectorized=True, n_resamples=RESAMPLES, method="BCa", rng=rng
+        ).confidence_interval
+    return (float(found.low), float(found.high)) if np.isfinite([found.low, found.high]).all() else None
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected for their number by Holm (1979)."""
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(ps, method="holm")[1]] if len(ps) else []
+
+
+def ranks(matrix: np.ndarray, lower_is_better: bool) -> tuple[np.ndarray, float | None]:
+    """Mean rank of each row of (rows, seeds), 1 is best, ties shared; Friedman's p from three rows and two seeds on."""
+    from scipy import stats
+
+    signed = matrix if lower_is_better else -matrix
+    found = stats.rankdata(signed, axis=0).mean(1)
+    if len(matrix) < 3 or matrix.shape[1] < 2 or np.ptp(matrix, axis=0).max() == 0:
+        return found, None
+    return found, float(stats.friedmanchisquare(*signed).pvalue)
+
+
+# ---------------------------------------------------------------------- over test images
+
+
+@dataclass(frozen=True)
+class OverImages:
+    """Two rows on the same test images: difference of accuracy with the bootstrap interval over images, and McNemar.
+
+    ``only_row``, ``only_than``: images that only one of the two gets right, summed over seeds.
+    ``p``: twice the median of the seeds' McNemar p values, which holds however much the seeds depend on one another
+    (Meinshausen, Meier and Bühlmann 2009); with one seed its own p.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    images: int
+    seeds: int
+    only_row: int
+    only_than: int
+    p: float
+
+
+def over_images(pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> OverImages:
+    """``(index, row is right, than is right)`` for each seed; the same image has the same index in every seed.
+
+    Images are resampled with all their seeds, so that one image seen by five seeds does not count as five.
+    """
+    from scipy import stats
+
+    index = np.concatenate([i for i, _, _ in pairs])
+    gain = np.concatenate([row.astype(float) - than.astype(float) for _, row, than in pairs])
+    images, where = np.unique(index, return_inverse=True)
+    total, seen = np.bincount(where, gain), np.bincount(where).astype(float)
+
+    def ratio(t: np.ndarray, s: np.ndarray, axis: int) -> np.ndarray:
+        return t.mean(axis) / s.mean(axis)
+
+    estimate = float(total.sum() / seen.sum())
+    low = high = estimate
+    if np.ptp(gain) > 0:
+        rng = np.random.default_rng(SEED)
+        found = stats.bootstrap(
+            (total, seen), ratio, paired=True, n_resamples=1999, batch=50, method="percentile", rng=rng
+        ).confidence_interval
+        low, high = float(found.low), float(found.high)
+    ps = [mcnemar(row, than) for _, row, than in pairs]
+    p = ps[0] if len(ps) == 1 else min(1.0, 2 * float(np.median(ps)))
+    better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+    return OverImages(estimate, low, high, len(images), len(pairs), better, worse, p)
+
+
+def mcnemar(row: np.ndarray, than: np.ndarray) -> float:
+    """McNemar's p for two vectors of right and wrong on the same images; exact below 25 that they differ in."""
+    from statsmodels.stats import contingency_tables
+
+    only_row, only_than = int((row & ~than).sum()), int((than & ~row).sum())
+    if only_row + only_than == 0:
+        return 1.0
+    cells = [[int((row & than).sum()), only_row], [only_than, int((~row & ~than).sum())]]
+    return float(contingency_tables.mcnemar(cells, exact=only_row + only_than < 25).pvalue)

@@ -1,0 +1,282 @@
+"""The tables of a report: numbers as a frame, and the same as text for the pages. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from kd.errors import KdError
+from kd.report import stats
+from kd.report.claims import Compared, aligned, gap_closed, known, label_of
+from kd.report.frame import finished, values
+from kd.report.measures import EPOCHS, Measure, resolve
+from kd.report.stats import Interval
+from kd.sweeps.spec import Study
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text. ``strong``: positions of rows to set off; the first ``text`` columns are words, not numbers."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: tuple[int, ...] = ()
+    text: int = 1
+
+
+def measures(study: Study, frame: pd.DataFrame) -> list[Measure]:
+    """The measured columns of the main table: the study's own at both epochs, its further ones, agreement."""
+    main = resolve(frame.columns, study.measure, study.epoch)
+    columns = [main]
+    first, _, rest = main.partition("/")
+    if first in EPOCHS:
+        other = f"{'selected' if first == 'last' else 'last'}/{rest}"
+        columns += [other] if other in frame else []
+    columns += [column for c in study.columns if (column := known(study, frame, c)) is not None]
+    agreement = f"{study.epoch}/test/agreement"
+    if agreement in frame and frame[agreement].notna().any():
+        columns.append(agreement)
+    return [Measure(c) for c in dict.fromkeys(columns)]
+
+
+def numbers(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
+    """The main table: one line a row of the study, with label, n, and ``COLUMN``, ``COLUMN std`` of each measure.
+
+    ``gap recovered`` and ``retention`` (fractions) come with ``… low`` and ``… high``, ``mean rank`` when three rows or
+    more train the same student.
+    """
+    shown = measures(study, frame)
+    lines = {name: _line(study, frame, name, shown) for name in study.rows}
+    table = pd.DataFrame.from_dict(lines, orient="index")
+    table.index.name = "row"
+    mean_rank, table.attrs["friedman_p"] = _ranks(study, frame, shown[0])
+    if mean_rank:
+        table["mean rank"] = pd.Series(mean_rank)
+    return table
+
+
+def _line(study: Study, frame: pd.DataFrame, name: str, shown: Sequence[Measure]) -> dict[str, object]:
+    row = study.rows[name]
+    line: dict[str, object] = {
+        "label": label_of(study, name),
+        "n": int((finished(frame)["row"] == name).sum()),
+    }
+    for measure in shown:
+        found = values(frame, name, measure.column)
+        line[measure.column] = found.mean() if len(found) else np.nan
+        line[f"{measure.column} std"] = found.std(ddof=1) if len(found) > 1 else np.nan
+    if row.teacher and row.alone and name not in (row.teacher, row.alone):
+        wanted = [(r, shown[0].column) for r in (name, row.alone, row.teacher)]
+        line |= _bounds("gap recovered", gap_closed(study, frame, wanted, shown[0]))
+    retention = f"{study.epoch}/retention"
+    if retention in frame and len(kept := values(frame, name, retention)):
+        line |= _bounds("retention", stats.mean(kept.to_numpy()))
+    if "student/parameters" in frame and len(sizes := values(frame, name, "student/parameters")):
+        line["parameters"] = sizes.iloc[0]
+    return line
+
+
+def _bounds(name: str, interval: Interval) -> dict[str, object]:
+    low, high = interval.headline or (np.nan, np.nan)
+    return {name: interval.estimate, f"{name} low": low, f"{name} high": high, f"{name} note": interval.note}
+
+
+def _ranks(study: Study, frame: pd.DataFrame, measure: Measure) -> tuple[dict[str, float], float | None]:
+    """Mean ranks over seeds of the rows that train one and the same student; none for fewer than three rows."""
+    teachers = {row.teacher for row in study.rows.values()}
+    rows = [name for name in study.rows if name not in teachers and len(values(frame, name, measure.column)) > 1]
+    if len(rows) < 3 or "student/parameters" not in frame:
+        return {}, None
+    students = finished(frame)[finished(frame)["row"].isin(rows)]["student/parameters"]
+    matrix = np.stack(aligned(study, frame, [(name, measure.column) for name in rows]))
+    if students.nunique() != 1 or matrix.shape[1] < 2:
+        return {}, None
+    mean_rank, p = stats.ranks(matrix, measure.lower_is_better)
+    return dict(zip(rows, mean_rank.tolist(), strict=True)), p
+
+
+# ---------------------------------------------------------------------- as text
+
+
+def main_grid(study: Study, table: pd.DataFrame, shown: Sequence[Measure]) -> Grid:
+    """The main table for people; columns that are empty for every row are left out."""
+    head, columns = ["", "n"], [list(table["label"]), [str(n) for n in table["n"]]]
+    for measure in shown:
+        head.append(f"{measure.label} ({measure.epoch})" if measure.epoch else measure.label)
+        pairs = zip(table[measure.column], table[f"{measure.column} std"], strict=True)
+        columns.append([spread(measure, mean, std) for mean, std in pairs])
+    for name in ("gap recovered", "retention"):
+        if name in table:
+            head.append(f"{name}, %")
+            bounds = zip(table[name], table[f"{name} low"], table[f"{name} high"], strict=True)
+            columns.append([_share(*b, digits=0 if name == "gap recovered" else 1) for b in bounds])
+    if "mean rank" in table:
+        head.append("mean rank")
+        columns.append([NOTHING if np.isnan(r) else f"{r:.1f}" for r in table["mean rank"]])
+    if "parameters" in table:
+        head.append("parameters")
+        columns.append([NOTHING if np.isnan(p) else f"{p:,.0f}" for p in table["parameters"]])
+    best = _best(study, table, shown[0])
+    return Grid(tuple(head), tuple(zip(*columns, strict=True)), (best,) if best is not None else ())
+
+
+def _best(study: Study, table: pd.DataFrame, measure: Measure) -> int | None:
+    """The position of the best row that is no teacher."""
+    teachers = {row.teacher for row in study.rows.values()}
+    found = table[measure.column].where([name not in teachers for name in table.index])
+    if found.notna().sum() < 2:
+        return None
+    return int(np.nanargmin(found) if measure.lower_is_better else np.nanargmax(found))
+
+
+def spread(measure: Measure, mean: float, std: float) -> str:
+    """``97.47 ± 0.51``."""
+    if np.isnan(mean):
+        return NOTHING
+    return measure.show(mean) if np.isnan(std) else f"{measure.show(mean)} ± {measure.show(std)}"
+
+
+def _share(value: float, low: float, high: float, digits: int) -> str:
+    if np.isnan(value):
+        return NOTHING
+    shown = [f"{100 * v:.{digits}f}".replace("-", "−") for v in (value, low, high)]
+    return shown[0] if np.isnan(low) else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def p_value(p: float | None) -> str:
+    """``0.012``, ``< 0.001``."""
+    if p is None:
+        return NOTHING
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _range(compared: Compared, bounds: tuple[float, float] | None) -> str:
+    return NOTHING if bounds is None else f"{compared.show(bounds[0])} to {compared.show(bounds[1])}"
+
+
+def comparison_grid(compared: Mapping[str, Compared]) -> Grid:
+    """Every comparison with both of its intervals over seeds and its p values."""
+    rows = []
+    for found in compared.values():
+        interval = found.interval
+        estimate = NOTHING if np.isnan(interval.estimate) else f"{found.show(interval.estimate)}{found.unit}"
+        rows.append(
+            (
+                f"{found.label} ({interval.note})" if interval.note else found.label,
+                found.measure.title if not found.measure.epoch else f"{found.measure.title}, {found.measure.epoch}",
+                str(interval.n),
+                estimate,
+                _range(found, interval.theory),
+                _range(found, interval.bootstrap),
+                p_value(interval.p),
+                p_value(found.corrected),
+            )
+        )
+    head = ("", "measure", "n", "difference", "95 %, t / Fieller", "95 %, bootstrap", "p", "p, Holm")
+    return Grid(head, tuple(rows), text=2)
+
+
+def image_grid(compared: Mapping[str, Compared]) -> Grid | None:
+    """The comparisons over test images; None where no predictions were kept."""
+    rows = []
+    accuracy = Measure("selected/test/acc1")
+    for found in compared.values():
+        if (i := found.images) is not None:
+            bounds = f"{accuracy.change(i.low)} to {accuracy.change(i.high)}"
+            images = f"{i.images:,} × {i.seeds}"
+            estimate = f"{accuracy.change(i.estimate)} points"
+            rows.append((found.label, images, estimate, bounds, f"{i.only_row:,}", f"{i.only_than:,}", p_value(i.p)))
+    head = (
+        "",
+        "images × seeds",
+        "top-1",
+        "95 %, bootstrap",
+        "only the first right",
+        "only the second right",
+        "McNemar p",
+    )
+    return Grid(head, tuple(rows)) if rows else None
+
+
+def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """Published numbers beside the measured ones, and whether they fall inside the mean's interval."""
+    if study.published is None:
+        return None
+    rows = []
+    for name, given in study.published.numbers.items():
+        if name not in study.rows:
+            raise KdError(f"published.yaml: the study has no row {name}")
+        for key, number in given.items():
+            measure = Measure(known(study, frame, key) or key)
+            if measure.is_share and abs(number["value"]) > 1:
+                raise KdError(
+                    f"published.yaml: {name}: {key} = {number['value']} must be a fraction, as in the results"
+                )
+            rows.append(_published_row(study, frame, name, measure, number))
+    return Grid(("", "measure", "published", "measured", "95 % of the mean", "inside"), tuple(rows), text=2)
+
+
+def _published_row(
+    study: Study, frame: pd.DataFrame, name: str, measure: Measure, number: Mapping[str, float]
+) -> tuple[str, ...]:
+    found = values(frame, name, measure.column) if measure.column in frame else pd.Series(dtype=float)
+    theirs = spread(measure, number["value"], number.get("std", np.nan))
+    theirs += f" (n = {number['n']:.0f})" if number.get("n") else ""
+    ours = spread(measure, found.mean(), found.std(ddof=1) if len(found) > 1 else np.nan) if len(found) else NOTHING
+    bounds = stats.mean(found.to_numpy()).headline if len(found) else None
+    inside = "not comparable"
+    if study.published is not None and study.published.comparable:
+        inside = NOTHING if bounds is None else ("yes" if bounds[0] <= number["value"] <= bounds[1] else "no")
+    shown = NOTHING if bounds is None else f"{measure.show(bounds[0])} to {measure.show(bounds[1])}"
+    return (
+        label_of(study, name),
+        measure.label,
+        theirs,
+        f"{ours} (n = {len(found)})" if len(found) else ours,
+        shown,
+        inside,
+    )
+
+
+# ---------------------------------------------------------------------- where it comes from
+
+
+def provenance(study: Study, frame: pd.DataFrame) -> tuple[Grid, list[str]]:
+    """Seeds, config hash and cost of each row; data, epochs and selection where they differ, else once as sentences."""
+    done = finished(frame)
+    parts = {name: part for name in study.rows if len(part := done[done["row"] == name])}
+    differing, same = [], []
+    for column, word in (("data", "data"), ("epochs", "epochs"), ("monitor", "selected by")):
+        found = {name: _once(part[column]) for name, part in parts.items()}
+        if len(set(found.values())) > 1:
+            differing.append((word, found))
+        else:
+            same.append(f"{word.capitalize()}: {next(iter(found.values()))}.")
+    rows = []
+    for name, part in parts.items():
+        seeds = " ".join(map(str, sorted(part["seed"])))
+        hours = f"{part['wall_clock_s'].sum() / 3600:.2f}"
+        cells = (found[name] for _, found in differing)
+        rows.append((label_of(study, name), seeds, _once(part["config_hash"]), *cells, hours))
+    head = ("", "seeds", "config", *(word for word, _ in differing), "hours")
+    return Grid(head, tuple(rows), text=len(head) - 1), same
+
+
+def _once(column: pd.Series) -> str:
+    found = dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in column.dropna())
+    return ", ".join(found) or NOTHING
+
+
+def unfinished_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """Runs that failed, were interrupted, still run or are missing; None when there are none."""
+    part = frame[frame["status"] != "finished"]
+    rows = [
+        (label_of(study, r.row), str(r.seed), str(r.status), str(r.error or NOTHING).splitlines()[0])
+        for r in part.itertuples()
+    ]
+    return Grid(("", "seed", "status", "reason"), tuple(rows), text=4) if rows else None

@@ -1,0 +1,207 @@
+"""Comparisons on made-up runs, and when a claim counts as supported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from kd.errors import KdError
+from kd.report import claims, frame, tables
+from kd.report.claims import Compared
+from kd.report.measures import Measure
+from kd.report.stats import Interval
+from kd.sweeps.spec import Comparison, Condition, Published
+
+
+@pytest.fixture
+def found(study, runs):
+    return frame.of_study(study, runs)
+
+
+def test_the_comparisons_of_a_study(study, runs, found) -> None:
+    compared = claims.compare(study, found, runs)
+    distilled, alone = (frame.values(found, row, "last/test/acc1").to_numpy() for row in ("distilled", "alone"))
+    helps = compared["helps"]
+    assert helps.interval.estimate == pytest.approx((distilled - alone).mean())
+    assert helps.interval.n == 5
+    assert helps.interval.p == pytest.approx(scipy_stats.ttest_rel(distilled, alone).pvalue)
+    share = compared["share"].interval
+    assert share.estimate == pytest.approx((distilled - alone).mean() / (0.975 - alone).mean())
+    assert share.n == 5  # the one teacher stands beside every seed
+    assert compared["control"].interval.n == 3  # a failed and a missing run are left out on both sides
+    ps = [compared[name].interval.p for name in study.comparisons]
+    assert [compared[name].corrected for name in study.comparisons] == pytest.approx(_holm(ps))
+
+
+def _holm(ps: list[float]) -> list[float]:
+    order = np.argsort(ps)
+    corrected, highest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, (len(ps) - rank) * ps[i])
+        corrected[i] = min(1.0, highest)
+    return corrected
+
+
+def test_over_images_of_kept_predictions(study, runs, found) -> None:
+    over = claims.compare(study, found, runs)["helps"].images
+    selected = [frame.values(found, row, "selected/test/acc1") for row in ("distilled", "alone")]
+    assert over.estimate == pytest.approx((selected[0] - selected[1]).mean())
+    assert (over.images, over.seeds) == (1000, 5)
+    assert over.only_row - over.only_than == round(5000 * over.estimate)
+    assert claims.compare(study, found, runs)["share"].images is None
+    assert claims.compare(study, found, None)["helps"].images is None
+
+
+def test_predictions_of_other_images_are_not_paired(study, runs, found) -> None:
+    file = runs / "alone" / "seed2" / "predictions_test.npz"
+    kept = dict(np.load(file))
+    np.savez(file, **{**kept, "index": kept["index"] + 1})
+    assert claims.compare(study, found, runs)["helps"].images is None
+    file.write_bytes(b"half a zip")
+    with pytest.raises(KdError, match=r"predictions_test\.npz cannot be read"):
+        claims.compare(study, found, runs)
+
+
+def test_two_measures_of_one_row(study, found) -> None:
+    between = Comparison("x", "distilled", "distilled", "selected/test/acc1", than_measure="last/test/acc1")
+    other = replace(study, comparisons={"x": between})
+    compared = claims.compare(other, found, None)["x"]
+    assert compared.interval.estimate == pytest.approx(0.001)
+    assert "“soft targets, T = 4”, test top-1 − “soft targets, T = 4”, test top-1" in compared.label
+
+
+def test_a_single_run_is_a_shared_one_only_when_it_is_meant_to_be(study, found) -> None:
+    """Of five planned seeds one is done: that is one pair, not a partner for all."""
+    one = found[(found["row"] != "alone") | (found["seed"] == 2)]
+    assert claims.compare(study, one, None)["helps"].interval.n == 1
+    assert claims.verdict(study, claims.compare(study, one, None))[0] == "not shown"
+
+
+def test_a_measure_that_no_run_has(study, found) -> None:
+    other = replace(study, comparisons={"x": Comparison("x", "distilled", "alone", "test/acc2")})
+    assert claims.compare(other, found, None)["x"].interval.note == "not measured yet"  # two runs are not finished
+    done = found[found["status"] == "finished"]
+    with pytest.raises(KdError, match=r"measure = test/acc2 is not in any run \(near: .*test/acc1"):
+        claims.compare(other, done, None)
+
+
+def test_a_worse_teacher_leaves_no_gap(study, found) -> None:
+    upside_down = replace(
+        study, comparisons={"x": Comparison("x", "teacher", "distilled", "test/acc1", share_of="alone")}
+    )
+    assert "no gap to close" in claims.compare(upside_down, found, None)["x"].interval.note
+
+
+def compared(low: float, high: float, n: int = 5) -> Compared:
+    interval = Interval((low + high) / 2, n, (low, high), (low, high), p=0.04)
+    return Compared(Comparison("c", "a", "b", "test/acc1"), "“A” − “B”", Measure("last/test/acc1"), interval)
+
+
+@pytest.mark.parametrize(
+    ("condition", "bounds", "state"),
+    [
+        ({"above": 0.0}, (0.01, 0.03), "supported"),
+        ({"above": 0.0}, (-0.01, 0.03), "not shown"),
+        ({"above": 0.0}, (-0.03, -0.01), "contradicted"),
+        ({"above": 0.02}, (0.01, 0.03), "not shown"),
+        ({"below": 0.0}, (-0.03, -0.01), "supported"),
+        ({"below": 0.0}, (0.01, 0.03), "contradicted"),
+        ({"inside": (-0.01, 0.01)}, (-0.005, 0.005), "supported"),
+        ({"inside": (-0.01, 0.01)}, (-0.005, 0.02), "not shown"),
+        ({"inside": (-0.01, 0.01)}, (0.015, 0.02), "contradicted"),
+        ({"above": 0.0}, (0.0, 0.03), "not shown"),
+    ],
+)
+def test_a_condition(condition, bounds, state) -> None:
+    assert claims.judge(Condition("c", **condition), compared(*bounds))[0] == state
+
+
+def test_the_reason_is_a_sentence() -> None:
+    _, said = claims.judge(Condition("c", above=0.005), compared(0.01, 0.03))
+    assert said.replace("\u00a0", " ") == (
+        "“A” − “B”: +2.00 points, 95 % interval +1.00 to +3.00 (Student's t, 5 seeds). "
+        "It had to be above +0.50, and all of the interval is."
+    )
+
+
+@pytest.mark.parametrize(
+    ("states", "verdict"),
+    [
+        (("supported", "supported"), "supported"),
+        (("supported", "not shown"), "not shown"),
+        (("not shown", "contradicted"), "contradicted"),
+        (("supported", "contradicted"), "contradicted"),
+        ((), ""),
+    ],
+)
+def test_the_verdict_is_of_all_conditions(study, states, verdict) -> None:
+    bounds = {"supported": (0.01, 0.02), "not shown": (-0.01, 0.02), "contradicted": (-0.02, -0.01)}
+    given = {str(i): compared(*bounds[state]) for i, state in enumerate(states)}
+    other = replace(study, supported=tuple(Condition(name, above=0.0) for name in given))
+    assert claims.verdict(other, given)[0] == verdict
+    assert len(claims.verdict(other, given)[1]) == len(states)
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def test_the_main_table(study, found) -> None:
+    table = tables.numbers(study, found)
+    alone = frame.values(found, "alone", "last/test/acc1")
+    assert table.loc["alone", "last/test/acc1"] == pytest.approx(alone.mean())
+    assert table.loc["alone", "last/test/acc1 std"] == pytest.approx(alone.std(ddof=1))
+    assert table.loc["shuffled", "n"] == 3
+    assert np.isnan(table.loc["teacher", "last/test/acc1 std"])
+    share = claims.compare(study, found, None)["share"].interval
+    assert table.loc["distilled", "gap recovered"] == pytest.approx(share.estimate)
+    assert table.loc["distilled", "gap recovered low"] == pytest.approx(share.theory[0])
+    assert np.isnan(table.loc["alone", "gap recovered"])
+    kept = frame.values(found, "distilled", "last/retention")
+    assert table.loc["distilled", "retention"] == pytest.approx(kept.mean())
+    assert table["mean rank"].idxmin() == "distilled"
+    assert np.isnan(table.loc["teacher", "mean rank"])
+    grid = tables.main_grid(study, table, tables.measures(study, found))
+    assert grid.head[:4] == ("", "n", "test top-1, % (last epoch)", "test top-1, % (val-selected)")
+    row = grid.rows[1]
+    assert row[:3] == ("student alone", "5", f"{100 * alone.mean():.2f} ± {100 * alone.std():.2f}")
+    assert grid.strong == (2,)
+
+
+def test_published_beside_measured(study, found) -> None:
+    grid = tables.published_grid(study, found)
+    assert [row[5] for row in grid.rows] == ["not comparable"] * 3
+    assert grid.rows[2][2] == "74.0 ± 2.5 (n = 3)"
+    numbers = {
+        "alone": {"test/errors": {"value": 64}, "test/acc1": {"value": 0.99}},
+        "teacher": {"test/errors": {"value": 25}},
+    }
+    same = replace(study, published=Published("s", "p", numbers, comparable=True))
+    assert [row[5] for row in tables.published_grid(same, found).rows] == ["yes", "no", "–"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"tutor": {"test/errors": {"value": 1}}}, "the study has no row tutor"),
+        ({"alone": {"test/acc1": {"value": 93.6}}}, r"alone: test/acc1 = 93\.6 must be a fraction"),
+    ],
+)
+def test_published_numbers_that_are_refused(study, found, numbers, sentence) -> None:
+    with pytest.raises(KdError, match=sentence):
+        tables.published_grid(replace(study, published=Published("s", "p", numbers)), found)
+
+
+def test_words_for_people() -> None:
+    assert Measure("last/test/acc1").label == "test top-1, %"
+    assert Measure("selected/test/errors").show(74.2) == "74.2"
+    assert Measure("selected/test/errors").change(-3.0) == "−3.0"
+    assert Measure("last/test/acc1").change(0.0) == "0.00"
+    assert Measure("last/test/acc1").change(-0.00001) == "0.00"
+    assert Measure("last/test/class_3").label == "test accuracy of class 3, %"
+    assert Measure("moved/acc1").label == "moved: top-1, %"
+    assert Measure("student/latency_ms").label == "latency, ms an image"
+    assert Measure("teacher/test/acc1").title == "teacher's test top-1"
+    assert tables.p_value(0.00004) == "< 0.001"

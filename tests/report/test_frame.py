@@ -1,0 +1,137 @@
+"""One run → one row, and the frame through results.csv and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kd import record
+from kd.errors import KdError
+from kd.report import frame
+
+
+def test_the_row_of_a_real_run(teacher_run: Path) -> None:
+    """A run of ``kd train`` itself, so that the made-up records of the other tests cannot drift from it."""
+    found = record.read(teacher_run)
+    row = frame.of_run(teacher_run, "teacher", teacher_run.parent)
+    last = found["student"]["last"]
+    assert row["run"] == teacher_run.name
+    assert (row["seed"], row["status"], row["error"], row["epochs"]) == (0, "finished", None, 4)
+    assert row["monitor"] == "max val/acc1"
+    assert row["last/test/acc1"] == last["test"]["acc1"]
+    assert row["last/val/nll"] == last["val"]["nll"]
+    assert row["last/train/ce"] == last["train"]["ce"]
+    assert row["last/gap"] == last["train"]["acc1"] - last["test"]["acc1"]
+    assert row["last/test/errors"] == round(719 * (1 - last["test"]["acc1"]))
+    assert row["selected/test/class_3"] == found["student"]["selected"]["test_per_class"][3]
+    assert row["student/parameters"] == found["student"]["parameters"]
+    assert row["student/latency_ms"] > 0
+    assert row["peak_memory_mb"] == max(found["peak_memory_mb"].values())
+    assert "last/retention" not in row
+    assert row["data"].endswith("808/270/719 train/val/test")
+    assert row["version/kd"] == found["versions"]["kd"]
+
+
+def test_retention_and_evaluations(write, tmp_path) -> None:
+    run = write(tmp_path / "kd" / "seed1", 1, 0.9, teacher=0.96, selected=0.93)
+    (run / "evaluations.json").write_text(json.dumps({"moved": {"acc1": 0.55, "nll": 1.5}}))
+    row = frame.of_run(run, "kd")
+    assert row["last/retention"] == pytest.approx(0.9 / 0.96)
+    assert row["selected/retention"] == pytest.approx(0.93 / 0.96)
+    assert (row["moved/acc1"], row["moved/nll"], row["moved/errors"]) == (0.55, 1.5, 450)
+    assert row["moved/error"] == pytest.approx(0.45)
+    assert row["teacher/macs"] == 84_480
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"schema": 1, "status": "fin', "is not valid JSON"),
+        ('{"schema": 99}', "was written by a newer version of kd"),
+        ("[1, 2]", "it is not what kd writes"),
+        ('{"schema": 1, "status": "finished"}', "it is not what kd writes"),
+        ('{"schema": 1, "student": 3}', "it is not what kd writes"),
+    ],
+)
+def test_a_record_that_cannot_be_read(tmp_path, content, sentence) -> None:
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(KdError, match=sentence):
+        frame.of_run(tmp_path, "x")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"moved": 3}', '{"moved": {"acc1": "x"}}'])
+def test_evaluations_that_cannot_be_read(write, tmp_path, content) -> None:
+    run = write(tmp_path / "kd" / "seed1", 1, 0.9)
+    (run / "evaluations.json").write_text(content)
+    with pytest.raises(KdError, match=r"evaluations\.json cannot be read"):
+        frame.of_run(run, "kd")
+
+
+def test_a_study_lists_what_is_missing_and_what_failed(study, runs) -> None:
+    found = frame.of_study(study, runs)
+    assert list(found.columns[:5]) == ["row", "seed", "status", "error", "run"]
+    left = found[found["status"] != "finished"]
+    assert left[["row", "seed", "status"]].values.tolist() == [["shuffled", 3, "failed"], ["shuffled", 4, "missing"]]
+    assert left["error"].tolist() == ["the loss is not finite", None]
+    assert len(found) == 1 + 3 * 5 + 15 * 2
+    assert list(frame.values(found, "shuffled", "last/test/acc1").index) == [0, 1, 2]
+    assert found["run"].iloc[0] == "teacher/seed0"
+
+
+def test_seeds_beyond_the_studys_are_read_as_well(study, runs, write) -> None:
+    write(runs / "alone" / "seed7", 7, 0.94)
+    assert 7 in frame.values(frame.of_study(study, runs), "alone", "last/test/acc1").index
+
+
+def test_results_csv_and_back(study, runs, tmp_path) -> None:
+    before = frame.of_study(study, runs)
+    file = tmp_path / "results.csv"
+    frame.write_results(file, study, before)
+    after = frame.read_results(file, study)
+    pd.testing.assert_frame_equal(before, after, check_exact=True, check_dtype=False)
+    head, first = file.read_text().splitlines()[:2]
+    assert head.startswith("schema,study,reported,row,seed,status")
+    assert first.startswith("1,made_up,last,teacher,0,finished,,teacher/seed0,")
+    assert ",25," in first  # errors are whole numbers
+    frame.write_results(file, study, after)
+    assert frame.read_results(file, study).equals(after)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("schema,", "scheme,", "it is not a results file of kd"),
+        ("\n1,made_up", "\n9,made_up", "was written by a newer version of kd"),
+        ("made_up,last", "another,last", "holds the results of the study another, not of made_up"),
+        (
+            "made_up,last",
+            "made_up,selected",
+            "of another protocol: it reports the selected epoch, the study the last one",
+        ),
+        ("last,teacher,", "last,tutor,", "of another protocol: the study has no row tutor"),
+        (",0,finished", ",zero,finished", "it is not a results file of kd"),
+    ],
+)
+def test_results_that_are_refused(study, runs, tmp_path, old, new, sentence) -> None:
+    file = tmp_path / "results.csv"
+    frame.write_results(file, study, frame.of_study(study, runs))
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(KdError, match=sentence):
+        frame.read_results(file, study)
+
+
+@pytest.mark.parametrize("content", ["", "\n", "schema,study,reported\n", '"'])
+def test_results_that_are_none(study, tmp_path, content) -> None:
+    (tmp_path / "results.csv").write_text(content)
+    with pytest.raises(KdError, match="it is not a results file of kd"):
+        frame.read_results(tmp_path / "results.csv", study)
+
+
+def test_seeds_of_two_protocols_have_no_mean(study, runs, write) -> None:
+    frame.check_protocol(frame.of_study(study, runs))
+    write(runs / "alone" / "seed1", 1, 0.94, epochs=10)
+    with pytest.raises(KdError, match=r"row alone: .* different protocols \(recipe.epochs = 10 and 20\)"):
+        frame.check_protocol(frame.of_study(study, runs))

@@ -1,0 +1,289 @@
+"""The two pages, and ``kd report`` from the shell."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from kd import report
+from kd.errors import KdError
+from kd.report import frame
+from kd.report.page import markdown
+from kd.report.tables import Grid
+from kd.sweeps import manifest
+from kd.sweeps.manifest import Job, Manifest
+from kd.sweeps.spec import Comparison, Condition
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Reader(HTMLParser):
+    """Text, tables and addresses of a page; unbalanced tags are an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.addresses += [value for key, value in attrs if key in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+
+def read(path: Path) -> Reader:
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    assert not reader.open
+    return reader
+
+
+@pytest.fixture
+def small(study):
+    """The study without its grid and its figures."""
+    return replace(study, rows={n: r for n, r in study.rows.items() if not r.values}, figures=())
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("\u00a0", " ").split())
+
+
+def test_a_study_with_its_runs(study, runs, tmp_path) -> None:
+    found = report.build(study, frame.of_study(study, runs), runs, tmp_path / "out")
+    assert found.verdict == "supported"
+    assert set(found.figures) == {"bars", "map_1", "lines_2", "pareto", "curves", "reliability"}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["figures", "report.html", "report.md"]
+    page = read(found.paths["html"])
+    assert len(page.addresses) == len(found.figures)
+    for address, picture in zip(page.addresses, found.figures.values(), strict=True):
+        head, _, content = address.partition(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(content) == picture.read_bytes()
+        assert picture.read_bytes()[:8] == PNG
+    html = found.paths["html"].read_text()
+    assert "<script" not in html
+    assert "http" not in html
+    said, text = plain(" ".join(page.text)), plain(found.paths["md"].read_text().replace("**", ""))
+    for page_text in (said, text):
+        assert "The claim is supported" in page_text
+        for reason in found.reasons:
+            assert plain(reason) in page_text
+        for word in (study.question, study.paper, study.claim, study.published.source, study.cost, "4acf7a75e6"):
+            assert word in page_text
+        assert "2 runs are not finished" in page_text
+        assert "the loss is not finite" in page_text
+    order = [said.index(w) for w in (study.question, "The claim is", "Results", "Comparisons", "Published", "Protocol")]
+    assert order == sorted(order)
+    links = re.findall(r"\]\((figures/\w+\.png)\)", found.paths["md"].read_text())
+    assert [tmp_path / "out" / link for link in links] == list(found.figures.values())
+
+
+def test_from_results_csv_alone_the_same_numbers_without_curves(small, runs, tmp_path) -> None:
+    full = frame.of_study(small, runs)
+    frame.write_results(tmp_path / "results.csv", small, full)
+    first = report.build(small, full, runs, tmp_path / "first")
+    second = report.build(small, frame.read_results(tmp_path / "results.csv", small), None, tmp_path / "second")
+    assert set(first.figures) - set(second.figures) == {"curves", "reliability"}
+    assert (second.verdict, second.reasons) == (first.verdict, first.reasons)
+    tables = [p.paths["md"].read_text().split("## Results")[1].split("## ")[0] for p in (first, second)]
+    assert tables[0] == tables[1]
+
+
+def test_the_same_runs_give_the_same_page(small, runs, tmp_path) -> None:
+    found = frame.of_study(small, runs)
+    pages = [report.build(small, found, runs, tmp_path / name).paths["md"].read_text() for name in ("a", "b")]
+    assert pages[0] == pages[1]
+
+
+def test_one_seed_says_that_it_has_no_interval(small, runs, tmp_path) -> None:
+    found = frame.of_study(small, runs)
+    built = report.build(small, found[found["seed"] == 0], None, tmp_path)
+    assert built.verdict == "not shown"
+    text = built.paths["md"].read_text()
+    assert "The claim was not shown" in text
+    assert "There is one seed a row: no spread and no interval can be given." in text
+    assert "one seed: no interval" in built.reasons[0]
+
+
+def test_a_contradicted_claim(small, runs, tmp_path) -> None:
+    wrong = replace(small, comparisons={"x": Comparison("x", "alone", "distilled", "test/acc1")},
+                    supported=(Condition("x", above=0.0),))  # fmt: skip
+    built = report.build(wrong, frame.of_study(wrong, runs), None, tmp_path)
+    assert built.verdict == "contradicted"
+    assert 'class="verdict contradicted"' in built.paths["html"].read_text()
+
+
+def test_text_of_others_is_escaped(small, runs, tmp_path) -> None:
+    rows = {**small.rows, "alone": replace(small.rows["alone"], label="a | <b>student</b>")}
+    built = report.build(replace(small, rows=rows), frame.of_study(small, runs), None, tmp_path)
+    assert "<b>student" not in built.paths["html"].read_text()
+    assert "| a \\| <b>student</b> | 5 |" in built.paths["md"].read_text()
+    assert markdown(Grid(("a", "b"), (("x|y", "1"), ("z", "2")), (1,))) == (
+        "| a | b |\n| :-- | --: |\n| x\\|y | 1 |\n| **z** | **2** |"
+    )
+
+
+def test_nothing_is_written_when_something_is_wrong(small, runs, tmp_path) -> None:
+    out = tmp_path / "out"
+    report.build(small, frame.of_study(small, runs), runs, out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    (runs / "distilled" / "seed1" / "metrics.csv").write_text("")
+    with pytest.raises(KdError, match=r"metrics\.csv"):
+        report.build(small, frame.of_study(small, runs), runs, out)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    nothing = frame.of_study(small, tmp_path / "nowhere")
+    with pytest.raises(KdError, match=r"made_up: no run is finished \(16 missing\): there is nothing to report"):
+        report.build(small, nothing, None, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KdError, match="cannot be written"):
+        report.build(small, frame.of_study(small, runs), None, tmp_path / "file")
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def known(small, monkeypatch):
+    """The study by its name."""
+    monkeypatch.setattr("kd.sweeps.spec.load", lambda name: small, raising=False)
+    small.folder.mkdir(parents=True)
+    return small
+
+
+def test_kd_report_of_a_study(kd, known, runs, monkeypatch) -> None:
+    monkeypatch.setenv("KD_RUNS", str(runs.parent))
+    said = kd("report", "made_up")
+    assert said.code == 0, said.err
+    assert "supported:" in said.out
+    assert "soft targets, T = 4" in said.out
+    assert (runs / "report.html").is_file()
+    frame.write_results(known.folder / "results.csv", known, frame.of_study(known, runs))
+    monkeypatch.setenv("KD_RUNS", "elsewhere")
+    assert kd("report", "made_up", "out=page").code == 0
+    assert "curves.png" not in (Path("page") / "report.md").read_text()
+
+
+def test_kd_report_of_a_study_without_results(kd, known) -> None:
+    said = kd("report", "made_up")
+    assert (said.code, said.out) == (1, "")
+    assert re.fullmatch(
+        r"kd: made_up has no results: no runs in runs/study_made_up, no results\.csv in \S+\n", said.err
+    )
+    assert not Path("runs").exists()
+
+
+def test_kd_report_of_a_sweep(kd, write, tmp_path) -> None:
+    sweep, jobs = tmp_path / "sweep", {}
+    number = 0
+    for t in (1, 2, 4):
+        for seed in (0, 1, 2):
+            overrides = ("loss=[ce,kd]", f"loss.kd.temperature={t}", f"seed={seed}", f"data.split_seed={seed}")
+            jobs[str(number)] = Job(str(number), "", overrides)
+            if (t, seed) != (4, 2):
+                write(sweep / str(number), seed, 0.9 + 0.01 * t + 0.001 * seed)
+            number += 1
+    manifest.write(sweep, Manifest("sweep", "sweep", jobs))
+    said = kd("report", "sweep")
+    assert said.code == 0, said.err
+    text = (sweep / "report.md").read_text()
+    lines = [line for line in text.split("## Results")[1].splitlines() if "temperature" in line][:3]
+    assert [line.replace("*", "").split(" | ")[:3] for line in lines] == [
+        ["| temperature=4", "2", "94.05 ± 0.07"],
+        ["| temperature=2", "3", "92.10 ± 0.10"],
+        ["| temperature=1", "3", "91.10 ± 0.10"],
+    ]
+    assert "| temperature=4 | 2 | missing | – |" in text
+    assert (sweep / "figures" / "lines_1.png").read_bytes()[:8] == PNG
+    assert "The claim" not in text
+
+
+def test_kd_report_of_runs(kd, write, tmp_path) -> None:
+    for seed in (0, 1):
+        write(tmp_path / "runs" / "alone" / f"seed{seed}", seed, 0.9 + 0.01 * seed)
+        write(tmp_path / "runs" / "distilled" / f"seed{seed}", seed, 0.94)
+    said = kd("report", "runs/alone", "runs/distilled/seed0", "runs/distilled/seed1", "out=here")
+    assert said.code == 0, said.err
+    lines = Path("here/report.md").read_text().splitlines()
+    assert lines[0] == "# 4 runs"
+    assert any(line.startswith("| alone | 2 | 90.50 ± 0.71 |") for line in lines)
+    assert any(line.startswith("| **distilled** | **2** | **94.00 ± 0.00** |") for line in lines)
+    assert kd("report", "runs/alone/seed0").code == 0
+    assert Path("report/report.html").is_file()
+
+
+def test_runs_of_one_name_and_another_configuration_are_two_rows(kd, write, tmp_path) -> None:
+    write(tmp_path / "a" / "run", 0, 0.9, name="x", config_hash="1", overrides=["loss=[ce]", "seed=0"])
+    write(tmp_path / "b" / "run", 0, 0.8, name="x", config_hash="2", overrides=["loss=[ce,kd]", "seed=0"])
+    assert kd("report", "a", "b").code == 0
+    text = Path("report/report.md").read_text()
+    assert "| **x loss=[ce]** | **1** |" in text
+    assert "| x loss=[ce,kd] | 1 |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "kd report needs the name of a study, or directories of runs"),
+        (["--force"], "--force is not understood: kd report takes STUDY or RUNS..., and out=DIR"),
+        (["runs", "to=x"], "to=x is not understood"),
+        (["runs", "out=file"], "out = file is not a directory"),
+        (
+            ["runs/twice/a", "nowhere"],
+            "nowhere is not a run, a sweep or a folder of runs: there is no result.json in it",
+        ),
+        (["empty"], "empty is not a run, a sweep or a folder of runs"),
+        (["runs/broken"], "result.json cannot be read: it is not valid JSON"),
+        (["runs/newer"], "result.json was written by a newer version of kd (schema 7, known: 1)"),
+        (["runs/twice"], "there are two runs of seed 0; give one of them"),
+        (["sweep"], "sweep.json cannot be read: it is not what kd writes"),
+    ],
+)
+def test_bad_input(kd, write, tmp_path, arguments, sentence) -> None:
+    for name in ("empty", "sweep", "runs/broken", "runs/newer", "runs/twice/a", "runs/twice/b"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "sweep" / "sweep.json").write_text("{")
+    (tmp_path / "runs" / "broken" / "result.json").write_text('{"schema": 1, "stat')
+    (tmp_path / "runs" / "newer" / "result.json").write_text(json.dumps({"schema": 7}))
+    for name in "ab":
+        write(tmp_path / "runs" / "twice" / name, 0, 0.9)
+    said = kd("report", *arguments)
+    assert (said.code, said.out) == (1, "")
+    assert sentence in said.err
+    assert said.err.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_real_runs_end_to_end(kd, teacher_run, tmp_path) -> None:
+    """Two seeds of a student that ``kd train`` distils, reported."""
+    common = [f"teacher.checkpoint={teacher_run}", "loss=[ce,kd]", "recipe.epochs=3", "hardware=cpu"]
+    for seed in (0, 1):
+        assert (
+            kd("train", *common, f"seed={seed}", "protocol.keep_predictions=true", f"hydra.run.dir=runs/{seed}").code
+            == 0
+        )
+    said = kd("report", "runs", "out=page")
+    assert said.code == 0, said.err
+    text = Path("page/report.md").read_text()
+    first = json.loads(Path("runs/0/result.json").read_text())["student"]["selected"]["test"]["acc1"]
+    second = json.loads(Path("runs/1/result.json").read_text())["student"]["selected"]["test"]["acc1"]
+    assert (
+        f"| **train** | **2** | **{50 * (first + second):.2f} ±" in text
+        or f"| train | 2 | {50 * (first + second):.2f} ±" in text
+    )
+    assert {p.stem for p in Path("page/figures").iterdir()} == {"curves", "reliability"}

@@ -1,0 +1,121 @@
+"""Intervals and tests against scipy, against their own definition, and against known truths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from kd.report import stats
+
+RNG = np.random.default_rng(0)
+ALONE, DISTILLED, TEACHER = RNG.normal(0.90, 0.01, 5), RNG.normal(0.95, 0.01, 5), RNG.normal(0.97, 0.005, 5)
+
+
+def test_the_paired_difference_is_scipys() -> None:
+    found = stats.difference(DISTILLED, ALONE)
+    reference = scipy_stats.ttest_rel(DISTILLED, ALONE)
+    interval = reference.confidence_interval(0.95)
+    assert found.estimate == pytest.approx((DISTILLED - ALONE).mean())
+    assert found.theory == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(reference.pvalue)
+    assert found.headline == found.theory
+    assert found.method == "Student's t, 5 seeds"
+
+
+def test_from_ten_seeds_on_the_bootstrap_is_the_headline_and_repeats_itself() -> None:
+    a, b = RNG.normal(1, 1, 12), RNG.normal(0, 1, 12)
+    found = stats.difference(a, b)
+    assert found.headline == found.bootstrap == stats.difference(a, b).bootstrap
+    assert found.method == "bootstrap over 12 seeds"
+    assert found.bootstrap == pytest.approx(found.theory, abs=0.25)
+    assert found.bootstrap[0] < found.estimate < found.bootstrap[1]
+
+
+def test_a_bootstrap_of_few_seeds_is_narrower_than_students_t() -> None:
+    found = stats.difference(DISTILLED[:3], ALONE[:3])
+    assert np.ptp(found.bootstrap) < np.ptp(found.theory)
+
+
+def test_one_seed_has_no_interval_and_says_so() -> None:
+    for found in (stats.difference([0.9], [0.8]), stats.share([0.9], [0.8], [1.0]), stats.mean([0.5])):
+        assert found.headline is None
+        assert found.p is None
+        assert found.note == "one seed: no interval"
+    assert stats.share([0.9], [0.8], [1.0]).estimate == pytest.approx(0.5)
+    assert np.isnan(stats.difference([], []).estimate)
+
+
+@pytest.mark.parametrize(("same", "p"), [(0.0, 1.0), (0.25, 0.0)])
+def test_seeds_that_all_agree(same: float, p: float) -> None:
+    found = stats.difference(np.full(4, 0.5 + same), np.full(4, 0.5))
+    assert found.headline == (same, same)
+    assert found.p == p
+    assert "same number" in found.note
+
+
+@pytest.mark.parametrize("top", [TEACHER, np.full(5, 0.97)], ids=["five teachers", "one teacher"])
+def test_fiellers_bounds_are_where_the_paired_test_is_exactly_at_five_percent(top: np.ndarray) -> None:
+    found = stats.share(DISTILLED, ALONE, top)
+    assert found.estimate == pytest.approx((DISTILLED - ALONE).mean() / (top - ALONE).mean())
+    for bound in found.theory:
+        left = (DISTILLED - ALONE) - bound * (top - ALONE)
+        assert scipy_stats.ttest_1samp(left, 0).pvalue == pytest.approx(0.05, abs=1e-6)
+    assert found.theory[0] < found.estimate < found.theory[1]
+
+
+def test_a_gap_that_is_not_clear_of_zero_has_no_share() -> None:
+    found = stats.share([0.1, 0.2, 0.3], [0.1, 0.2, 0.25], [0.11, 0.18, 0.28])
+    assert found.headline is None
+    assert "not clear of 0" in found.note
+
+
+def test_holm_by_hand() -> None:
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([]) == []
+
+
+def test_ranks_and_friedman() -> None:
+    errors = np.array([[5, 6, 5, 4], [7, 8, 9, 6], [5, 9, 7, 5]])
+    found, p = stats.ranks(errors, lower_is_better=True)
+    assert found == pytest.approx([(1.5 + 1 + 1 + 1) / 4, (3 + 2 + 3 + 3) / 4, (1.5 + 3 + 2 + 2) / 4])
+    assert p == pytest.approx(scipy_stats.friedmanchisquare(*errors).pvalue)
+    assert stats.ranks(errors, lower_is_better=False)[0] == pytest.approx(4 - found)
+    assert stats.ranks(errors[:2], True)[1] is None
+    assert stats.ranks(np.ones((3, 4)), True)[1] is None
+
+
+def images(only_row: int, only_than: int, both: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    row = np.repeat([True, False, True, False], [only_row, only_than, both, neither])
+    than = np.repeat([False, True, True, False], [only_row, only_than, both, neither])
+    return row, than
+
+
+def test_mcnemar_exact_and_by_chi_square() -> None:
+    assert stats.mcnemar(*images(8, 2, 50, 5)) == pytest.approx(scipy_stats.binomtest(2, 10).pvalue)
+    chi = (abs(40 - 15) - 1) ** 2 / 55
+    assert stats.mcnemar(*images(40, 15, 500, 5)) == pytest.approx(scipy_stats.chi2.sf(chi, 1))
+    assert stats.mcnemar(*images(0, 0, 5, 5)) == 1.0
+
+
+def test_over_images_the_seeds_of_one_image_are_one_observation() -> None:
+    index = np.arange(400)
+    row, than = images(40, 15, 300, 45)
+    once = stats.over_images([(index, row, than)])
+    five = stats.over_images([(index, row, than)] * 5)
+    assert once.estimate == five.estimate == pytest.approx(25 / 400)
+    assert (once.low, once.high) == pytest.approx((five.low, five.high))  # five identical seeds add no certainty
+    spread = np.std(row.astype(float) - than) / 20
+    assert (once.low, once.high) == pytest.approx((25 / 400 - 1.96 * spread, 25 / 400 + 1.96 * spread), abs=0.004)
+    assert (five.only_row, five.only_than, five.images, five.seeds) == (200, 75, 400, 5)
+    assert five.p == pytest.approx(min(1, 2 * once.p))
+    assert once.p == stats.mcnemar(row, than)
+
+
+def test_over_images_of_different_test_sets() -> None:
+    row, than = images(4, 1, 4, 1)
+    found = stats.over_images([(np.arange(10), row, than), (np.arange(5, 15), row, than)])
+    assert found.images == 15
+    assert found.estimate == pytest.approx(6 / 20)
+    same = stats.over_images([(np.arange(10), row, row)])
+    assert (same.estimate, same.low, same.high, same.p) == (0, 0, 0, 1)
