@@ -13,9 +13,8 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd import weights
+from kd import fits, weights
 from kd.config import OBJECTIVE_KEYS
 from kd.distiller import Distiller
 from kd.errors import KdError
@@ -110,6 +109,8 @@ def teacher(config: Mapping[str, Any], data: Any) -> Teacher | None:
     section = config["teacher"]
     models, checkpoints = _as_list(section["model"]), _as_list(section["checkpoint"])
     if not models and not checkpoints:
+        if section.get("cache"):
+            raise KdError("teacher.cache = true needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
         return None
     if len(checkpoints) > 1 and len(models) == 1:
         models = models * len(checkpoints)
@@ -117,7 +118,8 @@ def teacher(config: Mapping[str, Any], data: Any) -> Teacher | None:
     models += [None] * (count - len(models))
     checkpoints += [None] * (count - len(checkpoints))
     members = [_member(m, c, section, data) for m, c in zip(models, checkpoints, strict=True)]
-    return Teacher([n for n, _ in members], [i for _, i in members], section["combine"], section["weights"])
+    networks, maps = [n for n, _ in members], [i for _, i in members]
+    return Teacher(networks, maps, section["combine"], section["weights"], bool(section.get("cache")))
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -251,15 +253,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
     )
-    wanting = module.objective.needs("labels")
-    if wanting and data.sizes["labelled"] == 0:
-        raise KdError(f"loss.{wanting[0]} needs labels, the training data has none")
-    count, size = data.sizes["train"], recipe["batch_size"]
-    if count % size == 1 and not data.drop_last and any(isinstance(m, _BatchNorm) for m in module.student.modules()):
-        raise KdError(
-            f"recipe.batch_size = {size} leaves a last batch of one image ({count} in all), too few "
-            "for batch norm: set data.drop_last=true, or another batch size"
-        )
+    fits.check(module, data, recipe["batch_size"])
     module.prepare(next(iter(data.train_dataloader())))
     if not module.trainable():
         raise KdError("the student has no trainable parameters")

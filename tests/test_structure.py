@@ -24,6 +24,7 @@ ALLOWED = {
     "weights": {"weights", "errors"},
     "measure": {"measure", "losses"},
     "distiller": {"distiller", "measure", "objective", "teacher", "taps", "tasks", "losses", "bookkeeping", "errors"},
+    "fits": {"fits", "distiller", "errors"},
     "config": {"config", "schema", "signature", "errors"},
     "schema": set(),
     "signature": {"signature", "errors"},
