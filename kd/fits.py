@@ -43,7 +43,8 @@ def _cache(module: Distiller, data: Any) -> None:
             "set teacher.cache=null"
         )
     if data.random_view is not None:
+        other = " or data.teacher_view=clean" if data.random_view == "data.augment" else ""
         raise KdError(
             f"teacher.cache = true needs a teacher that sees the same image in every epoch, {data.random_view} changes "
-            "it: set teacher.cache=null, or data.teacher_view=clean (not with mixup; images in memory)"
+            f"it: set teacher.cache=null{other}"
         )
