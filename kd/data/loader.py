@@ -151,8 +151,9 @@ class TensorLoader(Loader):
         if self.mixup is not None:
             student = self._mixed(student, self.mixup)
         for rows in batches:
-            targets = self.targets[rows] if self.mixup is None else torch.full_like(rows, UNLABELLED)
-            yield Batch(student(rows), targets, self.index[rows], None if teacher is None else teacher(rows))
+            targets = self.targets.index_select(0, rows) if self.mixup is None else torch.full_like(rows, UNLABELLED)
+            index = self.index.index_select(0, rows)
+            yield Batch(student(rows), targets, index, None if teacher is None else teacher(rows))
 
     def _teachers(self) -> View | None:
         if self.teacher_view is None:
@@ -160,7 +161,7 @@ class TensorLoader(Loader):
         return self._clean if self.teacher_view == "clean" else self._cropped("teacher")
 
     def _clean(self, rows: Tensor) -> Tensor:
-        return normalise(self.images.index_select(0, self.index[rows]), self.scale, self.shift)
+        return normalise(self.images.index_select(0, self.index.index_select(0, rows)), self.scale, self.shift)
 
     def _cropped(self, who: str) -> View:
         """This epoch's crops and flips: one gather a channel."""
