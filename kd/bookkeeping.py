@@ -71,11 +71,14 @@ class StepBuffer:
         return sums, rows
 
     def means(self, sums: Tensor, rows: int) -> dict[str, float]:
-        """Named means of weighted sums: over the labelled rows where that is what was summed, else over the rows."""
-        labelled = max(1.0, float(sums[-1]))
+        """Named means of weighted sums: over the labelled rows where that is what was summed, else over the rows.
+
+        Where no row had a label, a mean over the labelled ones is left out: 0 would be read as a result.
+        """
+        labelled = float(sums[-1])
         over = (self.per_labelled | self.counted).tolist()
-        named = zip(self.names, sums.tolist(), over, strict=True)
-        return {name: value / (labelled if few else max(1, rows)) for name, value, few in named if name != "labelled"}
+        named = list(zip(self.names, sums.tolist(), over, strict=True))[:-1]
+        return {name: value / (labelled if few else max(1, rows)) for name, value, few in named if labelled or not few}
 
 
 def first_bad(window: Tensor) -> tuple[int, list[int]] | None:

@@ -14,9 +14,8 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd import distributed, hardware, weights
+from kd import distributed, fits, hardware, weights
 from kd.config import OBJECTIVE_KEYS
 from kd.distiller import Distiller
 from kd.errors import KdError
@@ -113,6 +112,8 @@ def teacher(config: Mapping[str, Any], data: Any) -> Teacher | None:
     section = config["teacher"]
     models, checkpoints = _as_list(section["model"]), _as_list(section["checkpoint"])
     if not models and not checkpoints:
+        if section.get("cache"):
+            raise KdError("teacher.cache = true needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
         return None
     if len(checkpoints) > 1 and len(models) == 1:
         models = models * len(checkpoints)
@@ -120,7 +121,8 @@ def teacher(config: Mapping[str, Any], data: Any) -> Teacher | None:
     models += [None] * (count - len(models))
     checkpoints += [None] * (count - len(checkpoints))
     members = [_member(m, c, section, data) for m, c in zip(models, checkpoints, strict=True)]
-    return Teacher([n for n, _ in members], [i for _, i in members], section["combine"], section["weights"])
+    networks, maps = [n for n, _ in members], [i for _, i in members]
+    return Teacher(networks, maps, section["combine"], section["weights"], bool(section.get("cache")))
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -257,10 +259,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
     )
-    wanting = module.objective.needs("labels")
-    if wanting and data.sizes["labelled"] == 0:
-        raise KdError(f"loss.{wanting[0]} needs labels, the training data has none")
-    _check_last_batch(module, data, recipe["batch_size"])
+    fits.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
     module.prepare(batch)
     if distributed.joined():
@@ -270,29 +269,6 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     if not module.trainable():
         raise KdError("the student has no trainable parameters")
     return module
-
-
-def _check_last_batch(module: Distiller, data: Any, size: int) -> None:
-    """Each process needs a row of the last batch, and batch norm two."""
-    count, processes = data.sizes["train"], distributed.world_size()
-    last = 0 if data.drop_last else count % size
-    batch_norm = any(
-        isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.student.modules()
-    )
-    if last and batch_norm and last // processes < 2:
-        of = f" for {processes} processes" if processes > 1 else ""
-        raise KdError(
-            f"recipe.batch_size = {size} leaves a last batch of {'one image' if last == 1 else f'{last} images'}{of} "
-            f"({count} in all), too few for batch norm: set data.drop_last=true, or another batch size"
-        )
-    if 0 < last < processes:
-        raise KdError(
-            f"recipe.batch_size = {size} leaves a last batch of {last} image(s) ({count} in all), fewer than the "
-            f"{processes} processes: set data.drop_last=true, or another batch size"
-        )
-    short = next((s for s in ("val", "test") if data.sizes[s] < processes), None)
-    if short:
-        raise KdError(f"the {short} split has {data.sizes[short]} image(s), fewer than the {processes} processes")
 
 
 def _optimizer(node: Mapping[str, Any], params: Any) -> torch.optim.Optimizer:

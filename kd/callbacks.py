@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 class SelectedWeights(Callback):
     """Keeps the student of the best validation, as a file that loads without this package.
 
-    ``monitor``: a metric of the validation split; ``mode``: "max" or "min". Ties go to the earlier epoch.
+    ``monitor``: a metric of the validation split; ``mode``: "max" or "min". Ties go to the earlier epoch. Without a
+    ``monitor`` the last validation stands.
     """
 
-    def __init__(self, run_dir: Path, monitor: str, mode: str, about: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, monitor: str | None, mode: str, about: dict[str, Any]) -> None:
         self.run_dir, self.monitor, self.mode, self.about = run_dir, monitor, mode, about
         self.best: float | None = None
         self.epoch: int | None = None
@@ -33,8 +34,8 @@ class SelectedWeights(Callback):
         """Save when this validation beats all before it."""
         if trainer.state.fn != "fit":
             return
-        value = float(trainer.callback_metrics[self.monitor])
-        if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+        value = float(trainer.callback_metrics[self.monitor]) if self.monitor is not None else None
+        if value is None or self.best is None or (value > self.best if self.mode == "max" else value < self.best):
             self.best, self.epoch = value, trainer.current_epoch
             weights.save(module.student, self.run_dir / weights.SELECTED, {**self.about, "epoch": self.epoch})
 

@@ -89,7 +89,7 @@ class Distiller(L.LightningModule):
         The random state and batch statistics are left as they were. Raises ``KdError`` for wrong taps and for
         shapes that do not fit.
         """
-        inputs = batch.inputs[:2].to(self.device)
+        few = self._two_rows(batch)
         terms = self.objective.items()
         for name, term in terms:
             try:
@@ -104,11 +104,10 @@ class Distiller(L.LightningModule):
         training = self.student.training
         self.student.eval()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            teacher, student = self._dry(inputs)
+            teacher, student = self._dry(few)
             self._teacher_logits_wanted = any(t.needs_teacher and t.needs_logits for _, t in terms)
             if not self._teacher_logits_wanted:
                 teacher.logits = None
-            few = Batch(inputs, *(t[: len(inputs)].to(self.device) for t in batch[1:]))
             for name, term in terms:
                 try:
                     term.prepare(student, teacher)
@@ -123,13 +122,12 @@ class Distiller(L.LightningModule):
 
     def find_unreached(self, batch: Batch) -> None:
         """Note the trainable parameters that no term reaches, in one backward pass on two rows: DDP must know."""
-        inputs = batch.inputs[:2].to(self.device)
-        few = Batch(inputs, *(t[: len(inputs)].to(self.device) for t in batch[1:]))
+        few = self._two_rows(batch)
         training = self.student.training
         self.student.eval()
         self.objective.eval()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            teacher, student = self.answer_both(inputs)
+            teacher, student = self.answer_both(few)
             _, total = self.objective(student, teacher, few)
             if total.requires_grad:
                 total.backward()
@@ -138,19 +136,22 @@ class Distiller(L.LightningModule):
         self.unreached = [n for n, p in self.named_parameters() if p.requires_grad and p.grad is None]
         self.zero_grad(set_to_none=True)
 
-    def _dry(self, inputs: Tensor) -> tuple[Output, Output]:
+    def _two_rows(self, batch: Batch) -> Batch:
+        return Batch(*(None if t is None else t[:2].to(self.device) for t in batch))  # type: ignore[arg-type]
+
+    def _dry(self, batch: Batch) -> tuple[Output, Output]:
         try:
-            teacher, student = self.answer_both(inputs)
+            teacher, student = self.answer_both(batch)
             again = self.student_taps.inspect()
             if self.teacher is not None:
                 again |= self.teacher.taps.inspect()
             if again:
-                teacher, student = self.answer_both(inputs)
+                teacher, student = self.answer_both(batch)
                 self.student_taps.inspect()
                 if self.teacher is not None:
                     self.teacher.taps.inspect()
         except (RuntimeError, AssertionError) as error:
-            shape = tuple(inputs.shape[1:])
+            shape = tuple(batch.inputs.shape[1:])
             raise KdError(f"a network cannot take inputs of shape {shape}: {str(error).splitlines()[0]}") from None
         for name, output in (("student", student), ("teacher", teacher)):
             classes = None if output.logits is None else output.logits.shape[-1]
@@ -175,16 +176,23 @@ class Distiller(L.LightningModule):
 
     # ------------------------------------------------------------------ the forward passes
 
-    def answer_both(self, inputs: Tensor) -> tuple[Output, Output]:
+    def answer_both(self, batch: Batch) -> tuple[Output, Output]:
         """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
-        teacher = Output()
-        if self.teacher is not None:
-            teacher = self.teacher(inputs, features=True, logits=self._teacher_logits_wanted)
+        teacher = self._answer_of_teacher(batch)
         self.student_taps.active = bool(self.student_taps.names)
-        logits = self.student(inputs)
+        logits = self.student(batch.inputs)
         features = self.student_taps.take() if self.student_taps.active else {}
         self.student_taps.active = False
         return teacher, Output(logits, features)
+
+    def _answer_of_teacher(self, batch: Batch) -> Output:
+        """Its own view of the batch if it has one, a remembered answer if there is one, nothing if no term reads it."""
+        if self.teacher is None or not (self._teacher_logits_wanted or self.teacher.taps.names):
+            return Output()
+        if self.teacher.remembered is not None:
+            return self.teacher.recall(batch.index)
+        inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
+        return self.teacher(inputs, features=True, logits=self._teacher_logits_wanted)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The student's logits (rows, classes)."""
@@ -192,7 +200,7 @@ class Distiller(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step: named terms, their weighted sum, counts into the buffer."""
-        teacher, student = self.answer_both(batch.inputs)
+        teacher, student = self.answer_both(batch)
         epoch = self.current_epoch + batch_idx / max(1, self.trainer.num_training_batches)
         correct, labelled = self.task.count(student.rows, batch.targets)
         shares = distributed.shares(len(batch.targets), labelled)
@@ -220,6 +228,10 @@ class Distiller(L.LightningModule):
             )
             said = ", ".join(f"val/{k} {v:.4f}" for k, v in self.teacher_metrics["val"].items())
             log.info("teacher: %s", said)
+        if self.teacher is not None and self.teacher.cache and self._teacher_logits_wanted:
+            loader = self.trainer.datamodule.answering_dataloader()  # type: ignore[attr-defined]
+            with self.trainer.precision_plugin.forward_context():  # as in the training step
+                self.teacher.remember(loader, self.device)
 
     def on_train_epoch_start(self) -> None:
         """Seed by epoch, so that a resumed run draws what the uninterrupted one would have drawn."""

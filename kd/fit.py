@@ -40,7 +40,12 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     check_monitor(config["protocol"]["monitor"], module)
     about = {"model": config["student"]["model"], "data": build.facts(data), "seed": config["seed"]}
     module.about = about
-    hooks = callbacks.standard(run_dir, config["protocol"], about)
+    protocol = config["protocol"]
+    if not module.objective.needs("logits"):
+        unread = "no term reads the logits: %s picks no checkpoint, the last epoch is the selected one"
+        log.info(unread, protocol["monitor"])
+        protocol = {**protocol, "monitor": None, "mode": None}
+    hooks = callbacks.standard(run_dir, protocol, about)
     first = distributed.rank() == 0
     extra = build.loggers(config, run_dir) if first else []
     outcome: dict[str, Any] | None = None
@@ -55,7 +60,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
         facts = {**about["data"], "sizes": data.sizes}
-        outcome = {"data": facts, **close(config, run_dir, trainer, module, data, hooks[0])}
+        used = {"protocol": {**protocol, "epochs": config["recipe"]["epochs"]}}
+        outcome = {"data": facts, **used, **close(config, run_dir, trainer, module, data, hooks[0])}
         outcome["processes"] = distributed.world_size()
         networks = {"student": module.student, "teacher": module.teacher}
         for role, size in measured.items():

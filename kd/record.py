@@ -31,6 +31,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     kept["protocol"] = {k: v for k, v in config["protocol"].items() if k != "keep_predictions"}
     for role in ("student", "teacher"):
         kept[role] = {**config[role], "checkpoint": _experiment_of(config[role]["checkpoint"])}
+    kept["teacher"].pop("cache", None)  # the same answers, sooner
     text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

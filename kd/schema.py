@@ -29,6 +29,7 @@ class Teacher:
     weights: list[float] | None = None  # several teachers: one weight each; null: equal
     mean: list[float] | None = None  # statistics of its input; null: recorded with it, else those of the data
     std: list[float] | None = None
+    cache: bool | None = None  # true: answer each training image once, before the first epoch
     resize: Any = None  # an edge in pixels, or false: feed as is; null: refuse when the sizes differ
 
 

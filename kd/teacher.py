@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd.errors import KdError
-from kd.losses.base import Output
+from kd.losses.base import Batch, Output
 from kd.taps import AllTapped, Taps
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Teacher(nn.Module):
 
     ``combine="probabilities"`` answers with ``log Σ wᵢ softmax(zᵢ)`` (an ensemble in the usual sense; its softmax is
     the mean of the members' probabilities), ``"logits"`` with ``Σ wᵢ zᵢ``. ``weights`` are normalised to sum 1.
+    ``cache``: whether :meth:`remember` is to be called before training; then :meth:`recall` replaces forward passes.
     """
 
     def __init__(
@@ -70,8 +71,11 @@ class Teacher(nn.Module):
         input_maps: Sequence[nn.Module],
         combine: str = "probabilities",
         weights: Sequence[float] | None = None,
+        cache: bool = False,
     ) -> None:
         super().__init__()
+        self.cache = cache
+        self.remembered: Tensor | None = None  # (positions, classes) float32, NaN where nothing was asked
         if weights is not None and (len(weights) != len(networks) or min(weights) < 0 or sum(weights) <= 0):
             raise KdError(
                 f"teacher.weights = {list(weights)} is not allowed: it must be {len(networks)} numbers, none negative, "
@@ -116,6 +120,23 @@ class Teacher(nn.Module):
         finally:
             active, self.taps.active = self.taps.active, False
         return Output(self._combined(answers), self.taps.take() if active else {})
+
+    @torch.no_grad()
+    def remember(self, batches: Iterable[Batch], device: torch.device) -> None:
+        """Answer these images now, once for the whole training, into a table by ``batch.index``."""
+        index, answers = [], []
+        for batch in batches:
+            inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
+            index.append(batch.index)
+            answers.append(self(inputs.to(device)).rows.float())
+        places, logits = torch.cat(index).to(device), torch.cat(answers)
+        self.remembered = logits.new_full((int(places.max()) + 1, logits.shape[1]), torch.nan)
+        self.remembered[places] = logits
+
+    def recall(self, index: Tensor) -> Output:
+        """The answers to the images with these ``index`` (B,), without a forward pass."""
+        assert self.remembered is not None, "remember() comes first"
+        return Output(self.remembered.index_select(0, index))
 
     def _combined(self, answers: list[Tensor]) -> Tensor:
         if len(answers) == 1:

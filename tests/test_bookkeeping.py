@@ -27,6 +27,13 @@ def test_means_are_over_rows_and_over_labelled_rows() -> None:
     )
 
 
+def test_means_over_labelled_rows_are_left_out_where_there_are_none() -> None:
+    buffer = StepBuffer(["loss", "ce"], 10, torch.device("cpu"), over_labelled=["ce"], counts=["acc1"])
+    steps(buffer, ([3, 0, 0, 0], 8), ([1, 0, 0, 0], 8))
+    buffer.read()
+    assert buffer.means(*buffer.take_epoch()) == {"loss": 2.0}
+
+
 def test_windows_add_up_to_the_epoch_and_the_next_starts_anew() -> None:
     buffer = StepBuffer(["loss"], 2, torch.device("cpu"))
     for value in (1, 2, 3):

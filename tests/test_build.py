@@ -74,7 +74,7 @@ def test_the_teacher_stops_after_the_last_tap() -> None:
     for name in ("layer2", "layer3", "fc"):
         distiller.teacher.root.get_submodule(name).register_forward_pre_hook(lambda *a, name=name: ran.append(name))
     batch = next(iter(data.train_dataloader()))
-    teacher, student = distiller.answer_both(batch.inputs)
+    teacher, student = distiller.answer_both(batch)
     assert ran == ["layer2"]
     assert teacher.logits is None
     assert list(teacher.features) == ["layer2"]
@@ -103,7 +103,7 @@ def test_a_tap_before_an_in_place_layer_keeps_its_value() -> None:
     ]
     distiller, data = module("model@student=none", node, *taps, "teacher.allow_random=true", "loss=[ce,hint]")
     batch = next(iter(data.train_dataloader()))
-    _, student = distiller.answer_both(batch.inputs)
+    _, student = distiller.answer_both(batch)
     assert torch.equal(student.features["conv"], distiller.student.conv(batch.inputs))
     assert (student.features["conv"] < 0).any()
 

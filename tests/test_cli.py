@@ -38,7 +38,7 @@ def test_without_a_verb_it_says_how(kd) -> None:
 def test_train_help_shows_groups_and_keys(kd) -> None:
     said = kd("train", "--help")
     assert said.code == 0
-    for word in ("model: ", "loss: at, ce, hint, kd", "epochs: 30", "resume=RUN"):
+    for word in ("model: ", "loss: at, ce, cwtm, dkpp, hint, kd", "epochs: 30", "resume=RUN"):
         assert word in said.out
 
 
@@ -56,7 +56,7 @@ def test_the_defaults_tree_can_be_printed(kd) -> None:
 TYPOS = [
     (["recipe.epocs=3"], "recipe.epocs=3: there is no option recipe.epocs (near: recipe.epochs"),
     (["losss=[ce]"], "losss=[ce]: there is no option losss (near: loss"),
-    (["loss=[ce,kdd]"], "loss=kdd does not exist (near: kd); options of loss: at, ce, hint, kd"),
+    (["loss=[ce,kdd]"], "loss=kdd does not exist (near: kd); options of loss: at, ce, cwtm, dkpp, hint, kd"),
     (["data=digitz"], "data=digitz does not exist (near: digits); options of data: "),
     (["model@student=resnet21"], "model=resnet21 does not exist (near: resnet"),
     (["model=mlp"], "model is not a group here: write model@student or model@teacher"),

@@ -99,7 +99,7 @@ def test_a_term_a_model_and_a_data_set_from_outside_train(kd, importable) -> Non
 
 
 def test_the_groups_from_outside_stand_beside_the_own_ones(kd, importable) -> None:
-    assert "loss: at, ce, hint, kd, mine" in kd("train", "--help", "--config-dir", "myconf").out
+    assert "loss: at, ce, cwtm, dkpp, hint, kd, mine" in kd("train", "--help", "--config-dir", "myconf").out
 
 
 TYPOS = [

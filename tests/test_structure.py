@@ -28,6 +28,7 @@ ALLOWED = {
         *("distiller", "measure", "objective", "teacher", "taps", "tasks", "losses", "bookkeeping", "distributed"),
         "errors",
     },
+    "fits": {"fits", "distiller", "distributed", "errors"},
     "config": {"config", "schema", "signature", "hardware", "errors"},
     "schema": set(),
     "signature": {"signature", "errors"},

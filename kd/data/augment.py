@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kd.data.split import generator
+from kd.data.split import generator, mix
 from kd.errors import near
 
 PAD_MODES = ("constant", "reflect")
@@ -91,6 +92,26 @@ def window(offsets: Tensor, flips: Tensor | None, size: tuple[int, int], mode: s
 def places(y_part: Tensor, x_part: Tensor) -> Tensor:
     """Both parts of some images together: the index (B * H * W,) into a plane, 0 for what lies outside."""
     return (y_part[:, :, None] + x_part[:, None, :]).clamp_(min=0).view(-1)
+
+
+def draw(augment: Augment, count: int, seed: int, epoch: int, who: str = "augment") -> tuple[Tensor, Tensor | None]:
+    """Crop offsets (count, 2) in [-pad, pad] and flips (count,) bool, or None, of every sample in one epoch.
+
+    ``who``: another word gives other, independent draws.
+    """
+    random = generator(seed, epoch, who)
+    offsets = torch.randint(-augment.pad, augment.pad + 1, (count, 2), generator=random)
+    return offsets, torch.rand(count, generator=random) < 0.5 if augment.flip else None
+
+
+def draw_mix(alpha: float, count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """With which sample each one is mixed in one epoch, (count,) int64, and its own share, (count,) float32 in [0, 1].
+
+    The partners are a permutation of all samples, the shares are drawn from Beta(alpha, alpha): 1 is uniform.
+    """
+    partners = torch.randperm(count, generator=generator(seed, epoch, "mixup"))
+    shares = np.random.default_rng(mix(seed, epoch, "mixup shares")).beta(alpha, alpha, count)  # torch's takes no seed
+    return partners, torch.from_numpy(shares).float()
 
 
 def shifted(images: Tensor, reach: int, seed: int = 0) -> Tensor:

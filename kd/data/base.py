@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd.data.augment import Augment, augment_problems, shifted
 from kd.data.loader import Loader, TensorLoader
+from kd.data.options import common_problems, view_problems
 from kd.data.split import round_half_up, stratified
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED
@@ -67,6 +68,9 @@ class DataModule(lightning.LightningDataModule):
     ``train_size``: at most this many training images, stratified; null: all
     ``test_shift``: move every test image by a fixed random offset of up to this many pixels, never (0, 0)
     ``augment``: see :class:`kd.data.augment.Augment`
+    ``teacher_view``: what the teacher sees of a training image: "clean", not augmented; "independent", under a crop and
+    flip of its own; null: what the student sees
+    ``mixup``: mix each training image with another, shares from Beta(mixup, mixup), 1 is uniform; null: do not
     ``mean``, ``std``: a value a channel, or one for all, on the 0..1 scale
     ``shuffle``, ``drop_last``: of the training batches
     """
@@ -91,6 +95,8 @@ class DataModule(lightning.LightningDataModule):
         train_size: int | None = None,
         test_shift: int = 0,
         augment: Mapping[str, Any] | None = None,
+        teacher_view: str | None = None,
+        mixup: float | None = None,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         shuffle: bool = True,
@@ -98,7 +104,7 @@ class DataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         values = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        problems = [*_problems(values), *augment_problems(augment or {})]
+        problems = [*common_problems(values), *augment_problems(augment or {}), *view_problems(values)]
         if not self.reads_files and augment and augment.get("scale") is not None:
             problems.append("data.augment.scale is for image files only (data=imagefolder): use data.augment.pad")
         if problems:
@@ -108,6 +114,7 @@ class DataModule(lightning.LightningDataModule):
         self.val_fraction, self.label_fraction, self.keep_unlabelled = val_fraction, label_fraction, keep_unlabelled
         self.drop_classes, self.train_size, self.test_shift = list(drop_classes), train_size, test_shift
         self.augment = Augment(**(augment or {}))
+        self.teacher_view, self.mixup = teacher_view, mixup
         self.mean, self.std = list(mean), list(std)
         self.shuffle, self.drop_last = shuffle, drop_last
         self.test_fraction = 0.0  # of sets without a test set of their own
@@ -224,6 +231,18 @@ class DataModule(lightning.LightningDataModule):
         """Shuffled, augmented; the batches of several ranks together are those of one process."""
         return self._loader("train")
 
+    def answering_dataloader(self) -> Loader:
+        """The training images once, in order, all on this rank: for a teacher whose answers are computed only once."""
+        whole = {"batch_size": self.eval_batch_size, "shuffle": False, "drop_last": False, "rank": 0, "world_size": 1}
+        return self._loader("train", **whole)
+
+    @property
+    def random_view(self) -> str | None:
+        """The option that gives a teacher another view of an image in every epoch; None: it sees the same one."""
+        if self.mixup is not None:
+            return "data.mixup"
+        return "data.augment" if self.augment.active and self.teacher_view != "clean" else None
+
     def val_dataloader(self) -> Loader:
         """In order, each sample on one rank only."""
         return self._loader("val")
@@ -232,9 +251,14 @@ class DataModule(lightning.LightningDataModule):
         """In order, each sample on one rank only."""
         return self._loader("test")
 
-    def _loader(self, name: str) -> Loader:
+    def _loader(self, name: str, **changed: Any) -> Loader:
         self.setup()
-        return self.make_loader(self.parts[name], **self.loader_options(train=name == "train"))
+        loader = self.make_loader(self.parts[name], **{**self.loader_options(train=name == "train"), **changed})
+        if name == "train" and not isinstance(loader, TensorLoader):
+            for key, value in {"teacher_view": self.teacher_view, "mixup": self.mixup}.items():
+                if value is not None:
+                    raise KdError(f"data.{key} = {value} needs images in memory: set data.in_memory=true")
+        return loader
 
     def loader_options(self, train: bool) -> dict[str, Any]:
         """Keyword arguments of a loader, for the rank that this process has."""
@@ -256,8 +280,9 @@ class DataModule(lightning.LightningDataModule):
     def make_loader(self, part: Part, **options: Any) -> Loader:
         """The loader of one part."""
         assert isinstance(part.inputs, Tensor)
-        augment = self.augment if options["train"] else None
-        return TensorLoader(part.inputs, part.targets, part.index, augment=augment, **options)
+        if options["train"]:
+            options.update(augment=self.augment, teacher_view=self.teacher_view, mixup=self.mixup)
+        return TensorLoader(part.inputs, part.targets, part.index, **options)
 
 
 def folder_of(root: str | None) -> Path:
@@ -267,45 +292,5 @@ def folder_of(root: str | None) -> Path:
     return Path(root).expanduser()
 
 
-def whole(value: Any, least: int) -> bool:
-    """Whether ``value`` is an integer, no bool, of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def number(value: Any) -> bool:
-    """Whether ``value`` is a finite number, no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
 def _whole(samples: Samples) -> Part:
     return Part(samples.inputs, samples.targets, torch.arange(len(samples.targets)))
-
-
-def _problems(values: Mapping[str, Any]) -> list[str]:
-    """One sentence for each option that is not allowed."""
-    found: list[str] = []
-
-    def need(key: str, fine: bool, rule: str) -> None:
-        if not fine:
-            value = str(values[key]).lower() if isinstance(values[key], bool) else values[key]
-            found.append(f"data.{key} = {'null' if value is None else value} is not allowed: {rule}")
-
-    for key, least in {"batch_size": 1, "eval_batch_size": 1, "seed": 0, "test_shift": 0}.items():
-        need(key, whole(values[key], least), f"it must be a whole number, {least} or more")
-    for key, least in {"split_seed": 0, "train_size": 1}.items():
-        fine = values[key] is None or whole(values[key], least)
-        need(key, fine, f"it must be null or a whole number, {least} or more")
-    val, label = values["val_fraction"], values["label_fraction"]
-    need("val_fraction", number(val) and 0 < val < 1, "it must lie between 0 and 1")
-    need("label_fraction", number(label) and 0 < label <= 1, "it must be above 0 and at most 1")
-    for key in ("keep_unlabelled", "shuffle", "drop_last"):
-        need(key, isinstance(values[key], bool), "it must be true or false")
-    dropped = values["drop_classes"]
-    fine = isinstance(dropped, Sequence) and not isinstance(dropped, str) and all(whole(c, 0) for c in dropped)
-    need("drop_classes", fine, "it must be a list of class numbers, such as [3]")
-    for key in ("mean", "std"):
-        value = values[key]
-        fine = isinstance(value, Sequence) and len(value) > 0 and all(number(v) for v in value)
-        fine = fine and (key == "mean" or all(v > 0 for v in value))
-        need(key, fine, f"it must be a list of {'positive ' if key == 'std' else ''}numbers, one a channel")
-    return found

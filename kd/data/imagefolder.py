@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.data.base import DataModule, Part, Samples, Source, folder_of, number, whole
+from kd.data.base import DataModule, Part, Samples, Source, folder_of
 from kd.data.files import FileLoader, decode, eval_transform, list_images, train_transform
 from kd.data.loader import Loader
+from kd.data.options import number, whole
 from kd.errors import KdError
 
 SMALL = 2000  # images; below it `in_memory: auto` decodes once
@@ -92,6 +93,13 @@ class ImageFolder(DataModule):
     def _decode(self, paths: Tensor | list[Path]) -> Tensor:
         transform = eval_transform(self.image_size, self.crop_pct)
         return torch.stack([decode(Path(path), transform) for path in paths])
+
+    @property
+    def random_view(self) -> str | None:
+        """As in memory; from files a random resized crop and a flip move the teacher's view as well."""
+        self.setup()
+        from_files = not isinstance(self.parts["train"].inputs, Tensor)
+        return "data.augment" if from_files and (self.augment.scale or self.augment.flip) else super().random_view
 
     def make_loader(self, part: Part, **options: Any) -> Loader:
         """From memory, or from files."""

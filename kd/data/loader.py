@@ -7,14 +7,17 @@ size or the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from kd.data.augment import Augment, places, to_planes, window
+from kd.data.augment import Augment, draw, draw_mix, places, to_planes, window
 from kd.data.split import generator
-from kd.losses.base import Batch
+from kd.losses.base import UNLABELLED, Batch
+
+View = Callable[[Tensor], Tensor]
+"""Rows (B,) int64 of a part to its images (B, C, H, W) float32, normalised, as one network sees them in one epoch."""
 
 
 class Loader:
@@ -102,6 +105,10 @@ class TensorLoader(Loader):
 
     Training batches are cropped and flipped sample by sample, then ``(x / 255 - mean) / std`` in float32.
     ``mean``, ``std``: one value a channel, on the 0..1 scale. With augmentation the images of the part are copied once.
+    ``teacher_view``: "clean", the teacher sees the images as they are; "independent": under crops and flips of its own;
+    None: what the student sees
+    ``mixup``: each image is mixed with another of the part, its share drawn from Beta(mixup, mixup), after both were
+    cropped and flipped; the mixture has no label. None: no mixing
     """
 
     def __init__(
@@ -116,6 +123,8 @@ class TensorLoader(Loader):
         train: bool,
         seed: int,
         augment: Augment | None = None,
+        teacher_view: str | None = None,
+        mixup: float | None = None,
         shuffle: bool = False,
         drop_last: bool = False,
         rank: int = 0,
@@ -133,24 +142,46 @@ class TensorLoader(Loader):
             world_size=world_size,
         )
         self.images, self.augment = images, augment or Augment()
+        self.teacher_view, self.mixup = teacher_view if self.augment.active else None, mixup
         self.scale, self.shift = affine(mean, std)
         self.planes = to_planes(images[index]) if self.augment.active else None
 
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """One gather a channel; an epoch's offsets and flips are drawn at its start, for all samples at once."""
-        if self.planes is None:
-            for rows in batches:
-                index = self.index[rows]
-                yield Batch(
-                    normalise(self.images.index_select(0, index), self.scale, self.shift), self.targets[rows], index
-                )
-            return
-        offsets, flips = draw(self.augment, len(self.targets), self.seed, self.epoch)
+        """An epoch's random numbers are drawn at its start, for all samples at once."""
+        student, teacher = self._cropped("augment"), self._teachers()
+        if self.mixup is not None:
+            student = self._mixed(student, self.mixup)
+        for rows in batches:
+            targets = self.targets.index_select(0, rows) if self.mixup is None else torch.full_like(rows, UNLABELLED)
+            index = self.index.index_select(0, rows)
+            yield Batch(student(rows), targets, index, None if teacher is None else teacher(rows))
+
+    def _teachers(self) -> View | None:
+        if self.teacher_view is None:
+            return None
+        return self._clean if self.teacher_view == "clean" else self._cropped("teacher")
+
+    def _clean(self, rows: Tensor) -> Tensor:
+        return normalise(self.images.index_select(0, self.index.index_select(0, rows)), self.scale, self.shift)
+
+    def _cropped(self, who: str) -> View:
+        """This epoch's crops and flips: one gather a channel."""
+        planes = self.planes
+        if planes is None:
+            return self._clean
+        offsets, flips = draw(self.augment, len(self.targets), self.seed, self.epoch, who)
         height, width = self.images.shape[2:]
         y_part, x_part = window(offsets, flips, (height, width), self.augment.pad_mode)
-        for rows in batches:
-            where = places(y_part.index_select(0, rows), x_part.index_select(0, rows))
-            yield Batch(self._gather(self.planes, where), self.targets[rows], self.index[rows])
+
+        def view(rows: Tensor) -> Tensor:
+            return self._gather(planes, places(y_part.index_select(0, rows), x_part.index_select(0, rows)))
+
+        return view
+
+    def _mixed(self, view: View, alpha: float) -> View:
+        """Each image in ``view`` and its partner of this epoch, as a weighted sum."""
+        partners, shares = draw_mix(alpha, len(self.targets), self.seed, self.epoch)
+        return lambda rows: torch.lerp(view(partners[rows]), view(rows), shares[rows].view(-1, 1, 1, 1))
 
     def _gather(self, planes: Tensor, where: Tensor) -> Tensor:
         channels, height, width = self.images.shape[1:]
@@ -160,13 +191,6 @@ class TensorLoader(Loader):
             pixels = planes[channel].index_select(0, where).view(count, -1)
             out[:, channel].copy_(pixels).mul_(self.scale[channel]).add_(self.shift[channel])
         return out.view(count, channels, height, width)
-
-
-def draw(augment: Augment, count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor | None]:
-    """Crop offsets (count, 2) in [-pad, pad] and flips (count,) bool, or None, of every sample in one epoch."""
-    random = generator(seed, epoch, "augment")
-    offsets = torch.randint(-augment.pad, augment.pad + 1, (count, 2), generator=random)
-    return offsets, torch.rand(count, generator=random) < 0.5 if augment.flip else None
 
 
 def affine(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ class Batch(NamedTuple):
     inputs: Tensor  # (batch, channels, height, width), normalised
     targets: Tensor  # (rows,) int64; UNLABELLED where the label is withheld
     index: Tensor  # type: ignore[assignment]  # (batch,) int64: place in the data set, stable over epochs
+    teacher_inputs: Tensor | None = None  # what the teacher sees of the same images; None: the inputs
 
 
 @dataclass

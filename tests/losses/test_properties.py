@@ -23,6 +23,8 @@ from kd.losses.features.at import AttentionTransfer
 from kd.losses.features.hint import Hint
 from kd.losses.functional import attention_map, attention_transfer, cross_entropy, hint_loss, kl_divergence
 from kd.losses.logits.ce import CrossEntropy
+from kd.losses.logits.cwtm import ConfidenceWeighted
+from kd.losses.logits.dkpp import PermutedPredictions
 from kd.losses.logits.kd import KnowledgeDistillation
 
 ROOT = Path(__file__).parents[2]
@@ -173,8 +175,9 @@ def test_gradient_keeps_its_size_over_temperatures() -> None:
 @pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf")])
 def test_temperature_is_checked_before_training(temperature: float) -> None:
     sentence = f"^temperature = {temperature} is not allowed: it must be a finite number above 0$"
-    with pytest.raises(ValueError, match=sentence):
-        KnowledgeDistillation(temperature)
+    for term in (KnowledgeDistillation, ConfidenceWeighted, PermutedPredictions):
+        with pytest.raises(ValueError, match=sentence):
+            term(temperature)
     with pytest.raises(ValueError, match=sentence):
         kl_divergence(normal(2, 3), normal(2, 3), temperature)
 
@@ -326,6 +329,8 @@ def test_terms_declare_what_they_read() -> None:
             "kd": KnowledgeDistillation(),
             "hint": Hint(),
             "at": AttentionTransfer(),
+            "cwtm": ConfidenceWeighted(),
+            "dkpp": PermutedPredictions(),
         }.items()
     }
     assert needs == {
@@ -333,6 +338,8 @@ def test_terms_declare_what_they_read() -> None:
         "kd": (True, True, False),
         "hint": (True, False, False),
         "at": (True, False, False),
+        "cwtm": (True, True, True),
+        "dkpp": (True, True, False),
     }
     assert (Hint().student_taps, AttentionTransfer().student_taps) == ((-2,), None)
 

@@ -1,0 +1,69 @@
+"""What data, teacher and objective must agree on, before the first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kd import distributed
+from kd.distiller import Distiller
+from kd.errors import KdError
+
+
+def check(module: Distiller, data: Any, batch_size: int) -> None:
+    """Refuse, with one sentence, what the data cannot give or what would be silently wrong."""
+    _labels(module, data)
+    if module.teacher is not None and module.teacher.cache:
+        _cache(module, data)
+    _last_batch(module, data, batch_size)
+
+
+def _labels(module: Distiller, data: Any) -> None:
+    wanting = module.objective.needs("labels")
+    if wanting and data.sizes["labelled"] == 0:
+        raise KdError(f"loss.{wanting[0]} needs labels, the training data has none")
+    if wanting and data.mixup is not None:
+        raise KdError(
+            f"loss.{wanting[0]} needs labels, and data.mixup = {data.mixup} mixes images of two labels: leave the term "
+            "out (loss=[kd]), or set data.mixup=null"
+        )
+
+
+def _cache(module: Distiller, data: Any) -> None:
+    tapping = [name for name, term in module.objective.items() if term.teacher_taps is None or len(term.teacher_taps)]
+    if tapping:
+        raise KdError(
+            f"teacher.cache = true keeps the teacher's logits only, loss.{tapping[0]} reads its intermediate tensors: "
+            "set teacher.cache=null"
+        )
+    if data.random_view is not None:
+        other = " or data.teacher_view=clean" if data.random_view == "data.augment" else ""
+        raise KdError(
+            f"teacher.cache = true needs a teacher that sees the same image in every epoch, {data.random_view} changes "
+            f"it: set teacher.cache=null{other}"
+        )
+
+
+def _last_batch(module: Distiller, data: Any, size: int) -> None:
+    """Each process needs a row of the last batch, and batch norm two."""
+    count, processes = data.sizes["train"], distributed.world_size()
+    last = 0 if data.drop_last else count % size
+    batch_norm = any(
+        isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.student.modules()
+    )
+    if last and batch_norm and last // processes < 2:
+        of = f" for {processes} processes" if processes > 1 else ""
+        raise KdError(
+            f"recipe.batch_size = {size} leaves a last batch of {'one image' if last == 1 else f'{last} images'}{of} "
+            f"({count} in all), too few for batch norm: set data.drop_last=true, or another batch size"
+        )
+    if 0 < last < processes:
+        raise KdError(
+            f"recipe.batch_size = {size} leaves a last batch of {last} image(s) ({count} in all), fewer than the "
+            f"{processes} processes: set data.drop_last=true, or another batch size"
+        )
+    short = next((s for s in ("val", "test") if data.sizes[s] < processes), None)
+    if short:
+        raise KdError(f"the {short} split has {data.sizes[short]} image(s), fewer than the {processes} processes")
