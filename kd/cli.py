@@ -12,9 +12,10 @@ from kd import __version__
 VERBS = {
     "train": "train a student, alone or with a teacher (a Hydra application: sweeps with -m)",
     "eval": "measure a run, a checkpoint or a teacher alone on the validation or test split",
+    "wandb": "send to Weights & Biases what runs have kept on disk (kd wandb sync)",
     "demo": "three claims of Hinton 2015 on handwritten digits, offline, in about two minutes",
 }
-MODULES = {"train": "kd.train", "eval": "kd.evaluate", "demo": "kd.demo"}
+MODULES = {"train": "kd.train", "eval": "kd.evaluate", "wandb": "kd.wandb_sync", "demo": "kd.demo"}
 
 
 def usage() -> str:

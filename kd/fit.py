@@ -6,6 +6,7 @@ import logging
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from kd.errors import KdError
 log = logging.getLogger(__name__)
 
 
-def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """Build from a checked config, fit (on from ``checkpoint``), test once; the part of the record that this yields."""
-    quieten()
+def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None, extra: Sequence[Any] = ()) -> dict[str, Any]:
+    """Build from a checked config, fit (on from ``checkpoint``), test once; the part of the record that this yields.
+
+    ``extra``: loggers beside ``metrics.csv``; they are the caller's to close.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if config["hardware"]["threads"]:
@@ -37,27 +40,22 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     about = {"model": config["student"]["model"], "data": build.facts(data), "seed": config["seed"]}
     module.about = about
     hooks = callbacks.standard(run_dir, config["protocol"], about)
-    extra = build.loggers(config, run_dir)
-    outcome: dict[str, Any] | None = None
-    try:
-        trainer = make_trainer(config, run_dir, [loggers.csv_logger(run_dir, done), *extra], hooks)
-        for logger in extra:
-            logger.log_hyperparams(config)
-        measured = sizes(module, data.input_shape)
-        log.info("%s", opening_line(config, measured, data))
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        if trainer.is_global_zero:
-            weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
-        facts = {**about["data"], "sizes": data.sizes}
-        outcome = {"data": facts, **close(config, run_dir, trainer, module, data, hooks[0])}
-        networks = {"student": module.student, "teacher": module.teacher}
-        for role, size in measured.items():
-            speed = {"latency_ms": latency_ms(networks[role], data.input_shape)}
-            outcome[role] = {**outcome.get(role, {}), **size, **speed}
-        log.info("%s", five_lines(outcome, run_dir))
-        return outcome
-    finally:
-        loggers.finish_wandb(extra, outcome)
+    trainer = make_trainer(config, run_dir, [loggers.csv_logger(run_dir, done), *extra], hooks)
+    for logger in extra:
+        logger.log_hyperparams(config)
+    measured = sizes(module, data.input_shape)
+    log.info("%s", opening_line(config, measured, data))
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
+    facts = {**about["data"], "sizes": data.sizes}
+    outcome = {"data": facts, **close(config, run_dir, trainer, module, data, hooks[0])}
+    networks = {"student": module.student, "teacher": module.teacher}
+    for role, size in measured.items():
+        speed = {"latency_ms": latency_ms(networks[role], data.input_shape)}
+        outcome[role] = {**outcome.get(role, {}), **size, **speed}
+    log.info("%s", five_lines(outcome, run_dir))
+    return outcome
 
 
 def quieten() -> None:

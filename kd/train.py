@@ -63,6 +63,7 @@ def train(
         raise
     result = _opening(config, overrides)
     result["started"] = before.get("started", result["started"])
+    extra: list[Any] = []
     try:
         import yaml
 
@@ -70,9 +71,12 @@ def train(
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             record.write_text(run_dir / "config.yaml", text)
         record.write(run_dir, result)
-        from kd.fit import fit
+        from kd import build
+        from kd.fit import fit, quieten
 
-        result.update(fit(config, run_dir, checkpoint))
+        quieten()
+        extra = build.loggers(config, run_dir)
+        result.update(fit(config, run_dir, checkpoint, extra))
         result["status"] = "finished"
     except (KeyboardInterrupt, SystemExit) as error:
         result.update(status="interrupted", error="interrupted")
@@ -86,6 +90,10 @@ def train(
         result["peak_memory_mb"] = _peak_memory()
         result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         record.write(run_dir, result)
+        if extra:  # last: the record is on disk, whatever a server does
+            from kd.loggers import finish_wandb
+
+            finish_wandb(extra, result)
         _stop_logging(handlers)
     return result
 
