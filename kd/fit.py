@@ -71,6 +71,7 @@ def quieten() -> None:
         ".*module.* in eval mode at the start of training.*",  # the teacher
         ".*GPU available but not used.*",  # hardware=cpu asked for it
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*The dirpath has changed from .*",  # a run whose directory was moved goes on
         ".*Starting from v1.9.0, `tensorboardX` has been removed.*",
     ):
         warnings.filterwarnings("ignore", message=message)

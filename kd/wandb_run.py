@@ -77,6 +77,7 @@ def open_run(directory: Path, timeout: float, offline: bool | None = None, **ini
     """
     # wandb's reports about itself wait for a dead server too, at the very end of the process
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.pop("WANDB_SERVICE", None)  # of a parent process, or of one that died: a run has a service of its own
     import wandb
 
     how = mode(offline)
@@ -91,7 +92,7 @@ def open_run(directory: Path, timeout: float, offline: bool | None = None, **ini
             return run
         except Exception as error:
             log.warning("W&B cannot be used now (%s): this run is kept offline", reason(error))
-            _teardown()  # the service would call the run's id taken
+            teardown()  # the service would call the run's id taken
             for empty in set(directory.glob("wandb/run-*")) - before:
                 shutil.rmtree(empty, ignore_errors=True)
         how = "offline"
@@ -107,35 +108,41 @@ def reach(url: str, timeout: float) -> None:
 
 def close_run(run: Any, directory: Path, summary: Mapping[str, Any], exit_code: int = 0) -> None:
     """Write the summary, close the run within its timeout, and say where it is. Never raises."""
-    sent = False
-    try:
-        run.summary.update(dict(summary))
-        run.finish(exit_code=exit_code)
-        sent = not run.disabled and not run.offline and _taken(run)
-    except (Exception, SystemExit) as error:
-        log.warning("W&B did not take everything (%s)", reason(error))
-    finally:
-        _teardown()
+    problems: list[str] = []
+    for act in (lambda: run.summary.update(dict(summary)), lambda: run.finish(exit_code=exit_code)):
+        try:
+            act()
+        except (Exception, SystemExit) as error:
+            problems.append(reason(error))
+    teardown(run)
+    online = not run.disabled and not run.offline
+    problems += _refused(run) if online and not problems else []
+    if problems:
+        log.warning("W&B did not take everything (%s)", problems[0])
+    sent = online and not problems
     if sent:
         Path(f"{run.settings.sync_file}.synced").touch()
     elif not run.disabled:
         log.info("W&B: kept in the run directory; send it with: %s", send_later(directory))
 
 
-def _taken(run: Any) -> bool:
-    """Whether the upload went through: ``finish`` returns as well when the server refused it; wandb's log tells."""
-    text = Path(run.settings.log_internal).read_text(encoding="utf-8", errors="replace")
+def _refused(run: Any) -> list[str]:
+    """What the server refused: ``finish`` returns as if nothing had been, wandb's own log tells."""
+    try:
+        text = Path(run.settings.log_internal).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        return [reason(error)]
     found = re.search(r"(filestream: fatal error|file transfer: upload: failed)[^\"]*", text)
-    if found:
-        log.warning("W&B did not take everything (%s)", _short(found[0]))
-    return not found
+    return [_short(found[0])] if found else []
 
 
-def _teardown() -> None:
+def teardown(closed: Any = None) -> None:
     """End wandb's service process, so that neither the next run nor a forked one finds it; not under another's run."""
     import wandb
 
     try:
+        if wandb.run is closed:  # its service died, so that it could not be closed
+            wandb.run = None
         if wandb.run is None:
             wandb.teardown()
     except (Exception, SystemExit) as error:

@@ -103,6 +103,7 @@ def _check_server() -> None:
     import wandb
 
     url = wandb.setup(wandb.Settings(silent=True)).settings.base_url
+    wandb_run.teardown()
     try:
         wandb_run.reach(url, timeout=10)
     except OSError as error:
