@@ -17,7 +17,7 @@ from kd.errors import KdError, near
 USAGE = """kd wandb sync [DIR ...]
 
 Sends to Weights & Biases what runs have kept on disk: every run below the directories (of runs, sweeps or studies;
-default: runs) that is not there already. A resumed run is one run there; runs that are still training are left for later.
+default: runs) that is not there already. A resumed run is one run there. What is still training is left for later.
 
   kd train logger=wandb                without a key, or when the server is away, the run keeps everything on disk
   wandb login                          once, or set WANDB_API_KEY; a server of your own: WANDB_BASE_URL

@@ -30,7 +30,10 @@ ALLOWED = {
     "record": {"record", "errors"},
     "errors": set(),
 }
-NO_TORCH = ("config.py", "schema.py", "record.py", "signature.py", "errors.py", "cli.py", "explain.py", "app.py")
+NO_TORCH = (
+    *("config.py", "schema.py", "record.py", "signature.py", "errors.py", "cli.py", "explain.py", "app.py"),
+    *("wandb_run.py", "wandb_sync.py", "report/to_wandb.py"),
+)
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

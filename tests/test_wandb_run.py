@@ -97,7 +97,9 @@ def test_wandb_dying_on_the_way_is_said_once(tmp_path, monkeypatch) -> None:
     before = EpochLine.on_train_epoch_end
 
     def kill(self, trainer, module) -> None:
-        children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True)
+        children = subprocess.run(
+            ["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True
+        )
         for line in children.stdout.splitlines():
             pid, name = line.split(maxsplit=1)
             if name.startswith("wandb-core"):

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from kd import wandb_run
 
 if TYPE_CHECKING:
-    import pandas
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
 
 def log_report(
-    directory: Path, name: str, table: pandas.DataFrame, figures: Mapping[str, Path], settings: Mapping[str, Any]
+    directory: Path, name: str, table: pd.DataFrame, figures: Mapping[str, Path], settings: Mapping[str, Any]
 ) -> None:
     """Log a report, grouped with the runs it is about; made again, it goes on in the same W&B run. Never raises.
 
