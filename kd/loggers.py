@@ -96,7 +96,7 @@ def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
 
 
 def report_row(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run as one flat row, ``student.selected.test.acc1`` …, and its retention; without what is null."""
+    """The record of a run as one flat row, ``student.selected.test.acc1`` …, and its retention; no nulls."""
     row = {key: value for key, value in flat(result).items() if value is not None and not isinstance(value, list)}
     row["overrides"] = " ".join(result["overrides"])
     for epoch in ("selected", "last"):

@@ -37,18 +37,25 @@ class WandbLogger(LightningWandbLogger):
         offline: bool | None = None,
         timeout: float = 20.0,
     ) -> None:
-        about = {"entity": entity, "group": group, "job_type": job_type, "tags": list(tags), "notes": notes}
+        about: dict[str, Any] = {
+            "entity": entity,
+            "group": group,
+            "job_type": job_type,
+            "tags": list(tags),
+            "notes": notes,
+        }
         super().__init__(name=name, project=project, save_dir=save_dir, id=id, offline=bool(offline), **about)
         del self._wandb_init["anonymous"]  # wandb warns of it, whatever its value
         del self._wandb_init["dir"]
-        self._ask_offline, self._timeout, self._lost = offline, timeout, False
+        self._directory, self._ask_offline, self._timeout = Path(save_dir), offline, timeout
+        self._lost = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The ``wandb.Run``, opened when first asked for; on other processes a dummy."""
         if self._experiment is None:
-            run = wandb_run.open_run(Path(self.save_dir), self._timeout, self._ask_offline, **self._wandb_init)
+            run = wandb_run.open_run(self._directory, self._timeout, self._ask_offline, **self._wandb_init)
             run.define_metric("trainer/global_step")
             run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
             self._experiment = run

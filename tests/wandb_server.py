@@ -11,7 +11,7 @@ from typing import Any
 
 
 class WandbServer(ThreadingHTTPServer):
-    """``mode``: "ok", "hang" (accepts a request and never answers) or an HTTP status; ``runs``: what it was sent, by id.
+    """``mode``: "ok", "hang" (takes a request and never answers) or an HTTP status; ``runs``: what came, by id.
 
     ``fails``: the requests that ``mode`` is about: "all", or "uploads" (rows and files, not the opening of a run).
     """

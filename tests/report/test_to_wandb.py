@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +38,7 @@ def test_table_and_figures_are_kept_in_one_run_of_type_report(tmp_path, figures)
 
 
 def test_a_picture_that_is_missing_costs_the_report_alone(tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("kd"), "propagate", True)  # a run of before may have ended that
     log_report(tmp_path, "hinton", TABLE, {"errors": tmp_path / "none.png"}, SETTINGS)
     assert "W&B failed" in caplog.text
     monkeypatch.setattr("wandb.init", lambda **_: 1 / 0)
