@@ -13,9 +13,16 @@ VERBS = {
     "train": "train a student, alone or with a teacher (a Hydra application: sweeps with -m)",
     "eval": "measure a run, a checkpoint or a teacher alone on the validation or test split",
     "report": "tables, intervals and figures of a study, a sweep or any runs, as one page",
+    "wandb": "send to Weights & Biases what runs have kept on disk (kd wandb sync)",
     "demo": "three claims of Hinton 2015 on handwritten digits, offline, in about two minutes",
 }
-MODULES = {"train": "kd.train", "eval": "kd.evaluate", "report": "kd.report.main", "demo": "kd.demo"}
+MODULES = {
+    "train": "kd.train",
+    "eval": "kd.evaluate",
+    "report": "kd.report.main",
+    "wandb": "kd.wandb_sync",
+    "demo": "kd.demo",
+}
 
 
 def usage() -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, distributed, hardware, loggers, weights
+from kd import build, callbacks, distributed, hardware, loggers, record, weights
 from kd.distiller import Distiller
 from kd.errors import KdError
 
@@ -70,7 +70,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         log.info("%s", five_lines(outcome, run_dir))
         return outcome
     finally:
-        loggers.finish_wandb(extra, outcome)
+        status = "failed" if outcome is None else "finished"
+        loggers.finish_wandb(extra, {**record.read(run_dir), **(outcome or {}), "status": status} if extra else {})
 
 
 def quieten() -> None:
@@ -86,6 +87,7 @@ def quieten() -> None:
         ".*module.* in eval mode at the start of training.*",  # the teacher
         ".*GPU available but not used.*",  # hardware=cpu asked for it
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*The dirpath has changed from .*",  # a run whose directory was moved goes on
         ".*Starting from v1.9.0, `tensorboardX` has been removed.*",
         ".*It is recommended to use .* when logging on epoch level.*",  # the metrics come together by themselves
     ):

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import csv
-import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
+from kd import wandb_run
 from kd.config import flat
+from kd.sweeps import manifest
 
 
 def complete(name: str, node: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Fill what a logger's YAML leaves null: directory, group, run name, tags, online or offline."""
+    """Fill what a logger's YAML leaves null: directory, group, run name, job type, tags, id."""
     node = dict(node)
     target = node["_target_"].rpartition(".")[2]
     if target == "WandbLogger":
-        sweep = run_dir.parent.name.startswith("sweep_")
         node["save_dir"] = str(run_dir)
-        node["group"] = node.get("group") or (run_dir.parent.name if sweep else config["name"])
-        node["name"] = node.get("name") or run_name(config)
-        node["tags"] = list(config["tags"])
         node["notes"] = config["notes"] or None
-        node["id"] = run_id(run_dir)
-        node["resume"] = "allow"
-        if node.get("offline") is None:
-            node["offline"] = not has_wandb_key()
-        if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-            node["offline"] = True
+        about = describe(config, run_dir)
+        node["tags"] = about.pop("tags")
+        node["id"] = about.pop("id")
+        node.update({key: value for key, value in about.items() if node.get(key) is None})
     elif target == "TensorBoardLogger":
         node["save_dir"] = node.get("save_dir") or str(run_dir)
     elif target == "MLFlowLogger":
@@ -38,27 +33,50 @@ def complete(name: str, node: Mapping[str, Any], config: Mapping[str, Any], run_
     return node
 
 
+def describe(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """What W&B is told of a run: id, group, name, job type and tags.
+
+    A job of a sweep or study is grouped under its name, and named after what differs; a run that a W&B sweep agent
+    started (``WANDB_SWEEP_ID``, ``WANDB_RUN_ID``) is the agent's run. Job types: "teacher" when other jobs learn from
+    it, "distill" with a teacher, else "train". A resumed run is the run that its directory holds.
+    """
+    found = manifest.find(run_dir)
+    agent = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    distils = any(config["teacher"][key] is not None for key in ("model", "checkpoint"))
+    about = {
+        "id": agent or wandb_run.run_id(run_dir),
+        "group": config["name"],
+        "name": _swept() or run_name(config),
+        "job_type": "distill" if distils else "train",
+    }
+    tags = [*config["tags"]]
+    if found is not None:
+        belongs, job = found
+        about.update(group=belongs.name, name=job.label)
+        if not distils and any(job.name in other.after for other in belongs.jobs.values()):
+            about["job_type"] = "teacher"
+        tags.append(f"{belongs.kind}/{belongs.name}")
+    data = config["data"]
+    tags += [data.get("name") or data["_target_"].rpartition(".")[2].lower(), *config["loss"]]
+    # W&B refuses a run whose tags are longer than 64 characters, or whose names are longer than 128
+    short = {key: text[:128] for key, text in about.items()}
+    return {**short, "tags": list(dict.fromkeys(tag[:64] for tag in tags))}
+
+
 def run_name(config: Mapping[str, Any]) -> str:
     """A name that says what differs: experiment, terms, seed."""
     return f"{config['name']} {'+'.join(config['loss'])} seed{config['seed']}"
 
 
-def run_id(run_dir: Path) -> str:
-    """The same W&B run for the same directory, so that a resumed run goes on in it."""
-    from hashlib import sha256
+def _swept() -> str:
+    """The parameters that a W&B sweep agent chose, ``loss.kd.temperature=4, seed=1``; nothing without an agent."""
+    import yaml
 
-    return sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
-
-
-def has_wandb_key() -> bool:
-    """Whether wandb would log in without asking: an API key in the environment or in ``~/.netrc``."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
     try:
-        hosts = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in hosts)
+        chosen = yaml.safe_load(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]).read_text(encoding="utf-8"))
+        return ", ".join(f"{key}={node['value']}" for key, node in chosen.items() if isinstance(node, dict))
+    except (KeyError, OSError, yaml.YAMLError):
+        return ""
 
 
 def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
@@ -77,12 +95,23 @@ def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
     return logger
 
 
-def finish_wandb(loggers: list[Any], summary: Mapping[str, Any] | None) -> None:
+def report_row(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run as one flat row, ``student.selected.test.acc1`` …, and its retention; no nulls."""
+    row = {key: value for key, value in flat(result).items() if value is not None and not isinstance(value, list)}
+    row["overrides"] = " ".join(result["overrides"])
+    for epoch in ("selected", "last"):
+        student, teacher = (row.get(f"{who}.test.acc1") for who in (f"student.{epoch}", "teacher"))
+        if student is not None and teacher:
+            row[f"retention.{epoch}"] = student / teacher
+    return row
+
+
+def finish_wandb(loggers: Sequence[Any], result: Mapping[str, Any]) -> None:
     """Write the report row as the summary and close the run: jobs of one process must not share it."""
     from lightning.pytorch.loggers import WandbLogger
 
     for logger in loggers:
         if isinstance(logger, WandbLogger) and logger._experiment is not None:
-            if summary is not None:
-                logger.experiment.summary.update(flat(summary))
-            logger.experiment.finish(exit_code=0 if summary is not None else 1)
+            run, logger._experiment = logger._experiment, None
+            failed = result["status"] != "finished"
+            wandb_run.close_run(run, Path(logger.save_dir or "."), report_row(result), exit_code=int(failed))

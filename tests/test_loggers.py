@@ -3,85 +3,127 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 import pytest
+from wandb_disk import only, read_back
 
 from kd.app import checked
-from kd.loggers import complete, csv_logger, has_wandb_key
+from kd.config import flat
+from kd.loggers import complete, csv_logger, describe, report_row
+from kd.record import read, read_config
+from kd.sweeps import manifest
+from kd.sweeps.manifest import Job, Manifest
+from kd.train import resume, train
+from kd.wandb_run import run_files
+
+QUICK = ["recipe.epochs=2", "hardware=cpu", "logger=wandb"]
 
 
-def records(run_dir: Path) -> list:
-    """The records of a W&B offline run, in order: protobufs in a LevelDB log (blocks of 32 KiB)."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    data = file.read_bytes()
-    assert data[:4] == b":W&B"
-    position, parts, found = 7, b"", []
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # no room for a header: the rest of the block is padding
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last of several fragments
-            record = Record()
-            record.ParseFromString(parts)
-            found.append(record)
-            parts = b""
-    return found
+def sweep(directory: Path, kind: str = "study") -> Path:
+    jobs = [
+        Job("big/seed3", "big, seed 3", ()),
+        Job("kd/seed3", "soft targets, seed 3", (), after=("big/seed3",)),
+        Job("alone/seed3", "alone, seed 3", ()),
+    ]
+    directory.mkdir()
+    manifest.write(directory, Manifest(kind, "first_study", {job.name: job for job in jobs}))
+    for job in jobs:
+        (directory / job.name).mkdir(parents=True)
+    return directory
 
 
-def test_wandb_offline_holds_run_config_curves_and_summary(kd, tmp_path) -> None:
-    arguments = ["recipe.epochs=2", "hardware=cpu", "logger=wandb", "tags=[first,second]", "notes=why", "seed=3"]
-    said = kd("train", *arguments, "hydra.run.dir=run")
-    assert said.code == 0, said.err
-    found = records(tmp_path / "run")
-    run = next(r.run for r in found if r.WhichOneof("record_type") == "run")
-    assert run.display_name == "train ce seed3"
-    assert run.run_group == "train"
-    assert run.job_type == "train"
-    assert sorted(run.tags) == ["first", "second"]
-    assert run.notes == "why"
-    config = {}
-    for part in [run.config, *(r.config for r in found if r.WhichOneof("record_type") == "config")]:
-        config.update({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in part.update})
-    assert any("recipe" in key for key in config)
-    curves, summary = set(), {}
-    for record in found:
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            curves |= {item.key or ".".join(item.nested_key) for item in record.history.item}
-        if kind == "summary":
-            summary.update({i.key or ".".join(i.nested_key): i.value_json for i in record.summary.update})
-    assert {"train/ce", "val/acc1", "epoch", "lr"} <= curves
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    row = json.loads(summary["student.selected.test.acc1"])
-    assert row == pytest.approx(result["student"]["selected"]["test"]["acc1"])
-    assert any(r.WhichOneof("record_type") == "exit" for r in found)  # the run was closed
+def test_a_job_of_a_study_is_kept_with_config_curves_and_report_row(tmp_path, teacher_run) -> None:
+    run_dir = sweep(tmp_path / "s") / "kd" / "seed3"
+    overrides = [*QUICK, "loss=[ce,kd]", f"teacher.checkpoint={teacher_run}", "tags=[mine]", "notes=why", "seed=3"]
+    train(checked(overrides), run_dir, overrides)
+    kept = only(run_dir)
+    assert (kept.run.run_group, kept.run.display_name) == ("first_study", "soft targets, seed 3")
+    assert (kept.run.job_type, kept.run.notes, kept.run.project) == ("distill", "why", "kd")
+    assert list(kept.run.tags) == ["mine", "study/first_study", "digits", "ce", "kd"]
+    config = {key: kept.config[key] for key in read_config(run_dir)}
+    assert flat(config) == flat(json.loads(json.dumps(read_config(run_dir))))
+    steps = [row["trainer/global_step"] for row in kept.history]
+    assert steps == sorted(steps)
+    assert steps[-1] == 26  # two epochs of 13 batches
+    assert {"train/ce", "train/kd", "val/acc1", "epoch", "lr"} <= {key for row in kept.history for key in row}
+    result = read(run_dir)
+    row = report_row(result)
+    assert {key: kept.summary[key] for key in row} == pytest.approx(row)
+    selected, teacher = result["student"]["selected"]["test"]["acc1"], result["teacher"]["test"]["acc1"]
+    assert kept.summary["retention.selected"] == pytest.approx(selected / teacher)
+    assert (kept.summary["status"], kept.exit_code) == ("finished", 0)
 
 
-def test_without_a_key_wandb_is_offline(monkeypatch, tmp_path) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_disk_holds_neither_artifacts_nor_code(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)  # inside of a git checkout
+    train(checked(QUICK), tmp_path)
+    (kept,) = run_files(tmp_path)
+    assert {f.name for f in (kept.parent / "files").iterdir()} <= {"requirements.txt", "output.log"}
+    kinds = read_back(kept).kinds
+    assert not {"artifact", "use_artifact"} & kinds.keys()
+    assert kinds["stats"] <= 1  # one sample of the machine a minute
+    assert sum(f.stat().st_size for f in (tmp_path / "wandb").rglob("*")) < 100_000
+
+
+def test_a_failed_run_says_so(tmp_path, monkeypatch) -> None:
+    def stop(*_: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr("kd.callbacks.EpochLine.on_train_epoch_end", stop)
+    with pytest.raises(RuntimeError):
+        train(checked(QUICK), tmp_path)
+    kept = only(tmp_path)
+    assert (kept.summary["status"], kept.summary["error"]) == ("failed", "out of memory, say")
+    assert kept.exit_code == 1
+
+
+def test_a_resumed_run_is_the_same_run_wherever_its_directory_is(tmp_path, monkeypatch) -> None:
+    from kd.callbacks import EpochLine
+
+    before = EpochLine.on_train_epoch_end
+
+    def interrupt(self, trainer, module) -> None:
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+        before(self, trainer, module)
+
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    monkeypatch.setattr(EpochLine, "on_train_epoch_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(checked(QUICK), Path("here"))
+    monkeypatch.undo()
+    (tmp_path / "here").rename(tmp_path / "moved")
+    resume(tmp_path / "moved")
+    first, second = (read_back(f) for f in run_files(tmp_path / "moved"))
+    assert first.run.run_id == second.run.run_id
+    assert (first.summary["status"], second.summary["status"]) == ("interrupted", "finished")
+    assert [f.name for f in (tmp_path / "moved" / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert first.run.start_time.ToNanoseconds() < second.run.start_time.ToNanoseconds()
+
+
+def test_runs_of_one_directory_name_are_different_runs(tmp_path) -> None:
     config = checked(["logger=wandb"])
-    assert not has_wandb_key()
-    assert complete("wandb", config["logger"]["wandb"], config, tmp_path)["offline"] is True
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert has_wandb_key()
-    assert complete("wandb", config["logger"]["wandb"], config, tmp_path)["offline"] is False
+    assert describe(config, tmp_path)["id"] != describe(config, tmp_path)["id"]
 
 
-def test_jobs_of_a_sweep_share_a_group_and_a_directory_keeps_its_run(tmp_path) -> None:
-    config = checked(["logger=wandb"])
-    one, two = (tmp_path / "sweep_now" / name for name in ("0", "1"))
-    first, again, other = (complete("wandb", config["logger"]["wandb"], config, d) for d in (one, one, two))
-    assert first["group"] == other["group"] == "sweep_now"
-    assert first["id"] == again["id"] != other["id"]
+def test_job_types_and_groups(tmp_path, teacher_run) -> None:
+    alone, distilled = checked([]), checked([f"teacher.checkpoint={teacher_run}"])
+    directory = sweep(tmp_path / "s", kind="optuna")
+    assert describe(alone, directory / "big" / "seed3")["job_type"] == "teacher"
+    assert describe(alone, directory / "alone" / "seed3")["job_type"] == "train"
+    assert describe(distilled, directory / "kd" / "seed3")["job_type"] == "distill"
+    assert "optuna/first_study" in describe(alone, directory / "alone" / "seed3")["tags"]
+    own = describe(alone, tmp_path / "own")
+    assert (own["group"], own["name"], own["job_type"]) == ("train", "train ce seed0", "train")
+
+
+def test_what_the_user_sets_wins_and_long_names_are_cut(tmp_path) -> None:
+    config = checked(["logger=wandb", "logger.wandb.group=mine", "logger.wandb.job_type=probe", f"tags=[{'t' * 70}]"])
+    node = complete("wandb", config["logger"]["wandb"], {**config, "name": "n" * 200}, tmp_path)
+    assert (node["group"], node["job_type"]) == ("mine", "probe")
+    assert (len(node["tags"][0]), len(node["name"])) == (64, 128)
 
 
 def test_a_resumed_csv_keeps_the_rows_of_the_steps_that_count(tmp_path) -> None:

@@ -48,6 +48,8 @@ NO_TORCH = (
     "launch.py",
     "cluster.py",
     "hardware.py",
+    "wandb_run.py",
+    "wandb_sync.py",
 )
 REPORT = tuple(f"report/{file.name}" for file in sorted((PACKAGE / "report").glob("*.py")))
 

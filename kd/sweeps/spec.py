@@ -5,16 +5,11 @@ No torch, no hydra: a study is read, checked and listed in a fraction of a secon
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
-
-from kd.errors import KdError, near
 
 EPOCHS = ("last", "selected")
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)(?:@(\d+))?\}")

@@ -74,5 +74,3 @@ def value_of(outcome: Outcome) -> float:
 def _rank(outcome: Outcome) -> tuple[str, float, str]:
     sign = 1 if better(monitor(outcome)) == "min" else -1
     return monitor(outcome), sign * value_of(outcome), outcome.job.label
-
-
