@@ -55,16 +55,3 @@ class ResumableSweeper(_KdSweeper):
         from kd.sweeps.grid import sweep
 
         return sweep(self.engine, [*(f"{k}={v}" for k, v in self.params.items()), *arguments])
-
-
-class StudySweeper(_KdSweeper):
-    """The rows of a study, teachers first; ``kd study NAME``."""
-
-    def __init__(self, name: str, only: list[str] | None = None, seeds: list[int] | None = None) -> None:
-        self.name, self.only, self.seeds = name, only, seeds
-
-    def sweep(self, arguments: list[str]) -> Any:
-        """Plan, run what is missing, write results.csv and the report."""
-        from kd.sweeps.study import run
-
-        return run(self.engine, self.name, self.only, self.seeds, arguments)
