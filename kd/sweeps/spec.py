@@ -128,7 +128,7 @@ class Study:
 
 
 def load(name_or_folder: str | Path) -> Study:
-    """Read a study by the name of its folder in ``experiments/``, or by its path. ``KdError`` for what is wrong in it."""
+    """Read a study by its folder, or the name of one in ``experiments/``. ``KdError`` for what is wrong in it."""
     folder = Path(name_or_folder)
     if not (folder / STUDY).is_file():
         folder = Path("experiments") / name_or_folder
