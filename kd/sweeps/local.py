@@ -124,8 +124,9 @@ def _call(
         run_dir, share = directory(config), shares[slot]
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "train.log").open("a") as log:
-            os.dup2(log.fileno(), sys.stdout.fileno())
-            os.dup2(log.fileno(), sys.stderr.fileno())
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         if share.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
         if config.hardware.threads is None:

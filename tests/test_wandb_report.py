@@ -12,7 +12,7 @@ from matplotlib import image
 from wandb_disk import read_back
 
 from kd import wandb_run
-from kd.report.to_wandb import log_report
+from kd.wandb_report import log_report
 
 TABLE = pd.DataFrame({"row": ["alone", "distilled"], "errors": [146.0, 74.0]})
 SETTINGS = {"project": "kd", "entity": None, "offline": None, "timeout": 2}
