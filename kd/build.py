@@ -280,11 +280,12 @@ def _scheduler(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any
 
 
 def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
-    """The loggers of the config, told where the run writes."""
-    from kd.loggers import complete
+    """The loggers of the config, told where the run writes; ``kd.loggers.finish_wandb`` closes them."""
+    from kd.loggers import complete, opened
 
     built = []
     for name, node in config["logger"].items():
         if node is not None:
             built.append(make(complete(name, node, config, run_dir), f"logger.{name}"))
+    opened(built)
     return built

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, distributed, hardware, loggers, record, weights
+from kd import build, callbacks, distributed, hardware, loggers, weights
 from kd.distiller import Distiller
 from kd.errors import KdError
 
@@ -48,30 +48,25 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     hooks = callbacks.standard(run_dir, protocol, about)
     first = distributed.rank() == 0
     extra = build.loggers(config, run_dir) if first else []
-    outcome: dict[str, Any] | None = None
-    try:
-        own = [loggers.csv_logger(run_dir, done)] if first else []
-        trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
-        for logger in extra:
-            logger.log_hyperparams(config)
-        measured = sizes(module, data.input_shape)
-        hardware.compile_networks(config, module)
-        log.info("%s", opening_line(config, measured, data))
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
-        facts = {**about["data"], "sizes": data.sizes}
-        used = {"protocol": {**protocol, "epochs": config["recipe"]["epochs"]}}
-        outcome = {"data": facts, **used, **close(config, run_dir, trainer, module, data, hooks[0])}
-        outcome["processes"] = distributed.world_size()
-        networks = {"student": module.student, "teacher": module.teacher}
-        for role, size in measured.items():
-            speed = {} if module.sharded else {"latency_ms": latency_ms(networks[role], data.input_shape)}
-            outcome[role] = {**outcome.get(role, {}), **size, **speed}
-        log.info("%s", five_lines(outcome, run_dir))
-        return outcome
-    finally:
-        status = "failed" if outcome is None else "finished"
-        loggers.finish_wandb(extra, {**record.read(run_dir), **(outcome or {}), "status": status} if extra else {})
+    own = [loggers.csv_logger(run_dir, done)] if first else []
+    trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
+    for logger in extra:
+        logger.log_hyperparams(config)
+    measured = sizes(module, data.input_shape)
+    hardware.compile_networks(config, module)
+    log.info("%s", opening_line(config, measured, data))
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
+    facts = {**about["data"], "sizes": data.sizes}
+    used = {"protocol": {**protocol, "epochs": config["recipe"]["epochs"]}}
+    outcome: dict[str, Any] = {"data": facts, **used, **close(config, run_dir, trainer, module, data, hooks[0])}
+    outcome["processes"] = distributed.world_size()
+    networks = {"student": module.student, "teacher": module.teacher}
+    for role, size in measured.items():
+        speed = {} if module.sharded else {"latency_ms": latency_ms(networks[role], data.input_shape)}
+        outcome[role] = {**outcome.get(role, {}), **size, **speed}
+    log.info("%s", five_lines(outcome, run_dir))
+    return outcome
 
 
 def quieten() -> None:

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
+from kd import record
 from kd.cluster import WORKER, join, quiet, shared_fate
 from kd.errors import KdError
 from kd.hardware import settings
@@ -231,6 +232,7 @@ def main() -> int:
         from kd.fit import fit
 
         outcome = fit(config, Path(run_dir), checkpoint and Path(checkpoint))
+        _close_loggers(run_dir, {**outcome, "status": "finished"})
         distributed.leave()
         pipe.send({"outcome": {**outcome, "peak_memory_mb": peak_memory()}})
         return 0
@@ -240,8 +242,16 @@ def main() -> int:
         expected = isinstance(error, KdError)
         text = str(error) or type(error).__name__
         pipe.send({"error": text, "expected": expected, "traceback": traceback.format_exc()})
+        _close_loggers(run_dir, {"status": "failed", "error": text})
         sys.stdout.flush()
         os._exit(1)  # a thread or a collective that hangs must not keep the others waiting
+
+
+def _close_loggers(run_dir: str, ending: dict[str, Any]) -> None:
+    """W&B runs belong to the process that opened them; the parent writes the record."""
+    loggers = sys.modules.get("kd.loggers")
+    if loggers is not None:
+        loggers.finish_wandb({**record.read(run_dir), **ending})
 
 
 def _end_with_parent() -> None:

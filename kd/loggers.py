@@ -106,12 +106,24 @@ def report_row(result: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def finish_wandb(loggers: Sequence[Any], result: Mapping[str, Any]) -> None:
-    """Write the report row as the summary and close the run: jobs of one process must not share it."""
-    from lightning.pytorch.loggers import WandbLogger
+def finish_wandb(result: Mapping[str, Any]) -> None:
+    """Write the report row of the record as the summary, and close what :func:`opened` was told of: one run a process.
 
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and logger._experiment is not None:
-            run, logger._experiment = logger._experiment, None
+    Called after the record is on disk, whatever a server does.
+    """
+    while _OPEN:
+        logger = _OPEN.pop()
+        run, logger._experiment = logger._experiment, None
+        if run is not None:
             failed = result["status"] != "finished"
             wandb_run.close_run(run, Path(logger.save_dir or "."), report_row(result), exit_code=int(failed))
+
+
+def opened(loggers: Sequence[Any]) -> None:
+    """Remember the W&B loggers of this process, so that whoever has the record at the end can close them."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    _OPEN.extend(logger for logger in loggers if isinstance(logger, WandbLogger))
+
+
+_OPEN: list[Any] = []

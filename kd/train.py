@@ -95,8 +95,15 @@ def train(
         result.setdefault("peak_memory_mb", peak_memory())
         result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         record.write(run_dir, result)
+        _close_loggers(result)
         _stop_logging(handlers)
     return result
+
+
+def _close_loggers(result: dict[str, Any]) -> None:
+    loggers = sys.modules.get("kd.loggers")  # not imported: nothing was opened in this process
+    if loggers is not None:
+        loggers.finish_wandb(result)
 
 
 def _refuse_to_overwrite(run_dir: Path) -> None:
