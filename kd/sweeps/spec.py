@@ -254,9 +254,8 @@ def _check(study: Study) -> None:
         raise KdError(f"{study.folder}: epoch = {study.epoch} is not allowed: it must be {' or '.join(EPOCHS)}")
     for name in study.rows:
         if not ROW_NAME.fullmatch(name) or name == graph.SEED:
-            raise KdError(
-                f"{study.folder}: {name} cannot be the name of a row: letters, digits, dots, - and _ only, not {graph.SEED}"
-            )
+            allowed = f"letters, digits, dots, - and _ only, not {graph.SEED}"
+            raise KdError(f"{study.folder}: {name} cannot be the name of a row: {allowed}")
     used = [
         r for row in study.rows.values() for r in (row.teacher, row.alone, *(r for r, _ in graph.references(row))) if r
     ]

@@ -12,7 +12,7 @@ from kd.errors import KdError, near
 from kd.report.frame import check_protocol, finished, of_study, read_results, write_results
 from kd.report.main import say
 from kd.report.report import Report, build
-from kd.sweeps import evaluations, graph, spec
+from kd.sweeps import estimate, evaluations, graph, spec
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.manifest import Job
 from kd.sweeps.spec import Row, Study
@@ -36,8 +36,6 @@ def sweep(
     if kept.is_file():
         read_results(kept, spec.load(name))  # of another protocol: not found out after hours
     if dry_run:
-        from kd.sweeps import estimate
-
         estimate.show(engine, study, jobs)
         return []
     print(f"study {study.name}: {len(jobs)} runs in {engine.directory}", flush=True)
