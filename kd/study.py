@@ -43,7 +43,10 @@ def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", default=None)
     parser.add_argument("--dry-run", action="store_true")
-    given, rest = parser.parse_known_args(list(argv))
+    try:
+        given, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise KdError(f"kd study does not understand this: {error}") from None
     unknown = [a for a in rest if a.startswith("-")]
     if unknown:
         raise KdError(f"{unknown[0]} is not understood: kd study takes --only, --seeds, --dry-run and KEY=VALUE")

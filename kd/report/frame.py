@@ -119,9 +119,10 @@ def read_evaluations(run_dir: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if all(set(entry) == {"made", "metrics"} for entry in content.values()):
+        numbers = [v for entry in content.values() for v in entry["metrics"].values()]
+        if all(isinstance(v, (int, float)) for v in numbers) and all("made" in entry for entry in content.values()):
             return content
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise KdError(f"{file} cannot be read: it is not what kd writes")
 

@@ -34,7 +34,7 @@ class Row:
     """
 
     name: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
     label: str = ""
     seeds: tuple[int, ...] = ()
     teacher: str | None = None
