@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.config import CONF, flat
 from kd.errors import near
 
+EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launchers that come with an extra
 KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 """The exceptions that :func:`explain` can say in a sentence."""
 
@@ -64,6 +65,8 @@ def _missing_file(text: str) -> str:
         return f"there is no configuration file {found[2]}.yaml"
     if not options:
         return f"{group}={option} does not exist: there is no group {group}"
+    if group == "hydra/launcher" and option in EXTRAS:
+        return f"{group}={option} needs a package that is not installed: pip install 'kd[{EXTRAS[option]}]'"
     hint = near(option, options)
     return f"{group}={option} does not exist{hint}; options of {group}: {', '.join(options)}"
 

@@ -1,0 +1,77 @@
+"""The launchers of other packages: jobs through submitit, here and on a Slurm that is made of scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra.errors import MissingConfigException
+
+from kd.explain import explain
+from tests.sweeps.slurm import FakeSlurm, wait_for
+
+TINY = ["data=fake", "data.train_images=64", "protocol.val_every=1", "hardware=cpu", "hydra.sweep.dir=runs/sweep"]
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "kd.cli", "train", "-m", *TINY, *arguments]
+    env = {**os.environ, "WANDB_MODE": "offline", **environment}
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def result(folder: Path, job: str) -> dict:
+    return json.loads((folder / "runs" / "sweep" / job / "result.json").read_text())
+
+
+def test_jobs_through_submitit(tmp_path: Path) -> None:
+    sweep = start(tmp_path, "hydra/launcher=submitit_local", "recipe.epochs=1", "recipe.optimizer.lr=0.01,1e30")
+    out, err = sweep.communicate(timeout=300)
+    assert sweep.returncode == 1, err
+    assert "2 jobs, best first" in out
+    assert "lr=1e+30: failed: the student" in err
+    assert result(tmp_path, "lr-0.01")["status"] == "finished"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[FakeSlurm]:
+    made = FakeSlurm(tmp_path)
+    yield made
+    made.stop()
+
+
+def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path: Path, slurm: FakeSlurm) -> None:
+    sweep = start(
+        tmp_path,
+        *("hydra/launcher=slurm", "hydra.launcher.partition=small", "hydra.launcher.gpus_per_node=null"),
+        *("recipe.epochs=400", "seed=0,1"),
+        **slurm.environment,
+    )
+    runs = tmp_path / "runs" / "sweep"
+    wait_for(lambda: (runs / "seed-0" / "checkpoints" / "last.ckpt").exists() or sweep.poll() is not None)
+    assert sweep.poll() is None, sweep.communicate()
+    slurm.preempt("1000_0")
+    out, err = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, err
+    assert slurm.requeued() == ["1000_0"]
+    assert "2 jobs, best first" in out
+
+    script = (slurm.state / "1000.sh").read_text()
+    for wanted in ("--array=0-1%2", "--partition=small", "--time=720", "--signal=USR2@120", "--cpus-per-task=8"):
+        assert f"#SBATCH {wanted}" in script
+    first = result(tmp_path, "seed-0")
+    assert first["status"] == "finished"
+    epochs = [line.split(",")[0] for line in (runs / "seed-0" / "metrics.csv").read_text().splitlines()[1:]]
+    assert len(set(epochs)) == 401  # none is missing; the last line is of the test
+    log = (runs / "seed-0" / "train.log").read_text()
+    assert log.count("epoch 1/400") == 1, "it went on, it did not begin again"
+
+
+@pytest.mark.parametrize(("launcher", "extra"), [("submitit_slurm", "slurm"), ("ray", "ray")])
+def test_a_launcher_that_is_not_installed_says_how(launcher: str, extra: str) -> None:
+    missing = MissingConfigException(f"In 'train': Could not find 'hydra/launcher/{launcher}'", launcher)
+    assert explain(missing).endswith(f"pip install 'kd[{extra}]'")
