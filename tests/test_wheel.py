@@ -66,7 +66,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def test_the_wheel_holds_every_conf_file(installed) -> None:
     names = set(ZipFile(installed.wheel).namelist())
     assert {f"kd/{file}" for file in CONF_FILES} <= names
-    assert {"kd/report/report.html.j2", "kd/report/report.md.j2"} <= names
+    assert {"kd/report/report.html.j2", "kd/report/report.md.j2", "hydra_plugins/kd/__init__.py"} <= names
     assert not [n for n in names if n.startswith(("tests/", "conf/", "experiments/")) or n.endswith(".pyc")]
 
 
@@ -82,4 +82,11 @@ def test_the_command_helps_and_composes_from_another_directory(installed) -> Non
     printed = shell(installed.bin / "kd", "train", "--cfg", "job", "loss=[ce,kd]", cwd=installed.elsewhere)
     assert "_target_: kd.losses.logits.kd.KnowledgeDistillation" in printed
     assert "epochs: 30" in printed
+    assert not list(installed.elsewhere.iterdir())
+
+
+def test_a_sweep_from_another_directory(installed, tmp_path) -> None:
+    tiny = ["data=fake", "data.train_images=64", "recipe.epochs=1", "hardware=cpu", f"hydra.sweep.dir={tmp_path}/sweep"]
+    said = shell(installed.bin / "kd", "train", "-m", "seed=0,1", *tiny, cwd=installed.elsewhere)
+    assert "2 jobs, best first" in said
     assert not list(installed.elsewhere.iterdir())

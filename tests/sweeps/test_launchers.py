@@ -75,3 +75,14 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path: Path, slurm: Fake
 def test_a_launcher_that_is_not_installed_says_how(launcher: str, extra: str) -> None:
     missing = MissingConfigException(f"In 'train': Could not find 'hydra/launcher/{launcher}'", launcher)
     assert explain(missing).endswith(f"pip install 'kd[{extra}]'")
+
+
+def test_jobs_through_ray(tmp_path: Path) -> None:
+    pytest.importorskip(
+        "ray", reason="hydra/launcher=ray needs pip install 'kd[ray]' (large: not among the dev packages)"
+    )
+    sweep = start(tmp_path, "hydra/launcher=ray", "recipe.epochs=1", "recipe.optimizer.lr=0.01,1e30")
+    _, err = sweep.communicate(timeout=300)
+    assert sweep.returncode == 1
+    assert "lr=1e+30: failed: the student" in err
+    assert result(tmp_path, "lr-0.01")["status"] == "finished"
