@@ -1,4 +1,4 @@
-"""Every study of ``experiments/`` can be run: its rows compose and build; and what its README says is what it measured."""
+"""Every study of ``experiments/`` composes and builds, and its README says what its results hold."""
 
 from __future__ import annotations
 
