@@ -204,11 +204,14 @@ def _published(study: Study, frame: pd.DataFrame) -> Section | None:
     given = study.published
     before = [f"Source: {given.source}", f"Their protocol: {given.protocol}"]
     before += [given.note] if given.note else []
-    comparable = (
-        "Data, models and recipe are the paper's." if given.comparable else "Not the paper's data, models or recipe: "
-    )
+    if not grid.rows:  # the paper says it in words only
+        return Section("Published", before=before)
+    comparable = "Data, models and recipe are the paper's."
     if not given.comparable:
-        comparable += "the numbers stand side by side, but one cannot confirm or refute the other."
+        comparable = (
+            "Not the paper's data, models or recipe: the numbers stand side by side, but one cannot confirm or refute "
+            "the other."
+        )
     return Section("Published beside measured", before=before, grids=[grid], notes=[comparable])
 
 
