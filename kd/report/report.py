@@ -104,8 +104,8 @@ LINES = (
 )
 MAP = "Means over seeds; lighter is better. The frame is around the best of each line."
 PARETO = (
-    "Means over seeds. No other row is both better and cheaper than those on the orange line. Latency: one image on the "
-    "machine that trained, the median over all runs of the same network; noisy."
+    "Means over seeds. No other row is both better and cheaper than those on the orange line. Latency: one image on "
+    "the machine that trained, the median over all runs of the same network; noisy."
 )
 CURVES = (
     "Mean over seeds; the band goes from the lowest to the highest seed. The vertical axis begins at the lowest value "

@@ -101,7 +101,6 @@ def test_rows_of_one_network_cost_the_same(study, found) -> None:
     assert len(costs) > len(set(sizes)) == len(set(costs.values()))
 
 
-
 def test_learning_curves_end_before_the_test_rows(study, runs, found) -> None:
     axes = curves.learning(study, found, runs).axes[0]
     assert texts(axes) == ["teacher", "student alone", "soft targets, T = 4", "soft targets of another image"]
