@@ -45,12 +45,17 @@ class Compared:
         return f" {unit}" if unit else ""
 
     @property
+    def title(self) -> str:
+        """Its name in the study, which tells it from others of the same rows, and the rows."""
+        return f"{self.comparison.name}: {self.label}"
+
+    @property
     def sentence(self) -> str:
         """The estimate with its interval."""
         found, bounds = self.interval, self.interval.headline
         if np.isnan(found.estimate):
-            return f"{self.label}: {found.note}"
-        text = f"{self.label}: {self.show(found.estimate)}{self.unit}"
+            return f"{self.title}: {found.note}"
+        text = f"{self.title}: {self.show(found.estimate)}{self.unit}"
         if bounds is None:
             return f"{text} ({found.note})"
         note = f"; {found.note}" if found.note else ""

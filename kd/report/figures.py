@@ -259,12 +259,17 @@ def pareto(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None
 
 
 def _points(study: Study, frame: pd.DataFrame, measure: Measure, cost: str) -> list[tuple[str, float, float, str]]:
-    """Label, median cost, mean value and colour of every row that has both."""
+    """Label, cost, mean value and colour of every row that has both.
+
+    The cost is the median over all runs of the same network: rows that train the same one cannot differ in it.
+    """
     if cost not in frame:
         return []
+    networks = [frame[c] for c in ("student/parameters", "student/macs") if c in frame]
+    pooled = frame.assign(**{cost: frame.groupby(networks)[cost].transform("median")}) if networks else frame
     points = []
     for name in study.rows:
-        found, paid = values(frame, name, measure.column), values(frame, name, cost)
+        found, paid = values(frame, name, measure.column), values(pooled, name, cost)
         if len(found) and len(paid):
             value = float(measure.scale * found.mean())
             points.append((label_of(study, name), float(paid.median()), value, _role(study, name)))

@@ -104,8 +104,8 @@ LINES = (
 )
 MAP = "Means over seeds; lighter is better. The frame is around the best of each line."
 PARETO = (
-    "Means over seeds. No other row is both better and cheaper than those on the orange line. Latency is the median of "
-    "30 passes of one image on the machine that trained: noisy."
+    "Means over seeds. No other row is both better and cheaper than those on the orange line. Latency: one image on "
+    "the machine that trained, the median over all runs of the same network; noisy."
 )
 CURVES = (
     "Mean over seeds; the band goes from the lowest to the highest seed. The vertical axis begins at the lowest value "
@@ -204,11 +204,14 @@ def _published(study: Study, frame: pd.DataFrame) -> Section | None:
     given = study.published
     before = [f"Source: {given.source}", f"Their protocol: {given.protocol}"]
     before += [given.note] if given.note else []
-    comparable = (
-        "Data, models and recipe are the paper's." if given.comparable else "Not the paper's data, models or recipe: "
-    )
+    if not grid.rows:  # the paper says it in words only
+        return Section("Published", before=before)
+    comparable = "Data, models and recipe are the paper's."
     if not given.comparable:
-        comparable += "the numbers stand side by side, but one cannot confirm or refute the other."
+        comparable = (
+            "Not the paper's data, models or recipe: the numbers stand side by side, but one cannot confirm or refute "
+            "the other."
+        )
     return Section("Published beside measured", before=before, grids=[grid], notes=[comparable])
 
 

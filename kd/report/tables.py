@@ -167,7 +167,7 @@ def comparison_grid(compared: Mapping[str, Compared]) -> Grid:
         estimate = NOTHING if np.isnan(interval.estimate) else f"{found.show(interval.estimate)}{found.unit}"
         rows.append(
             (
-                f"{found.label} ({interval.note})" if interval.note else found.label,
+                f"{found.title} ({interval.note})" if interval.note else found.title,
                 found.measure.title if not found.measure.epoch else f"{found.measure.title}, {found.measure.epoch}",
                 str(interval.n),
                 estimate,
@@ -190,7 +190,7 @@ def image_grid(compared: Mapping[str, Compared]) -> Grid | None:
             bounds = f"{accuracy.change(i.low)} to {accuracy.change(i.high)}"
             images = f"{i.images:,} × {i.seeds}"
             estimate = f"{accuracy.change(i.estimate)} points"
-            rows.append((found.label, images, estimate, bounds, f"{i.only_row:,}", f"{i.only_than:,}", p_value(i.p)))
+            rows.append((found.title, images, estimate, bounds, f"{i.only_row:,}", f"{i.only_than:,}", p_value(i.p)))
     head = (
         "",
         "images × seeds",

@@ -122,7 +122,7 @@ def test_a_condition(condition, bounds, state) -> None:
 def test_the_reason_is_a_sentence() -> None:
     _, said = claims.judge(Condition("c", above=0.005), compared(0.01, 0.03))
     assert said.replace("\u00a0", " ") == (
-        "“A” − “B”: +2.00 points, 95 % interval +1.00 to +3.00 (Student's t, 5 seeds). "
+        "c: “A” − “B”: +2.00 points, 95 % interval +1.00 to +3.00 (Student's t, 5 seeds). "
         "It had to be above +0.50, and all of the interval is."
     )
 

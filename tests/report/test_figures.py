@@ -94,6 +94,13 @@ def test_the_pareto_front(study, found) -> None:
     assert figures.pareto(small, found, ACC) is None
 
 
+def test_rows_of_one_network_cost_the_same(study, found) -> None:
+    points = figures._points(study, found, ACC, "student/latency_ms")
+    costs = {label: cost for label, cost, _, _ in points}
+    sizes = found.groupby("row")["student/parameters"].first()
+    assert len(costs) > len(set(sizes)) == len(set(costs.values()))
+
+
 def test_learning_curves_end_before_the_test_rows(study, runs, found) -> None:
     axes = curves.learning(study, found, runs).axes[0]
     assert texts(axes) == ["teacher", "student alone", "soft targets, T = 4", "soft targets of another image"]

@@ -18,7 +18,7 @@ from kd.report.page import markdown
 from kd.report.tables import Grid
 from kd.sweeps import manifest
 from kd.sweeps.manifest import Job, Manifest
-from kd.sweeps.spec import Comparison, Condition
+from kd.sweeps.spec import Comparison, Condition, Published
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -107,6 +107,14 @@ def test_the_same_runs_give_the_same_page(small, runs, tmp_path) -> None:
     found = frame.of_study(small, runs)
     pages = [report.build(small, found, runs, tmp_path / name).paths["md"].read_text() for name in ("a", "b")]
     assert pages[0] == pages[1]
+
+
+def test_a_paper_without_numbers_has_no_table(small, runs, tmp_path) -> None:
+    words = replace(small, published=Published("a paper", "in words only", {}))
+    page = report.build(words, frame.of_study(small, runs), runs, tmp_path).paths["md"].read_text()
+    section = page.split("## Published\n")[1].split("## ")[0]
+    assert "in words only" in section
+    assert "|" not in section
 
 
 def test_one_seed_says_that_it_has_no_interval(small, runs, tmp_path) -> None:

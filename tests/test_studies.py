@@ -1,0 +1,113 @@
+"""Every study of ``experiments/`` composes and builds, and its README says what its results hold."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd import app
+from kd.config import CONF
+from kd.report.frame import finished, read_results
+from kd.report.report import build
+from kd.sweeps import spec
+from kd.sweeps.engine import refuse_twins
+from kd.sweeps.study import RESULTS, plan
+
+EXPERIMENTS = CONF.parent / "experiments"
+STUDIES = sorted(file.parent.name for file in EXPERIMENTS.glob(f"*/{spec.STUDY}"))
+MEASURED = [name for name in STUDIES if (EXPERIMENTS / name / RESULTS).is_file()]
+
+
+def configs_of(study: spec.Study, directory: Path) -> dict[str, dict[str, Any]]:
+    """The checked config of the first run of every row; what they read lies in ``directory``, which does not exist."""
+    jobs = {job.name: job for job in plan(study, directory, (), None, ())}
+    firsts = {name: f"{name}/seed{row.seeds[0]}" for name, row in study.rows.items()}
+    return {name: app.checked(jobs[first].overrides) for name, first in firsts.items()}
+
+
+def rows_read(checkpoint: Any, directory: Path) -> list[str]:
+    """The rows whose run directories are named as a checkpoint."""
+    given = checkpoint if isinstance(checkpoint, (list, tuple)) else [checkpoint]
+    return [Path(path).relative_to(directory).parts[0] for path in given if path is not None]
+
+
+def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A few images of the shape and classes of a data set, which need not be there, under the same options."""
+    from kd import build
+    from kd.data.base import DataModule
+
+    data = build.make(node, "data")
+    common = {key: node[key] for key in inspect.signature(DataModule.__init__).parameters if key in node}
+    few = {"train_size": None, "label_fraction": 1.0, "batch_size": 8, "val_fraction": 0.1}
+    return {**common, **few, "_target_": "kd.data.fake.Fake", "shape": list(data.input_shape),
+            "num_classes": data.num_classes, "train_images": 4 * data.num_classes, "test_images": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_row_builds(name: str, tmp_path: Path) -> None:
+    """With the student, the terms and, in place of another row's run, that row's network as the teacher."""
+    from kd import build
+
+    study = spec.load(EXPERIMENTS / name)
+    configs = configs_of(study, tmp_path)
+    refuse_twins(configs)
+    built: set[str] = set()
+    for row, config in configs.items():
+        read = rows_read(config["teacher"]["checkpoint"], tmp_path)
+        models = [configs[other]["student"]["model"] for other in read]
+        given = {"model": models[0] if len(models) == 1 else models, "checkpoint": None, "allow_random": True}
+        config["data"] = made_up(config["data"])
+        config["teacher"] = {**config["teacher"], **(given if read else {})}
+        config["student"] = {**config["student"], "checkpoint": None}
+        same = repr({key: config[key] for key in ("data", "student", "teacher", "loss", "distiller", "task")})
+        if same in built:  # another recipe or seed of a row before
+            continue
+        built.add(same)
+        module = build.distiller(config, build.datamodule(config))
+        assert list(module.objective.terms) == [term for term, node in config["loss"].items() if node is not None], row
+        assert (module.teacher is None) <= (not read), f"{row}: a teacher is named and not used"
+
+
+# ---------------------------------------------------------------------- what was measured
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_readme_says_what_was_measured(name: str, tmp_path: Path) -> None:
+    """The verdict, and every line of its tables, are those of the report that ``results.csv`` gives."""
+    study = spec.load(EXPERIMENTS / name)
+    frame = read_results(study.folder / RESULTS, study)
+    lacking = {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
+    assert lacking <= set(finished(frame)[["row", "seed"]].itertuples(index=False, name=None))
+    report = build(study, frame, None, tmp_path)
+    readme = (study.folder / "README.md").read_text(encoding="utf-8")
+    assert f"kd study {name}" in readme
+    assert report.verdict in readme
+    tables = list(tables_of(report.paths["md"].read_text(encoding="utf-8")))
+    shown = list(tables_of(readme))
+    assert shown, "the README has no table"
+    for lines in shown:
+        for line in lines:
+            assert any(line.items() <= other.items() for table in tables for other in table), (
+                f"not in the report: {line}"
+            )
+
+
+def tables_of(text: str) -> Iterator[list[dict[str, str]]]:
+    """The Markdown tables of a text, each row as head → cell, without the bold."""
+    head: list[str] | None = None
+    rows: list[dict[str, str]] = []
+    for line in [*text.splitlines(), ""]:
+        if not line.startswith("|"):
+            if head is not None:
+                yield rows
+            head, rows = None, []
+            continue
+        cells = [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
+        if head is None:
+            head = cells
+        elif not all(set(cell) <= set(":- ") for cell in cells):
+            rows.append(dict(zip(head, cells, strict=True)))
