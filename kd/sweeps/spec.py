@@ -28,13 +28,14 @@ class Row:
 
     ``overrides`` may name the run directory of another row, ``teacher.checkpoint={teacher}``: that row's run of the
     same seed, or its only one; ``{teacher@0}`` is the run of seed 0. Such rows are trained first. ``{seed}`` is the
-    seed itself. ``teacher``, ``alone``: the rows that the gap is measured against.
+    seed itself; ``seed=10{seed}`` starts from other initial weights than the rows beside it, as a student must that is
+    the network of its teacher. ``teacher``, ``alone``: the rows that the gap is measured against.
     In the file a row may have a ``grid`` of variables, ``{width: [30, 300]}``: one row for each combination, with
     ``{width}`` replaced in its name and all its texts.
     """
 
     name: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
     label: str = ""
     seeds: tuple[int, ...] = ()
     teacher: str | None = None
@@ -230,8 +231,10 @@ def _named(kind: Any, node: Mapping[str, Any], key: str, folder: Path) -> dict[s
 def _yaml(file: Path) -> dict[str, Any]:
     try:
         node = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        raise KdError(f"{file} cannot be read: it is not valid YAML") from None
+    except (OSError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise KdError(f"{file} cannot be read: it is not valid YAML{line}") from None
     if not isinstance(node, dict):
         raise KdError(f"{file} is not a mapping of keys to values")
     return node
