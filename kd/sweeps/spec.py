@@ -209,7 +209,8 @@ def _lines(rows: Any, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield str(name), line
             continue
         for values in _combinations(grid, str(name), folder):
-            yield _filled(str(name), values), {**_filled(line, values), "values": values}
+            own = {**(line.get("values") or {}), **values}
+            yield _filled(str(name), values), {**_filled(line, values), "values": own}
 
 
 def _combinations(grid: Any, name: str, folder: Path) -> Iterator[dict[str, Any]]:
