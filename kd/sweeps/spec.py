@@ -28,9 +28,10 @@ class Row:
 
     ``overrides`` may name the run directory of another row, ``teacher.checkpoint={teacher}``: that row's run of the
     same seed, or its only one; ``{teacher@0}`` is the run of seed 0. Such rows are trained first. ``{seed}`` is the
-    seed itself. ``teacher``, ``alone``: the rows that the gap is measured against.
+    seed itself; ``seed=10{seed}`` starts from other initial weights than the rows beside it, as a student must that is
+    the network of its teacher. ``teacher``, ``alone``: the rows that the gap is measured against.
     In the file a row may have a ``grid`` of variables, ``{width: [30, 300]}``: one row for each combination, with
-    ``{width}`` replaced in its name and all its texts.
+    ``{width}`` replaced in its name and all its texts; or a list of grids, where not everything goes with everything.
     """
 
     name: str
@@ -207,11 +208,19 @@ def _lines(rows: Any, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if grid is None:
             yield str(name), line
             continue
-        if not isinstance(grid, Mapping) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
-            raise KdError(f"{folder}: the grid of {name} must give each variable a list of values")
-        for combination in itertools.product(*grid.values()):
-            values = dict(zip(map(str, grid), combination, strict=True))
-            yield _filled(str(name), values), {**_filled(line, values), "values": values}
+        for values in _combinations(grid, str(name), folder):
+            own = {**(line.get("values") or {}), **values}
+            yield _filled(str(name), values), {**_filled(line, values), "values": own}
+
+
+def _combinations(grid: Any, name: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """The values of a grid, one after another; those of a list of grids likewise."""
+    for part in grid if isinstance(grid, list) and grid else [grid]:
+        if not isinstance(part, Mapping) or not part or [] in part.values():
+            raise KdError(f"{folder}: the grid of {name} must give each variable a value or a list of values")
+        lists = [v if isinstance(v, list) else [v] for v in part.values()]
+        for combination in itertools.product(*lists):
+            yield dict(zip(map(str, part), combination, strict=True))
 
 
 def _filled(node: Any, values: Mapping[str, Any]) -> Any:
@@ -230,8 +239,10 @@ def _named(kind: Any, node: Mapping[str, Any], key: str, folder: Path) -> dict[s
 def _yaml(file: Path) -> dict[str, Any]:
     try:
         node = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        raise KdError(f"{file} cannot be read: it is not valid YAML") from None
+    except (OSError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise KdError(f"{file} cannot be read: it is not valid YAML{line}") from None
     if not isinstance(node, dict):
         raise KdError(f"{file} is not a mapping of keys to values")
     return node

@@ -56,7 +56,8 @@ def plan(
         name = f"{row.name}/seed{seed}"
         if name not in jobs:
             after = dict.fromkeys(add(study.rows[other], number) for other, number in graph.needs(study, row, seed))
-            overrides = [*graph.resolved(study, row, seed, directory), *arguments, f"seed={seed}", f"name={row.name}"]
+            own = graph.resolved(study, row, seed, directory)  # after seed=: a row's own seed=10{seed} wins
+            overrides = [f"seed={seed}", *own, *arguments, f"name={row.name}"]
             jobs[name] = Job(name, f"{row.name} seed={seed}", tuple(overrides), tuple(after))
         return name
 
