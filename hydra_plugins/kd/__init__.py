@@ -77,3 +77,16 @@ class OptunaSweeper(_KdSweeper):
 
         settings = OmegaConf.to_container(OmegaConf.create(self.settings), resolve=True)
         return search(self.engine, arguments, Settings(**{k: v for k, v in settings.items() if v is not None}))
+
+
+class StudySweeper(_KdSweeper):
+    """The rows of a study; ``hydra/sweeper=study``, see ``kd study --help``."""
+
+    def __init__(self, name: str, only: Sequence[str] = (), seeds: Sequence[int] | None = None, dry_run: bool = False):
+        self.name, self.only, self.seeds, self.dry_run = name, list(only), seeds and list(seeds), dry_run
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Plan, run what is missing, evaluate, report."""
+        from kd.sweeps.study import sweep
+
+        return sweep(self.engine, self.name, self.only, self.seeds, self.dry_run, arguments)

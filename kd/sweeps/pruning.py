@@ -16,6 +16,7 @@ from kd.sweeps.storage import installed, job_of, opened, pruner, read_settings
 
 log = logging.getLogger(__name__)
 
+
 class StopWhenPruned(Callback):
     """Reports ``measure`` at every validation to ``trial``; stops the run when the pruner says so.
 
