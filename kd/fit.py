@@ -15,10 +15,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, distributed, hardware, loggers, weights
+from kd import build, callbacks, distributed, hardware, loggers, pruning, weights
 from kd.distiller import Distiller
 from kd.errors import KdError
-from kd.sweeps import pruning
 
 log = logging.getLogger(__name__)
 

@@ -73,10 +73,11 @@ class OptunaSweeper(_KdSweeper):
         """Run trials until there are enough, print the table."""
         from omegaconf import OmegaConf
 
-        from kd.sweeps.optuna import Settings, search
+        from kd.sweeps.options import Settings
+        from kd.sweeps.optuna import search
 
-        settings = OmegaConf.to_container(OmegaConf.create(self.settings), resolve=True)
-        return search(self.engine, arguments, Settings(**{k: v for k, v in settings.items() if v is not None}))
+        settings: Any = OmegaConf.to_container(OmegaConf.create(self.settings), resolve=True)
+        return search(self.engine, arguments, Settings(**settings))
 
 
 class StudySweeper(_KdSweeper):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from kd.sweeps.grid import axis, short_names
 
 @dataclass(frozen=True)
 class Space:
-    """``fixed``: overrides of every trial; ``axes``: key → Optuna distribution; ``spelling``: key → what was written."""
+    """``fixed``: overrides of every trial; ``axes``: key → Optuna's distribution; ``spelling``: key → as written."""
 
     fixed: tuple[str, ...]
     axes: Mapping[str, Any]
@@ -81,18 +82,20 @@ def _axis(override: Override) -> Any:
         raise KdError(f"{line}: the tag log goes with an interval: tag(log, interval(LOW, HIGH))")
     if isinstance(sweep, IntervalSweep):
         low, high = sweep.start, sweep.end
-        if low is None or high is None or not low < high:
-            raise KdError(f"{line}: the first number of an interval must be below the second")
+        if low is None or high is None or not -math.inf < low < high < math.inf:
+            raise KdError(f"{line}: the first number of an interval must be below the second, and both finite")
         if tags and not low > 0:
             raise KdError(f"{line}: a logarithmic interval must begin above 0")
-        whole = isinstance(low, int) and isinstance(high, int)  # int(interval(1, 8))
-        return (IntDistribution if whole else FloatDistribution)(low, high, log=bool(tags))
+        if isinstance(low, int) and isinstance(high, int):  # int(interval(1, 8))
+            return IntDistribution(low, high, log=bool(tags))
+        return FloatDistribution(low, high, log=bool(tags))
     if isinstance(sweep, RangeSweep):
         values = sorted(sweep.range())
         if not values:
             raise KdError(f"{line} is a sweep over nothing")
-        step = abs(sweep.step)
+        step, low = abs(sweep.step), values[0]
         if all(isinstance(v, int) for v in values):
-            return IntDistribution(values[0], values[-1], step=int(step))
-        return FloatDistribution(values[0], values[-1], step=float(step))
+            return IntDistribution(int(low), int(values[-1]), step=int(step))
+        high = round(low + step * (len(values) - 1), 12)  # the sum of the steps may end below the last number
+        return FloatDistribution(low, high, step=step)
     return CategoricalDistribution([v or "" for v in axis(override)[1]])

@@ -1,4 +1,8 @@
-"""Stops a trial of a search that will not win. The run's config knows nothing of it: its directory tells."""
+"""Stops a trial of a search that will not win. The run's config knows nothing of it: its directory tells.
+
+The callback of optuna-integration wants the trial in the process that trains: here it is in the parent, and the run may
+be on another machine.
+"""
 
 from __future__ import annotations
 
