@@ -44,8 +44,8 @@ class Settings:
         self._check_made("pruner", {**storage.PRUNERS, "null": None})
         if self.storage is not None and "://" not in str(self.storage):
             raise KdError(
-                f"hydra.sweeper.storage = {self.storage} is not allowed: it must be a URL, sqlite:///{self.storage} for "
-                "that file, or null"
+                f"hydra.sweeper.storage = {self.storage} is not allowed: it must be a URL, for that file "
+                f"sqlite:///{self.storage}, or null"
             )
 
     def _check_made(self, name: str, known: Mapping[str, Any]) -> None:

@@ -69,15 +69,15 @@ class Search:
     def _refuse_another(self) -> None:
         """``KdError`` when the storage holds another search of this name; else remember what this one is."""
         directory, where = self.engine.directory, self.space
-        plan = {"space": dict(where.spelling), "fixed": list(where.fixed), "objectives": list(self.objectives)}
+        plan = {"fixed": list(where.fixed), "space": [*where.spelling.values()], "objectives": [*self.objectives]}
         there = self.study.user_attrs.get("plan")
         if there is None:
             self.study.set_user_attr("plan", plan)
         elif there != plan:
-            old, new = ([*p["fixed"], *p["space"].values(), *p["objectives"]] for p in (there, plan))
-            differ = [" ".join(x for x in a if x not in b) or "less" for a, b in ((old, new), (new, old))]
+            old, new = ([word for words in p.values() for word in words] for p in (there, plan))
+            differ = [f"{w} only there" for w in old if w not in new] + [f"{w} only here" for w in new if w not in old]
             raise KdError(
-                f"{directory} holds another search ({differ[0]} there, {differ[1]} here): choose another "
+                f"{directory} holds another search ({', '.join(differ) or 'in another order'}): choose another "
                 "hydra.sweep.dir"
             )
         for trial in self.trials():
