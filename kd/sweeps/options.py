@@ -113,8 +113,13 @@ def _natural(name: str) -> Direction:
     return "maximize" if name.startswith("val/") and better(name) == "max" else "minimize"
 
 
+def reseeded(node: Mapping[str, Any] | str) -> bool:
+    """Whether a sampler is made anew for each trial: those that keep nothing but random numbers between trials."""
+    return isinstance(node, str) or node["_target_"] in [known["_target_"] for known in SAMPLERS.values()]
+
+
 def sampler(node: Mapping[str, Any] | str, seed: int | None, number: int) -> Any:
-    """The sampler of trial ``number`` by its short name, seeded by both (None: by chance); a node is made as it says.
+    """The sampler of trial ``number``, seeded by both (None: by chance); one not :func:`reseeded` as its node says.
 
     ``KdError`` when it cannot be made.
     """
@@ -123,8 +128,10 @@ def sampler(node: Mapping[str, Any] | str, seed: int | None, number: int) -> Any
 
     from kd import build
 
-    if not isinstance(node, str):
-        torch.set_num_threads(1)  # some compute with torch: the children of a process that has its threads would hang
+    torch.set_num_threads(1)  # some compute with torch: the children of a process that has its threads would hang
+    if not reseeded(node):
         return build.make(node, "hydra.sweeper.sampler")
+    given = SAMPLERS[node] if isinstance(node, str) else node
+    seed = given.get("seed", seed)
     drawn = None if seed is None else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    return build.make(SAMPLERS[node], "hydra.sweeper.sampler", seed=drawn)
+    return build.make(given, "hydra.sweeper.sampler", seed=drawn)

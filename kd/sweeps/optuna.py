@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kd.errors import KdError
-from kd.sweeps import storage
-from kd.sweeps.engine import Engine, Outcome, refuse_twins
+from kd.sweeps import manifest, storage
+from kd.sweeps.engine import Engine, Outcome, refuse_twins, refuse_unbuildable
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.manifest import Job
-from kd.sweeps.options import Direction, Settings, objectives, sampler
+from kd.sweeps.options import Direction, Settings, objectives, reseeded, sampler
 from kd.sweeps.space import Space, space
 from kd.sweeps.state import DONE, FAILED, FINISHED, MISSING, PRUNED, State, look
 from kd.sweeps.storage import job_of
@@ -32,8 +33,12 @@ def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list
     base = _try_out(engine, where)
     measures = objectives(settings, base)
     at_once = _batch(settings.batch, engine, base)
+    chooses = sampler(settings.sampler, settings.seed, 0)
+    url = storage.absolute(settings.storage)
+    if url is not None:
+        storage.opened(engine.directory, url)  # refused before anything is written
     with engine.locked("optuna", engine.directory.name):
-        found = Search(engine, where, measures, settings)
+        found = Search(engine, where, measures, replace(settings, storage=url), chooses)
         found.run(at_once)
         outcomes = found.outcomes()
         found.conclude(outcomes)
@@ -43,27 +48,27 @@ def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list
 class Search:
     """A search in its directory, which the caller has locked."""
 
-    def __init__(self, engine: Engine, where: Space, objectives: Mapping[str, Direction], settings: Settings) -> None:
+    def __init__(
+        self, engine: Engine, where: Space, objectives: Mapping[str, Direction], settings: Settings, chooses: Any
+    ) -> None:
         import optuna
 
         self.engine, self.space, self.objectives, self.settings = engine, where, objectives, settings
         self.states = optuna.trial.TrialState
-        url = storage.absolute(settings.storage)
         storage.mend(engine.directory / storage.JOURNAL)
-        self.sampler = None if isinstance(settings.sampler, str) else sampler(settings.sampler, None, 0)
         self.study = optuna.create_study(
             study_name=engine.directory.name,
-            storage=storage.opened(engine.directory, url),
-            sampler=self.sampler,
+            storage=storage.opened(engine.directory, settings.storage),
+            sampler=chooses,
             directions=[*objectives.values()],
             load_if_exists=True,
         )
         self._refuse_another()
-        if self.sampler is not None and self.study.get_trials(deepcopy=False):
-            self.sampler.reseed_rng()  # else it would draw the numbers of the first trials again
+        if self.trials() and not reseeded(settings.sampler):
+            chooses.reseed_rng()  # else it would draw the numbers of the first trials again
         told = None
         if settings.pruner is not None:
-            told = {"storage": url, "pruner": settings.pruner, "measure": next(iter(objectives))}
+            told = {"storage": settings.storage, "pruner": settings.pruner, "measure": next(iter(objectives))}
         storage.write_settings(engine.directory, told)
 
     def _refuse_another(self) -> None:
@@ -119,7 +124,7 @@ class Search:
     def _ask(self) -> Any:
         """A new trial, which has its directory: one of its own, or that of an earlier trial of the same values."""
         earlier = self.trials()
-        if self.sampler is None:
+        if reseeded(self.settings.sampler):
             self.study.sampler = sampler(self.settings.sampler, self.settings.seed, len(earlier))
         trial = self.study.ask(fixed_distributions=dict(self.space.axes))
         if job_of(trial) is None:
@@ -137,14 +142,20 @@ class Search:
                 continue
             job = Job(name, self.space.label(trial.params), self.space.overrides(trial.params))
             try:  # each axis alone was tried out; together they may still not fit
-                self.engine.compose(job)
+                refuse_unbuildable({name: self.engine.compose(job)}, self.engine.directory)
                 jobs[name] = job
             except KdError as error:
-                leave_a_record(self.engine.directory / name, job.overrides, FAILED, str(error))
+                self._refused(job, str(error))
         if jobs:
             self.engine.run("optuna", self.engine.directory.name, list(jobs.values()))
         for trial in batch:
             self._tell(trial)
+
+    def _refused(self, job: Job, error: str) -> None:
+        directory = self.engine.directory
+        there = manifest.read(directory)
+        manifest.write(directory, replace(there, jobs={**there.jobs, job.name: job}))
+        leave_a_record(directory / job.name, job.overrides, FAILED, error)
 
     def _tell(self, trial: Any) -> None:
         state = self._judged(look(self.engine.directory / str(job_of(trial))))
@@ -215,6 +226,7 @@ def _try_out(engine: Engine, where: Space) -> dict[str, Any]:
     for params in where.corners():
         configs[where.label(params)] = engine.compose(Job("trial", where.label(params), where.overrides(params)))
     refuse_twins(configs)
+    refuse_unbuildable(configs, engine.directory)
     return next(iter(configs.values()))
 
 
