@@ -31,7 +31,9 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
     found = record.read(run_dir)
     try:
         path = (run_dir.resolve().relative_to(base.resolve()) if base else run_dir).as_posix()
-        if "config_hash" not in found:  # a job of a sweep that could not begin
+        if (
+            found["status"] in ("failed", "interrupted") and "config_hash" not in found
+        ):  # a job of a sweep that could not begin
             about = {"seed": seed_told(found["overrides"]), "status": found["status"], "error": found["error"]}
             return {"row": row, **about, "run": path}
         rows = found.get("data", {}).get("sizes", {}).get("test")

@@ -10,7 +10,7 @@ from kd.config import better
 from kd.errors import KdError, near
 from kd.sweeps import pool, storage
 
-SAMPLERS = {
+SAMPLERS: Mapping[str, Mapping[str, Any]] = {
     "tpe": {"_target_": "optuna.samplers.TPESampler"},
     "random": {"_target_": "optuna.samplers.RandomSampler"},
     "nsga2": {"_target_": "optuna.samplers.NSGAIISampler"},
@@ -129,9 +129,9 @@ def sampler(node: Mapping[str, Any] | str, seed: int | None, number: int) -> Any
     from kd import build
 
     torch.set_num_threads(1)  # some compute with torch: the children of a process that has its threads would hang
-    if not reseeded(node):
-        return build.make(node, "hydra.sweeper.sampler")
     given = SAMPLERS[node] if isinstance(node, str) else node
-    seed = given.get("seed", seed)
-    drawn = None if seed is None else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    if not reseeded(node):
+        return build.make(given, "hydra.sweeper.sampler")
+    base = given.get("seed", seed)
+    drawn = None if base is None else int(np.random.SeedSequence([base, number]).generate_state(1)[0])
     return build.make(given, "hydra.sweeper.sampler", seed=drawn)
