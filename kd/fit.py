@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, distributed, hardware, loggers, weights
+from kd import build, callbacks, distributed, hardware, loggers, pruning, weights
 from kd.distiller import Distiller
 from kd.errors import KdError
 
@@ -45,7 +45,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         unread = "no term reads the logits: %s picks no checkpoint, the last epoch is the selected one"
         log.info(unread, protocol["monitor"])
         protocol = {**protocol, "monitor": None, "mode": None}
-    hooks = callbacks.standard(run_dir, protocol, about)
+    stopper = pruning.callback(run_dir)
+    hooks = [*callbacks.standard(run_dir, protocol, about), *([stopper] if stopper else [])]
     first = distributed.rank() == 0
     extra = build.loggers(config, run_dir) if first else []
     own = [loggers.csv_logger(run_dir, done)] if first else []
@@ -56,6 +57,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     hardware.compile_networks(config, module)
     log.info("%s", opening_line(config, measured, data))
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if stopper and stopper.epoch is not None:
+        return stopper.outcome(module.history)
     weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
     facts = {**about["data"], "sizes": data.sizes}
     used = {"protocol": {**protocol, "epochs": config["recipe"]["epochs"]}}

@@ -232,7 +232,7 @@ def main() -> int:
         from kd.fit import fit
 
         outcome = fit(config, Path(run_dir), checkpoint and Path(checkpoint))
-        _close_loggers(run_dir, {**outcome, "status": "finished"})
+        _close_loggers(run_dir, {"status": "finished", **outcome})
         distributed.leave()
         pipe.send({"outcome": {**outcome, "peak_memory_mb": peak_memory()}})
         return 0

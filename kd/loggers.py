@@ -115,7 +115,7 @@ def finish_wandb(result: Mapping[str, Any]) -> None:
         logger = _OPEN.pop()
         run, logger._experiment = logger._experiment, None
         if run is not None:
-            failed = result["status"] != "finished"
+            failed = result["status"] not in ("finished", "pruned")
             wandb_run.close_run(run, Path(logger.save_dir or "."), report_row(result), exit_code=int(failed))
 
 

@@ -81,8 +81,7 @@ def train(
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             record.write_text(run_dir / "config.yaml", text)
         record.write(run_dir, result)
-        result.update(launch.fit(config, run_dir, checkpoint))
-        result["status"] = "finished"
+        result.update({"status": "finished", **launch.fit(config, run_dir, checkpoint)})
     except (KeyboardInterrupt, SystemExit) as error:
         result.update(status="interrupted", error="interrupted")
         raise KeyboardInterrupt from error

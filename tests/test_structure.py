@@ -33,6 +33,9 @@ ALLOWED = {
     "schema": set(),
     "signature": {"signature", "errors"},
     "record": {"record", "errors"},
+    "pruning": {"pruning", "sweeps", "distributed"},  # of the sweeps the next two alone
+    "sweeps/manifest": {"record", "errors"},
+    "sweeps/storage": {"record", "build", "errors"},
     "report": {"report", "sweeps", "record", "errors"},
     "errors": set(),
 }

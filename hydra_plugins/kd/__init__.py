@@ -25,6 +25,12 @@ class LocalLauncher(Launcher):
         """Called by Hydra before :meth:`launch`."""
         self.context, self.task, self.config = hydra_context, task_function, config
 
+    def at_once(self, accelerator: str) -> int:
+        """How many jobs run together on this ``hardware.accelerator``."""
+        from kd.sweeps.local import at_once, gpus
+
+        return at_once(self.n_jobs, self.jobs_per_gpu, accelerator != "cpu" and bool(gpus()))
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run them all; one that fails or is killed does not stop the others."""
         from kd.sweeps.local import launch
@@ -55,6 +61,23 @@ class ResumableSweeper(_KdSweeper):
         from kd.sweeps.grid import sweep
 
         return sweep(self.engine, [*(f"{k}={v}" for k, v in self.params.items()), *arguments])
+
+
+class OptunaSweeper(_KdSweeper):
+    """A search by Optuna for the values that are best on validation. ``hydra/sweeper=optuna``; options: its YAML."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run trials until there are enough, print the table."""
+        from omegaconf import OmegaConf
+
+        from kd.sweeps.options import Settings
+        from kd.sweeps.optuna import search
+
+        settings: Any = OmegaConf.to_container(OmegaConf.create(self.settings), resolve=True)
+        return search(self.engine, arguments, Settings(**settings))
 
 
 class StudySweeper(_KdSweeper):

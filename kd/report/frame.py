@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,23 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
     """
     found = record.read(run_dir)
     try:
+        path = (run_dir.resolve().relative_to(base.resolve()) if base else run_dir).as_posix()
+        if (
+            found["status"] in ("failed", "interrupted") and "config_hash" not in found
+        ):  # a job of a sweep that could not begin
+            about = {"seed": seed_told(found["overrides"]), "status": found["status"], "error": found["error"]}
+            return {"row": row, **about, "run": path}
         rows = found.get("data", {}).get("sizes", {}).get("test")
         numbers = {**_student(found, rows), **_teacher(found), **_evaluations(run_dir, rows)}
-        path = run_dir.resolve().relative_to(base.resolve()) if base else run_dir
-        return {"row": row, **_about(found), "run": path.as_posix(), **numbers}
+        return {"row": row, **_about(found), "run": path, **numbers}
     except (KeyError, TypeError, AttributeError, ValueError):
         raise KdError(f"{run_dir / record.FILE} cannot be read: it is not what kd writes") from None
+
+
+def seed_told(overrides: Sequence[str]) -> int:
+    """The seed among the overrides of a run that has not begun."""
+    given = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("seed=")]
+    return int(given[-1]) if given and given[-1].lstrip("-").isdigit() else 0
 
 
 def _about(found: Mapping[str, Any]) -> dict[str, Any]:

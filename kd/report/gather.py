@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from kd import record
 from kd.errors import KdError
-from kd.report.frame import finished, of_run, table
+from kd.report.frame import finished, of_run, seed_told, table
 from kd.report.measures import Measure
 from kd.sweeps import manifest
 from kd.sweeps.spec import Figure, Row, Study
 
 MEASURE, EPOCH = "test/acc1", "selected"
 SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")  # YAML takes 1e-05 for a word
 PLACES = (
     "hydra.",
     "paths.",
@@ -50,7 +50,7 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
         if (run.run_dir / record.FILE).is_file():
             lines.append(of_run(run.run_dir, row, base))
         else:
-            lines.append({"row": row, "seed": _seed(run.overrides), "status": "missing"})
+            lines.append({"row": row, "seed": seed_told(run.overrides), "status": "missing"})
         seen[row] += 1
     frame = table(lines)
     doubled = frame[frame.duplicated(["row", "seed"])]
@@ -93,8 +93,13 @@ def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:
 
 def of_sweep(directory: Path) -> list[Found]:
     """The jobs of a sweep, also those without a result."""
-    jobs = manifest.read(directory).jobs.values()
-    return [Found(directory / job.name, job.overrides, " ".join(_told(job.overrides))) for job in jobs]
+    there = manifest.read(directory)
+    found = []
+    for job in there.jobs.values():
+        # the values of a search have seventeen digits: its rows are named as its own table names them
+        name = " ".join(w for w in job.label.split(" ") if not SEEDS.match(w)) if there.kind == "optuna" else ""
+        found.append(Found(directory / job.name, job.overrides, " ".join(_told(job.overrides)), name))
+    return found
 
 
 def of_run_dir(run_dir: Path) -> Found:
@@ -139,23 +144,13 @@ def _short(word: str, keys: Collection[str]) -> str:
     return f"{end if [k.rsplit('.', 1)[-1] for k in keys].count(end) == 1 else key}{equals}{value}"
 
 
-def _seed(overrides: Sequence[str]) -> int:
-    given = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("seed=")]
-    return int(given[-1]) if given and given[-1].lstrip("-").isdigit() else 0
-
-
 def _values(label: str) -> dict[str, Any]:
     """The numbers in a label: ``temperature=4`` → ``{"temperature": 4}``."""
-    found = {}
+    found: dict[str, Any] = {}
     for part in label.split(" "):
         key, equals, text = part.partition("=")
-        if equals:
-            try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
-                continue
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found[key] = value
+        if equals and NUMBER.fullmatch(text):
+            found[key] = float(text) if set(text) & set(".eE") else int(text)
     return found
 
 

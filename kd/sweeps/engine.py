@@ -20,7 +20,9 @@ from kd.errors import KdError
 from kd.sweeps import manifest, pool
 from kd.sweeps.job import checked, leave_a_record
 from kd.sweeps.manifest import Job, Manifest
-from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, MISSING, State, look
+from kd.sweeps.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, State, look
+
+LOCK = "sweep.lock"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Engine:
     """Runs jobs through the launcher that the config names. ``master``: the config of the sweep, before any job."""
 
     def __init__(self, context: HydraContext, task: TaskFunction, master: DictConfig) -> None:
-        self.context, self.master = context, master
+        self.context, self.master, self.holds = context, master, False
         self.directory = Path(str(master.hydra.sweep.dir)).resolve()
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=master
@@ -67,15 +69,30 @@ class Engine:
         missing = {}
         for job in jobs:  # nothing starts when something cannot go on; who reads another run is looked at in its turn
             state = look(self.directory / job.name, None if job.after else configs[job.name])
-            if state.status != FINISHED:
+            if state.status not in DONE:
                 missing[job.name] = configs[job.name]
         refuse_unbuildable(missing, self.directory)
-        with _locked(self.directory):
+        with self.locked(kind, name):
             manifest.write(self.directory, known)
             outcomes: dict[str, Outcome] = {}
             for wave in waves(jobs):
                 outcomes |= self._wave(wave, outcomes)
         return [outcomes[job.name] for job in jobs]
+
+    @contextmanager
+    def locked(self, kind: str, name: str) -> Iterator[None]:
+        """The directory is this sweep's, and no other process's, until the end; :meth:`run` may be called inside."""
+        if self.holds:
+            yield
+            return
+        known = _joined(self.directory, Manifest(kind, name, {}))
+        with _locked(self.directory):
+            manifest.write(self.directory, known)
+            self.holds = True
+            try:
+                yield
+            finally:
+                self.holds = False
 
     def _wave(self, wave: Sequence[Job], earlier: Mapping[str, Outcome]) -> dict[str, Outcome]:
         todo: list[Job] = []
@@ -87,7 +104,7 @@ class Engine:
                 state = State(MISSING, f"not started: {lacking[0]} did not finish")
             else:
                 state = look(run_dir, self.compose(job))  # composed again: the runs that it reads are there now
-                if state.status != FINISHED:
+                if state.status not in DONE:
                     todo.append(job)
             outcomes[job.name] = Outcome(job, run_dir, state)
         if todo:
@@ -160,7 +177,7 @@ def refuse_twins(configs: Mapping[str, Mapping[str, Any]]) -> None:
 def _joined(directory: Path, plan: Manifest) -> Manifest:
     """The plan together with what the directory's manifest lists already. ``KdError`` when they do not fit."""
     if not (directory / manifest.FILE).exists():
-        if directory.is_dir() and any(directory.iterdir()):
+        if directory.is_dir() and any(not f.name.startswith((LOCK, f".{manifest.FILE}")) for f in directory.iterdir()):
             raise KdError(f"{directory} is not empty and not the directory of a sweep: choose another hydra.sweep.dir")
         return plan
     there = manifest.read(directory)
@@ -177,7 +194,7 @@ def _locked(directory: Path) -> Iterator[None]:
     """One process a sweep: the lock falls with the process."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / "sweep.lock").open("w")
+        handle = (directory / LOCK).open("w")
     except OSError as error:
         raise KdError(f"the sweep's directory cannot be written: {error.filename}: {error.strerror}") from None
     with handle:

@@ -11,12 +11,13 @@ from kd import record
 from kd.config import flat
 from kd.errors import KdError
 
-MISSING, FINISHED, FAILED, INTERRUPTED = "missing", "finished", "failed", "interrupted"
+MISSING, FINISHED, FAILED, INTERRUPTED, PRUNED = "missing", "finished", "failed", "interrupted", "pruned"
+DONE = (FINISHED, PRUNED)  # what is not run again
 
 
 @dataclass(frozen=True)
 class State:
-    """``status``: one of the four above; ``reason``: why it did not finish; ``record``: what it wrote, if anything."""
+    """``status``: one of the five above; ``reason``: why it did not finish; ``record``: what it wrote, if anything."""
 
     status: str
     reason: str = ""
@@ -34,7 +35,7 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
     # a run that never began has no config yet, and one that failed is started anew in any case
     if config is not None and found["status"] != FAILED and (run_dir / "config.yaml").is_file():
         refuse_another(run_dir, record.read_config(run_dir), config)
-    if found["status"] in (FINISHED, FAILED):
+    if found["status"] in (*DONE, FAILED):
         return State(found["status"], found["error"] or "", found)
     return State(INTERRUPTED, found["error"] or "it was killed", found)
 

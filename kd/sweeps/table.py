@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kd.config import better
 from kd.errors import KdError
 from kd.sweeps.engine import Outcome
-from kd.sweeps.state import FINISHED
+from kd.sweeps.state import DONE, FINISHED, PRUNED
 
 
-def conclude(directory: Path, outcomes: Sequence[Outcome]) -> None:
+def conclude(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
     """Print the table; ``KdError`` that lists the jobs without a result, if there are any."""
-    show(outcomes)
+    show(outcomes, objectives)
     print(f"{directory}: kd report {_near(directory)} makes tables and figures of it", flush=True)
-    failed = [o for o in outcomes if o.state.status != FINISHED]
+    failed = [o for o in outcomes if o.state.status not in DONE]
     if failed:
         reasons = [f"{o.job.label}: {o.state.status}: {o.state.reason}" for o in failed]
         again = "the same command again runs what is missing"
@@ -30,30 +30,45 @@ def _near(directory: Path) -> Path:
         return directory
 
 
-def show(outcomes: Sequence[Outcome]) -> None:
-    """Best validation first (by ``protocol.monitor``), then what did not finish."""
+def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
+    """Best validation first, by ``protocol.monitor`` or the first of the objectives; then what did not finish.
+
+    ``objectives``: measure → "maximize" or "minimize".
+    """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    ended = sorted((o for o in outcomes if o.state.status == FINISHED), key=_rank)
-    monitors = {monitor(o) for o in ended}
+    ended = sorted((o for o in outcomes if o.state.status == FINISHED), key=lambda o: _rank(o, objectives))
+    columns = list(objectives or sorted({monitor(o) for o in ended}))
     table = Table()
-    for heading in ("", *sorted(monitors), "test top-1 %", "agreement", "seconds"):
+    for heading in ("", *columns, "test top-1 %", "agreement", "seconds"):
         table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
     for outcome in ended:
-        student = _record(outcome)["student"]["selected"]
-        values = [f"{value_of(outcome):.4f}" if monitor(outcome) == m else "" for m in sorted(monitors)]
-        test = student["test"]
+        shown = objectives or {monitor(outcome): ""}
+        values = [_number(measured(_record(outcome), c)) if c in shown else "" for c in columns]
+        test = _record(outcome)["student"]["selected"]["test"]
         agreement = f"{test['agreement']:.4f}" if "agreement" in test else ""
         seconds = f"{_record(outcome)['wall_clock_s']:.1f}"
-        table.add_row(outcome.job.label, *values, f"{100 * test['acc1']:.2f}", agreement, seconds)
-    blank = [""] * (len(monitors) + 2)
-    for outcome in outcomes:
-        if outcome.state.status != FINISHED:
-            table.add_row(outcome.job.label, *blank, outcome.state.status)
+        table.add_row(escape(outcome.job.label), *values, f"{100 * test['acc1']:.2f}", agreement, seconds)
+    blank = [""] * (len(columns) + 2)
+    others = [o for o in outcomes if o.state.status != FINISHED]
+    for outcome in sorted(others, key=lambda o: o.state.status != PRUNED):
+        table.add_row(escape(outcome.job.label), *blank, _ending(outcome))
     console = Console(highlight=False)
     console.print(f"{len(outcomes)} jobs, best first (the epoch that val selects)", style="bold")
     console.print(table)
+
+
+def _ending(outcome: Outcome) -> str:
+    status = outcome.state.status
+    return f"{status} at epoch {_record(outcome)['pruned']['epoch'] + 1}" if status == PRUNED else status
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _record(outcome: Outcome) -> Any:
@@ -65,12 +80,21 @@ def monitor(outcome: Outcome) -> str:
     return str(_record(outcome)["protocol"]["monitor"])
 
 
-def value_of(outcome: Outcome) -> float:
-    """That metric, at the selected epoch. ``val/acc1`` is ``student.selected.val.acc1`` of the record."""
-    name = monitor(outcome).partition("/")[2]
-    return float(_record(outcome)["student"]["selected"]["val"][name])
+def measured(record: Any, name: str) -> float | None:
+    """A measure of a finished run's record at its selected epoch; None where it is not a finite number.
+
+    ``val/acc1`` is ``student.selected.val.acc1``; all others are of the student (``latency_ms``) or of the run
+    (``wall_clock_s``).
+    """
+    if name == "wall_clock_s":
+        return record["wall_clock_s"]
+    split, _, metric = name.rpartition("/")
+    return record["student"]["selected"][split].get(metric) if split else record["student"].get(name)
 
 
-def _rank(outcome: Outcome) -> tuple[str, float, str]:
-    sign = 1 if better(monitor(outcome)) == "min" else -1
-    return monitor(outcome), sign * value_of(outcome), outcome.job.label
+def _rank(outcome: Outcome, objectives: Mapping[str, str] | None) -> tuple[str, float, str]:
+    first = next(iter(objectives)) if objectives else monitor(outcome)
+    value = measured(_record(outcome), first)
+    small = objectives[first] == "minimize" if objectives else better(first) == "min"
+    worst = float("inf")
+    return first, worst if value is None else value if small else -value, outcome.job.label

@@ -1,0 +1,137 @@
+"""The options of a search by Optuna, ``hydra.sweeper.*``: checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kd.config import better
+from kd.errors import KdError, near
+from kd.sweeps import pool, storage
+
+SAMPLERS: Mapping[str, Mapping[str, Any]] = {
+    "tpe": {"_target_": "optuna.samplers.TPESampler"},
+    "random": {"_target_": "optuna.samplers.RandomSampler"},
+    "nsga2": {"_target_": "optuna.samplers.NSGAIISampler"},
+}
+COSTS = ("latency_ms", "parameters", "macs", "wall_clock_s")  # objectives beside val/…: the smaller the better
+Direction = Literal["maximize", "minimize"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``hydra.sweeper``: see ``conf/hydra/sweeper/optuna.yaml``. ``KdError`` for the first value not allowed."""
+
+    n_trials: Any
+    objectives: Any = None
+    sampler: Any = "tpe"
+    pruner: Any = None
+    seed: Any = 0
+    batch: Any = None
+    storage: Any = None
+    params: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        """Look at what needs no config of a run."""
+        for name, least in (("n_trials", 1), ("batch", 1), ("seed", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not whole and not (value is None and name != "n_trials"):
+                allowed = f"a whole number, {least} or more" + ("" if name == "n_trials" else ", or null")
+                raise KdError(f"hydra.sweeper.{name} = {value} is not allowed: it must be {allowed}")
+        self._check_made("sampler", SAMPLERS)
+        self._check_made("pruner", {**storage.PRUNERS, "null": None})
+        if self.storage is not None and "://" not in str(self.storage):
+            raise KdError(
+                f"hydra.sweeper.storage = {self.storage} is not allowed: it must be a URL, for that file "
+                f"sqlite:///{self.storage}, or null"
+            )
+
+    def _check_made(self, name: str, known: Mapping[str, Any]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, Mapping) and "_target_" in value:
+            return
+        if not (isinstance(value, str) or value is None) or str(value or "null") not in known:
+            raise KdError(
+                f"hydra.sweeper.{name} = {value} is not allowed{near(str(value), known)}: it must be "
+                f"{', '.join(known)} or a node with _target_: optuna.{name}s.…"
+            )
+
+
+def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Direction]:
+    """Measure → direction, for the config of a trial; the first one counts most in the table.
+
+    ``KdError`` for a measure that the record does not have, one of the test split, or a pruner that cannot compare it.
+    """
+    given = settings.objectives
+    names = {base["protocol"]["monitor"]: None} if given is None else given
+    if not isinstance(names, Mapping):
+        names = dict.fromkeys([names] if isinstance(names, str) else names)
+    if not names:
+        raise KdError("hydra.sweeper.objectives is empty: name a measure, for example {val/acc1: maximize}")
+    known = _measures(base)
+    for name, direction in names.items():
+        _check_objective(str(name), direction, known)
+    if settings.pruner is not None:
+        if len(names) > 1 or not next(iter(names)).startswith("val/"):
+            raise KdError(
+                f"hydra.sweeper.pruner = {settings.pruner} is not allowed with the objectives {', '.join(names)}: a "
+                "pruner compares one metric of the validation split"
+            )
+        storage.pruner(settings.pruner)
+    return {str(name): _natural(str(name)) for name in names}
+
+
+def _measures(base: Mapping[str, Any]) -> list[str]:
+    teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
+
+    def names() -> list[str]:
+        from kd import build
+
+        return build.make(base["task"], "task").metric_names(teacher)
+
+    pool.warm_up()
+    return [*(f"val/{name}" for name in pool.ask(names)), *COSTS]
+
+
+def _check_objective(name: str, direction: Any, known: list[str]) -> None:
+    if name.startswith("test/"):
+        raise KdError(
+            f"hydra.sweeper.objectives: {name} is not allowed: what is chosen by the test split cannot be tested on "
+            f"it; choose by val/{name.partition('/')[2]}"
+        )
+    if name not in known:
+        raise KdError(
+            f"hydra.sweeper.objectives: there is no measure {name}{near(name, known)}; measures: {', '.join(known)}"
+        )
+    if direction not in (None, _natural(name)):
+        raise KdError(f"hydra.sweeper.objectives: {name} = {direction} is not allowed: it must be {_natural(name)}")
+
+
+def _natural(name: str) -> Direction:
+    return "maximize" if name.startswith("val/") and better(name) == "max" else "minimize"
+
+
+def reseeded(node: Mapping[str, Any] | str) -> bool:
+    """Whether a sampler is made anew for each trial: those that keep nothing but random numbers between trials."""
+    return isinstance(node, str) or node["_target_"] in [known["_target_"] for known in SAMPLERS.values()]
+
+
+def sampler(node: Mapping[str, Any] | str, seed: int | None, number: int) -> Any:
+    """The sampler of trial ``number``, seeded by both (None: by chance); one not :func:`reseeded` as its node says.
+
+    ``KdError`` when it cannot be made.
+    """
+    import numpy as np
+    import torch
+
+    from kd import build
+
+    torch.set_num_threads(1)  # some compute with torch: the children of a process that has its threads would hang
+    given = SAMPLERS[node] if isinstance(node, str) else node
+    if not reseeded(node):
+        return build.make(given, "hydra.sweeper.sampler")
+    base = given.get("seed", seed)
+    drawn = None if base is None else int(np.random.SeedSequence([base, number]).generate_state(1)[0])
+    return build.make(given, "hydra.sweeper.sampler", seed=drawn)

@@ -1,0 +1,344 @@
+"""A search by Optuna chooses, trains, prunes, survives a kill, and says what is wrong in one sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from kd import record
+from kd.cli import main
+from kd.errors import KdError
+from kd.pruning import StopWhenPruned, Trial, callback
+from kd.report import gather
+from kd.sweeps import manifest, options, storage
+from kd.sweeps.options import Settings
+from kd.sweeps.space import Space, space
+
+optuna = pytest.importorskip("optuna")
+
+TINY = ["data=fake", "data.train_images=64", "recipe.epochs=3", "protocol.val_every=1", "hardware=cpu"]
+LR = "recipe.optimizer.lr=tag(log,interval(1e-4,1e-1))"
+SEARCH = [
+    *("hydra/sweeper=optuna", *TINY, "student.model.hidden=[8]", LR, "hydra.sweeper.n_trials=6"),
+    "hydra.sweeper.objectives=val/nll",
+    # two by chance, then by what was measured; the launcher runs one at a time, so that it is easy to kill in between
+    "hydra.sweeper.sampler={_target_: optuna.samplers.TPESampler, n_startup_trials: 2}",
+    "hydra.sweeper.pruner={_target_: optuna.pruners.MedianPruner, n_startup_trials: 1}",
+    "hydra.sweeper.batch=2",
+]
+TWO = [
+    *("hydra/sweeper=optuna", *TINY, "student.model.hidden=[4],[8]", "recipe.optimizer.lr=0.1,-1"),
+    *("hydra.sweeper.objectives={val/acc1: maximize, macs: minimize}", "hydra.sweeper.sampler=nsga2"),
+    *("hydra.sweeper.seed=1", "hydra.sweep.dir=two"),
+]
+BAD = {
+    "": "a search needs something to search over",
+    f"{LR} hydra.sweeper.n_trials=0": "n_trials = 0 is not allowed: it must be a whole number, 1 or more",
+    f"{LR} hydra.sweeper.objectives=[val/acc]": r"there is no measure val/acc \(near: .*val/acc1.*; measures: .*macs",
+    f"{LR} hydra.sweeper.objectives=[test/acc1]": "test/acc1 is not allowed: .* choose by val/acc1",
+    f"{LR} hydra.sweeper.objectives={{val/acc1:minimize}}": "val/acc1 = minimize is not allowed: .* maximize",
+    f"{LR} hydra.sweeper.objectives=[]": "objectives is empty",
+    f"{LR} hydra.sweeper.objectives=[val/acc1,macs] hydra.sweeper.pruner=median": "a pruner compares one metric",
+    f"{LR} hydra.sweeper.storage=sqlite:////nowhere/o.db": "sqlite:////nowhere/o.db cannot be used: .*unable to open",
+    f"{LR} hydra.sweeper.sampler={{_target_:optuna.samplers.TPESampler,sed:1}}": "sampler: .*unexpected.* 'sed'",
+    "loss=[ce],[kd]": "loss.kd needs a teacher",
+    "recipe.optimizer.lr=0.1,0.1": "lists 0.1 twice",
+    f"hydra/sweeper=resumable {LR}": "an interval has no list of values: .* hydra/sweeper=optuna",
+}
+DRIVER = """
+import contextlib, io, json, sys
+from kd.cli import main
+answers = []
+for arguments in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = main(["train", "-m", *arguments])
+    answers.append((code, said.getvalue()))
+json.dump(answers, sys.stdout)
+"""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """One process, many commands: the searches, then all the bad ones. Their directory, exit codes and words."""
+    folder = tmp_path_factory.mktemp("searches")
+    bad = [["hydra/sweeper=optuna", *TINY, "hydra.sweep.dir=bad", *words.split()] for words in BAD]
+    undisturbed = [*SEARCH, "hydra.sweep.dir=undisturbed", "hydra.sweeper.storage=sqlite:///optuna.db"]
+    changed = ["hydra.sweep.dir=two", *TWO[:-1], "recipe.epochs=2"]
+    commands = [undisturbed, [*TWO, "hydra.sweeper.n_trials=5"], [*TWO, "hydra.sweeper.n_trials=6"], changed, *bad]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(commands),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def trials(folder: Path, name: str, url: str | None = None) -> list[Any]:
+    store = storage.opened(folder / name, url and f"sqlite:///{folder / url}")
+    return optuna.load_study(study_name=name, storage=store).get_trials()
+
+
+def jobs(found: list[Any]) -> list[tuple[Any, ...]]:
+    """What a search has found, whatever the numbers of the trials."""
+    return [(storage.job_of(t), t.params, t.state.name, t.values, t.intermediate_values) for t in found]
+
+
+# ---------------------------------------------------------------------- what is searched
+
+
+def parsed(*arguments: str) -> Space:
+    return space(OverridesParser.create(), arguments)
+
+
+def test_the_grammar_becomes_distributions() -> None:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    cases = {
+        "a=interval(1,8)": FloatDistribution(1.0, 8.0),
+        "a=int(interval(1,8))": IntDistribution(1, 8),
+        "a=tag(log,interval(1e-4,1e-1))": FloatDistribution(1e-4, 1e-1, log=True),
+        "a=tag(log,int(interval(1,64)))": IntDistribution(1, 64, log=True),
+        "a=range(0,10,3)": IntDistribution(0, 9, step=3),
+        "a=range(10,0,-3)": IntDistribution(1, 10, step=3),
+        "a=range(0,1,0.3)": FloatDistribution(0.0, 0.9, step=0.3),
+        "a=choice([ce],[ce,kd])": CategoricalDistribution(("[ce]", "[ce,kd]")),
+    }
+    for line, distribution in cases.items():
+        assert parsed(line).axes == {"a": distribution}, line
+
+
+def test_a_trial_is_a_complete_command_and_a_short_label() -> None:
+    found = parsed("loss=[ce]", "recipe.optimizer.lr=tag(log,interval(1e-5,1e-1))", "+x.n=int(interval(1,8))")
+    values = {"recipe.optimizer.lr": 0.1 / 3, "+x.n": 4}
+    assert found.overrides(values) == ("loss=[ce]", f"recipe.optimizer.lr={0.1 / 3!r}", "+x.n=4")
+    assert found.label(values) == "lr=0.03333 n=4"
+    assert found.corners() == [
+        {"recipe.optimizer.lr": 1e-5, "+x.n": 1},
+        {"recipe.optimizer.lr": 0.1, "+x.n": 1},
+        {"recipe.optimizer.lr": 1e-5, "+x.n": 8},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("a=1", "needs something to search over"),
+        ("a=tag(lag,interval(1,2))", r"there is no tag lag \(near: log\)"),
+        ("a=tag(log,choice(1,2))", "the tag log goes with an interval"),
+        ("a=tag(log,interval(0,1))", "must begin above 0"),
+        ("a=interval(2,1)", "must be below the second"),
+        ("a=interval(0,inf)", "both finite"),
+        ("a=range(1,1)", "is a sweep over nothing"),
+    ],
+)
+def test_an_axis_that_holds_nothing_is_refused(line: str, sentence: str) -> None:
+    with pytest.raises(KdError, match=sentence):
+        parsed(line)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("n_trials", None, "n_trials = None is not allowed"),
+        ("batch", 0, "batch = 0 is not allowed: it must be a whole number, 1 or more, or null"),
+        ("seed", -1, "seed = -1"),
+        ("sampler", None, "sampler = None is not allowed: it must be tpe, random, nsga2 or a node"),
+        ("pruner", "medain", r"pruner = medain is not allowed \(near: median\)"),
+        ("storage", "o.db", "it must be a URL, for that file sqlite:///o.db"),
+    ],
+)
+def test_an_option_that_is_not_allowed(option: str, value: Any, sentence: str) -> None:
+    with pytest.raises(KdError, match=sentence):
+        Settings(**{"n_trials": 1, option: value})
+
+
+def test_a_trial_draws_the_same_numbers_whenever_it_is_asked() -> None:
+    def drawn(number: int, seed: int | None, node: Any = "random") -> float:
+        study = optuna.create_study(sampler=options.sampler(node, seed, number))
+        return study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}).params["x"]
+
+    assert drawn(3, 0) == drawn(3, 0)
+    assert len({drawn(3, 0), drawn(4, 0), drawn(3, 1), drawn(3, None), drawn(3, None)}) == 5
+    assert drawn(3, 9, {"_target_": "optuna.samplers.RandomSampler", "seed": 0}) == drawn(3, 0)
+
+
+def test_without_optuna_one_sentence_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(["train", "-m", "hydra/sweeper=optuna", LR, f"hydra.sweep.dir={tmp_path / 'none'}"]) == 1
+    assert "pip install 'kd[optuna]'" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+# ---------------------------------------------------------------------- what is kept
+
+
+def test_a_journal_cut_in_a_line_is_mended(tmp_path: Path) -> None:
+    study = optuna.create_study(study_name="s", storage=storage.opened(tmp_path, None))
+    study.ask()
+    journal = tmp_path / storage.JOURNAL
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole[:20])
+    storage.mend(journal)
+    assert journal.read_bytes() == whole
+    storage.mend(tmp_path / "none")
+    assert len(optuna.load_study(study_name="s", storage=storage.opened(tmp_path, None)).trials) == 1
+
+
+def test_a_storage_that_is_away_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = storage.opened(tmp_path, None)
+    study = optuna.create_study(study_name="s", storage=store)
+    trial = Trial(study, store, study.ask()._trial_id + 99)
+    assert trial.report(1, 0.5) is False
+    assert "not reported to the search" in caplog.text
+
+
+def test_a_run_of_its_own_has_no_callback(tmp_path: Path) -> None:
+    assert callback(tmp_path / "run") is None
+
+
+# ---------------------------------------------------------------------- searches
+
+
+def test_a_search_ends_with_its_table_and_the_command_of_the_best(said: tuple[Path, Any]) -> None:
+    folder, ((code, text), *_) = said
+    found = trials(folder, "undisturbed", "optuna.db")
+    assert code == 0, text
+    assert [storage.job_of(t) for t in found] == [f"trial-{i:04d}" for i in range(6)]
+    for trial in found:
+        result = record.read(folder / "undisturbed" / str(storage.job_of(trial)))
+        assert result["overrides"][-1] == f"recipe.optimizer.lr={trial.params['recipe.optimizer.lr']!r}"
+        if trial.state.name == "COMPLETE":
+            assert trial.value == result["student"]["selected"]["val"]["nll"]
+    best = min((t for t in found if t.state.name == "COMPLETE"), key=lambda t: t.value)
+    command = rf"best: {storage.job_of(best)}  val/nll .*\n  kd train .*recipe.optimizer.lr={best.params.popitem()[1]}"
+    assert re.search(command, text)
+
+
+def test_pruning_stops_a_run_and_the_report_says_so(said: tuple[Path, Any]) -> None:
+    folder, ((_, text), *_) = said
+    pruned = [t for t in trials(folder, "undisturbed", "optuna.db") if t.state.name == "PRUNED"]
+    assert pruned
+    study, frame = gather.read_sweep(folder / "undisturbed")
+    for trial in pruned:
+        run_dir = folder / "undisturbed" / str(storage.job_of(trial))
+        result = record.read(run_dir)
+        epochs = result["pruned"]["epoch"] + 1
+        assert epochs < 3
+        assert list(trial.intermediate_values) == list(range(1, epochs + 1))
+        assert result["pruned"]["val"]["nll"] == pytest.approx(trial.intermediate_values[epochs])
+        assert "student" not in result
+        assert not (run_dir / "student.safetensors").exists()
+        with (run_dir / "metrics.csv").open() as handle:
+            assert max(int(row["epoch"]) for row in csv.DictReader(handle)) == epochs - 1
+        label = f"lr={trial.params['recipe.optimizer.lr']:.4g}"
+        assert re.search(rf"{label}.*pruned at epoch {epochs}", text)
+        assert list(frame[frame["row"] == label]["status"]) == ["pruned"]
+        assert study.rows[label].values["lr"] == pytest.approx(trial.params["recipe.optimizer.lr"], rel=1e-3)
+    assert (frame["status"] == "finished").sum() == 6 - len(pruned)
+
+
+def test_a_killed_search_goes_on_to_the_same_trials(said: tuple[Path, Any], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kd.cli", "train", "-m", *SEARCH, "hydra.sweep.dir=killed"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+    random_number = random.Random(7)
+    limit = time.monotonic() + 200
+    while not (tmp_path / "killed/trial-0003/config.yaml").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    time.sleep(random_number.uniform(0, 0.3))
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = trials(tmp_path, "killed")
+    assert "RUNNING" in {t.state.name for t in before}
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert jobs(trials(tmp_path, "killed")) == jobs(trials(said[0], "undisturbed", "optuna.db"))
+
+
+def test_two_objectives_and_failures(said: tuple[Path, Any]) -> None:
+    folder, (_, (first_code, first), (again_code, again), (changed_code, changed), *_) = said
+    found = trials(folder, "two")
+    failed = [t for t in found if t.state.name == "FAIL"]
+    complete = [t for t in found if t.state.name == "COMPLETE"]
+    assert failed
+    assert complete
+    assert {t.params["recipe.optimizer.lr"] for t in failed} == {"-1"}
+    for trial in complete:
+        student = record.read(folder / "two" / str(storage.job_of(trial)))["student"]
+        assert trial.values == [student["selected"]["val"]["acc1"], student["macs"]]
+    assert first_code == again_code == 1
+    assert "Invalid learning rate: -1" in first
+    assert "jobs have no result (the same command again runs what is missing)" in first
+    assert "Pareto front" in first
+    assert "drew the values of an earlier one" in first
+    # what failed was tried once more, in its own directory; the sixth trial is new
+    assert len([t for t in found if "retries" not in t.user_attrs]) == 6
+    assert {t.user_attrs["retries"] for t in found if "retries" in t.user_attrs} < {t.number for t in found[:5]}
+    assert re.search(r"trial-000\d \(6 of 6\)", again)
+    assert changed_code == 1
+    assert re.search("two holds another search .*recipe.epochs=2 only here", changed)
+
+
+def test_a_report_lists_a_trial_that_could_not_begin(tmp_path: Path) -> None:
+    from kd.sweeps.job import leave_a_record
+
+    listed = {"trial-0000": manifest.Job("trial-0000", "seed=3 T=2", ("seed=3", "loss.kd.temperature=2"))}
+    manifest.write(tmp_path, manifest.Manifest("optuna", "s", listed))
+    leave_a_record(tmp_path / "trial-0000", listed["trial-0000"].overrides, "failed", "there is no teacher")
+    _, frame = gather.read_sweep(tmp_path)
+    assert frame.iloc[0][["row", "seed", "status", "error"]].tolist() == ["T=2", 3, "failed", "there is no teacher"]
+
+
+def test_bad_input_is_one_sentence_and_nothing_is_written(said: tuple[Path, Any]) -> None:
+    folder, answers = said
+    for sentence, (code, text) in zip(BAD.values(), answers[-len(BAD) :], strict=True):
+        assert code == 1, text
+        assert re.fullmatch(rf"kd: .*{sentence}.*\n", text), f"{sentence}: {text}"
+    assert not (folder / "bad").exists()
+
+
+def test_the_last_validation_is_reported_but_stops_nothing() -> None:
+    class Always(Trial):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, float]] = []
+
+        def report(self, step: int, value: float) -> bool:
+            self.seen.append((step, value))
+            return True
+
+    class Trainer:
+        callback_metrics: dict[str, float] = {"val/acc1": 0.25}  # noqa: RUF012
+        state = type("State", (), {"fn": "fit"})
+        max_epochs, current_epoch, should_stop = 3, 2, False
+
+    trial, trainer = Always(), Trainer()
+    stopper = StopWhenPruned("val/acc1", trial)
+    stopper.on_validation_end(trainer, None)  # type: ignore[arg-type]
+    assert (trial.seen, trainer.should_stop, stopper.epoch) == ([(3, 0.25)], False, None)
+    trainer.current_epoch = 1
+    stopper.on_validation_end(trainer, None)  # type: ignore[arg-type]
+    assert (trainer.should_stop, stopper.epoch) == (True, 1)
