@@ -21,6 +21,8 @@ from kd.sweeps.job import checked, leave_a_record
 from kd.sweeps.manifest import Job, Manifest
 from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, MISSING, State, look
 
+LOCK = "sweep.lock"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -61,6 +63,7 @@ class Engine:
         """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong."""
         configs = {job.name: self.compose(job) for job in jobs}
         refuse_twins(configs)
+        ordered = list(waves(jobs))
         plan = Manifest(kind, name, {job.name: job for job in jobs})
         known = _joined(self.directory, plan)
         for job in jobs:  # nothing starts when something cannot go on; who reads another run is looked at in its turn
@@ -69,7 +72,7 @@ class Engine:
         with _locked(self.directory):
             manifest.write(self.directory, known)
             outcomes: dict[str, Outcome] = {}
-            for wave in waves(jobs):
+            for wave in ordered:
                 outcomes |= self._wave(wave, outcomes)
         return [outcomes[job.name] for job in jobs]
 
@@ -133,7 +136,7 @@ def refuse_twins(configs: Mapping[str, Mapping[str, Any]]) -> None:
 def _joined(directory: Path, plan: Manifest) -> Manifest:
     """The plan together with what the directory's manifest lists already. ``KdError`` when they do not fit."""
     if not (directory / manifest.FILE).exists():
-        if directory.is_dir() and any(directory.iterdir()):
+        if directory.is_dir() and any(entry.name != LOCK for entry in directory.iterdir()):  # it may have been killed
             raise KdError(f"{directory} is not empty and not the directory of a sweep: choose another hydra.sweep.dir")
         return plan
     there = manifest.read(directory)
@@ -150,7 +153,7 @@ def _locked(directory: Path) -> Iterator[None]:
     """One process a sweep: the lock falls with the process."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / "sweep.lock").open("w")
+        handle = (directory / LOCK).open("w")
     except OSError as error:
         raise KdError(f"the sweep's directory cannot be written: {error.filename}: {error.strerror}") from None
     with handle:
