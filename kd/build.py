@@ -237,6 +237,16 @@ def objective(config: Mapping[str, Any]) -> Objective:
     return Objective(terms, factors, schedules)
 
 
+def check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """``KdError`` that names the first job whose terms cannot be built, or need a teacher that it does not give."""
+    for name, config in configs.items():
+        given = config["teacher"]
+        try:
+            objective(config).check_teacher(bool(_as_list(given["model"]) or _as_list(given["checkpoint"])))
+        except KdError as error:
+            raise KdError(f"{name}: {error}") from None
+
+
 def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     """Student, teacher, objective and task as one module, prepared on the first training batch."""
     recipe = config["recipe"]

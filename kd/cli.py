@@ -12,6 +12,7 @@ from kd import __version__
 VERBS = {
     "train": "train a student, alone or with a teacher (a Hydra application: sweeps with -m)",
     "eval": "measure a run, a checkpoint or a teacher alone on the validation or test split",
+    "study": "run what a study lacks, teachers first, and report it beside the published numbers",
     "report": "tables, intervals and figures of a study, a sweep or any runs, as one page",
     "wandb": "send to Weights & Biases what runs have kept on disk (kd wandb sync)",
     "demo": "three claims of Hinton 2015 on handwritten digits, offline, in about two minutes",
@@ -19,6 +20,7 @@ VERBS = {
 MODULES = {
     "train": "kd.train",
     "eval": "kd.evaluate",
+    "study": "kd.study",
     "report": "kd.report.main",
     "wandb": "kd.wandb_sync",
     "demo": "kd.demo",

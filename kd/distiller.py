@@ -70,17 +70,9 @@ class Distiller(L.LightningModule):
         self._teacher_logits: dict[tuple[str, int], Tensor] = {}
         # the dry pass wants them, to compare the classes; after it only the terms have a say
         self._teacher_logits_wanted = True
-        self._refuse_what_cannot_work()
+        objective.check_teacher(teacher is not None)
 
     # ------------------------------------------------------------------ before the first batch
-
-    def _refuse_what_cannot_work(self) -> None:
-        wanting = self.objective.needs("teacher")
-        if self.teacher is None and wanting:
-            raise KdError(
-                f"loss.{wanting[0]} needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME, or leave "
-                f"the term out (loss=[ce])"
-            )
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> None:

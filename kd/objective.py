@@ -99,6 +99,15 @@ class Objective(nn.Module):
         """The names of the terms that declare ``needs_<what>``: teacher, logits or labels."""
         return [name for name, term in self.items() if getattr(term, f"needs_{what}")]
 
+    def check_teacher(self, given: bool) -> None:
+        """``KdError`` when a term needs a teacher and none is given."""
+        wanting = self.needs("teacher")
+        if wanting and not given:
+            raise KdError(
+                f"loss.{wanting[0]} needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME, or leave the "
+                "term out (loss=[ce])"
+            )
+
     def weight(self, name: str, epoch: float, epochs: int) -> float:
         """The factor of a term at this (fractional) epoch."""
         schedule = self.schedules.get(name)

@@ -55,3 +55,16 @@ class ResumableSweeper(_KdSweeper):
         from kd.sweeps.grid import sweep
 
         return sweep(self.engine, [*(f"{k}={v}" for k, v in self.params.items()), *arguments])
+
+
+class StudySweeper(_KdSweeper):
+    """The rows of a study; ``hydra/sweeper=study``, see ``kd study --help``."""
+
+    def __init__(self, name: str, only: Sequence[str] = (), seeds: Sequence[int] | None = None, dry_run: bool = False):
+        self.name, self.only, self.seeds, self.dry_run = name, list(only), seeds and list(seeds), dry_run
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Plan, run what is missing, evaluate, report."""
+        from kd.sweeps.study import sweep
+
+        return sweep(self.engine, self.name, self.only, self.seeds, self.dry_run, arguments)

@@ -117,8 +117,11 @@ def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir
         label = f"share of the gap from “{than}” to “{label_of(study, comparison.share_of)}” that “{row}” closes"
         return Compared(comparison, label, measure, interval, corrected=None)
     interval = stats.difference(*aligned(study, frame, [(comparison.row, column), (comparison.than, other)]))
-    of = f", {Measure(other).title}" if other != column else ""
-    label = f"“{row}” − “{than}”{of}" if not of else f"“{row}”, {measure.title} − “{than}”{of}"
+    titles = measure.title, Measure(other).title
+    if comparison.row == comparison.than:
+        label = f"“{row}”: {titles[0]} − {titles[1]}"
+    else:
+        label = f"“{row}”, {titles[0]} − “{than}”, {titles[1]}" if other != column else f"“{row}” − “{than}”"
     images = None
     if runs_dir is not None and other == column and column.endswith(("test/acc1", "test/errors", "test/error")):
         images = _over_images(frame, comparison, runs_dir)

@@ -15,7 +15,7 @@ from kd.report.measures import EPOCHS
 from kd.sweeps.spec import Study
 
 SCHEMA = 1  # of results.csv
-EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {metric: number}}
+EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
 TEXT = ("row", "status", "error", "run", "name", "config_hash", "commit", "started", "monitor", "data")
@@ -105,17 +105,26 @@ def _wrong(prefix: str, metrics: Mapping[str, Any], rows: int | None) -> dict[st
 
 
 def _evaluations(run_dir: Path, rows: int | None) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for name, entry in read_evaluations(run_dir).items():
+        metrics = entry["metrics"]
+        numbers |= _wrong(name, metrics, rows) | {f"{name}/{m}": float(v) for m, v in metrics.items()}
+    return numbers
+
+
+def read_evaluations(run_dir: Path) -> dict[str, Any]:
+    """``evaluations.json`` of a run, {} when there is none. ``KdError`` when it cannot be read."""
     file = run_dir / EVALUATIONS
     if not file.is_file():
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        numbers: dict[str, float] = {}
-        for name, metrics in content.items():
-            numbers |= _wrong(name, metrics, rows) | {f"{name}/{m}": float(v) for m, v in metrics.items()}
-        return numbers
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise KdError(f"{file} cannot be read: it is not what kd writes") from None
+        numbers = [v for entry in content.values() for v in entry["metrics"].values()]
+        if all(isinstance(v, (int, float)) for v in numbers) and all("made" in entry for entry in content.values()):
+            return content
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise KdError(f"{file} cannot be read: it is not what kd writes")
 
 
 # ---------------------------------------------------------------------- a study's runs

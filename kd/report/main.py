@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     targets, out = _parsed(argv)
     study, frame, runs_dir, default = _gathered(targets)
-    _say(study, build(study, frame, runs_dir, out or default))
+    say(study, build(study, frame, runs_dir, out or default))
     return 0
 
 
@@ -96,7 +96,7 @@ def _runs(target: Path) -> list[gather.Found]:
     return [gather.of_run_dir(run_dir) for run_dir in found]
 
 
-def _say(study: Study, report: Report) -> None:
+def say(study: Study, report: Report) -> None:
     from kd.report.console import print_table
 
     grid = tables.main_grid(study, report.table, report.shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 
 from kd import explain
 from kd.errors import KdError
-from kd.sweeps import manifest
+from kd.sweeps import manifest, pool
 from kd.sweeps.job import checked, leave_a_record
 from kd.sweeps.manifest import Job, Manifest
 from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, MISSING, State, look
@@ -66,9 +67,12 @@ class Engine:
         ordered = list(waves(jobs))
         plan = Manifest(kind, name, {job.name: job for job in jobs})
         known = _joined(self.directory, plan)
+        missing = {}
         for job in jobs:  # nothing starts when something cannot go on; who reads another run is looked at in its turn
-            if not job.after:
-                look(self.directory / job.name, configs[job.name])
+            state = look(self.directory / job.name, None if job.after else configs[job.name])
+            if state.status != FINISHED:
+                missing[job.name] = configs[job.name]
+        refuse_unbuildable(missing, self.directory)
         with _locked(self.directory):
             manifest.write(self.directory, known)
             outcomes: dict[str, Outcome] = {}
@@ -121,6 +125,29 @@ def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
         yield wave
         for job in wave:
             del left[job.name]
+
+
+def refuse_unbuildable(configs: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
+    """``KdError`` when a job could not start: its weights are nowhere, or a term needs a teacher that is not given.
+
+    Runs of ``directory`` count as there: they may be jobs of before.
+    """
+    for name, config in configs.items():
+        for role in ("student", "teacher"):
+            given = config[role]["checkpoint"]
+            for checkpoint in given if isinstance(given, (list, tuple)) else [given]:
+                if checkpoint is None or Path(checkpoint).exists() or directory in Path(checkpoint).parents:
+                    continue
+                raise KdError(f"{name}: {role}.checkpoint = {checkpoint} does not exist")
+    if configs:
+        pool.warm_up()
+        pool.ask(functools.partial(_check_objectives, configs))
+
+
+def _check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    from kd.build import check_objectives
+
+    check_objectives(configs)
 
 
 def refuse_twins(configs: Mapping[str, Mapping[str, Any]]) -> None:

@@ -16,6 +16,8 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from kd.errors import KdError
+
 Call = Callable[[int], Any]
 """What a child runs; it is given its slot, 0 to the number of jobs at once - 1."""
 
@@ -48,6 +50,37 @@ def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
                     yield position, process.exitcode or 0
         finally:
             _interrupt([process for _, _, process in running.values()])
+
+
+def ask(call: Callable[[], Any]) -> Any:
+    """What ``call`` returns in a process of its own; this one stays without torch threads.
+
+    What it raises becomes a ``KdError`` with that sentence.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def answer(_: int) -> None:
+        try:
+            there.send((call(), None))
+        except Exception as error:
+            there.send((None, str(error) or type(error).__name__))
+
+    process = context.Process(target=_child, args=(answer, 0))
+    process.start()
+    there.close()
+    try:
+        value, error = here.recv()
+    except EOFError:
+        process.join()
+        raise KdError(f"the process that was to find out ended with exit code {process.exitcode}") from None
+    except KeyboardInterrupt:
+        _interrupt([process])
+        raise
+    process.join()
+    if error is not None:
+        raise KdError(error)
+    return value
 
 
 def warm_up() -> None:

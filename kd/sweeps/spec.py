@@ -5,8 +5,9 @@ No torch, no hydra: a study is read, checked and listed in a fraction of a secon
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 import yaml
 
 from kd.errors import KdError, near
+from kd.sweeps import graph
 
 STUDY = "study.yaml"
 EPOCHS = ("last", "selected")
-PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)(?:@(\d+))?\}")
-ROW_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+ROW_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Row:
     """One line of the study's table: the same overrides for each of its seeds.
 
     ``overrides`` may name the run directory of another row, ``teacher.checkpoint={teacher}``: that row's run of the
-    same seed, or its only one; ``{teacher@0}`` is the run of seed 0. Such rows are trained first.
-    ``teacher``, ``alone``: the rows that the gap is measured against.
+    same seed, or its only one; ``{teacher@0}`` is the run of seed 0. Such rows are trained first. ``{seed}`` is the
+    seed itself. ``teacher``, ``alone``: the rows that the gap is measured against.
+    In the file a row may have a ``grid`` of variables, ``{width: [30, 300]}``: one row for each combination, with
+    ``{width}`` replaced in its name and all its texts.
     """
 
     name: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
     label: str = ""
     seeds: tuple[int, ...] = ()
     teacher: str | None = None
@@ -127,44 +130,101 @@ class Study:
     published: Published | None = None
 
 
-def load(name_or_folder: str | Path) -> Study:
-    """Read a study by its folder, or the name of one in ``experiments/``. ``KdError`` for what is wrong in it."""
-    folder = Path(name_or_folder)
-    if not (folder / STUDY).is_file():
-        folder = Path("experiments") / name_or_folder
-    if not (folder / STUDY).is_file():
-        there = sorted(file.parent.name for file in Path("experiments").glob(f"*/{STUDY}"))
-        raise KdError(f"there is no study {name_or_folder}{near(str(name_or_folder), there)}: no {folder / STUDY}")
+def load(name_or_folder: str | Path, seeds: Sequence[int] | None = None) -> Study:
+    """Read a study by its folder, or the name of one in ``experiments/``. ``KdError`` for what is wrong in it.
+
+    ``seeds`` instead of the study's own, for the rows that do not fix theirs.
+    """
+    folder = _folder(name_or_folder)
     node = _yaml(folder / STUDY)
     known = {f.name for f in fields(Study)} - {"name", "folder", "published"} | {"overrides"}
     for key in node.keys() - known:
         raise KdError(f"{folder / STUDY}: there is no option {key}{near(key, known)}")
     base = tuple(node.pop("overrides", ()))
-    seeds = tuple(node.get("seeds", (0,)))
-    rows = {n: _make(Row, {"name": n, "seeds": seeds, **v}, folder) for n, v in node.get("rows", {}).items()}
-    rows = {n: replace(r, overrides=(*base, *r.overrides), seeds=tuple(r.seeds)) for n, r in rows.items()}
-    if not rows:
-        raise KdError(f"{folder / STUDY}: rows is empty")
-    compared = {n: _make(Comparison, {"name": n, **v}, folder) for n, v in node.get("comparisons", {}).items()}
+    if seeds is not None:
+        node["seeds"] = list(seeds)
+    node["seeds"] = _seeds(node.get("seeds", [0]), folder)
+    rows = {}
+    for name, line in _lines(node.get("rows", {}), folder):
+        if name in rows:
+            raise KdError(f"{folder / STUDY}: there are two rows {name}")
+        row = _make(Row, {"seeds": node["seeds"], **line, "name": name}, folder)
+        rows[name] = replace(row, overrides=(*base, *row.overrides), seeds=_seeds(row.seeds, folder))
     published = folder / "published.yaml"
-    texts = {k: str(node.get(k, "")) for k in ("question", "paper", "cost", "claim")}
     study = Study(
-        **texts,
+        **{k: " ".join(str(node.get(k, "")).split()) for k in ("question", "paper", "cost", "claim")},
         name=folder.resolve().name,
         folder=folder,
         measure=node.get("measure", "test/acc1"),
         epoch=node.get("epoch", "last"),
         rows=rows,
-        seeds=seeds,
-        comparisons=compared,
+        seeds=node["seeds"],
+        comparisons=_named(Comparison, node, "comparisons", folder),
         supported=tuple(_make(Condition, c, folder) for c in node.get("supported", ())),
         columns=tuple(node.get("columns", ())),
-        evaluations={n: _make(Evaluation, {"name": n, **v}, folder) for n, v in node.get("evaluations", {}).items()},
+        evaluations=_named(Evaluation, node, "evaluations", folder),
         figures=tuple(_make(Figure, f, folder) for f in node.get("figures", ())),
         published=_make(Published, _yaml(published), folder) if published.is_file() else None,
     )
     _check(study)
     return study
+
+
+def _folder(name_or_folder: str | Path) -> Path:
+    folder = Path(name_or_folder)
+    if not (folder / STUDY).is_file():
+        folder = Path("experiments") / name_or_folder
+    if not (folder / STUDY).is_file():
+        there = names()
+        known = f"; studies: {', '.join(there)}" if there else ""
+        raise KdError(
+            f"there is no study {name_or_folder}{near(str(name_or_folder), there)}: no {folder / STUDY}{known}"
+        )
+    return folder
+
+
+def names() -> list[str]:
+    """The studies of ``experiments/`` in the working directory."""
+    return sorted(file.parent.name for file in Path("experiments").glob(f"*/{STUDY}"))
+
+
+def _seeds(value: Any, folder: Path) -> tuple[int, ...]:
+    seeds = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
+        raise KdError(f"{folder}: seeds = {value} is not allowed: a list of whole numbers, 0 or more")
+    if len(set(seeds)) < len(seeds):
+        raise KdError(f"{folder}: seeds = {value} lists one twice")
+    return tuple(seeds)
+
+
+def _lines(rows: Any, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and keys of every row; one with a ``grid`` comes once for each combination of its variables."""
+    if not isinstance(rows, Mapping) or not rows:
+        raise KdError(f"{folder / STUDY}: rows is empty")
+    for name, line in rows.items():
+        line = dict(line or {})
+        grid = line.pop("grid", None)
+        if grid is None:
+            yield str(name), line
+            continue
+        if not isinstance(grid, Mapping) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
+            raise KdError(f"{folder}: the grid of {name} must give each variable a list of values")
+        for combination in itertools.product(*grid.values()):
+            values = dict(zip(map(str, grid), combination, strict=True))
+            yield _filled(str(name), values), {**_filled(line, values), "values": values}
+
+
+def _filled(node: Any, values: Mapping[str, Any]) -> Any:
+    """``{width}`` replaced in every text of a row; other braces are left alone."""
+    if isinstance(node, str):
+        return re.sub(r"(?<!\$)\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), node)
+    if isinstance(node, list):
+        return [_filled(part, values) for part in node]
+    return {key: _filled(part, values) for key, part in node.items()} if isinstance(node, Mapping) else node
+
+
+def _named(kind: Any, node: Mapping[str, Any], key: str, folder: Path) -> dict[str, Any]:
+    return {name: _make(kind, {"name": name, **(v or {})}, folder) for name, v in (node.get(key) or {}).items()}
 
 
 def _yaml(file: Path) -> dict[str, Any]:
@@ -189,19 +249,26 @@ def _make(kind: Any, node: Mapping[str, Any], folder: Path) -> Any:
 
 
 def _check(study: Study) -> None:
-    """Every name of a row or comparison must exist."""
+    """Every name of a row or comparison must exist, and no row may wait for itself."""
     if study.epoch not in EPOCHS:
         raise KdError(f"{study.folder}: epoch = {study.epoch} is not allowed: it must be {' or '.join(EPOCHS)}")
-    used = [r for row in study.rows.values() for r in (row.teacher, row.alone, *references(row)) if r]
+    for name in study.rows:
+        if not ROW_NAME.fullmatch(name) or name == graph.SEED:
+            allowed = f"letters, digits, dots, - and _ only, not {graph.SEED}"
+            raise KdError(f"{study.folder}: {name} cannot be the name of a row: {allowed}")
+    used = [
+        r for row in study.rows.values() for r in (row.teacher, row.alone, *(r for r, _ in graph.references(row))) if r
+    ]
     used += [r for c in study.comparisons.values() for r in (c.row, c.than, c.share_of) if r]
+    used += [r for e in study.evaluations.values() for r in e.rows or ()]
     for name in used:
         if name not in study.rows:
             raise KdError(f"{study.folder}: there is no row {name}{near(name, study.rows)}")
     for condition in study.supported:
         if condition.comparison not in study.comparisons:
-            raise KdError(f"{study.folder}: there is no comparison {condition.comparison}")
-
-
-def references(row: Row) -> list[str]:
-    """The rows whose run directories a row's overrides name."""
-    return [found[1] for override in row.overrides for found in PLACEHOLDER.finditer(override)]
+            missing = condition.comparison
+            raise KdError(f"{study.folder}: there is no comparison {missing}{near(missing, study.comparisons)}")
+    for evaluation in study.evaluations.values():
+        if bool(evaluation.eval) == bool(evaluation.bias):
+            raise KdError(f"{study.folder}: the evaluation {evaluation.name} needs either eval or bias")
+    graph.check(study)

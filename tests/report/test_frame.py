@@ -37,7 +37,7 @@ def test_the_row_of_a_real_run(teacher_run: Path) -> None:
 
 def test_retention_and_evaluations(write, tmp_path) -> None:
     run = write(tmp_path / "kd" / "seed1", 1, 0.9, teacher=0.96, selected=0.93)
-    (run / "evaluations.json").write_text(json.dumps({"moved": {"acc1": 0.55, "nll": 1.5}}))
+    (run / "evaluations.json").write_text(json.dumps({"moved": {"made": {}, "metrics": {"acc1": 0.55, "nll": 1.5}}}))
     row = frame.of_run(run, "kd")
     assert row["last/retention"] == pytest.approx(0.9 / 0.96)
     assert row["selected/retention"] == pytest.approx(0.93 / 0.96)
@@ -62,7 +62,10 @@ def test_a_record_that_cannot_be_read(tmp_path, content, sentence) -> None:
         frame.of_run(tmp_path, "x")
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"moved": 3}', '{"moved": {"acc1": "x"}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[1]", '{"moved": 3}', '{"moved": {"made": {}, "metrics": {"acc1": "x"}}}', '{"moved": {"metrics": {}}}'],
+)
 def test_evaluations_that_cannot_be_read(write, tmp_path, content) -> None:
     run = write(tmp_path / "kd" / "seed1", 1, 0.9)
     (run / "evaluations.json").write_text(content)

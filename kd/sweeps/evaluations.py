@@ -1,0 +1,123 @@
+"""Second looks at the finished runs of a study: other test images, or one bias that validation chooses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd import record
+from kd.errors import KdError
+from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
+from kd.sweeps.engine import Outcome
+from kd.sweeps.local import cores
+from kd.sweeps.pool import forked, warm_up
+from kd.sweeps.spec import Evaluation, Study
+
+
+def complete(study: Study, outcomes: Sequence[Outcome]) -> None:
+    """Make the evaluations that the finished runs still lack, into ``evaluations.json``. ``KdError`` if one fails."""
+    todo = [(o.run_dir, lacking(study, o)) for o in outcomes]
+    todo = [(run_dir, names) for run_dir, names in todo if names]
+    if not todo:
+        return
+    print(f"evaluations of {len(todo)} runs: {', '.join(study.evaluations)}", flush=True)
+    warm_up()
+    together = min(cores(), len(todo))
+    threads = max(1, cores() // together)
+    calls = [functools.partial(_child, study, run_dir, names, threads) for run_dir, names in todo]
+    failed = [todo[position][0] for position, code in forked(calls, together) if code]
+    if failed:
+        raise KdError(f"{len(failed)} runs could not be evaluated (see {failed[0] / 'train.log'})")
+
+
+def lacking(study: Study, outcome: Outcome) -> list[Evaluation]:
+    """The evaluations that a run should have and has not, or has as the study defined them before."""
+    row = outcome.job.name.partition("/")[0]
+    there = read_evaluations(outcome.run_dir)
+    wanted = [e for e in study.evaluations.values() if e.rows is None or row in e.rows]
+    return [e for e in wanted if there.get(e.name, {}).get("made") != made(study, e)]
+
+
+def made(study: Study, evaluation: Evaluation) -> dict[str, Any]:
+    """How an evaluation is made; kept beside its numbers."""
+    return {"epoch": study.epoch, "eval": list(evaluation.eval), "bias": list(evaluation.bias)}
+
+
+def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], threads: int, _: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        there = read_evaluations(run_dir)
+        for evaluation in wanted:
+            metrics = evaluate(run_dir, evaluation, study.epoch)
+            there[evaluation.name] = {"made": made(study, evaluation), "metrics": metrics}
+        record.write_text(run_dir / EVALUATIONS, json.dumps(there, indent=2) + "\n")
+    except Exception as error:
+        with (run_dir / "train.log").open("a", encoding="utf-8") as log:
+            log.write("".join(traceback.format_exception(error)))
+        print(f"kd: {run_dir}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, float]:
+    """Metrics of a run's student (``epoch`` "last" or "selected") on test, under the evaluation's changes.
+
+    With ``bias``: ``acc1``, ``class_I`` and the ``bias`` itself, an amount of logits.
+    """
+    from kd.evaluate import evaluate as measure
+    from kd.evaluate import run_config
+    from kd.weights import LAST, SELECTED
+
+    config = run_config(run_dir, evaluation.eval)
+    weights = run_dir / (LAST if epoch == "last" else SELECTED)
+    kept: dict[str, dict[str, Any]] = {"val": {}, "test": {}}
+    found: dict[str, Any] = {}
+    for split in kept if evaluation.bias else ("test",):
+        found = measure(config, split=split, weights_file=weights, keep=kept[split])
+    if not evaluation.bias:
+        return {**found["metrics"], **_classes(list(found["per_class"].values()))}
+    val, test = ({k: np.concatenate([t.numpy() for t in v]) for k, v in part.items()} for part in kept.values())
+    bias = best_bias(val["logits"], val["target"], evaluation.bias)
+    logits = test["logits"].copy()
+    logits[:, list(evaluation.bias)] += bias
+    right = logits.argmax(1) == test["target"]
+    per_class = [float(right[test["target"] == c].mean()) for c in range(logits.shape[1])]
+    return {"acc1": float(right.mean()), "bias": bias, **_classes(per_class)}
+
+
+def _classes(accuracies: list[float]) -> dict[str, float]:
+    return {f"class_{i}": a for i, a in enumerate(accuracies)} if len(accuracies) <= CLASSES else {}
+
+
+def best_bias(logits: np.ndarray, target: np.ndarray, classes: Sequence[int]) -> float:
+    """The number which, added to the logits of ``classes``, gets most rows right; of equals the middle one.
+
+    ``logits``: (rows, all classes); ``target``: (rows,). Exact: the answer of a row changes once, where the best of
+    ``classes`` overtakes the best of the others (the bias fix of Hinton 2015, section 3, which used the test set).
+    """
+    inside = np.zeros(logits.shape[1], dtype=bool)
+    inside[list(classes)] = True
+    if inside.all() or not inside.any():
+        raise KdError(f"bias = {list(classes)} is not allowed: some of the {logits.shape[1]} classes, not all")
+    numbers = np.arange(logits.shape[1])
+    ours, others = logits[:, inside], logits[:, ~inside]
+    overtakes = others.max(1) - ours.max(1)
+    order = np.argsort(overtakes, kind="stable")
+    gained = (numbers[inside][ours.argmax(1)] == target)[order]
+    lost = (numbers[~inside][others.argmax(1)] == target)[order]
+    # right[k]: with a bias between the thresholds k - 1 and k, the first k rows answer with one of ``classes``
+    right = np.concatenate([[0], np.cumsum(gained)]) + lost.sum() - np.concatenate([[0], np.cumsum(lost)])
+    steps = overtakes[order]
+    edges = np.concatenate([[steps[0] - 2], steps, [steps[-1] + 2]])
+    right = np.where(edges[:-1] < edges[1:], right, -1)  # no bias lies between two equal thresholds
+    best = np.flatnonzero(right == right.max())
+    k = int(best[len(best) // 2])
+    return float((edges[k] + edges[k + 1]) / 2)

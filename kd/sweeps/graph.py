@@ -1,0 +1,78 @@
+"""Which run of a study reads which other one: ``{row}`` in an override stands for a run directory. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kd.errors import KdError
+
+if TYPE_CHECKING:
+    from kd.sweeps.spec import Row, Study
+
+PLACEHOLDER = re.compile(r"(?<!\$)\{([A-Za-z0-9_.-]+)(?:@(\d+))?\}")  # ${…} is Hydra's
+SEED = "seed"  # {seed} in an override: the seed of the run
+
+
+def check(study: Study) -> None:
+    """``KdError`` when a row reads a run that the study does not have, or waits for itself."""
+    for row in study.rows.values():
+        for seed in row.seeds:
+            list(needs(study, row, seed))
+    _no_cycle(study)
+
+
+def _no_cycle(study: Study) -> None:
+    waiting: list[str] = []
+    done: set[str] = set()
+
+    def visit(name: str) -> None:
+        if name in waiting:
+            circle = [*waiting[waiting.index(name) :], name]
+            raise KdError(f"{study.folder}: the rows wait for one another: {' → '.join(circle)}")
+        if name not in done:
+            waiting.append(name)
+            for other, _ in references(study.rows[name]):
+                visit(other)
+            done.add(waiting.pop())
+
+    for name in study.rows:
+        visit(name)
+
+
+def references(row: Row) -> list[tuple[str, int | None]]:
+    """The rows, each with the seed if it is given, whose run directories a row's overrides name."""
+    found = [m for override in row.overrides for m in PLACEHOLDER.finditer(override)]
+    return [(m[1], int(m[2]) if m[2] else None) for m in found if m[1] != SEED]
+
+
+def needs(study: Study, row: Row, seed: int) -> Iterator[tuple[str, int]]:
+    """Row and seed of the runs that one run of ``row`` reads. ``KdError`` when the study does not have such a run."""
+    for name, asked in references(row):
+        yield name, run_of(study, row, name, seed if asked is None else asked, asked is not None)
+
+
+def run_of(study: Study, row: Row, name: str, seed: int, exact: bool) -> int:
+    """The seed of ``name`` that stands for ``{name}`` in a run of ``row``: the same one, else its only one."""
+    there = study.rows[name].seeds
+    if seed in there:
+        return seed
+    if not exact and len(there) == 1:
+        return there[0]
+    raise KdError(f"{study.folder}: row {row.name} reads {name} of seed {seed}, which has the seeds {list(there)} only")
+
+
+def resolved(study: Study, row: Row, seed: int, directory: Path) -> tuple[str, ...]:
+    """The overrides of one run, ``{…}`` replaced: by quoted run directories below ``directory``, and by the seed."""
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] == SEED:
+            return str(seed)
+        exact = found[2] is not None
+        number = run_of(study, row, found[1], int(found[2]) if exact else seed, exact)
+        path = str(directory / found[1] / f"seed{number}").replace("'", r"\'")
+        return f"'{path}'"
+
+    return tuple(PLACEHOLDER.sub(value, override) for override in row.overrides)

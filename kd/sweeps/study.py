@@ -1,0 +1,135 @@
+"""The study behind ``kd study``: which runs it needs, in which order, and what is written once they have ended."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd import record
+from kd.errors import KdError, near
+from kd.report.frame import check_protocol, finished, of_study, read_results, write_results
+from kd.report.main import say
+from kd.report.report import Report, build
+from kd.sweeps import estimate, evaluations, graph, spec
+from kd.sweeps.engine import Engine, Outcome
+from kd.sweeps.manifest import Job
+from kd.sweeps.spec import Row, Study
+from kd.sweeps.state import FINISHED
+
+RESULTS = "results.csv"
+
+
+def sweep(
+    engine: Engine, name: str, only: Sequence[str], seeds: Sequence[int] | None, dry_run: bool, arguments: Sequence[str]
+) -> list[Outcome]:
+    """Run what is missing of a study, evaluate, write ``results.csv`` and the report. ``KdError`` if a job failed.
+
+    ``only``: rows (or patterns, ``w300_*``), together with the runs that they read; ``seeds``: instead of the
+    study's; ``arguments``: overrides for every job, they win over the study's.
+    """
+    _refuse_swept(arguments)
+    study = spec.load(name, seeds)
+    jobs = plan(study, engine.directory, only, seeds, arguments)
+    kept = study.folder / RESULTS
+    if kept.is_file():
+        read_results(kept, spec.load(name))  # of another protocol: not found out after hours
+    if dry_run:
+        estimate.show(engine, study, jobs)
+        return []
+    print(f"study {study.name}: {len(jobs)} runs in {engine.directory}", flush=True)
+    outcomes = engine.run("study", study.name, jobs)
+    evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED])
+    _conclude(spec.load(name), engine, outcomes)
+    return outcomes
+
+
+def plan(
+    study: Study, directory: Path, only: Sequence[str], seeds: Sequence[int] | None, arguments: Sequence[str]
+) -> list[Job]:
+    """A job for each run that is wanted or read by one that is. ``KdError`` for a row that does not exist."""
+    wanted = [(row, seed) for row in _chosen(study, only) for seed in row.seeds if seeds is None or seed in seeds]
+    jobs: dict[str, Job] = {}
+
+    def add(row: Row, seed: int) -> str:
+        name = f"{row.name}/seed{seed}"
+        if name not in jobs:
+            after = dict.fromkeys(add(study.rows[other], number) for other, number in graph.needs(study, row, seed))
+            overrides = [*graph.resolved(study, row, seed, directory), *arguments, f"seed={seed}", f"name={row.name}"]
+            jobs[name] = Job(name, f"{row.name} seed={seed}", tuple(overrides), tuple(after))
+        return name
+
+    for row, seed in wanted:
+        add(row, seed)
+    if not jobs:
+        raise KdError(f"{study.folder}: no row has the seeds {', '.join(map(str, seeds or ()))}")
+    return list(jobs.values())
+
+
+def _chosen(study: Study, only: Sequence[str]) -> list[Row]:
+    if not only:
+        return list(study.rows.values())
+    names = []
+    for pattern in only:
+        found = fnmatch.filter(study.rows, pattern)
+        if not found:
+            raise KdError(f"{study.folder}: there is no row {pattern}{near(pattern, study.rows)}")
+        names += found
+    return [study.rows[name] for name in dict.fromkeys(names)]
+
+
+def _refuse_swept(arguments: Sequence[str]) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            raise KdError(f"{override.input_line}: a study lists its rows itself, nothing is swept beside them")
+        if key in ("seed", "name"):
+            raise KdError(f"{override.input_line}: the study sets {key} (other seeds: --seeds)")
+
+
+# ---------------------------------------------------------------------- what comes out
+
+
+def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome]) -> None:
+    """``results.csv`` and the report, of all runs that are there; then the failures."""
+    failed = [o for o in outcomes if o.state.status != FINISHED]
+    frame = of_study(study, engine.directory)
+    if not finished(frame).empty:
+        check_protocol(frame)
+        write_results(engine.directory / RESULTS, study, frame)
+        report = build(study, frame, engine.directory, engine.directory)
+        say(study, report)
+        print(engine.directory / RESULTS)
+        missing = int((frame["status"] != FINISHED).sum())
+        if missing:
+            print(f"{missing} of {len(frame)} runs of the study are missing: {study.folder / RESULTS} stays as it is")
+        else:
+            write_results(study.folder / RESULTS, study, frame)
+            print(study.folder / RESULTS)
+        _to_wandb(study, engine, report, outcomes)
+    if failed:
+        reasons = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in failed]
+        again = "the same command again runs what is missing"
+        raise KdError("\n".join([f"{len(failed)} of {len(outcomes)} jobs have no result ({again}):", *reasons]))
+
+
+def _to_wandb(study: Study, engine: Engine, report: Report, outcomes: Sequence[Outcome]) -> None:
+    """The report as a W&B run, when the runs log there."""
+    settings = _wandb(outcomes)
+    if settings is None:
+        return
+    from kd.wandb_report import log_report
+
+    log_report(engine.directory, study.name, report.table, report.figures, settings)
+
+
+def _wandb(outcomes: Sequence[Outcome]) -> Mapping[str, Any] | None:
+    for outcome in outcomes:
+        if outcome.state.status == FINISHED:
+            found = record.read_config(outcome.run_dir)["logger"].get("wandb")
+            if found is not None:
+                return dict(found)
+    return None

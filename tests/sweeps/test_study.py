@@ -1,0 +1,309 @@
+"""A study is read, planned, run, gone on with, and written down; what is wrong in it costs one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from kd import study as verb
+from kd.cli import main
+from kd.errors import KdError
+from kd.sweeps import graph, spec
+from kd.sweeps.evaluations import best_bias
+from kd.sweeps.study import _refuse_swept, plan
+
+TINY = ["data=fake", "data.train_images=64", "recipe.epochs=2", "protocol.val_every=1", "hardware=cpu"]
+ROWS: dict[str, Any] = {
+    "teacher": {"overrides": ["student.model.hidden=[32]"], "seeds": [0]},
+    "alone": {"overrides": ["student.model.hidden=[8]"]},
+    "T{temperature}": {
+        "grid": {"temperature": [1, 4]},
+        "label": "soft targets, T = {temperature}",
+        "teacher": "teacher",
+        "alone": "alone",
+        "overrides": [
+            "student.model.hidden=[8]",
+            "loss=[ce,kd]",
+            "teacher.checkpoint={teacher}",
+            "loss.kd.temperature={temperature}",
+        ],
+    },
+}
+
+
+def write(folder: Path, **changed: Any) -> Path:
+    """A study folder; ``changed`` keys replace those of the tiny one, None takes one away."""
+    content = {
+        "question": "Does it run?",
+        "seeds": [0, 1],
+        "overrides": TINY,
+        "rows": ROWS,
+        "evaluations": {"seen": {"eval": ["data.eval_batch_size=8"], "rows": ["alone"]}, "fixed": {"bias": [3]}},
+        "comparisons": {"helps": {"row": "T4", "than": "alone", "measure": "test/acc1"}},
+        "claim": "It helps.",
+        "supported": [{"comparison": "helps", "above": 0}],
+        **changed,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False)
+    (folder / "study.yaml").write_text(text)
+    return folder
+
+
+def names(jobs: list[Any]) -> list[str]:
+    return [job.name for job in jobs]
+
+
+# ---------------------------------------------------------------------- read
+
+
+def test_a_grid_becomes_a_row_for_each_combination(tmp_path: Path) -> None:
+    study = spec.load(write(tmp_path / "tiny"))
+    assert list(study.rows) == ["teacher", "alone", "T1", "T4"]
+    row = study.rows["T4"]
+    assert (row.label, row.values) == ("soft targets, T = 4", {"temperature": 4})
+    assert row.overrides[-1] == "loss.kd.temperature=4"
+    assert row.overrides[: len(TINY)] == tuple(TINY)
+    assert (row.seeds, study.rows["teacher"].seeds) == ((0, 1), (0,))
+
+
+def test_other_seeds_leave_fixed_ones_alone(tmp_path: Path) -> None:
+    study = spec.load(write(tmp_path / "tiny"), seeds=[7, 8])
+    assert (study.rows["alone"].seeds, study.rows["teacher"].seeds) == ((7, 8), (0,))
+
+
+def test_placeholders_become_quoted_run_directories(tmp_path: Path) -> None:
+    overrides = ["teacher.checkpoint=[{a},{a@1}]", "data.split_seed={seed}", "recipe.batch_size=${oc.env:N,{x: 1}}"]
+    rows = {"a": {"overrides": []}, "b": {"overrides": overrides}}
+    study = spec.load(
+        write(tmp_path / "tiny", rows=rows, overrides=[], comparisons=None, supported=None, evaluations=None)
+    )
+    found = graph.resolved(study, study.rows["b"], 0, Path("/runs/it's"))
+    first, second = (rf"'/runs/it\'s/a/seed{n}'" for n in (0, 1))
+    assert found == (f"teacher.checkpoint=[{first},{second}]", "data.split_seed=0", overrides[2])
+    assert list(graph.needs(study, study.rows["b"], 0)) == [("a", 0), ("a", 1)]
+
+
+def reads(row: str) -> dict[str, Any]:
+    return {"overrides": [f"teacher.checkpoint={{{row}}}"]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"rows": {"a": reads("techer"), "teacher": {}}}, r"there is no row techer.*teacher"),
+        ({"rows": {"a": {"teacher": "b"}}}, "there is no row b"),
+        ({"rows": {"a": reads("b"), "b": reads("c"), "c": reads("a")}}, "wait for one another: a → b → c → a"),
+        ({"rows": {"a": reads("a")}}, "wait for one another: a → a"),
+        ({"rows": {"a": reads("b"), "b": {"seeds": [4, 5]}}}, r"reads b of seed 0, which has the seeds \[4, 5\] only"),
+        ({"rows": {"a": reads("b@3"), "b": {}}}, "reads b of seed 3"),
+        ({"rows": {}}, "rows is empty"),
+        ({"rows": {"a": {"override": []}}}, r"row has no option override.*overrides"),
+        ({"rows": {"a b": {}}}, "a b cannot be the name of a row"),
+        ({"rows": {"seed": {}}}, "seed cannot be the name of a row"),
+        ({"rows": {"a{t}": {"grid": {"t": []}}}}, "must give each variable a list"),
+        ({"rows": {"a": {"grid": {"t": [1, 2]}}}}, "two rows a"),
+        ({"seeds": [0, 0]}, "lists one twice"),
+        ({"seeds": "all"}, "whole numbers"),
+        ({"epoch": "best"}, "epoch = best is not allowed"),
+        ({"sedes": [1]}, "no option sedes.*seeds"),
+        ({"supported": [{"comparison": "help", "above": 0}]}, "no comparison help.*helps"),
+        ({"evaluations": {"x": {}}}, "x needs either eval or bias"),
+        ({"evaluations": {"x": {"bias": [3], "rows": ["nobody"]}}}, "no row nobody"),
+    ],
+)
+def test_what_is_wrong_in_a_study_is_said(tmp_path: Path, changed: dict[str, Any], sentence: str) -> None:
+    if "rows" in changed:
+        changed = {"comparisons": None, "supported": None, "evaluations": None, **changed}
+    with pytest.raises(KdError, match=sentence):
+        spec.load(write(tmp_path / "tiny", **changed))
+
+
+# ---------------------------------------------------------------------- planned
+
+
+def test_rows_come_with_the_runs_that_they_read(tmp_path: Path) -> None:
+    study = spec.load(write(tmp_path / "tiny"))
+    jobs = plan(study, tmp_path, ["T*"], None, ["recipe.epochs=1"])
+    assert names(jobs) == ["teacher/seed0", "T1/seed0", "T1/seed1", "T4/seed0", "T4/seed1"]
+    assert jobs[2].after == ("teacher/seed0",)
+    assert jobs[2].overrides[-3:] == ("recipe.epochs=1", "seed=1", "name=T1")
+    assert f"teacher.checkpoint='{tmp_path}/teacher/seed0'" in jobs[2].overrides
+
+
+def test_seeds_choose_among_those_of_a_row_that_fixes_them(tmp_path: Path) -> None:
+    study = spec.load(write(tmp_path / "tiny"), seeds=[1])
+    assert names(plan(study, tmp_path, [], [1], [])) == ["alone/seed1", "teacher/seed0", "T1/seed1", "T4/seed1"]
+    with pytest.raises(KdError, match="no row has the seeds 1"):
+        plan(study, tmp_path, ["teacher"], [1], [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "the name of one study, given: none"),
+        (["a", "b"], "given: a, b"),
+        (["nowhere"], "there is no study nowhere"),
+        (["a", "--sed", "1"], "--sed is not understood"),
+        (["a", "--seeds", "1-"], "--seeds 1- is not understood"),
+        (["a", "--seeds"], "--seeds: expected one argument"),
+    ],
+)
+def test_arguments_that_are_not_understood(arguments: list[str], sentence: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KdError, match=sentence):
+        verb.main(arguments)
+
+
+def test_ranges_of_seeds() -> None:
+    assert verb._numbers("0,3,5-7") == [0, 3, 5, 6, 7]
+    assert verb._numbers(None) is None
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "--help"]) == 0
+    assert "--dry-run" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- the bias
+
+
+def test_the_bias_is_the_best_of_all() -> None:
+    rng = np.random.default_rng(0)
+    for classes in ([3], [7, 8]):
+        logits, target = rng.normal(size=(400, 10)), rng.integers(0, 10, 400)
+        logits[np.arange(400), target] += 1.5
+        logits[:, classes] -= 4
+
+        def right(bias: float, logits=logits, target=target, classes=classes) -> float:
+            moved = logits.copy()
+            moved[:, classes] += bias
+            return float((moved.argmax(1) == target).mean())
+
+        found = best_bias(logits, target, classes)
+        assert 2 < found < 6
+        assert right(found) == max(right(b) for b in np.linspace(-10, 10, 4001))
+        assert right(found) > right(0) + 0.02
+
+
+def test_a_bias_of_all_classes_is_refused() -> None:
+    with pytest.raises(KdError, match="some of the 3 classes, not all"):
+        best_bias(np.zeros((2, 3)), np.zeros(2), [0, 1, 2])
+
+
+# ---------------------------------------------------------------------- run
+
+
+def kd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "KD_RUNS": str(folder / "runs"), "WANDB_MODE": "offline"}
+    command = [sys.executable, "-m", "kd.cli", "study", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
+    folder = write(tmp_path / "experiments" / "tiny")
+    runs = tmp_path / "runs" / "study_tiny"
+
+    planned = kd(tmp_path, "tiny", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert "tiny: 7 of 7 runs are missing" in planned.stdout
+    assert "ms each" in planned.stdout
+    assert not runs.exists()
+
+    part = kd(tmp_path, "tiny", "--only", "T4", "--seeds", "0")
+    assert part.returncode == 0, part.stderr
+    assert "2 runs in" in part.stdout
+    assert "5 of 7 runs of the study are missing" in part.stdout
+    assert not (folder / "results.csv").exists()
+
+    whole = kd(tmp_path, "tiny", "logger=[wandb]")
+    assert whole.returncode == 0, whole.stderr
+    assert "3/3" in whole.stdout  # after alone/seed0 and /seed1; the other two were there
+    assert "T4/seed0" not in whole.stdout
+    assert "It helps." in whole.stdout
+    assert (runs / "report.html").is_file()
+    assert list((runs / "wandb").glob("offline-run-*")), "the report is a W&B run as well"
+    text = (folder / "results.csv").read_text().splitlines()
+    assert len(text) == 1 + 7
+    head = text[0].split(",")
+    assert {"schema", "study", "row", "seed", "seen/acc1", "fixed/bias", "fixed/class_3"} <= set(head)
+    made = json.loads((runs / "teacher/seed0/evaluations.json").read_text())
+    assert set(made) == {"fixed"}  # "seen" is of the row alone
+
+    before = (runs / "T1/seed1/result.json").stat().st_mtime_ns
+    again = kd(tmp_path, "tiny")
+    assert again.returncode == 0, again.stderr
+    assert "/1" not in again.stdout
+    assert (runs / "T1/seed1/result.json").stat().st_mtime_ns == before
+    assert (folder / "results.csv").read_text().splitlines() == text
+
+    reported = subprocess.run(
+        [sys.executable, "-m", "kd.cli", "report", "tiny", "out=page"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert reported.returncode == 0, reported.stderr  # from results.csv: KD_RUNS is not set here
+
+    # what must not be overwritten
+    corrupt = runs / "T1/seed1/result.json"
+    good = corrupt.read_bytes()
+    for content, sentence in ((b"{", "not valid JSON"), (b'{"schema": 99}', "newer version of kd")):
+        corrupt.write_bytes(content)
+        refused = kd(tmp_path, "tiny")
+        assert refused.returncode == 1
+        assert sentence in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+        assert corrupt.read_bytes() == content
+    corrupt.write_bytes(good)
+
+    other = write(tmp_path / "experiments" / "other", claim=None, supported=None)
+    refused = kd(tmp_path, "other", f"hydra.sweep.dir={runs}")
+    assert refused.returncode == 1
+    assert "belongs to the study tiny, not to the study other" in refused.stderr
+    assert not (other / "results.csv").exists()
+
+    (other / "results.csv").write_text("\n".join(text) + "\n")
+    refused = kd(tmp_path, "other")
+    assert refused.returncode == 1
+    assert "holds the results of the study tiny, not of other" in refused.stderr
+    assert not (tmp_path / "runs" / "study_other").exists()
+
+
+def test_a_row_that_fails_stops_those_that_read_it_alone(tmp_path: Path) -> None:
+    rows = {**ROWS, "teacher": {"overrides": ["recipe.optimizer.lr=1e30"], "seeds": [0]}}
+    write(tmp_path / "experiments" / "tiny", rows=rows, evaluations=None)
+    done = kd(tmp_path, "tiny")
+    assert done.returncode == 1
+    assert "5 of 7 jobs have no result" in done.stderr
+    assert "teacher/seed0: failed: the student" in done.stderr
+    assert "T4/seed1: missing: not started: teacher/seed0 did not finish" in done.stderr
+    assert "alone/seed1: test top-1" in done.stdout
+    assert not (tmp_path / "experiments" / "tiny" / "results.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["loss=[ce,kd]"], "alone/seed0: loss.kd needs a teacher"),
+        (["loss=[ce,kd]", "teacher.checkpoint=nowhere"], "teacher.checkpoint = nowhere does not exist"),
+    ],
+)
+def test_a_row_that_cannot_be_built_starts_nothing(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    rows = {"teacher": {}, "alone": {"overrides": overrides}}
+    write(tmp_path / "experiments" / "tiny", rows=rows, evaluations=None, comparisons=None, supported=None)
+    done = kd(tmp_path, "tiny")
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("argument", ["seed=1", "name=x", "recipe.epochs=1,2"])
+def test_what_the_study_sets_is_not_given(argument: str) -> None:
+    with pytest.raises(KdError, match=argument):
+        _refuse_swept(["recipe.epochs=1", argument])
