@@ -64,6 +64,7 @@ class Engine:
         """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong."""
         configs = {job.name: self.compose(job) for job in jobs}
         refuse_twins(configs)
+        ordered = list(waves(jobs))
         plan = Manifest(kind, name, {job.name: job for job in jobs})
         known = _joined(self.directory, plan)
         missing = {}
@@ -75,7 +76,7 @@ class Engine:
         with self.locked(kind, name):
             manifest.write(self.directory, known)
             outcomes: dict[str, Outcome] = {}
-            for wave in waves(jobs):
+            for wave in ordered:
                 outcomes |= self._wave(wave, outcomes)
         return [outcomes[job.name] for job in jobs]
 
@@ -177,7 +178,8 @@ def refuse_twins(configs: Mapping[str, Mapping[str, Any]]) -> None:
 def _joined(directory: Path, plan: Manifest) -> Manifest:
     """The plan together with what the directory's manifest lists already. ``KdError`` when they do not fit."""
     if not (directory / manifest.FILE).exists():
-        if directory.is_dir() and any(not f.name.startswith((LOCK, f".{manifest.FILE}")) for f in directory.iterdir()):
+        leftovers = (LOCK, f".{manifest.FILE}")  # of a sweep that was killed before its manifest
+        if directory.is_dir() and any(not f.name.startswith(leftovers) for f in directory.iterdir()):
             raise KdError(f"{directory} is not empty and not the directory of a sweep: choose another hydra.sweep.dir")
         return plan
     there = manifest.read(directory)

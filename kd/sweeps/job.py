@@ -58,7 +58,7 @@ def work(config: Mapping[str, Any], run_dir: Path, overrides: Sequence[str]) -> 
 
 def clear(run_dir: Path) -> None:
     """Remove what an attempt without a result has written; its log stays."""
-    for entry in run_dir.iterdir():
+    for entry in sorted(run_dir.iterdir(), key=lambda entry: entry.name == record.FILE):  # the record last
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry.name != "train.log":
