@@ -65,7 +65,7 @@ def test_room(two_gpus, monkeypatch) -> None:
     assert local.at_once("auto", 1, on_gpu=False) == local.at_once(6, 1, on_gpu=False) == 6
     assert local.at_once("auto", 1, on_gpu=True) == 2
     assert local.at_once("auto", 3, on_gpu=True) == local.at_once(6, 3, on_gpu=True) == 6
-    with pytest.raises(KdError, match="n_jobs = 7 is not allowed: there are 6 cores$"):
+    with pytest.raises(KdError, match=r"n_jobs = 7 is not allowed: there are 6 cores$"):
         local.at_once(7, 1, on_gpu=False)
     with pytest.raises(KdError, match=r"n_jobs = 3 is not allowed: there are 2 GPUs \(several may share one: hydra"):
         local.at_once(3, 1, on_gpu=True)
