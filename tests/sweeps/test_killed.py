@@ -99,11 +99,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_killed_ten_times_it_ends_with_the_same_table(whole, tmp_path) -> None:
-    rng, finished_at = random.Random(20), []
+    rng, finished_at = random.Random(0), []
     for _ in range(KILLS):
         process = start(tmp_path)
         try:
-            wait_for_lines(process, tmp_path, rng.randint(3, 2 * JOBS * EPOCHS // (3 * KILLS)))
+            wait_for_lines(process, tmp_path, rng.randint(4, 20))
             time.sleep(0.03 * rng.random())  # anywhere in an epoch, its validation or its checkpoint
         finally:
             kill_all(process)
