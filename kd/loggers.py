@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
             rows = [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(handle)]
         earlier = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < done]
     logger = CSVLogger(str(run_dir), name="", version="", flush_logs_every_n_steps=500)
-    writer = logger.experiment
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the directory is not empty: a run's never is
+        writer = logger.experiment
     writer.metrics = earlier
     writer.metrics_keys = sorted({key for row in earlier for key in row})
     writer.save()
