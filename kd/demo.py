@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kd import record
 from kd.errors import KdError
 from kd.report.console import Row, Table
+from kd.sweeps.job import leave_a_record
+from kd.sweeps.state import FAILED, FINISHED
 
 SEEDS = 5
 UNSEEN = 3  # the class that the transfer set lacks
@@ -106,30 +109,30 @@ def directory(out: Path, arm: str, seed: int) -> Path:
 
 def run_all(out: Path, seeds: int, jobs: int) -> None:
     """Teachers first, then every student; each run in a process forked from this one, which has imported everything."""
-    import lightning  # noqa: F401 - a child must not pay for the imports again
+    from kd.sweeps.local import death
+    from kd.sweeps.pool import forked, warm_up
 
-    import kd.app
-    import kd.fit  # noqa: F401
-
+    warm_up()
     waves = [[(TEACHER, seed) for seed in range(seeds)], [(arm, seed) for arm in ARMS for seed in range(seeds)]]
     total = sum(len(wave) for wave in waves)
     done = 0
-    # the parent has run no torch operation yet, so it has no threads that a fork could leave behind
-    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
-        for wave in waves:
-            work = [(arm, seed, out) for arm, seed in wave]
-            for said, error in pool.imap_unordered(_run_one, work, chunksize=1):
-                done += 1
-                print(f"  {done:>2}/{total}  {said}", flush=True)
-                if error:
-                    raise KdError(f"{said}: {error}")
+    for wave in waves:
+        for position, code in forked([partial(_run_one, arm, seed, out) for arm, seed in wave], jobs):
+            arm, seed = wave[position]
+            run_dir = directory(out, arm.name, seed)
+            if code:
+                leave_a_record(run_dir, (), *death(code))
+            result, done = record.read(run_dir), done + 1
+            if result["status"] != FINISHED:
+                raise KdError(f"{arm.name} seed {seed}: {result['error']} (see {run_dir / 'train.log'})")
+            said = f"test top-1 {result['student']['last']['test']['acc1']:.1%} ({result['wall_clock_s']:.1f} s)"
+            print(f"  {done:>2}/{total}  {arm.name} seed {seed}: {said}", flush=True)
 
 
-def _run_one(work: tuple[Arm, int, Path]) -> tuple[str, str | None]:
+def _run_one(arm: Arm, seed: int, out: Path, slot: int) -> None:
     from kd.app import checked
     from kd.train import train
 
-    arm, seed, out = work
     run_dir = directory(out, arm.name, seed)
     teacher = str(directory(out, "teacher", seed))
     overrides = [o.format(teacher=teacher) for o in arm.overrides]
@@ -146,11 +149,9 @@ def _run_one(work: tuple[Arm, int, Path]) -> tuple[str, str | None]:
     try:
         run_dir.mkdir(parents=True)
         with contextlib.redirect_stdout(io.StringIO()):  # the run's own log has it
-            result = train(checked(overrides), run_dir, overrides)
+            train(checked(overrides), run_dir, overrides)
     except Exception as error:
-        return f"{arm.name} seed {seed}", f"{error} (see {run_dir / 'train.log'})"
-    top1 = result["student"]["last"]["test"]["acc1"]
-    return f"{arm.name} seed {seed}: test top-1 {top1:.1%} ({result['wall_clock_s']:.1f} s)", None
+        leave_a_record(run_dir, overrides, FAILED, str(error) or type(error).__name__)
 
 
 # ---------------------------------------------------------------------- the three claims
@@ -158,8 +159,6 @@ def _run_one(work: tuple[Arm, int, Path]) -> tuple[str, str | None]:
 
 def column(out: Path, arm: str, seeds: int, *keys: str) -> np.ndarray:
     """One number of each seed's record, in percent: ``keys`` lead to it."""
-    from kd import record
-
     values = []
     for seed in range(seeds):
         part: Any = record.read(directory(out, arm, seed))

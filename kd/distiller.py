@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from kd import distributed
 from kd.bookkeeping import StepBuffer, first_bad
 from kd.errors import KdError
+from kd.evaluated import Evaluated
 from kd.losses.base import Batch, Output
 from kd.measure import measure
 from kd.objective import Objective
@@ -28,7 +27,7 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 
 
-class Distiller(L.LightningModule):
+class Distiller(Evaluated):
     """Trains ``student`` on the objective; ``teacher`` may be None (plain supervised training).
 
     Call :meth:`prepare` with one batch before the trainer sees the module: it runs both networks once, resolves the
@@ -51,23 +50,16 @@ class Distiller(L.LightningModule):
         seed: int = 0,
         log_every: int = 50,
     ) -> None:
-        super().__init__()
+        super().__init__(student, teacher, task, num_classes)
         if log_every < 1:
             raise ValueError(f"log_every = {log_every} is not allowed: it must be 1 or more")
-        self.student, self.teacher, self.objective, self.task = student, teacher, objective, task
-        self.num_classes, self.seed, self.log_every = num_classes, seed, log_every
+        self.objective, self.seed, self.log_every = objective, seed, log_every
         self._make_optimizer, self._make_scheduler, self._interval = optimizer, scheduler, scheduler_interval
         self.epoch_means: dict[str, float] = {}  # of the last training epoch
-        self.history: dict[int, dict[str, float]] = {}  # epoch → validation metrics, survives a resume
         self.teacher_metrics: dict[str, dict[str, float]] = {}  # split → metrics, measured once
-        self.test_name = "test"
-        self.tested: dict[str, Any] = {}  # of the last test pass: metrics and accuracy per class
-        self.teacher_tested: dict[str, Any] = {}
         self.about: dict[str, Any] = {}  # what is recorded with the weights: model, data facts
         self.unreached: list[str] = []  # see find_unreached
         self.sharded = False  # whether each process holds a part of every parameter only
-        self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
-        self._teacher_logits: dict[tuple[str, int], Tensor] = {}
         # the dry pass wants them, to compare the classes; after it only the terms have a say
         self._teacher_logits_wanted = True
         objective.check_teacher(teacher is not None)
@@ -266,60 +258,6 @@ class Distiller(L.LightningModule):
     def _close_epoch(self) -> None:
         """The epoch's exact means; before the validation, so that the epoch's line has both."""
         self.epoch_means = self._train_means(*self._buffer.take_epoch())
-
-    # ------------------------------------------------------------------ evaluation
-
-    def on_validation_epoch_start(self) -> None:
-        """Fresh metrics for the pass, and one network on all processes."""
-        distributed.same_buffers(self.student)
-        self._metrics = self.task.metrics(self.num_classes).to(self.device)
-        self._teacher_metrics = self.task.metrics(self.num_classes).to(self.device)
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Student and teacher on one validation batch."""
-        self._evaluate("val", batch, batch_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Student and teacher on one test batch."""
-        self._evaluate("test", batch, batch_idx)
-
-    def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> None:
-        logits = self.student(batch.inputs)
-        teacher = None
-        if self.teacher is not None:  # the split never changes: its teacher's logits are computed once
-            if (split, batch_idx) not in self._teacher_logits:
-                self._teacher_logits[split, batch_idx] = self.teacher(batch.inputs).rows
-            teacher = self._teacher_logits[split, batch_idx]
-            if split == "test":  # val is measured before the first epoch
-                self._teacher_metrics.update(teacher, batch.targets)
-        self._metrics.update(logits, batch.targets, teacher)
-        if self.predictions is not None:
-            for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", logits)):
-                self.predictions.setdefault(name, []).append(tensor.cpu())
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/…`` once, and stop before a network that answers NaN reaches a checkpoint."""
-        metrics = {f"val/{k}": v for k, v in self._metrics.compute(self.teacher is not None).items()}
-        if not math.isfinite(metrics["val/nll"]):
-            raise KdError(
-                f"the student's answers are not finite after epoch {self.current_epoch + 1} (val/nll = "
-                f"{metrics['val/nll']}); last good checkpoint: "
-                f"{getattr(self.trainer.checkpoint_callback, 'best_model_path', '') or 'none yet'}"
-            )
-        self.log_dict(metrics)
-        if self.trainer.state.fn == "fit":
-            self.history[self.current_epoch] = metrics
-
-    def on_test_epoch_end(self) -> None:
-        """Log the pass under ``test_name``, and keep it: two students of a run are tested, last and selected."""
-        metrics = self._metrics.compute(self.teacher is not None)
-        self.log_dict({f"{self.test_name}/{name}": value for name, value in metrics.items()})
-        self.tested = {"test": metrics, "test_per_class": self._metrics.accuracy_per_class()}
-        if self.teacher is not None:
-            per_class = self._teacher_metrics.accuracy_per_class()
-            self.teacher_tested = {"test": self._teacher_metrics.compute(False), "test_per_class": per_class}
 
     # ------------------------------------------------------------------ optimiser and checkpoints
 

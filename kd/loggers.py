@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,24 @@ def _swept() -> str:
 
 def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
     """``metrics.csv`` in the run directory; of an interrupted run's rows those of its first ``done`` steps are kept."""
-    file = run_dir / "metrics.csv"
+    file, aside = run_dir / "metrics.csv", run_dir / ".metrics.csv"
+    if aside.is_file():  # a process was killed before it had written the rows again
+        file.unlink(missing_ok=True)
+    elif file.is_file():
+        file.replace(aside)  # the logger would delete it, with a warning
     earlier: list[dict[str, Any]] = []
-    if file.is_file():
-        with file.open(newline="") as handle:
+    if aside.is_file():
+        with aside.open(newline="") as handle:
             rows = [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(handle)]
-        earlier = [row for row in rows if int(row["step"]) < done]
-        file.unlink()  # the logger deletes it anyway, with a warning
+        earlier = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < done]
     logger = CSVLogger(str(run_dir), name="", version="", flush_logs_every_n_steps=500)
-    writer = logger.experiment
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the directory is not empty: a run's never is
+        writer = logger.experiment
     writer.metrics = earlier
     writer.metrics_keys = sorted({key for row in earlier for key in row})
+    writer.save()
+    aside.unlink(missing_ok=True)
     return logger
 
 

@@ -143,27 +143,6 @@ def test_a_typo_in_a_file_names_the_file(kd, tmp_path, text, parts) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["conf"]
 
 
-def test_a_sweep_over_nothing_is_an_error(kd, tmp_path) -> None:
-    for empty in ("seed=range(0,0)", "experiment=glob(nothing*)"):
-        said = kd("train", "-m", empty)
-        assert said.code == 1
-        assert f"{empty} is a sweep over nothing" in said.err
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_sweep_by_glob(kd, tmp_path) -> None:
-    said = kd("train", "-m", "experiment=glob(digits_a*)", "recipe.epochs=1", "protocol.val_every=1", "hardware=cpu")
-    assert said.code == 0, said.err
-    assert len(list(tmp_path.rglob("result.json"))) == 1
-
-
-def test_a_typo_in_a_sweep_stops_before_the_first_job(kd, tmp_path) -> None:
-    said = kd("train", "-m", "loss=[ce],[ce,kdd]", "seed=0,1")
-    assert said.code == 1
-    assert "loss=kdd does not exist (near: kd)" in said.err
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_exit_code_reaches_the_shell_before_torch_is_imported(tmp_path) -> None:
     code = "import sys; from kd.cli import main; r = main(['train', 'recipe.epocs=3']); print('torch' in sys.modules)"
     code += "; sys.exit(r)"

@@ -73,3 +73,12 @@ def test_the_bias_is_chosen_on_validation(tmp_path) -> None:
     assert demo.bias_fixed(tmp_path) == (1.0, 1.0)
     np.savez(tmp_path / "predictions_val.npz", target=target, logits=logits)
     assert demo.bias_fixed(tmp_path)[0] == 0.0
+
+
+def test_a_run_that_fails_is_said_with_its_reason(kd, tmp_path, monkeypatch) -> None:
+    arm = replace(demo.TEACHER, overrides=(*demo.TEACHER.overrides, *SHORT, "loss=[ce,kd]"))
+    monkeypatch.setattr(demo, "TEACHER", arm)
+    said = kd("demo", "seeds=2", "jobs=2", "out=demo")
+    assert said.code == 1
+    assert re.match(r"kd: teacher seed [01]: loss.kd needs a teacher", said.err)
+    assert "Traceback" not in said.err

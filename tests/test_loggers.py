@@ -137,3 +137,22 @@ def test_a_resumed_csv_keeps_the_rows_of_the_steps_that_count(tmp_path) -> None:
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     column = rows[0].index("train/ce")
     assert [row[column] for row in rows[1:]] == ["10.0", "20.0", "25.0"]
+
+
+def test_curves_survive_a_kill_between_opening_and_the_next_epoch(tmp_path) -> None:
+    """Each resumed process opens the file, and may be killed before it logs anything."""
+    from kd.loggers import csv_logger
+
+    logger = csv_logger(tmp_path)
+    for step in range(4):
+        logger.log_metrics({"train/loss": 1.0 / (step + 1)}, step=step)
+    logger.save()
+    whole = (tmp_path / "metrics.csv").read_text()
+    for _ in range(2):
+        csv_logger(tmp_path, done=4)
+        assert (tmp_path / "metrics.csv").read_text() == whole
+    (tmp_path / ".metrics.csv").write_text(whole)  # killed while it wrote them
+    (tmp_path / "metrics.csv").write_text(whole[:20])
+    csv_logger(tmp_path, done=3)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == whole.splitlines()[:-1]
+    assert not (tmp_path / ".metrics.csv").exists()

@@ -111,24 +111,6 @@ def test_the_same_seed_gives_the_same_student(kd, tmp_path) -> None:
     assert any(not torch.equal(a[k], c[k]) for k in a)
 
 
-def test_a_sweep_runs_every_combination(kd, tmp_path, teacher_run) -> None:
-    said = kd("train", "-m", "loss=[ce],[ce,kd]", "seed=0,1", f"teacher.checkpoint={teacher_run}", *FAST)
-    assert said.code == 0, said.err
-    results = [json.loads(f.read_text()) for f in sorted(tmp_path.rglob("result.json"))]
-    assert len(results) == 4
-    assert {(r["overrides"][0], r["seed"]) for r in results} == {
-        (loss, seed) for loss in ("loss=[ce]", "loss=[ce,kd]") for seed in (0, 1)
-    }
-
-
-def test_a_failed_job_does_not_stop_a_sweep(kd, tmp_path) -> None:
-    said = kd("train", "-m", "loss=[ce,kd],[ce]", *FAST)  # kd has no teacher here
-    assert said.code == 1
-    assert "1 of 2 jobs have no result" in said.err
-    status = {f.parent.name: json.loads(f.read_text())["status"] for f in tmp_path.rglob("result.json")}
-    assert status == {"loss-ce+kd": "failed", "loss-ce": "finished"}
-
-
 def test_the_student_loads_in_plain_timm(kd, tmp_path) -> None:
     import timm
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def refuse_twins(configs: Mapping[str, Mapping[str, Any]]) -> None:
     seen: dict[str, str] = {}
     for name, config in configs.items():
         rest = {k: v for k, v in config.items() if k not in ("name", "tags", "notes", "logger")}
-        twin = seen.setdefault(repr(rest), name)
+        twin = seen.setdefault(re.sub(r"(?<=\d)\.0(?=[,}\]])", "", repr(rest)), name)  # 1.0 is 1
         if twin != name:
             raise KdError(f"the jobs {twin} and {name} are the same run: list each value once")
 
@@ -178,8 +179,8 @@ def refuse_twins(configs: Mapping[str, Mapping[str, Any]]) -> None:
 def _joined(directory: Path, plan: Manifest) -> Manifest:
     """The plan together with what the directory's manifest lists already. ``KdError`` when they do not fit."""
     if not (directory / manifest.FILE).exists():
-        leftovers = (LOCK, f".{manifest.FILE}")  # of a sweep that was killed before its manifest
-        if directory.is_dir() and any(not f.name.startswith(leftovers) for f in directory.iterdir()):
+        # the lock and a temporary file are all that a sweep leaves that was killed at once
+        if directory.is_dir() and any(not f.name.startswith((LOCK, ".")) for f in directory.iterdir()):
             raise KdError(f"{directory} is not empty and not the directory of a sweep: choose another hydra.sweep.dir")
         return plan
     there = manifest.read(directory)

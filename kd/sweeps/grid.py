@@ -86,8 +86,8 @@ def directory_name(values: dict[str, str]) -> str:
     """``loss-ce+kd_seed-0``: no character that a shell or Hydra would want quoted."""
     parts = []
     for key, value in values.items():
-        inner = re.sub(r"\s*,\s*", "+", value.strip("[]'\" "))
-        parts.append(f"{re.sub(r'[^A-Za-z0-9.@-]+', '-', key)}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', inner).strip('-')}")
+        inner = re.sub(r"\s*,\s*", "+", value.strip("[]'\"/ "))  # a minus in front stays: -1 is not 1
+        parts.append(f"{re.sub(r'[^A-Za-z0-9.@-]+', '-', key)}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', inner).rstrip('-')}")
     name = "_".join(parts)
     if len(name) <= LONGEST:
         return name

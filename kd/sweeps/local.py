@@ -88,7 +88,7 @@ def launch(
         run_dir = directory(configs[position])
         overrides = [str(o) for o in configs[position].hydra.overrides.task]
         if code:
-            leave_a_record(run_dir, overrides, *_death(code))
+            leave_a_record(run_dir, overrides, *death(code))
         print(f"  {done:>{len(str(len(calls)))}}/{len(calls)}  {said(run_dir)}", flush=True)
     return [JobReturn(overrides=list(overrides)) for overrides in jobs]
 
@@ -98,7 +98,7 @@ def directory(config: DictConfig) -> Path:
     return Path(os.path.abspath(os.path.join(config.hydra.sweep.dir, str(config.hydra.sweep.subdir))))
 
 
-def _death(code: int) -> tuple[str, str]:
+def death(code: int) -> tuple[str, str]:
     """Status and reason for a child that ended without a word of its own."""
     if code > 0:
         return (INTERRUPTED, "interrupted") if code == 130 else (FAILED, f"the process ended with exit code {code}")

@@ -1,0 +1,214 @@
+"""What the engine refuses, in which order it runs, and what it makes of launchers that lose jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from bare_records import write
+
+from kd.errors import KdError
+from kd.sweeps import manifest
+from kd.sweeps.engine import waves
+from kd.sweeps.grid import plan
+from kd.sweeps.manifest import Job
+
+
+def jobs(**after: tuple[str, ...]) -> list[Job]:
+    """Jobs that differ in their seed; each keyword is a name and the jobs before it."""
+    return [Job(name, name, (f"seed={seed}",), needs) for seed, (name, needs) in enumerate(after.items())]
+
+
+def statuses(outcomes) -> dict[str, str]:
+    return {o.job.name: o.state.status for o in outcomes}
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def refuses(engine, sentence: str, some: list[Job]) -> None:
+    """One sentence; nothing is launched, and no byte differs afterwards (the lock is an empty file)."""
+    before = everything(Path.cwd())
+    with pytest.raises(KdError) as raised:
+        engine.run("sweep", "sweep", some)
+    assert sentence in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+    assert everything(Path.cwd()) == before
+    assert engine.launcher.launched == []
+
+
+# ---------------------------------------------------------------------- order
+
+
+def test_jobs_run_after_those_that_they_read(engine) -> None:
+    outcomes = engine.run("sweep", "sweep", jobs(student=("teacher",), teacher=(), other=(), chain=("student",)))
+    assert engine.launcher.launched == [["teacher", "other"], ["student"], ["chain"]]
+    assert statuses(outcomes) == dict.fromkeys(("student", "teacher", "other", "chain"), "finished")
+
+
+def test_jobs_that_wait_for_one_another_are_an_error(engine) -> None:
+    refuses(engine, "the jobs wait for one another: a, b", jobs(a=("b",), b=("a",), c=()))
+
+
+def test_waves_ignore_jobs_that_are_not_among_them() -> None:
+    (wave,) = waves(jobs(a=("elsewhere",)))
+    assert [job.name for job in wave] == ["a"]
+
+
+def test_what_reads_a_failed_job_is_not_started(engine) -> None:
+    engine.launcher.ends["teacher"] = "failed"
+    outcomes = engine.run("sweep", "sweep", jobs(teacher=(), student=("teacher",), chain=("student",), other=()))
+    assert statuses(outcomes) == {"teacher": "failed", "student": "missing", "chain": "missing", "other": "finished"}
+    assert outcomes[1].state.reason == "not started: teacher did not finish"
+    engine.launcher.ends.clear()
+    assert set(statuses(engine.run("sweep", "sweep", [o.job for o in outcomes])).values()) == {"finished"}
+    assert engine.launcher.launched == [["teacher", "other"], ["teacher"], ["student"], ["chain"]]
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("arguments", [["recipe.optimizer.lr=1,1.0"], ["seed=0", "name=a,b"]])
+def test_two_jobs_that_are_the_same_run(engine, tmp_path, arguments) -> None:
+    with pytest.raises(KdError, match="are the same run: list each value once"):
+        engine.run("sweep", "sweep", plan(engine, arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_does_not_compose_stops_all(engine, tmp_path) -> None:
+    bad = Job("b", "b", ("recipe.epochs=0",))
+    refuses(engine, "recipe.epochs = 0 is not allowed", [*jobs(a=()), bad])
+    refuses(engine, "loss=kdd does not exist (near: kd)", [*jobs(a=()), Job("b", "b", ("loss=[kdd]",))])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_of_something_else(engine) -> None:
+    Path("sweep").mkdir()
+    Path("sweep/thesis.tex").write_text("years of work")
+    refuses(engine, "sweep is not empty and not the directory of a sweep: choose another hydra.sweep.dir", jobs(a=()))
+
+
+def test_a_sweep_killed_before_its_manifest_was_there_begins_again(engine) -> None:
+    Path("sweep").mkdir()
+    Path("sweep/sweep.lock").touch()
+    Path("sweep/.sweep.json.4711.tmp").write_text('{"sche')
+    assert statuses(engine.run("sweep", "sweep", jobs(a=()))) == {"a": "finished"}
+
+
+def test_a_directory_of_another_sweep(engine) -> None:
+    Path("sweep").mkdir()
+    manifest.write(Path("sweep"), manifest.Manifest("study", "hinton", {}))
+    refuses(engine, "sweep belongs to the study hinton, not to the sweep sweep: choose another", jobs(a=()))
+
+
+def test_a_sweep_that_grows_keeps_its_jobs(engine) -> None:
+    engine.run("sweep", "sweep", jobs(a=()))
+    outcomes = engine.run("sweep", "sweep", jobs(a=(), b=()))
+    assert engine.launcher.launched == [["a"], ["b"]]
+    assert statuses(outcomes) == {"a": "finished", "b": "finished"}
+    engine.run("sweep", "sweep", jobs(a=()))
+    assert list(manifest.read(Path("sweep")).jobs) == ["a", "b"]
+
+
+NOT_READ = [
+    ("a/result.json", '{"status": "fin', "a/result.json cannot be read: it is not valid JSON"),
+    ("a/result.json", "[1, 2]", "a/result.json cannot be read: it is not what kd writes"),
+    ("a/result.json", "{}", "a/result.json cannot be read: it is not what kd writes"),
+    ("a/result.json", "\x00\x01", "a/result.json cannot be read"),
+    ("a/result.json", '{"schema": 99, "status": "finished"}', "was written by a newer version of kd (schema 99"),
+    ("sweep.json", '{"schema": 1', "sweep.json cannot be read: it is not what kd writes"),
+    ("sweep.json", '{"schema": 1, "jobs": {"a": 3}}', "sweep.json cannot be read: it is not what kd writes"),
+    ("sweep.json", '{"schema": 99}', "sweep.json was written by a newer version of kd (schema 99, known: 1)"),
+]
+
+
+@pytest.mark.parametrize(("file", "text", "sentence"), NOT_READ, ids=[f"{f} {t}" for f, t, _ in NOT_READ])
+def test_what_cannot_be_read_is_left_as_it_is(engine, file, text, sentence) -> None:
+    engine.run("sweep", "sweep", jobs(a=(), b=()))
+    engine.launcher.launched.clear()
+    Path("sweep", file).write_text(text)
+    refuses(engine, sentence, jobs(a=(), b=()))
+
+
+def test_a_directory_with_a_run_of_another_configuration(engine) -> None:
+    engine.run("sweep", "sweep", jobs(a=()))
+    engine.launcher.launched.clear()
+    config = engine.compose(Job("a", "a", ("recipe.epochs=7",)))
+    Path("sweep/a/config.yaml").write_text(yaml.safe_dump(config))
+    sentence = "sweep/a holds a run of another configuration (recipe.epochs = 7 there and 30 here; "
+    refuses(engine, sentence, jobs(a=()))
+    config = engine.compose(Job("a", "a", ("seed=5", "data.split_seed=0")))
+    Path("sweep/a/config.yaml").write_text(yaml.safe_dump(config))
+    refuses(engine, "; seed = 5 there and 0 here): remove it, or choose another hydra.sweep.dir", jobs(a=()))
+    write(Path("sweep/a"), "failed")  # this is started anew anyway
+    assert statuses(engine.run("sweep", "sweep", jobs(a=()))) == {"a": "finished"}
+
+
+def test_names_and_places_do_not_make_another_configuration(engine) -> None:
+    engine.run("sweep", "sweep", jobs(a=()))
+    config = engine.compose(Job("a", "a", ("name=other", "hardware.threads=1", "tags=[x]", "notes=later")))
+    Path("sweep/a/config.yaml").write_text(yaml.safe_dump(config))
+    engine.launcher.launched.clear()
+    assert statuses(engine.run("sweep", "sweep", jobs(a=()))) == {"a": "finished"}
+    assert engine.launcher.launched == []
+
+
+def test_a_second_process_is_told(engine, script) -> None:
+    engine.run("sweep", "sweep", jobs(a=()))
+    engine.launcher.launched.clear()
+    first = script(
+        "import sys; from pathlib import Path; from kd.sweeps.engine import _locked\n"
+        "with _locked(Path('sweep')):\n    print('locked', flush=True)\n    sys.stdin.readline()"
+    )
+    try:
+        assert first.stdout.readline() == "locked\n"
+        refuses(engine, "sweep is in use: another process runs this sweep", jobs(a=(), b=()))
+    finally:
+        first.kill()
+        first.communicate()
+    assert statuses(engine.run("sweep", "sweep", jobs(a=(), b=()))) == {"a": "finished", "b": "finished"}
+
+
+def test_a_directory_that_cannot_be_made(engine) -> None:
+    Path("sweep").write_text("a file")
+    refuses(engine, "the sweep's directory cannot be written", jobs(a=()))
+
+
+# ---------------------------------------------------------------------- launchers
+
+
+def test_a_launcher_that_raises_loses_no_result(engine) -> None:
+    def lost(overrides, initial_job_idx):
+        write(Path("sweep/a"), "finished")
+        write(Path("sweep/b"), "running")
+        raise RuntimeError("log\nsubmitit: job 3 has no output")
+
+    engine.launcher.launch = lost
+    outcomes = engine.run("sweep", "sweep", jobs(a=(), b=(), c=()))
+    reason = "the launcher says: submitit: job 3 has no output"
+    assert [(o.state.status, o.state.reason) for o in outcomes] == [
+        ("finished", ""),
+        ("failed", reason),
+        ("failed", reason),
+    ]
+    assert json.loads(Path("sweep/c/result.json").read_text())["overrides"] == ["seed=2"]
+
+
+def test_a_launcher_that_says_nothing(engine) -> None:
+    engine.launcher.launch = lambda overrides, initial_job_idx: write(Path("sweep/a"), "running")
+    outcomes = engine.run("sweep", "sweep", jobs(a=(), b=()))
+    assert [(o.state.status, o.state.reason) for o in outcomes] == [
+        ("interrupted", "it stopped without a word"),
+        ("failed", "the launcher did not run it"),
+    ]
+
+
+def test_bad_input_to_the_launcher_is_said_as_it_is(make_engine) -> None:
+    engine = make_engine(f"hydra.launcher.n_jobs={os.cpu_count() + 1}", "hardware=cpu")
+    with pytest.raises(KdError, match=r"hydra.launcher.n_jobs = \d+ is not allowed: there are \d+ cores"):
+        engine.run("sweep", "sweep", jobs(a=(), b=()))
+    assert not Path("sweep/a").exists()

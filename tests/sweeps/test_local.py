@@ -1,0 +1,116 @@
+"""The local launcher: room for the jobs, and each one's share of threads and GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from bare_records import write
+
+from kd.errors import KdError
+from kd.sweeps import local
+from kd.sweeps.manifest import Job
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ``nvidia-smi`` that lists two."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\n[ "$1" = -L ] || exit 1\necho "GPU 0: A (UUID: x)"; echo "GPU 1: A (UUID: y)"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture
+def noting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each child writes down what it was given instead of training."""
+
+    def note(*, config, **_) -> None:
+        run_dir = local.directory(config)
+        write(run_dir, "failed")  # of a finished one the launcher would say the accuracy
+        given = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": config.hardware.threads}
+        (run_dir / "given.json").write_text(json.dumps({**given, "pid": os.getpid()}))
+
+    monkeypatch.setattr(local, "run_job", note)
+
+
+def given(engine, count: int, *overrides: str) -> list[dict]:
+    """Run so many jobs; what each one was given."""
+    engine.run("sweep", "sweep", [Job(f"j{n}", f"j{n}", (*overrides, f"seed={n}")) for n in range(count)])
+    found = [json.loads(f.read_text()) for f in sorted(Path("sweep").glob("*/given.json"))]
+    assert len(found) == len({f["pid"] for f in found}) == count  # a process each
+    return found
+
+
+def test_gpus_are_counted_without_touching_them(two_gpus, monkeypatch) -> None:
+    assert local.gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,-1")
+    assert local.gpus() == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.gpus() == []
+
+
+def test_no_driver_no_gpus(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert local.gpus() == []
+
+
+def test_room(two_gpus, monkeypatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 6)
+    assert local.at_once("auto", 1, on_gpu=False) == local.at_once(6, 1, on_gpu=False) == 6
+    assert local.at_once("auto", 1, on_gpu=True) == 2
+    assert local.at_once("auto", 3, on_gpu=True) == local.at_once(6, 3, on_gpu=True) == 6
+    with pytest.raises(KdError, match=r"n_jobs = 7 is not allowed: there are 6 cores$"):
+        local.at_once(7, 1, on_gpu=False)
+    with pytest.raises(KdError, match=r"n_jobs = 3 is not allowed: there are 2 GPUs \(several may share one: hydra"):
+        local.at_once(3, 1, on_gpu=True)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "many", None])
+def test_a_wrong_number_of_jobs(wrong) -> None:
+    with pytest.raises(KdError, match="must be a whole number, 1 or more, or auto"):
+        local.at_once(wrong, 1, on_gpu=False)
+
+
+def test_jobs_share_the_cores(make_engine, noting, monkeypatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 7)
+    found = given(make_engine("hydra.launcher.n_jobs=3"), 4, "hardware=cpu")
+    assert [f["threads"] for f in found] == [2] * 4
+    assert {f["gpu"] for f in found} == {os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+
+def test_threads_that_were_asked_for_are_kept(make_engine, noting, monkeypatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 8)
+    found = given(make_engine("hydra.launcher.n_jobs=auto"), 2, "hardware=cpu", "hardware.threads=3")
+    assert [f["threads"] for f in found] == [3, 3]
+
+
+def test_each_job_has_a_gpu(make_engine, noting, two_gpus, monkeypatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 8)
+    found = given(make_engine("hydra.launcher.n_jobs=auto"), 2)
+    assert sorted(f["gpu"] for f in found) == ["0", "1"]
+    assert [f["threads"] for f in found] == [4, 4]
+
+
+def test_several_jobs_share_a_gpu(make_engine, noting, two_gpus, monkeypatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 8)
+    found = given(make_engine("hydra.launcher.n_jobs=4", "hydra.launcher.jobs_per_gpu=2"), 4)
+    assert sorted(f["gpu"] for f in found) == ["0", "0", "1", "1"]
+
+
+def test_jobs_of_the_cpu_leave_the_gpus_alone(make_engine, noting, two_gpus) -> None:
+    assert {f["gpu"] for f in given(make_engine("hydra.launcher.n_jobs=auto"), 2, "hardware=cpu")} == {None}
+
+
+def test_a_child_that_dies_has_a_record_and_a_reason(make_engine, monkeypatch) -> None:
+    monkeypatch.setattr(local, "run_job", lambda **_: os.abort())
+    (outcome,) = make_engine().run("sweep", "sweep", [Job("a", "a", ("seed=1", "hardware=cpu"))])
+    assert (outcome.state.status, outcome.state.reason) == ("interrupted", "killed by SIGABRT")
+    monkeypatch.setattr(local, "run_job", lambda **_: os._exit(4))
+    (outcome,) = make_engine().run("sweep", "sweep", [Job("b", "b", ("seed=1", "hardware=cpu"))])
+    assert (outcome.state.status, outcome.state.reason) == ("failed", "the process ended with exit code 4")
