@@ -109,7 +109,7 @@ def reads(row: str) -> dict[str, Any]:
         ({"rows": {"a": {"override": []}}}, r"row has no option override.*overrides"),
         ({"rows": {"a b": {}}}, "a b cannot be the name of a row"),
         ({"rows": {"seed": {}}}, "seed cannot be the name of a row"),
-        ({"rows": {"a{t}": {"grid": {"t": []}}}}, "must give each variable a list"),
+        ({"rows": {"a{t}": {"grid": {"t": []}}}}, "must give each variable a value or a list"),
         ({"rows": {"a": {"grid": {"t": [1, 2]}}}}, "two rows a"),
         ({"seeds": [0, 0]}, "lists one twice"),
         ({"seeds": "all"}, "whole numbers"),
