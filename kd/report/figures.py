@@ -218,7 +218,9 @@ def _line(axes: Any, at: Sequence[float], found: Sequence[np.ndarray], ink: str,
 
 def _alone(study: Study, frame: pd.DataFrame, measure: Measure, line: dict[str, Any]) -> float | None:
     """The mean of the one row that all rows of a line name as their student alone."""
-    names = {row.alone for row in study.rows.values() if row.values and line.items() <= dict(row.values).items()}
+    among = [row for row in study.rows.values() if row.values and line.items() <= dict(row.values).items()]
+    themselves = {row.alone for row in among}  # w6_alone, of the same grid, names none
+    names = {row.alone for row in among if row.name not in themselves}
     (name,) = names if len(names) == 1 else (None,)
     found = values(frame, name, measure.column) if name else ()
     return float(measure.scale * np.mean(found)) if len(found) else None
