@@ -182,15 +182,13 @@ class Search:
     def _judged(self, state: State) -> State:
         """A run that trained to its end without a number for each objective has failed."""
         lacking = [n for n in self.objectives if state.status == FINISHED and measured(state.record, n) is None]
-        return State(FAILED, f"{lacking[0]} is not a finite number", state.record) if lacking else state
+        return State(FAILED, f"it has no finite {lacking[0]}", state.record) if lacking else state
 
     def conclude(self, outcomes: Sequence[Outcome]) -> None:
         """The table, what is best, and how to train it again. ``KdError`` when a trial has no result."""
         again = len(self.trials()) - len(outcomes)
         if again:
-            print(
-                f"{again} of {len(self.trials())} trials drew the values of an earlier one, whose run counts for both"
-            )
+            print(f"{again} trials drew the values of an earlier one, whose run counts for both")
         try:
             conclude(self.engine.directory, outcomes, self.objectives)
         finally:
