@@ -94,12 +94,15 @@ def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:
 def of_sweep(directory: Path) -> list[Found]:
     """The jobs of a sweep, also those without a result."""
     there = manifest.read(directory)
-    found = []
-    for job in there.jobs.values():
-        # the values of a search have seventeen digits: its rows are named as its own table names them
-        name = " ".join(w for w in job.label.split(" ") if not SEEDS.match(w)) if there.kind == "optuna" else ""
-        found.append(Found(directory / job.name, job.overrides, " ".join(_told(job.overrides)), name))
-    return found
+    return [_of_job(directory / job.name, job, there.kind == "optuna") for job in there.jobs.values()]
+
+
+def _of_job(run_dir: Path, job: manifest.Job, searched: bool) -> Found:
+    if not searched:
+        return Found(run_dir, job.overrides, " ".join(_told(job.overrides)))
+    # values of seventeen digits: the rows are named as the table of the search names them; all but a seed was searched
+    group = " ".join(o for o in job.overrides if not SEEDS.match(o))
+    return Found(run_dir, job.overrides, group, " ".join(w for w in job.label.split(" ") if not SEEDS.match(w)))
 
 
 def of_run_dir(run_dir: Path) -> Found:

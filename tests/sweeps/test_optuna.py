@@ -310,11 +310,16 @@ def test_two_objectives_and_failures(said: tuple[Path, Any]) -> None:
 def test_a_report_lists_a_trial_that_could_not_begin(tmp_path: Path) -> None:
     from kd.sweeps.job import leave_a_record
 
-    listed = {"trial-0000": manifest.Job("trial-0000", "seed=3 T=2", ("seed=3", "loss.kd.temperature=2"))}
+    listed = {
+        "trial-0000": manifest.Job("trial-0000", "seed=3 T=2", ("seed=3", "loss.kd.temperature=2")),
+        "trial-0001": manifest.Job("trial-0001", "teacher=a", ("seed=3", "teacher.checkpoint=a")),
+        "trial-0002": manifest.Job("trial-0002", "teacher=b", ("seed=3", "teacher.checkpoint=b")),
+    }
     manifest.write(tmp_path, manifest.Manifest("optuna", "s", listed))
     leave_a_record(tmp_path / "trial-0000", listed["trial-0000"].overrides, "failed", "there is no teacher")
     _, frame = gather.read_sweep(tmp_path)
     assert frame.iloc[0][["row", "seed", "status", "error"]].tolist() == ["T=2", 3, "failed", "there is no teacher"]
+    assert list(frame["row"]) == ["T=2", "teacher=a", "teacher=b"]
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_written(said: tuple[Path, Any]) -> None:
