@@ -176,13 +176,21 @@ def start_logging(run_dir: Path, lock: bool = True) -> list[logging.Handler]:
         file.close()
         raise KdError(f"{run_dir} is in use: another process trains in it") from None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers: list[logging.Handler] = [_Console(), file]
+    handlers: list[logging.Handler] = [file] if _is_stdout(file.stream) else [_Console(), file]
     logger = logging.getLogger("kd")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in handlers:
         logger.addHandler(handler)
     return handlers
+
+
+def _is_stdout(stream: Any) -> bool:
+    """Whether what is printed goes into this file already, as in the jobs of a sweep."""
+    try:
+        return os.path.samestat(os.fstat(sys.stdout.fileno()), os.fstat(stream.fileno()))
+    except (OSError, ValueError, AttributeError):  # replaced by something that is no file
+        return False
 
 
 def _stop_logging(handlers: list[logging.Handler]) -> None:
