@@ -118,3 +118,14 @@ def tables_of(text: str) -> Iterator[list[dict[str, str]]]:
             head = cells
         elif not all(set(cell) <= set(":- ") for cell in cells):
             rows.append(dict(zip(head, cells, strict=True)))
+
+
+def test_the_index_lists_every_study_with_its_verdict(tmp_path: Path) -> None:
+    index = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    lines = {line.split("](")[0].removeprefix("| ["): line for line in index.splitlines() if line.startswith("| [")}
+    assert sorted(lines) == STUDIES
+    for name in MEASURED:
+        report = (EXPERIMENTS / name / "README.md").read_text(encoding="utf-8")
+        verdict = lines[name].strip("| ").rpartition("| ")[2]
+        assert f"Verdict: {verdict}" in report
+    assert all(lines[name].count("|") == 4 for name in STUDIES if name not in MEASURED), "a verdict without results"
