@@ -88,10 +88,12 @@ def read(run_dir: str | Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise KdError(f"{file} cannot be read: it is not valid JSON") from None
-    if not isinstance(record, dict) or not isinstance(record.get("schema", 0), int) or "status" not in record:
+    if not isinstance(record, dict) or not isinstance(record.get("schema", 0), int):
         raise KdError(f"{file} cannot be read: it is not what kd writes")
     if record.get("schema", 0) > SCHEMA:
         raise KdError(f"{file} was written by a newer version of kd (schema {record['schema']}, known: {SCHEMA})")
+    if "status" not in record:
+        raise KdError(f"{file} cannot be read: it is not what kd writes")
     return record
 
 

@@ -177,7 +177,8 @@ def words(name: str) -> str:
 def grid_lines(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measure) -> Canvas | None:
     """A line through the means with the band of all seeds, one for each group; its best point has a ring.
 
-    Where all rows of a line have the same student alone, that one is a dashed line of the same colour.
+    Where all rows of a line have the same student alone, that one is a dashed line of the same colour, grey if it is
+    that of all lines.
     """
     group = [wanted.group] if wanted.group else []
     cells = _cells(study, frame, measure, wanted.x, *group)
@@ -190,16 +191,18 @@ def grid_lines(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measu
     axes = figure.subplots()
     ends: list[tuple[float, str, str]] = []
     groups = _ordered([key[1:] for key in cells]) if not group else [(g,) for g in _ordered([k[1] for k in cells])]
+    alone = [_alone(study, frame, measure, dict(zip(group, line, strict=True))) for line in groups]
+    shared = len(groups) > 1 and len(set(alone)) == 1 and alone[0] is not None
     for number, line in enumerate(groups):
         ink = style.colour(number)
         at = [x for x in xs if (x, *line) in cells]
         means = _line(axes, [place[x] for x in at], [cells[(x, *line)] for x in at], ink, measure.lower_is_better)
         label = f"{words(wanted.group)} {line[0]}" if wanted.group else capital(measure.title)
         ends.append((means[-1], label, ink))
-        alone = _alone(study, frame, measure, dict(zip(group, line, strict=True)))
-        if alone is not None:
-            axes.axhline(alone, color=ink, linestyle=(0, (4, 3)), linewidth=1.2)
-            ends.append((alone, f"{label}, alone" if wanted.group else "alone", ink))
+        if (dashed := alone[number]) is not None and (not shared or number == 0):
+            ink = SOFT if shared else ink
+            axes.axhline(dashed, color=ink, linestyle=(0, (4, 3)), linewidth=1.2)
+            ends.append((dashed, f"{label}, alone" if wanted.group and not shared else "alone", ink))
     _x_axis(axes, xs, numeric)
     axes.set(xlabel=words(wanted.x), ylabel=measure.label)
     axes.set_title(wanted.title or f"{capital(measure.title)} against {words(wanted.x)}")

@@ -142,11 +142,10 @@ def read_evaluations(run_dir: Path) -> dict[str, Any]:
 
 
 def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
-    """All runs of a study below its directory ``ROW/seedN``, those that are still missing as well."""
+    """The runs of a study's rows and seeds below its directory ``ROW/seedN``, those that are still missing as well."""
     rows = []
     for name, row in study.rows.items():
-        found = {int(p.name[4:]) for p in (runs_dir / name).glob("seed*") if p.name[4:].isdigit()}
-        for seed in sorted(found | set(row.seeds or study.seeds)):
+        for seed in row.seeds or study.seeds:
             run_dir = runs_dir / name / f"seed{seed}"
             if (run_dir / record.FILE).is_file():
                 rows.append({**of_run(run_dir, name, runs_dir), "seed": seed})

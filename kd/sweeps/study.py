@@ -41,7 +41,7 @@ def sweep(
     print(f"study {study.name}: {len(jobs)} runs in {engine.directory}", flush=True)
     outcomes = engine.run("study", study.name, jobs)
     evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED])
-    _conclude(spec.load(name), engine, outcomes)
+    _conclude(study, engine, outcomes, kept if seeds is None else None)
     return outcomes
 
 
@@ -94,8 +94,11 @@ def _refuse_swept(arguments: Sequence[str]) -> None:
 # ---------------------------------------------------------------------- what comes out
 
 
-def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome]) -> None:
-    """``results.csv`` and the report, of all runs that are there; then the failures."""
+def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: Path | None) -> None:
+    """``results.csv`` and the report, of all runs that are there; then the failures.
+
+    ``kept``: the results in the study's own folder, written once nothing is missing; None for other seeds than its own.
+    """
     failed = [o for o in outcomes if o.state.status != FINISHED]
     frame = of_study(study, engine.directory)
     if not finished(frame).empty:
@@ -105,11 +108,11 @@ def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome]) -> None
         say(study, report)
         print(engine.directory / RESULTS)
         missing = int((frame["status"] != FINISHED).sum())
-        if missing:
-            print(f"{missing} of {len(frame)} runs of the study are missing: {study.folder / RESULTS} stays as it is")
-        else:
-            write_results(study.folder / RESULTS, study, frame)
-            print(study.folder / RESULTS)
+        if kept is not None and missing:
+            print(f"{missing} of {len(frame)} runs of the study are missing: {kept} stays as it is")
+        elif kept is not None:
+            write_results(kept, study, frame)
+            print(kept)
         _to_wandb(study, engine, report, outcomes)
     if failed:
         reasons = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in failed]

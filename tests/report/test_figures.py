@@ -77,6 +77,10 @@ def test_lines_over_a_grid_with_the_student_alone(study, found) -> None:
     assert texts(axes) == ["width 6", "width 6, alone", "width 32", "width 256"]
     inside = {**rows, "alone": replace(study.rows["alone"], values={"width": 6})}  # a row of the same grid
     assert texts(figures.of_grid(replace(study, rows=inside), found, wanted).axes[0]) == texts(axes)
+    every = {n: replace(r, alone="alone") if r.values else r for n, r in study.rows.items()}
+    axes = figures.of_grid(replace(study, rows=every), found, wanted).axes[0]
+    assert len([line for line in axes.lines if len(line.get_xdata()) == 2]) == 1
+    assert texts(axes) == ["width 6", "alone", "width 32", "width 256"], "one student alone, named once"
     words = {n: replace(r, values={**r.values, "temperature": f"T{r.values['temperature']}"}) if r.values else r
              for n, r in study.rows.items()}  # fmt: skip
     linear = figures.of_grid(replace(study, rows=words), found, wanted).axes[0]

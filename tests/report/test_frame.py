@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -84,9 +85,11 @@ def test_a_study_lists_what_is_missing_and_what_failed(study, runs) -> None:
     assert found["run"].iloc[0] == "teacher/seed0"
 
 
-def test_seeds_beyond_the_studys_are_read_as_well(study, runs, write) -> None:
+def test_other_seeds_are_read_where_the_study_has_them(study, runs, write) -> None:
     write(runs / "alone" / "seed7", 7, 0.94)
-    assert 7 in frame.values(frame.of_study(study, runs), "alone", "last/test/acc1").index
+    assert 7 not in frame.of_study(study, runs)["seed"].to_numpy()
+    more = replace(study, rows={**study.rows, "alone": replace(study.rows["alone"], seeds=(0, 7))})
+    assert list(frame.values(frame.of_study(more, runs), "alone", "last/test/acc1").index) == [0, 7]
 
 
 def test_results_csv_and_back(study, runs, tmp_path) -> None:
