@@ -47,10 +47,10 @@ class Pretender:
             self.launched[-1].append(config.hydra.sweep.subdir)
             failed = config.hydra.sweep.subdir in self.fails
             HydraConfig.instance().set_config(config)
-            pretend(run_dir, checked(config), status="failed" if failed else "finished")
+            write_run(run_dir, checked(config), status="failed" if failed else "finished")
 
 
-def pretend(run_dir: Path, config: dict[str, Any], **changed: Any) -> Path:
+def write_run(run_dir: Path, config: dict[str, Any], **changed: Any) -> Path:
     """A run directory with config and record, and nothing in between."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
@@ -58,6 +58,12 @@ def pretend(run_dir: Path, config: dict[str, Any], **changed: Any) -> Path:
     opening = {"schema": record.SCHEMA, "status": "finished", "error": error, "config_hash": record.config_hash(config)}
     record.write(run_dir, {**opening, **changed})
     return run_dir
+
+
+@pytest.fixture
+def pretend() -> Callable[..., Path]:
+    """:func:`write_run`."""
+    return write_run
 
 
 @pytest.fixture
