@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig
 
 from kd import record
 from kd.config import CONF
@@ -60,6 +62,19 @@ def write_run(run_dir: Path, config: dict[str, Any], **changed: Any) -> Path:
     return run_dir
 
 
+def remembering(engine: Engine) -> Callable[..., DictConfig]:
+    """Hydra's composition, once for each list of overrides: it is what these tests spend their time on."""
+    compose, known = engine.context.config_loader.load_sweep_config, {}  # type: ignore[var-annotated]
+
+    def composed(master: DictConfig, overrides: list[str]) -> DictConfig:
+        key = tuple(overrides)
+        if key not in known:
+            known[key] = compose(master, overrides)
+        return copy.deepcopy(known[key])
+
+    return composed
+
+
 @pytest.fixture
 def pretend() -> Callable[..., Path]:
     """:func:`write_run`."""
@@ -78,6 +93,7 @@ def make_engine(context: HydraContext, tmp_path: Path, monkeypatch: pytest.Monke
         master = hydra.compose_config("train", overrides, RunMode.MULTIRUN, with_log_configuration=False)
         HydraConfig.instance().set_config(master)
         engine = Engine(context, lambda _: None, master)
+        monkeypatch.setattr(context.config_loader, "load_sweep_config", remembering(engine))
         engine.launcher = Pretender(engine, fails)  # type: ignore[assignment]
         return engine
 

@@ -161,7 +161,7 @@ def test_a_run_of_another_configuration_is_refused(make_engine: Any) -> None:
     before = files(engine.directory)
     with pytest.raises(KdError, match=r"of another configuration \(recipe.epochs = 1 there and 2 here; "):
         make_engine().run("sweep", "s", [job("a", "seed=0", "recipe.epochs=2"), C])
-    with pytest.raises(KdError, match=r"\(seed = 0 there and 5 here\)"):
+    with pytest.raises(KdError, match="; seed = 0 there and 5 here"):
         make_engine().run("sweep", "s", [job("a", "seed=5")])
     assert files(engine.directory) == before
     assert make_engine().run("sweep", "s", [job("a", "seed=0", "name=x")])[0].state.status == FINISHED  # only a name
