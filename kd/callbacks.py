@@ -1,8 +1,9 @@
-"""Callbacks of a run: the selected weights, one line an epoch, the bar on a terminal."""
+"""Callbacks of a run: the selected weights, whole checkpoints, one line an epoch, the bar on a terminal."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
@@ -46,6 +49,20 @@ class SelectedWeights(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.best, self.epoch = state["best"], state["epoch"]
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """A checkpoint is there or not, never half of it, whenever the process is killed.
+
+    Lightning writes it to ``/tmp`` and moves it; where the run directory is on another disk, that is a slow copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside ``path``, then replace it."""
+        temporary = Path(f"{path}.tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
 
 
 class EpochLine(Callback):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -73,12 +74,16 @@ def _missing_file(text: str) -> str:
 
 def known_keys(overrides: Sequence[str], config: str) -> list[str]:
     """The keys of the composed config, with as many of the overrides (the groups, above all) as compose."""
+    running = GlobalHydra.instance().hydra  # of a sweep, which composes its jobs
     for attempt in ([o for o in overrides if "." not in o.split("=")[0]], []):
+        GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = compose(config, overrides=list(attempt))
         except Exception:
             continue
+        finally:
+            GlobalHydra.instance().hydra = running
         keys = list(flat(OmegaConf.to_container(cfg, resolve=False)))
         parents = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
         return sorted({*keys, *parents})

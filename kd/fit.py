@@ -97,12 +97,14 @@ def make_trainer(
 ) -> L.Trainer:
     """Lightning's trainer for the recipe, protocol and hardware of the config."""
     recipe = config["recipe"]
+    machine = hardware.trainer_arguments(config, module)
     arguments: dict[str, Any] = {
         "max_epochs": recipe["epochs"],
         "accumulate_grad_batches": recipe["accumulate"],
         "gradient_clip_val": recipe["gradient_clip"],
         "check_val_every_n_epoch": config["protocol"]["val_every"],
-        **hardware.trainer_arguments(config, module),
+        **machine,
+        "plugins": [*machine["plugins"], callbacks.WholeCheckpoints()],
         "logger": run_loggers,
         "callbacks": hooks,
         "default_root_dir": str(run_dir),

@@ -1,7 +1,9 @@
-"""Every notebook is kept without what it printed; the first runs on fresh runs (02 and 03: see tests/report)."""
+"""Every notebook is kept without what it printed; 01 runs on fresh runs, 04 trains (02 and 03: see tests/report)."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -59,3 +61,24 @@ def test_runs_are_read(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "2 of 2 runs" in said
     tables = [text_of(cell) for cell in notebook.cells if cell.cell_type == "code" and "retention" in cell.source]
     assert any("1_teacher" in t and "2_distilled" in t and "ce+kd" in t for t in tables)
+
+
+def test_a_method_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(NOTEBOOKS[3], as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("recipe.epochs=10", "recipe.epochs=2")  # time is all that they cost
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    said = "\n".join(map(text_of, code))
+    assert "as NumPy says: 0.952952" in said
+    assert "9/9" in said
+    rows = re.findall(r"^(loss=\S+) +(0\.\d+) +(0\.\d+) +3 *$", text_of(code[-1]), re.MULTILINE)
+    assert [name for name, *_ in rows[:3]] == ["loss=[ce,correlation]", "loss=[ce,kd]", "loss=[ce]"]
+    assert sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs) == 1
+    (run,) = tmp_path.glob("my_method_*/sweep/loss-ce+correlation_seed-2")
+    record = json.loads((run / "result.json").read_text())
+    assert {"ce", "correlation"} < set(record["student"]["last"]["train"])

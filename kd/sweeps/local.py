@@ -44,7 +44,8 @@ def gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    whole = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # parts (MIG) have lines as well
+    return [str(number) for number in range(len(whole))]
 
 
 def at_once(n_jobs: int | str, jobs_per_gpu: int, on_gpu: bool) -> int:
