@@ -78,7 +78,7 @@ class Engine:
             manifest.write(self.directory, known)
             outcomes: dict[str, Outcome] = {}
             for wave in ordered:
-                outcomes |= self._wave(wave, outcomes)
+                outcomes |= self._wave(wave, outcomes, configs)
         return [outcomes[job.name] for job in jobs]
 
     @contextmanager
@@ -96,7 +96,9 @@ class Engine:
             finally:
                 self.holds = False
 
-    def _wave(self, wave: Sequence[Job], earlier: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    def _wave(
+        self, wave: Sequence[Job], earlier: Mapping[str, Outcome], configs: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Outcome]:
         todo: list[Job] = []
         outcomes: dict[str, Outcome] = {}
         for job in wave:
@@ -105,7 +107,9 @@ class Engine:
             if lacking:
                 state = State(MISSING, f"not started: {lacking[0]} did not finish")
             else:
-                state = look(run_dir, self.compose(job))  # composed again: the runs that it reads are there now
+                state = look(
+                    run_dir, configs[job.name]
+                )  # what it reads is there now and counts by its hash
                 if state.status not in DONE:
                     todo.append(job)
             outcomes[job.name] = Outcome(job, run_dir, state)
