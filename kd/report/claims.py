@@ -122,7 +122,9 @@ def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir
         label = f"share of the gap from “{than}” to “{label_of(study, comparison.share_of)}” that “{row}” closes"
         return Compared(comparison, label, measure, interval, corrected=None)
     interval = stats.difference(*aligned(study, frame, [(comparison.row, column), (comparison.than, other)]))
-    titles = measure.title, Measure(other).title
+    titles = [measure.title, Measure(other).title]
+    if titles[0] == titles[1]:
+        titles = [f"{m.title} ({m.epoch})" for m in (measure, Measure(other))]
     if comparison.row == comparison.than:
         label = f"“{row}”: {titles[0]} − {titles[1]}"
     else:

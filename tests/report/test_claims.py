@@ -70,7 +70,7 @@ def test_two_measures_of_one_row(study, found) -> None:
     other = replace(study, comparisons={"x": between})
     compared = claims.compare(other, found, None)["x"]
     assert compared.interval.estimate == pytest.approx(0.001)
-    assert "“soft targets, T = 4”, test top-1 − “soft targets, T = 4”, test top-1" in compared.label
+    assert compared.label == "“soft targets, T = 4”: test top-1 (val-selected) − test top-1 (last epoch)"
 
 
 def test_a_single_run_is_a_shared_one_only_when_it_is_meant_to_be(study, found) -> None:

@@ -135,7 +135,8 @@ def test_rows_come_with_the_runs_that_they_read(tmp_path: Path) -> None:
     jobs = plan(study, tmp_path, ["T*"], None, ["recipe.epochs=1"])
     assert names(jobs) == ["teacher/seed0", "T1/seed0", "T1/seed1", "T4/seed0", "T4/seed1"]
     assert jobs[2].after == ("teacher/seed0",)
-    assert jobs[2].overrides[-3:] == ("recipe.epochs=1", "seed=1", "name=T1")
+    assert jobs[2].overrides[0] == "seed=1"
+    assert jobs[2].overrides[-2:] == ("recipe.epochs=1", "name=T1")
     assert f"teacher.checkpoint='{tmp_path}/teacher/seed0'" in jobs[2].overrides
 
 
