@@ -107,9 +107,7 @@ class Engine:
             if lacking:
                 state = State(MISSING, f"not started: {lacking[0]} did not finish")
             else:
-                state = look(
-                    run_dir, configs[job.name]
-                )  # what it reads is there now and counts by its hash
+                state = look(run_dir, configs[job.name])  # what it reads is there now and counts by its hash
                 if state.status not in DONE:
                     todo.append(job)
             outcomes[job.name] = Outcome(job, run_dir, state)

@@ -43,4 +43,4 @@ def test_a_failed_job_does_not_stop_a_sweep(kd, tmp_path) -> None:
     assert said.code == 1
     assert "1 of 2 jobs have no result" in said.err
     status = {f.parent.name: json.loads(f.read_text())["status"] for f in tmp_path.rglob("result.json")}
-    assert status == {"lr-1e30": "failed", "lr-0.01": "finished"}
+    assert status == {"lr-1e+30": "failed", "lr-0.01": "finished"}
