@@ -49,7 +49,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     hooks = [*callbacks.standard(run_dir, protocol, about), *([stopper] if stopper else [])]
     first = distributed.rank() == 0
     extra = build.loggers(config, run_dir) if first else []
-    own = [loggers.csv_logger(run_dir, done)] if first else []
+    own = [loggers.whole(loggers.csv_logger(run_dir, done))] if first else []
     trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
     for logger in extra:
         logger.log_hyperparams(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from kd import wandb_run
+from kd import record, wandb_run
 from kd.config import flat
 from kd.sweeps import manifest
 
@@ -100,6 +101,26 @@ def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
     writer.metrics_keys = sorted({key for row in earlier for key in row})
     writer.save()
     aside.unlink(missing_ok=True)
+    return logger
+
+
+def whole(logger: CSVLogger) -> CSVLogger:
+    """The logger; where a new column makes it write all rows again, it replaces its file in one step.
+
+    Lightning empties the file first: a process killed then would lose the curves.
+    """
+    writer = logger.experiment
+    file = Path(writer.metrics_file_path)
+
+    def rewrite(fieldnames: list[str]) -> None:
+        text = io.StringIO()
+        with file.open(newline="") as handle:
+            rows = csv.DictWriter(text, fieldnames)
+            rows.writeheader()
+            rows.writerows(csv.DictReader(handle))
+        record.write_text(file, text.getvalue())
+
+    writer._rewrite_with_new_header = rewrite
     return logger
 
 

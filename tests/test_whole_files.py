@@ -1,4 +1,4 @@
-"""A checkpoint is written whole, beside the one that it replaces."""
+"""What a kill must not leave half written: the checkpoint and the curves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kd import record
 from kd.app import checked
 from kd.callbacks import WholeCheckpoints
+from kd.loggers import csv_logger, whole
 from kd.train import train
 from kd.weights import CHECKPOINT
 
@@ -41,3 +43,25 @@ def test_no_checkpoint_of_a_run_is_copied_from_another_disk(tmp_path: Path, monk
     train(checked(overrides), tmp_path, overrides)
     assert torch.load(tmp_path / CHECKPOINT)["epoch"] == 1
     assert [f.name for f in (tmp_path / CHECKPOINT).parent.iterdir()] == [CHECKPOINT.name]
+
+
+def test_a_new_column_does_not_empty_the_curves_first(tmp_path: Path, monkeypatch) -> None:
+    logger = whole(csv_logger(tmp_path))
+    for step in range(3):
+        logger.log_metrics({"train/loss": 1.0 - step}, step=step)
+    logger.save()
+    before = (tmp_path / "metrics.csv").read_bytes()
+    logger.log_metrics({"test/acc1": 0.5}, step=3)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            logger.save()
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    logger.experiment.metrics_keys.remove("test/acc1")
+    logger.save()
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert rows == ["step,test/acc1,train/loss", "0,,1.0", "1,,0.0", "2,,-1.0", "3,0.5,"]
