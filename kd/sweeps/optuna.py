@@ -222,7 +222,11 @@ def _try_out(engine: Engine, where: Space) -> dict[str, Any]:
     """Compose the ends of every axis, one axis after the other; the first config. ``KdError`` when one cannot work."""
     configs = {}
     for params in where.corners():
-        configs[where.label(params)] = engine.compose(Job("trial", where.label(params), where.overrides(params)))
+        try:
+            configs[where.label(params)] = engine.compose(Job("trial", where.label(params), where.overrides(params)))
+        except KdError as error:
+            hint = ": write int(interval(…)) for whole numbers" if "converted to Integer" in str(error) else ""
+            raise KdError(f"{error}{hint}") from None
     refuse_twins(configs)
     refuse_unbuildable(configs, engine.directory)
     return next(iter(configs.values()))

@@ -52,6 +52,7 @@ BAD = {
     f"{LR} hydra.sweeper.storage=sqlite:////nowhere/o.db": "sqlite:////nowhere/o.db cannot be used: .*unable to open",
     f"{LR} hydra.sweeper.sampler={{_target_:optuna.samplers.TPESampler,sed:1}}": "sampler: .*unexpected.* 'sed'",
     "loss=[ce],[kd]": "loss.kd needs a teacher",
+    "recipe.epochs=interval(1,5)": r"write int\(interval\(…\)\) for whole numbers",
     "recipe.optimizer.lr=0.1,0.1": "lists 0.1 twice",
     f"hydra/sweeper=resumable {LR}": "an interval has no list of values: .* hydra/sweeper=optuna",
 }
