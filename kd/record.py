@@ -49,7 +49,10 @@ def _experiment_of(checkpoint: Any) -> Any:
     if isinstance(checkpoint, (list, tuple)):
         return [_experiment_of(c) for c in checkpoint]
     if checkpoint is not None and (Path(checkpoint) / FILE).is_file():
-        return read(checkpoint)["config_hash"]
+        found = read(checkpoint).get("config_hash")
+        if found is None:
+            raise KdError(f"{checkpoint} has no network: that run never began")
+        return found
     return checkpoint
 
 

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     parser = argparse.ArgumentParser(prog="kd study", add_help=False, exit_on_error=False)
     parser.add_argument("name", nargs="?")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only")
     parser.add_argument("--seeds", default=None)
     parser.add_argument("--dry-run", action="store_true")
     try:
@@ -58,7 +58,7 @@ def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
         raise KdError(f"kd study takes the name of one study, given: {', '.join(names) or 'none'}"
                       f" (studies: {', '.join(studies()) or 'none here'})")  # fmt: skip
     options = {
-        "only": [n for n in given.only.split(",") if n],
+        "only": [n for n in (given.only or "").split(",") if n],
         "seeds": _numbers(given.seeds),
         "dry_run": given.dry_run,
     }

@@ -21,7 +21,7 @@ from kd.errors import KdError
 from kd.sweeps import manifest, pool
 from kd.sweeps.job import checked, leave_a_record
 from kd.sweeps.manifest import Job, Manifest
-from kd.sweeps.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, State, look
+from kd.sweeps.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
 
 LOCK = "sweep.lock"
 
@@ -59,7 +59,8 @@ class Engine:
             HydraConfig.instance().cfg = before
 
     def _place(self, job: Job) -> list[str]:
-        return [f"hydra.sweep.dir='{self.directory}'", f"hydra.sweep.subdir='{job.name}'"]
+        quoted = str(self.directory).replace("'", r"\'")
+        return [f"hydra.sweep.dir='{quoted}'", f"hydra.sweep.subdir='{job.name}'"]
 
     def run(self, kind: str, name: str, jobs: Sequence[Job]) -> list[Outcome]:
         """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong."""
@@ -67,15 +68,16 @@ class Engine:
         refuse_twins(configs)
         ordered = list(waves(jobs))
         plan = Manifest(kind, name, {job.name: job for job in jobs})
-        known = _joined(self.directory, plan)
+        _joined(self.directory, plan)
         missing = {}
-        for job in jobs:  # nothing starts when something cannot go on; who reads another run is looked at in its turn
-            state = look(self.directory / job.name, None if job.after else configs[job.name])
+        for job in jobs:  # nothing starts when something cannot go on; who reads a missing run is looked at in its turn
+            ready = all(look(self.directory / other).status == FINISHED for other in job.after)
+            state = look(self.directory / job.name, configs[job.name] if ready else None)
             if state.status not in DONE:
                 missing[job.name] = configs[job.name]
         refuse_unbuildable(missing, self.directory)
         with self.locked(kind, name):
-            manifest.write(self.directory, known)
+            manifest.write(self.directory, _joined(self.directory, plan))
             outcomes: dict[str, Outcome] = {}
             for wave in ordered:
                 outcomes |= self._wave(wave, outcomes, configs)
@@ -87,9 +89,10 @@ class Engine:
         if self.holds:
             yield
             return
-        known = _joined(self.directory, Manifest(kind, name, {}))
+        nothing = Manifest(kind, name, {})
+        _joined(self.directory, nothing)  # before anything is written
         with _locked(self.directory):
-            manifest.write(self.directory, known)
+            manifest.write(self.directory, _joined(self.directory, nothing))
             self.holds = True
             try:
                 yield
@@ -107,9 +110,12 @@ class Engine:
             if lacking:
                 state = State(MISSING, f"not started: {lacking[0]} did not finish")
             else:
-                state = look(run_dir, configs[job.name])  # what it reads is there now and counts by its hash
-                if state.status not in DONE:
-                    todo.append(job)
+                try:
+                    state = look(run_dir, configs[job.name])  # what it reads is there now and counts by its hash
+                except KdError as error:  # one job does not stop the others
+                    state = State(FAILED, str(error))
+                else:
+                    todo += [job] if state.status not in (*DONE, RUNNING) else []
             outcomes[job.name] = Outcome(job, run_dir, state)
         if todo:
             self._launch(todo)
@@ -121,16 +127,22 @@ class Engine:
         except KdError:
             raise
         except Exception as error:  # other launchers raise when one of many jobs is lost; the records tell which
+            reason = f"the launcher says: {str(error).strip().splitlines()[-1] if str(error) else type(error)}"
             for job in jobs:
-                reason = f"the launcher says: {str(error).strip().splitlines()[-1] if str(error) else type(error)}"
-                leave_a_record(self.directory / job.name, job.overrides, FAILED, reason)
+                self._leave(job, reason)
 
     def _ended(self, job: Job) -> Outcome:
         run_dir = self.directory / job.name
-        if look(run_dir).status == MISSING:
-            leave_a_record(run_dir, job.overrides, FAILED, "the launcher did not run it")
-        leave_a_record(run_dir, job.overrides, INTERRUPTED, "it stopped without a word")
+        missing = look(run_dir).status == MISSING
+        self._leave(job, "the launcher did not run it" if missing else "it stopped without a word")
         return Outcome(job, run_dir, look(run_dir))
+
+    def _leave(self, job: Job, reason: str) -> None:
+        """A record for a job without an end. What was begun is interrupted, to go on; what still runs is left alone."""
+        run_dir = self.directory / job.name
+        there = look(run_dir).status
+        if there != RUNNING:
+            leave_a_record(run_dir, job.overrides, FAILED if there == MISSING else INTERRUPTED, reason)
 
 
 def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:

@@ -21,20 +21,22 @@ from kd.sweeps.pool import forked, warm_up
 from kd.sweeps.spec import Evaluation, Study
 
 
-def complete(study: Study, outcomes: Sequence[Outcome]) -> None:
-    """Make the evaluations that the finished runs still lack, into ``evaluations.json``. ``KdError`` if one fails."""
+def complete(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
+    """Make the evaluations that finished runs lack, into ``evaluations.json``; a sentence for each run that failed."""
     todo = [(o.run_dir, lacking(study, o)) for o in outcomes]
     todo = [(run_dir, names) for run_dir, names in todo if names]
     if not todo:
-        return
+        return []
     print(f"evaluations of {len(todo)} runs: {', '.join(study.evaluations)}", flush=True)
     warm_up()
     together = min(cores(), len(todo))
     threads = max(1, cores() // together)
     calls = [functools.partial(_child, study, run_dir, names, threads) for run_dir, names in todo]
     failed = [todo[position][0] for position, code in forked(calls, together) if code]
-    if failed:
-        raise KdError(f"{len(failed)} runs could not be evaluated (see {failed[0] / 'train.log'})")
+    return [
+        f"{run_dir.parent.name}/{run_dir.name} could not be evaluated (see {run_dir / 'train.log'})"
+        for run_dir in failed
+    ]
 
 
 def lacking(study: Study, outcome: Outcome) -> list[Evaluation]:

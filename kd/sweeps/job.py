@@ -13,7 +13,7 @@ from omegaconf import DictConfig, open_dict
 from kd import record
 from kd.config import check
 from kd.sweeps import manifest
-from kd.sweeps.state import DONE, FAILED, INTERRUPTED, look
+from kd.sweeps.state import DONE, FAILED, INTERRUPTED, RUNNING, look
 
 
 def task(cfg: DictConfig) -> str:
@@ -47,7 +47,7 @@ def work(config: Mapping[str, Any], run_dir: Path, overrides: Sequence[str]) -> 
     from kd.weights import CHECKPOINT
 
     state = look(run_dir, config)
-    if state.status in DONE:
+    if state.status in (*DONE, RUNNING):
         return state.status
     if state.status == INTERRUPTED and (run_dir / CHECKPOINT).is_file():
         return str(resume(run_dir)["status"])

@@ -13,7 +13,6 @@ from kd.errors import KdError
 
 FILE = "sweep.json"
 SCHEMA = 1
-KINDS = ("sweep", "optuna", "study")
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The jobs of a sweep (``kind`` is one of ``KINDS``) and the name that groups them."""
+    """The jobs of a sweep (``kind``: sweep, optuna or study) and the name that groups them."""
 
     kind: str
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from kd.config import flat
 from kd.errors import KdError
 
 MISSING, FINISHED, FAILED, INTERRUPTED, PRUNED = "missing", "finished", "failed", "interrupted", "pruned"
+RUNNING = "running"  # in another process
 DONE = (FINISHED, PRUNED)  # what is not run again
 
 
 @dataclass(frozen=True)
 class State:
-    """``status``: one of the five above; ``reason``: why it did not finish; ``record``: what it wrote, if anything."""
+    """``status``: one of those above; ``reason``: why it did not finish; ``record``: what it wrote, if anything."""
 
     status: str
     reason: str = ""
@@ -25,7 +27,7 @@ class State:
 
 
 def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
-    """The state of a job. A run that says "running" is one that was killed: nobody else may be using it.
+    """The state of a job. A run that says "running" was killed, unless a process still holds the lock on its log.
 
     With ``config``: ``KdError`` when the directory holds a run of another configuration.
     """
@@ -37,12 +39,28 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
         refuse_another(run_dir, record.read_config(run_dir), config)
     if found["status"] in (*DONE, FAILED):
         return State(found["status"], found["error"] or "", found)
+    if found["status"] == RUNNING and busy(run_dir):
+        return State(RUNNING, "another process trains in it", found)
     return State(INTERRUPTED, found["error"] or "it was killed", found)
+
+
+def busy(run_dir: Path) -> bool:
+    """Whether a process, perhaps on another node, holds the lock that a run keeps on its ``train.log``."""
+    try:
+        log = (run_dir / "train.log").open("a")
+    except OSError:
+        return False
+    with log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """``KdError`` when the two configs are not of the same experiment and seed; names the keys that differ."""
-    seeds = [(c["seed"], c["data"].get("seed"), c["data"].get("split_seed")) for c in (there, here)]
+    seeds = [(c["seed"], c["data"].get("seed"), c["data"].get("split_seed"), _seeds_read(c)) for c in (there, here)]
     if record.config_hash(there) == record.config_hash(here) and seeds[0] == seeds[1]:
         return
     old, new = flat(there), flat(here)
@@ -56,3 +74,10 @@ def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, A
         f"{run_dir} holds a run of another configuration ({'; '.join(differ[:3]) or 'its teacher differs'}): "
         "remove it, or choose another hydra.sweep.dir"
     )
+
+
+def _seeds_read(config: Mapping[str, Any]) -> list[Any]:
+    """The seeds of the runs that a run reads: those of one experiment have one hash, and are other networks."""
+    given = [config[role]["checkpoint"] for role in ("student", "teacher")]
+    paths = [p for c in given for p in (c if isinstance(c, (list, tuple)) else [c])]
+    return [record.read(p).get("seed") if p and (Path(p) / record.FILE).is_file() else None for p in paths]

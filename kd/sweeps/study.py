@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kd.sweeps import estimate, evaluations, graph, spec
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.manifest import Job
 from kd.sweeps.spec import Row, Study
-from kd.sweeps.state import FINISHED
+from kd.sweeps.state import FINISHED, look
 
 RESULTS = "results.csv"
 
@@ -38,11 +39,39 @@ def sweep(
     if dry_run:
         estimate.show(engine, study, jobs)
         return []
+    refuse_mixed(study, engine, jobs, arguments)
+    own = seeds is None and _same_experiment(engine, jobs[0], arguments)
     print(f"study {study.name}: {len(jobs)} runs in {engine.directory}", flush=True)
     outcomes = engine.run("study", study.name, jobs)
-    evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED])
-    _conclude(study, engine, outcomes, kept if seeds is None else None)
+    with engine.locked("study", study.name):
+        problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED])
+        _conclude(study, engine, outcomes, kept if own else None)
+    failed = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
+    if failed:
+        again = "the same command again runs what is missing"
+        problems = [f"{len(failed)} of {len(outcomes)} jobs have no result ({again}):", *failed, *problems]
+    if problems:
+        raise KdError("\n".join(problems))
     return outcomes
+
+
+def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: Sequence[str]) -> None:
+    """``KdError`` when the report would mix in runs that were made otherwise: of rows that are not planned now."""
+    planned = {job.name for job in jobs}
+    seen = {job.name.partition("/")[0] for job in jobs}
+    for job in plan(study, engine.directory, (), None, arguments):
+        row, run_dir = job.name.partition("/")[0], engine.directory / job.name
+        if job.name not in planned and row not in seen and look(run_dir).status == FINISHED:
+            seen.add(row)
+            look(run_dir, engine.compose(job))
+
+
+def _same_experiment(engine: Engine, job: Job, arguments: Sequence[str]) -> bool:
+    """Whether the arguments leave the study what it is: another launcher, logger or folder, no other recipe."""
+    if not arguments:
+        return True
+    without = replace(job, overrides=tuple(o for o in job.overrides if o not in arguments))
+    return record.config_hash(engine.compose(job)) == record.config_hash(engine.compose(without))
 
 
 def plan(
@@ -95,11 +124,11 @@ def _refuse_swept(arguments: Sequence[str]) -> None:
 
 
 def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: Path | None) -> None:
-    """``results.csv`` and the report, of all runs that are there; then the failures.
+    """``results.csv`` and the report, of all runs that are there.
 
-    ``kept``: the results in the study's own folder, written once nothing is missing; None for other seeds than its own.
+    ``kept``: the results in the study's own folder, written once nothing is missing; None when these runs are of other
+    seeds or another recipe.
     """
-    failed = [o for o in outcomes if o.state.status != FINISHED]
     frame = of_study(study, engine.directory)
     if not finished(frame).empty:
         check_protocol(frame)
@@ -114,10 +143,6 @@ def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: P
             write_results(kept, study, frame)
             print(kept)
         _to_wandb(study, engine, report, outcomes)
-    if failed:
-        reasons = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in failed]
-        again = "the same command again runs what is missing"
-        raise KdError("\n".join([f"{len(failed)} of {len(outcomes)} jobs have no result ({again}):", *reasons]))
 
 
 def _to_wandb(study: Study, engine: Engine, report: Report, outcomes: Sequence[Outcome]) -> None:

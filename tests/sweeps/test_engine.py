@@ -192,7 +192,7 @@ def test_a_launcher_that_raises_loses_no_result(engine) -> None:
     reason = "the launcher says: submitit: job 3 has no output"
     assert [(o.state.status, o.state.reason) for o in outcomes] == [
         ("finished", ""),
-        ("failed", reason),
+        ("interrupted", reason),  # it goes on from its checkpoint
         ("failed", reason),
     ]
     assert json.loads(Path("sweep/c/result.json").read_text())["overrides"] == ["seed=2"]
@@ -212,3 +212,21 @@ def test_bad_input_to_the_launcher_is_said_as_it_is(make_engine) -> None:
     with pytest.raises(KdError, match=r"hydra.launcher.n_jobs = \d+ is not allowed: there are \d+ cores"):
         engine.run("sweep", "sweep", jobs(a=(), b=()))
     assert not Path("sweep/a").exists()
+
+
+def test_a_run_of_another_process_is_left_alone(engine) -> None:
+    import fcntl
+
+    write(Path("sweep/a"), "running")
+    before = Path("sweep/a/result.json").read_bytes()
+    engine.launcher.launch = lambda overrides, initial_job_idx: write(Path("sweep/b"), "finished")
+    (Path("sweep") / manifest.FILE).unlink(missing_ok=True)
+    manifest.write(Path("sweep"), manifest.Manifest("sweep", "sweep", {}))
+    with Path("sweep/a/train.log").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        outcomes = engine.run("sweep", "sweep", jobs(a=(), b=()))
+    assert [(o.state.status, o.state.reason) for o in outcomes] == [
+        ("running", "another process trains in it"),
+        ("finished", ""),
+    ]
+    assert Path("sweep/a/result.json").read_bytes() == before
