@@ -308,3 +308,20 @@ def test_a_row_that_cannot_be_built_starts_nothing(tmp_path: Path, overrides: li
 def test_what_the_study_sets_is_not_given(argument: str) -> None:
     with pytest.raises(KdError, match=argument):
         _refuse_swept(["recipe.epochs=1", argument])
+
+
+def test_other_recipes_and_changed_rows_do_not_reach_the_kept_results(tmp_path: Path) -> None:
+    rows = {"a": {"overrides": ["student.model.hidden=[8]"]}, "b": {"overrides": ["student.model.hidden=[4]"]}}
+    plain = {"evaluations": None, "comparisons": None, "claim": None, "supported": None, "seeds": [0]}
+    folder = write(tmp_path / "experiments" / "tiny", rows=rows, **plain)
+    other = kd(tmp_path, "tiny", "recipe.epochs=1", "paths.runs=elsewhere")
+    assert other.returncode == 0, other.stderr
+    assert (tmp_path / "elsewhere" / "study_tiny" / "results.csv").is_file()
+    assert not (folder / "results.csv").exists()
+
+    assert kd(tmp_path, "tiny", "--only", "a").returncode == 0
+    write(folder, rows={**rows, "a": {"overrides": ["student.model.hidden=[16]"]}}, **plain)
+    refused = kd(tmp_path, "tiny", "--only", "b")
+    assert refused.returncode == 1
+    assert "a/seed0 holds a run of another configuration" in refused.stderr
+    assert not (tmp_path / "runs" / "study_tiny" / "b").exists()
