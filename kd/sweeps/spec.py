@@ -8,16 +8,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, get_type_hints
 
 from kd.errors import KdError, near
 from kd.sweeps import graph
+from kd.sweeps.study_file import check, listed, make, named, read, typed
 
 STUDY = "study.yaml"
+PUBLISHED = "published.yaml"
 EPOCHS = ("last", "selected")
 ROW_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -137,37 +137,33 @@ def load(name_or_folder: str | Path, seeds: Sequence[int] | None = None) -> Stud
     ``seeds`` instead of the study's own, for the rows that do not fix theirs.
     """
     folder = _folder(name_or_folder)
-    node = _yaml(folder / STUDY)
-    known = {f.name for f in fields(Study)} - {"name", "folder", "published"} | {"overrides"}
-    for key in node.keys() - known:
-        raise KdError(f"{folder / STUDY}: there is no option {key}{near(key, known)}")
-    base = tuple(node.pop("overrides", ()))
-    if seeds is not None:
-        node["seeds"] = list(seeds)
-    node["seeds"] = _seeds(node.get("seeds", [0]), folder)
-    rows = {}
-    for name, line in _lines(node.get("rows", {}), folder):
-        if name in rows:
-            raise KdError(f"{folder / STUDY}: there are two rows {name}")
-        row = _make(Row, {"seeds": node["seeds"], **line, "name": name}, folder)
-        rows[name] = replace(row, overrides=(*base, *row.overrides), seeds=_seeds(row.seeds, folder))
-    published = folder / "published.yaml"
+    file, published = folder / STUDY, folder / PUBLISHED
+    node = read(file)
+    hints = {k: v for k, v in get_type_hints(Study).items() if k not in ("name", "folder", "published")}
+    for key in node.keys() - hints.keys() - {"overrides"}:
+        raise KdError(f"{file}: there is no option {key}{near(key, hints)}")
+    given = {"seeds": [0], **{k: v for k, v in node.items() if v is not None}}
+    own = _seeds(given["seeds"] if seeds is None else list(seeds), f"{file}: seeds")
+    plain = {k: typed(given.get(k, ""), str, f"{file}: {k}") for k in ("question", "paper", "cost", "claim")}
+    epoch = given.get("epoch", EPOCHS[0])
+    if epoch not in EPOCHS:
+        raise KdError(f"{file}: epoch = {epoch} is not allowed: it must be {' or '.join(EPOCHS)}")
     study = Study(
-        **{k: " ".join(str(node.get(k, "")).split()) for k in ("question", "paper", "cost", "claim")},
+        **{k: " ".join(text.split()) for k, text in plain.items()},
         name=folder.resolve().name,
         folder=folder,
-        measure=node.get("measure", "test/acc1"),
-        epoch=node.get("epoch", "last"),
-        rows=rows,
-        seeds=node["seeds"],
-        comparisons=_named(Comparison, node, "comparisons", folder),
-        supported=tuple(_make(Condition, c, folder) for c in node.get("supported", ())),
-        columns=tuple(node.get("columns", ())),
-        evaluations=_named(Evaluation, node, "evaluations", folder),
-        figures=tuple(_make(Figure, f, folder) for f in node.get("figures", ())),
-        published=_make(Published, _yaml(published), folder) if published.is_file() else None,
+        measure=typed(given.get("measure", "test/acc1"), str, f"{file}: measure"),
+        epoch=epoch,
+        rows=_rows(given, own, file),
+        seeds=own,
+        comparisons=named(Comparison, node.get("comparisons"), file, "comparisons"),
+        supported=listed(Condition, node.get("supported"), file, "supported"),
+        columns=typed(given.get("columns", []), hints["columns"], f"{file}: columns"),
+        evaluations=named(Evaluation, node.get("evaluations"), file, "evaluations"),
+        figures=listed(Figure, node.get("figures"), file, "figures"),
+        published=make(Published, read(published), str(published)) if published.is_file() else None,
     )
-    _check(study)
+    check(study, file, published)
     return study
 
 
@@ -189,35 +185,54 @@ def names() -> list[str]:
     return sorted(file.parent.name for file in Path("experiments").glob(f"*/{STUDY}"))
 
 
-def _seeds(value: Any, folder: Path) -> tuple[int, ...]:
+def _seeds(value: Any, what: str) -> tuple[int, ...]:
     seeds = list(value) if isinstance(value, (list, tuple)) else [value]
     if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
-        raise KdError(f"{folder}: seeds = {value} is not allowed: a list of whole numbers, 0 or more")
+        raise KdError(f"{what} = {value} is not allowed: it must be a list of whole numbers, 0 or more")
     if len(set(seeds)) < len(seeds):
-        raise KdError(f"{folder}: seeds = {value} lists one twice")
+        raise KdError(f"{what} = {value} lists one twice")
     return tuple(seeds)
 
 
-def _lines(rows: Any, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(node: Mapping[str, Any], seeds: tuple[int, ...], file: Path) -> dict[str, Row]:
+    """The rows by their names; each has the overrides of the study before its own, and its seeds if it has none."""
+    common = typed(node.get("overrides", []), tuple[str, ...], f"{file}: overrides")
+    rows: dict[str, Row] = {}
+    for name, line in _lines(node.get("rows", {}), file):
+        what = f"{file}: row {name}"
+        if name in rows:
+            raise KdError(f"{file}: there are two rows {name}")
+        if not ROW_NAME.fullmatch(name) or name == graph.SEED:
+            allowed = f"letters, digits, dots, - and _ only, not {graph.SEED}"
+            raise KdError(f"{file}: {name} cannot be the name of a row: {allowed}")
+        own = line.get("seeds")
+        line["seeds"] = seeds if own is None else _seeds(own, f"{what}: seeds")
+        row = make(Row, line, what, name=name)
+        rows[name] = replace(row, overrides=(*common, *row.overrides))
+    return rows
+
+
+def _lines(rows: Any, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and keys of every row; one with a ``grid`` comes once for each combination of its variables."""
-    if not isinstance(rows, Mapping) or not rows:
-        raise KdError(f"{folder / STUDY}: rows is empty")
+    if not typed(rows, Mapping, f"{file}: rows"):
+        raise KdError(f"{file}: rows is empty")
     for name, line in rows.items():
-        line = dict(line or {})
+        line = dict(typed({} if line is None else line, Mapping, f"{file}: row {name}"))
         grid = line.pop("grid", None)
         if grid is None:
             yield str(name), line
             continue
-        for values in _combinations(grid, str(name), folder):
-            own = {**(line.get("values") or {}), **values}
-            yield _filled(str(name), values), {**_filled(line, values), "values": own}
+        fixed = line.pop("values", None)
+        fixed = typed({} if fixed is None else fixed, Mapping, f"{file}: row {name}: values")
+        for values in _combinations(grid, str(name), file):
+            yield _filled(str(name), values), {**_filled(line, values), "values": {**fixed, **values}}
 
 
-def _combinations(grid: Any, name: str, folder: Path) -> Iterator[dict[str, Any]]:
+def _combinations(grid: Any, name: str, file: Path) -> Iterator[dict[str, Any]]:
     """The values of a grid, one after another; those of a list of grids likewise."""
     for part in grid if isinstance(grid, list) and grid else [grid]:
         if not isinstance(part, Mapping) or not part or [] in part.values():
-            raise KdError(f"{folder}: the grid of {name} must give each variable a value or a list of values")
+            raise KdError(f"{file}: the grid of {name} must give each variable a value or a list of values")
         lists = [v if isinstance(v, list) else [v] for v in part.values()]
         for combination in itertools.product(*lists):
             yield dict(zip(map(str, part), combination, strict=True))
@@ -230,56 +245,3 @@ def _filled(node: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(node, list):
         return [_filled(part, values) for part in node]
     return {key: _filled(part, values) for key, part in node.items()} if isinstance(node, Mapping) else node
-
-
-def _named(kind: Any, node: Mapping[str, Any], key: str, folder: Path) -> dict[str, Any]:
-    return {name: _make(kind, {"name": name, **(v or {})}, folder) for name, v in (node.get(key) or {}).items()}
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    try:
-        node = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise KdError(f"{file} cannot be read: it is not valid YAML{line}") from None
-    if not isinstance(node, dict):
-        raise KdError(f"{file} is not a mapping of keys to values")
-    return node
-
-
-def _make(kind: Any, node: Mapping[str, Any], folder: Path) -> Any:
-    known = {f.name for f in fields(kind)}
-    for key in node.keys() - known:
-        raise KdError(f"{folder}: {kind.__name__.lower()} has no option {key}{near(key, known)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in node.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise KdError(f"{folder}: {kind.__name__.lower()}: {str(error).replace('.__init__()', '()')}") from None
-
-
-def _check(study: Study) -> None:
-    """Every name of a row or comparison must exist, and no row may wait for itself."""
-    if study.epoch not in EPOCHS:
-        raise KdError(f"{study.folder}: epoch = {study.epoch} is not allowed: it must be {' or '.join(EPOCHS)}")
-    for name in study.rows:
-        if not ROW_NAME.fullmatch(name) or name == graph.SEED:
-            allowed = f"letters, digits, dots, - and _ only, not {graph.SEED}"
-            raise KdError(f"{study.folder}: {name} cannot be the name of a row: {allowed}")
-    used = [
-        r for row in study.rows.values() for r in (row.teacher, row.alone, *(r for r, _ in graph.references(row))) if r
-    ]
-    used += [r for c in study.comparisons.values() for r in (c.row, c.than, c.share_of) if r]
-    used += [r for e in study.evaluations.values() for r in e.rows or ()]
-    for name in used:
-        if name not in study.rows:
-            raise KdError(f"{study.folder}: there is no row {name}{near(name, study.rows)}")
-    for condition in study.supported:
-        if condition.comparison not in study.comparisons:
-            missing = condition.comparison
-            raise KdError(f"{study.folder}: there is no comparison {missing}{near(missing, study.comparisons)}")
-    for evaluation in study.evaluations.values():
-        if bool(evaluation.eval) == bool(evaluation.bias):
-            raise KdError(f"{study.folder}: the evaluation {evaluation.name} needs either eval or bias")
-    graph.check(study)

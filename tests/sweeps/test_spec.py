@@ -56,3 +56,69 @@ def test_a_seed_of_its_own_comes_after_that_of_the_study(tmp_path: Path) -> None
 def test_the_line_that_is_no_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(KdError, match=r"study\.yaml cannot be read: it is not valid YAML \(line 4\)"):
         study(tmp_path / "broken", "  again: {overrides: [seed=100{seed}]}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ("  a: {}\n  b: {}\n  a: {label: other}", r"study\.yaml \(line 6\): the key a is listed twice"),
+        ("  a:\n    label: x\n    overrides: []\n    label: y", r"\(line 7\): the key label is listed twice"),
+        ('  1: {}\n  "1": {}', r"\(line 5\): the key 1 is listed twice"),
+        ("  a: {}\nseeds: [1]", r"\(line 5\): the key seeds is listed twice"),
+    ],
+)
+def test_a_key_listed_twice_is_refused(tmp_path: Path, rows: str, sentence: str) -> None:
+    with pytest.raises(KdError, match=sentence):
+        study(tmp_path / "twice", rows)
+
+
+def test_a_merged_key_may_be_replaced(tmp_path: Path) -> None:
+    found = study(tmp_path / "merged", "  a: &a {label: first, overrides: [x=1]}\n  b: {<<: *a, label: second}")
+    assert (found.rows["b"].label, found.rows["b"].overrides) == ("second", ("data=fake", "x=1"))
+
+
+def test_null_is_none(tmp_path: Path) -> None:
+    empty = ("supported", "comparisons", "evaluations", "figures", "columns", "claim")
+    found = study(tmp_path / "null", "  a:\n" + "".join(f"{key}:\n" for key in empty))
+    assert (found.supported, found.comparisons, found.evaluations) == ((), {}, {})
+    assert (found.figures, found.columns, found.claim, found.published) == ((), (), "", None)
+    with pytest.raises(KdError, match=r"study\.yaml: rows is empty"):
+        study(tmp_path / "null", "")
+
+
+def test_figures_over_grid_variables_are_read(tmp_path: Path) -> None:
+    lines = "{kind: lines, x: t, measure: m}, {kind: lines, x: t, group: w, measure: m}"
+    figures = f"[{{kind: map, x: t, y: w, measure: m}}, {lines}]"
+    found = study(tmp_path / "figures", f"  w{{w}}_T{{t}}: {{grid: {{w: [1, 2], t: [3, 4]}}}}\nfigures: {figures}")
+    assert [(f.kind, f.x, f.y, f.group) for f in found.figures] == [
+        ("map", "t", "w", None), ("lines", "t", None, None), ("lines", "t", None, "w")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("published", "sentence"),
+    [
+        (
+            "numbers: {techer: {test/acc1: {value: 1}}}",
+            r"published\.yaml: numbers: there is no row techer \(near: teacher\)",
+        ),
+        ("numbers: {teacher: 0.9}", "numbers: teacher = 0.9 is not allowed: it must be a mapping"),
+        ("numbers: {teacher: {test/acc1: 0.9}}", "teacher: test/acc1 = 0.9 is not allowed: it must be a mapping"),
+        ("numbers: {teacher: {test/acc1: {n: 3}}}", "test/acc1 = {'n': 3} has no value, which it needs: a number"),
+        (
+            "numbers: {teacher: {test/acc1: {value: 90 %}}}",
+            "test/acc1: value = 90 % is not allowed: it must be a number",
+        ),
+        ("numbers: {teacher: {test/acc1: {value: 1, std: null}}}", "std = None is not allowed: it must be a number"),
+        ("numbers: {teacher: {test/acc1: {value: 1, sd: 2}}}", r"test/acc1 has no option sd \(near: std\)"),
+        ("numbers: {}\nnumbers: {}", r"published\.yaml \(line 4\): the key numbers is listed twice"),
+        ("numbers: [1]", r"published\.yaml: numbers = \[1\] is not allowed: it must be a mapping"),
+        ("comparable: 1\nnumbers: {}", "comparable = 1 is not allowed: it must be true or false"),
+        ("note: none", r"published\.yaml has no numbers, which it needs: a mapping"),
+    ],
+)
+def test_what_is_wrong_in_the_published_numbers_is_said(tmp_path: Path, published: str, sentence: str) -> None:
+    folder = tmp_path / "paper"
+    folder.mkdir()
+    (folder / "published.yaml").write_text(f"source: a paper\nprotocol: one run\n{published}")
+    with pytest.raises(KdError, match=sentence):
+        study(folder, "  teacher: {}")

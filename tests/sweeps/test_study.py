@@ -92,6 +92,14 @@ def test_placeholders_become_quoted_run_directories(tmp_path: Path) -> None:
     assert list(graph.needs(study, study.rows["b"], 0)) == [("a", 0), ("a", 1)]
 
 
+MAP = {"kind": "map", "x": "temperature", "measure": "test/acc1"}
+LINES = {**MAP, "kind": "lines"}
+
+
+def when(**bounds: Any) -> list[dict[str, Any]]:
+    return [{"comparison": "helps", **bounds}]
+
+
 def reads(row: str) -> dict[str, Any]:
     return {"overrides": [f"teacher.checkpoint={{{row}}}"]}
 
@@ -106,7 +114,9 @@ def reads(row: str) -> dict[str, Any]:
         ({"rows": {"a": reads("b"), "b": {"seeds": [4, 5]}}}, r"reads b of seed 0, which has the seeds \[4, 5\] only"),
         ({"rows": {"a": reads("b@3"), "b": {}}}, "reads b of seed 3"),
         ({"rows": {}}, "rows is empty"),
-        ({"rows": {"a": {"override": []}}}, r"row has no option override.*overrides"),
+        ({"rows": {"a": {"override": []}}}, r"row a has no option override.*overrides"),
+        ({"rows": {"a": {"sedes": [1]}}}, r"row a has no option sedes.*seeds"),
+        ({"rows": {"a": {"name": "b"}}}, "row a has no option name"),
         ({"rows": {"a b": {}}}, "a b cannot be the name of a row"),
         ({"rows": {"seed": {}}}, "seed cannot be the name of a row"),
         ({"rows": {"a{t}": {"grid": {"t": []}}}}, "must give each variable a value or a list"),
@@ -118,6 +128,57 @@ def reads(row: str) -> dict[str, Any]:
         ({"supported": [{"comparison": "help", "above": 0}]}, "no comparison help.*helps"),
         ({"evaluations": {"x": {}}}, "x needs either eval or bias"),
         ({"evaluations": {"x": {"bias": [3], "rows": ["nobody"]}}}, "no row nobody"),
+        # conditions
+        ({"supported": when()}, r"number 1 \(helps\) needs one of above, below and inside, given: none"),
+        ({"supported": when(above=None)}, "needs one of above, below and inside, given: none"),
+        ({"supported": when(above=0, inside=[0, 1])}, r"given: above = 0 and inside = \(0, 1\)"),
+        ({"supported": when(above="zero")}, r"study\.yaml: supported: number 1: above = zero .* it must be a number"),
+        ({"supported": when(below=True)}, "below = True is not allowed: it must be a number"),
+        ({"supported": when(above=float("inf"))}, "above = inf is not allowed: it must be a number"),
+        (
+            {"supported": when(inside=[1])},
+            r"inside = \[1\] is not allowed: it must be a list of two numbers, the smaller",
+        ),
+        ({"supported": when(inside=[2, 1])}, r"inside = \[2, 1\] is not allowed"),
+        ({"supported": [{"above": 0}]}, "supported: number 1 has no comparison, which it needs: a text"),
+        # figures
+        (
+            {"figures": [{**MAP, "kind": "pie"}]},
+            "figures: number 1: kind = pie is not allowed: it must be map or lines",
+        ),
+        ({"figures": [MAP]}, "number 1 has no y, which a map needs"),
+        ({"figures": [{**MAP, "y": "temperature", "group": "temperature"}]}, "group = temperature .* map has x and y"),
+        ({"figures": [{**LINES, "y": "temperature"}]}, "y = temperature .* kind = lines has x and group"),
+        ({"figures": [LINES, {"kind": "lines", "measure": "test/acc1"}]}, "number 2 has no x, which it needs: a text"),
+        ({"figures": [{"kind": "lines", "x": "temperature"}]}, "number 1 has no measure, which it needs"),
+        ({"figures": [{**LINES, "x": "temperatur"}]}, "x = temperatur is not allowed: .*grid: temperature"),
+        ({"figures": [{**LINES, "group": "width"}]}, "group = width is not allowed"),
+        ({"figures": [{**MAP, "y": "width"}]}, "y = width is not allowed"),
+        ({"figures": LINES}, "figures = .* is not allowed: it must be a list"),
+        # types
+        ({"supported": {"comparison": "helps", "above": 0}}, "supported = .* is not allowed: it must be a list"),
+        ({"supported": ["helps"]}, "supported: number 1 = helps is not allowed: it must be a mapping"),
+        ({"comparisons": [{"row": "T4"}], "supported": None}, "comparisons = .* it must be a mapping"),
+        ({"comparisons": {"c": {"row": "T4", "than": "alone"}}, "supported": None}, "c has no measure, which it needs"),
+        ({"rows": ["a"]}, r"rows = \['a'\] is not allowed: it must be a mapping"),
+        ({"rows": {"a": "x=1"}}, "row a = x=1 is not allowed: it must be a mapping"),
+        ({"rows": {"a": {"overrides": "x=1"}}}, "row a: overrides = x=1 is not allowed: it must be a list of texts"),
+        ({"rows": {"a": {"values": 3}}}, "row a: values = 3 is not allowed: it must be a mapping"),
+        ({"rows": {"a{t}": {"grid": {"t": 1}, "values": 3}}}, r"row a\{t\}: values = 3 is not allowed"),
+        ({"rows": {"a": {"label": ["x"]}}}, r"row a: label = \['x'\] is not allowed: it must be a text"),
+        ({"rows": {"a": {"seeds": "one"}}}, "row a: seeds = one is not allowed"),
+        ({"overrides": "recipe.epochs=1"}, r"study\.yaml: overrides = recipe\.epochs=1 .* it must be a list of texts"),
+        ({"overrides": [None]}, r"overrides = \[None\] is not allowed: it must be a list of texts"),
+        (
+            {"evaluations": {"e": {"eval": "data.test_shift=2"}}},
+            "evaluations: e: eval = data.test_shift=2 .* a list of",
+        ),
+        ({"evaluations": {"e": {"bias": 3}}}, "evaluations: e: bias = 3 is not allowed: it must be a list of whole"),
+        ({"evaluations": {"e": {"bias": [-1]}}}, r"bias = \[-1\] is not allowed: .*0 or more"),
+        ({"evaluations": {"e": {"bias": [3], "rows": "alone"}}}, "e: rows = alone is not allowed: it must be a list"),
+        ({"columns": "test/acc1"}, "columns = test/acc1 is not allowed: it must be a list of texts"),
+        ({"measure": ["test/acc1"]}, "measure = .* is not allowed: it must be a text"),
+        ({"claim": ["It helps."]}, "claim = .* is not allowed: it must be a text"),
     ],
 )
 def test_what_is_wrong_in_a_study_is_said(tmp_path: Path, changed: dict[str, Any], sentence: str) -> None:
