@@ -140,12 +140,11 @@ def gap_closed(
 ) -> stats.Interval:
     """The share of the gap between a second and a third row that a first one closes; (row, column) of the three."""
     found = aligned(study, frame, wanted)
-    interval = stats.share(*found)
-    if len(found[0]):
+    if n := len(found[0]):
         gap = float((found[2] - found[1]).mean())
-        if gap > 0 if measure.lower_is_better else gap < 0:
-            return replace(interval, note="the teacher is not better: there is no gap to close")
-    return interval
+        if gap >= 0 if measure.lower_is_better else gap <= 0:
+            return Interval(np.nan, n, note="the teacher is not better: there is no gap to close")
+    return stats.share(*found)
 
 
 def _over_images(frame: pd.DataFrame, comparison: Comparison, runs_dir: Path) -> OverImages | None:

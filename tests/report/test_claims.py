@@ -92,7 +92,21 @@ def test_a_worse_teacher_leaves_no_gap(study, found) -> None:
     upside_down = replace(
         study, comparisons={"x": Comparison("x", "teacher", "distilled", "test/acc1", share_of="alone")}
     )
-    assert "no gap to close" in claims.compare(upside_down, found, None)["x"].interval.note
+    compared = claims.compare(upside_down, found, None)["x"]
+    assert "no gap to close" in compared.interval.note
+    assert compared.interval.headline is compared.interval.p is None
+    assert claims.judge(Condition("x", above=-9.0), compared)[0] == "not shown"  # whatever the share would be
+
+
+def test_a_worse_teacher_leaves_a_dash_in_the_main_table(study, found) -> None:
+    """Alone 0.94, teacher 0.90: a student at 0.91 would "close" three quarters of that."""
+    worse = found.copy()
+    worse.loc[worse["row"] == "teacher", "last/test/acc1"] = 0.90
+    worse.loc[worse["row"] == "distilled", "last/test/acc1"] = 0.91
+    table = tables.numbers(study, worse)
+    assert np.isnan(table.loc["distilled", ["gap recovered", "gap recovered low"]].astype(float)).all()
+    grid = tables.main_grid(study, table, tables.measures(study, worse))
+    assert grid.rows[2][grid.head.index("gap recovered, %")] == "–"
 
 
 def compared(low: float, high: float, n: int = 5) -> Compared:
