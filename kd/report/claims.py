@@ -13,7 +13,7 @@ import pandas as pd
 from kd.errors import KdError
 from kd.report import stats
 from kd.report.frame import finished, values
-from kd.report.measures import Measure, resolve
+from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval, OverImages
 from kd.sweeps.spec import Comparison, Condition, Study
 
@@ -130,9 +130,15 @@ def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir
     else:
         label = f"“{row}”, {titles[0]} − “{than}”, {titles[1]}" if other != column else f"“{row}” − “{than}”"
     images = None
-    if runs_dir is not None and other == column and column.endswith(("test/acc1", "test/errors", "test/error")):
+    if runs_dir is not None and other == column and _of_test_images(column):
         images = _over_images(frame, comparison, runs_dir)
     return Compared(comparison, label, measure, interval, images)
+
+
+def _of_test_images(column: str) -> bool:
+    """Whether a column counts the student's right test images, which kept predictions can do too."""
+    epoch, _, rest = column.partition("/")
+    return epoch in EPOCHS and rest in ("test/acc1", "test/errors", "test/error")
 
 
 def gap_closed(

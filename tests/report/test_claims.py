@@ -55,6 +55,15 @@ def test_over_images_of_kept_predictions(study, runs, found) -> None:
     assert claims.compare(study, found, None)["helps"].images is None
 
 
+@pytest.mark.parametrize(
+    ("measure", "kept"),
+    [("test/acc1", True), ("selected/test/errors", True), ("teacher/test/acc1", False), ("test/nll", False)],
+)
+def test_only_a_measure_of_the_students_test_images_is_compared_over_them(study, runs, found, measure, kept) -> None:
+    other = replace(study, comparisons={"x": Comparison("x", "distilled", "shuffled", measure)})
+    assert (claims.compare(other, found, runs)["x"].images is not None) == kept
+
+
 def test_predictions_of_other_images_are_not_paired(study, runs, found) -> None:
     file = runs / "alone" / "seed2" / "predictions_test.npz"
     kept = dict(np.load(file))
