@@ -32,8 +32,25 @@ def test_the_comparisons_of_a_study(study, runs, found) -> None:
     assert share.estimate == pytest.approx((distilled - alone).mean() / (0.975 - alone).mean())
     assert share.n == 5  # the one teacher stands beside every seed
     assert compared["control"].interval.n == 3  # a failed and a missing run are left out on both sides
-    ps = [compared[name].interval.p for name in study.comparisons]
-    assert [compared[name].corrected for name in study.comparisons] == pytest.approx(_holm(ps))
+    ps = [compared[name].interval.p for name in ("helps", "control")]
+    assert [compared[name].corrected for name in ("helps", "control")] == pytest.approx(_holm(ps))
+    assert compared["share"].interval.p == pytest.approx(helps.interval.p)  # the same test: it does not count twice
+    assert [row[-1] for row in tables.comparison_grid(compared).rows][1] == "–"
+
+
+def test_one_run_beside_every_seed_is_said(study, found) -> None:
+    between = {
+        "x": Comparison("x", "distilled", "teacher", "test/acc1"),
+        "y": Comparison("y", "teacher", "teacher", "selected/test/acc1", than_measure="last/test/acc1"),
+        **study.comparisons,
+    }
+    compared = claims.compare(replace(study, comparisons=between), found, None)
+    note = "one run of “teacher”: its own spread is not in the interval"
+    assert {name: c.interval.note for name, c in compared.items() if note in c.interval.note} == {
+        "x": note,
+        "share": note,
+    }
+    assert compared["x"].sentence.endswith(f"(Student's t, 5 seeds; {note})")
 
 
 def _holm(ps: list[float]) -> list[float]:
