@@ -23,7 +23,10 @@ PREDICTIONS = "predictions_test.npz"
 
 @dataclass(frozen=True)
 class Compared:
-    """One comparison with its interval over seeds, ``corrected`` p (Holm; None for a share), the same over test images if kept."""
+    """One comparison with its interval over seeds, and the same over test images if kept.
+
+    ``corrected``: p by Holm; None for a share.
+    """
 
     comparison: Comparison
     label: str
