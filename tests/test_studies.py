@@ -94,7 +94,7 @@ def test_the_readme_says_what_was_measured(name: str, tmp_path: Path, monkeypatc
     report = build(study, frame, None, tmp_path)
     readme = (study.folder / "README.md").read_text(encoding="utf-8")
     assert f"kd study {name}" in readme
-    assert report.verdict in readme
+    assert f"Verdict: {report.verdict}" in readme
     tables = list(tables_of(report.paths["md"].read_text(encoding="utf-8")))
     shown = list(tables_of(readme))
     assert shown, "the README has no table"

@@ -13,7 +13,7 @@ import pandas as pd
 from kd.errors import KdError
 from kd.report import stats
 from kd.report.frame import finished, values
-from kd.report.measures import Measure, resolve
+from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval, OverImages
 from kd.sweeps.spec import Comparison, Condition, Study
 
@@ -23,7 +23,10 @@ PREDICTIONS = "predictions_test.npz"
 
 @dataclass(frozen=True)
 class Compared:
-    """One comparison with its interval over seeds, ``corrected`` p (Holm), and the same over test images if kept."""
+    """One comparison with its interval over seeds, and the same over test images if kept.
+
+    ``corrected``: p by Holm; None for a share.
+    """
 
     comparison: Comparison
     label: str
@@ -83,10 +86,7 @@ def aligned(study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, str]]
     A row that is meant to have a single run, a teacher that all students share, stands beside every seed.
     """
     found = [values(frame, row, column) for row, column in wanted]
-    single = [
-        len(series) == 1 and len(study.rows[row].seeds or study.seeds) == 1
-        for (row, _), series in zip(wanted, found, strict=True)
-    ]
+    single = [_is_shared(study, frame, row, column) for row, column in wanted]
     several = [series.index for series, one in zip(found, single, strict=True) if not one]
     if not several:
         return [series.to_numpy() for series in found]
@@ -99,10 +99,26 @@ def aligned(study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, str]]
     ]
 
 
+def _is_shared(study: Study, frame: pd.DataFrame, row: str, column: str) -> bool:
+    return len(values(frame, row, column)) == 1 and len(study.rows[row].seeds or study.seeds) == 1
+
+
+def _with_shared(study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, str]], interval: Interval) -> Interval:
+    """The interval, with a note on each row whose one run stands beside every seed."""
+    shared = dict.fromkeys(label_of(study, row) for row, column in wanted if _is_shared(study, frame, row, column))
+    if interval.headline is None or not shared:
+        return interval
+    notes = [f"one run of “{label}”: its own spread is not in the interval" for label in shared]
+    return replace(interval, note="; ".join([interval.note, *notes] if interval.note else notes))
+
+
 def compare(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, Compared]:
-    """Every comparison of the study, with p values corrected for their number."""
+    """Every comparison of the study, with p values corrected for their number.
+
+    Shares are left out of the correction: their p is that of the difference, which would count twice.
+    """
     found = {name: _compare(study, frame, c, runs_dir) for name, c in study.comparisons.items()}
-    tested = [name for name, c in found.items() if c.interval.p is not None]
+    tested = [n for n, c in found.items() if c.interval.p is not None and not c.comparison.share_of]
     corrected = stats.holm([found[name].interval.p for name in tested])  # type: ignore[misc]
     for name, p in zip(tested, corrected, strict=True):
         found[name] = replace(found[name], corrected=p)
@@ -118,10 +134,11 @@ def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir
         return Compared(comparison, f"“{row}” − “{than}”", measure, Interval(np.nan, 0, note="not measured yet"))
     if comparison.share_of:
         wanted = [(comparison.row, column), (comparison.than, other), (comparison.share_of, column)]
-        interval = gap_closed(study, frame, wanted, measure)
+        interval = _with_shared(study, frame, wanted, gap_closed(study, frame, wanted, measure))
         label = f"share of the gap from “{than}” to “{label_of(study, comparison.share_of)}” that “{row}” closes"
-        return Compared(comparison, label, measure, interval, corrected=None)
-    interval = stats.difference(*aligned(study, frame, [(comparison.row, column), (comparison.than, other)]))
+        return Compared(comparison, label, measure, interval)
+    wanted = [(comparison.row, column), (comparison.than, other)]
+    interval = _with_shared(study, frame, wanted, stats.difference(*aligned(study, frame, wanted)))
     titles = [measure.title, Measure(other).title]
     if titles[0] == titles[1]:
         titles = [f"{m.title} ({m.epoch})" for m in (measure, Measure(other))]
@@ -130,9 +147,15 @@ def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir
     else:
         label = f"“{row}”, {titles[0]} − “{than}”, {titles[1]}" if other != column else f"“{row}” − “{than}”"
     images = None
-    if runs_dir is not None and other == column and column.endswith(("test/acc1", "test/errors", "test/error")):
+    if runs_dir is not None and other == column and _of_test_images(column):
         images = _over_images(frame, comparison, runs_dir)
     return Compared(comparison, label, measure, interval, images)
+
+
+def _of_test_images(column: str) -> bool:
+    """Whether a column counts the student's right test images, which kept predictions can do too."""
+    epoch, _, rest = column.partition("/")
+    return epoch in EPOCHS and rest in ("test/acc1", "test/errors", "test/error")
 
 
 def gap_closed(
@@ -140,12 +163,11 @@ def gap_closed(
 ) -> stats.Interval:
     """The share of the gap between a second and a third row that a first one closes; (row, column) of the three."""
     found = aligned(study, frame, wanted)
-    interval = stats.share(*found)
-    if len(found[0]):
+    if n := len(found[0]):
         gap = float((found[2] - found[1]).mean())
-        if gap > 0 if measure.lower_is_better else gap < 0:
-            return replace(interval, note="the teacher is not better: there is no gap to close")
-    return interval
+        if gap >= 0 if measure.lower_is_better else gap <= 0:
+            return Interval(np.nan, n, note="the teacher is not better: there is no gap to close")
+    return stats.share(*found)
 
 
 def _over_images(frame: pd.DataFrame, comparison: Comparison, runs_dir: Path) -> OverImages | None:

@@ -184,7 +184,8 @@ def _comparisons(compared: Mapping[str, Compared]) -> Section | None:
     section = Section("Comparisons, paired over seeds", grids=[tables.comparison_grid(compared)])
     section.notes.append(
         "The first interval counts below ten seeds: a bootstrap of so few (above all of fewer than five) is too "
-        "narrow. Holm: corrected for the number of comparisons. p of a share is that of the difference itself."
+        "narrow. Holm: corrected for the number of comparisons. p of a share is that of the difference itself, so it "
+        "is neither counted nor corrected again."
     )
     images = tables.image_grid(compared)
     if images is not None:

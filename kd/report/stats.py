@@ -61,30 +61,35 @@ def paired_interval(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> tuple
 
 
 def mean(values: Numbers) -> Interval:
-    """Mean over seeds, with its interval from two seeds on."""
+    """Mean over seeds, with its interval from two seeds on that differ."""
     return difference(values, np.zeros(len(values)))
 
 
 def difference(a: Numbers, b: Numbers) -> Interval:
-    """Mean of ``a − b`` over paired seeds."""
+    """Mean of ``a − b`` over paired seeds. No interval and no p where all seeds gave the same difference."""
     from scipy import stats
 
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if len(x) < 2:
         return Interval(float((x - y).mean()) if len(x) else np.nan, len(x), note=_too_few(len(x)))
     estimate, low, high = paired_interval(x, y)
-    if np.ptp(x - y) == 0:  # the t statistic is 0/0 or ∞, the bootstrap has nothing to resample
-        same = (estimate, estimate)
-        note = "all seeds gave the same number"
-        return Interval(estimate, len(x), same, same, p=1.0 if estimate == 0 else 0.0, note=note)
+    if _alike(x, y):  # the t statistic is 0/0 or ∞: two seeds that agree by chance would prove anything
+        return Interval(estimate, len(x), note="all seeds gave the same difference: no spread to judge by")
     p = float(stats.ttest_rel(x, y).pvalue)
     return Interval(estimate, len(x), (low, high), _bootstrap((x, y), lambda u, v: (u - v).mean(-1)), p=p)
+
+
+def _alike(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether ``x − y`` is the same for all seeds but for rounding (metrics are computed in single precision)."""
+    rounding = 4 * np.finfo(np.float32).eps * max(np.abs(x).max(), np.abs(y).max())
+    return bool(np.ptp(x - y) <= rounding)
 
 
 def share(row: Numbers, than: Numbers, top: Numbers) -> Interval:
     """(row − than) ÷ (top − than), means over paired seeds: the share of a gap that a row closes, by Fieller (1954).
 
-    ``p`` is that of row − than. There is no interval where the gap itself is not clear of 0.
+    ``p`` is that of row − than. There is no interval where the gap itself is not clear of 0
+    or all seeds agree.
     """
     from scipy import stats
 
@@ -96,7 +101,9 @@ def share(row: Numbers, than: Numbers, top: Numbers) -> Interval:
     estimate = float(x.mean() / y.mean())
     if n < 2:
         return Interval(estimate, n, note=_too_few(n))
-    p = difference(x, np.zeros(n)).p
+    if _alike(x + bottom, bottom + estimate * y):
+        return Interval(estimate, n, note="all seeds gave the same share: no spread to judge by")
+    p = difference(row, than).p
     (xx, xy), (_, yy) = stats.t.ppf(0.5 + LEVEL / 2, n - 1) ** 2 * np.cov(x, y) / n
     # the ratios r for which the mean of x − r·y is not clear of 0: a·r² − 2·b·r + c ≤ 0
     a, b, c = y.mean() ** 2 - yy, x.mean() * y.mean() - xy, x.mean() ** 2 - xx

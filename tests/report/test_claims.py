@@ -32,8 +32,25 @@ def test_the_comparisons_of_a_study(study, runs, found) -> None:
     assert share.estimate == pytest.approx((distilled - alone).mean() / (0.975 - alone).mean())
     assert share.n == 5  # the one teacher stands beside every seed
     assert compared["control"].interval.n == 3  # a failed and a missing run are left out on both sides
-    ps = [compared[name].interval.p for name in study.comparisons]
-    assert [compared[name].corrected for name in study.comparisons] == pytest.approx(_holm(ps))
+    ps = [compared[name].interval.p for name in ("helps", "control")]
+    assert [compared[name].corrected for name in ("helps", "control")] == pytest.approx(_holm(ps))
+    assert compared["share"].interval.p == pytest.approx(helps.interval.p)  # the same test: it does not count twice
+    assert [row[-1] for row in tables.comparison_grid(compared).rows][1] == "–"
+
+
+def test_one_run_beside_every_seed_is_said(study, found) -> None:
+    between = {
+        "x": Comparison("x", "distilled", "teacher", "test/acc1"),
+        "y": Comparison("y", "teacher", "teacher", "selected/test/acc1", than_measure="last/test/acc1"),
+        **study.comparisons,
+    }
+    compared = claims.compare(replace(study, comparisons=between), found, None)
+    note = "one run of “teacher”: its own spread is not in the interval"
+    assert {name: c.interval.note for name, c in compared.items() if note in c.interval.note} == {
+        "x": note,
+        "share": note,
+    }
+    assert compared["x"].sentence.endswith(f"(Student's t, 5 seeds; {note})")
 
 
 def _holm(ps: list[float]) -> list[float]:
@@ -53,6 +70,15 @@ def test_over_images_of_kept_predictions(study, runs, found) -> None:
     assert over.only_row - over.only_than == round(5000 * over.estimate)
     assert claims.compare(study, found, runs)["share"].images is None
     assert claims.compare(study, found, None)["helps"].images is None
+
+
+@pytest.mark.parametrize(
+    ("measure", "kept"),
+    [("test/acc1", True), ("selected/test/errors", True), ("teacher/test/acc1", False), ("test/nll", False)],
+)
+def test_only_a_measure_of_the_students_test_images_is_compared_over_them(study, runs, found, measure, kept) -> None:
+    other = replace(study, comparisons={"x": Comparison("x", "distilled", "shuffled", measure)})
+    assert (claims.compare(other, found, runs)["x"].images is not None) == kept
 
 
 def test_predictions_of_other_images_are_not_paired(study, runs, found) -> None:
@@ -92,7 +118,21 @@ def test_a_worse_teacher_leaves_no_gap(study, found) -> None:
     upside_down = replace(
         study, comparisons={"x": Comparison("x", "teacher", "distilled", "test/acc1", share_of="alone")}
     )
-    assert "no gap to close" in claims.compare(upside_down, found, None)["x"].interval.note
+    compared = claims.compare(upside_down, found, None)["x"]
+    assert "no gap to close" in compared.interval.note
+    assert compared.interval.headline is compared.interval.p is None
+    assert claims.judge(Condition("x", above=-9.0), compared)[0] == "not shown"  # whatever the share would be
+
+
+def test_a_worse_teacher_leaves_a_dash_in_the_main_table(study, found) -> None:
+    """Alone 0.94, teacher 0.90: a student at 0.91 would "close" three quarters of that."""
+    worse = found.copy()
+    worse.loc[worse["row"] == "teacher", "last/test/acc1"] = 0.90
+    worse.loc[worse["row"] == "distilled", "last/test/acc1"] = 0.91
+    table = tables.numbers(study, worse)
+    assert np.isnan(table.loc["distilled", ["gap recovered", "gap recovered low"]].astype(float)).all()
+    grid = tables.main_grid(study, table, tables.measures(study, worse))
+    assert grid.rows[2][grid.head.index("gap recovered, %")] == "–"
 
 
 def compared(low: float, high: float, n: int = 5) -> Compared:

@@ -46,12 +46,48 @@ def test_one_seed_has_no_interval_and_says_so() -> None:
     assert np.isnan(stats.difference([], []).estimate)
 
 
-@pytest.mark.parametrize(("same", "p"), [(0.0, 1.0), (0.25, 0.0)])
-def test_seeds_that_all_agree(same: float, p: float) -> None:
-    found = stats.difference(np.full(4, 0.5 + same), np.full(4, 0.5))
-    assert found.headline == (same, same)
-    assert found.p == p
-    assert "same number" in found.note
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([10, 12], [7, 9]),
+        ([0.5] * 12, [0.5] * 12),  # no difference at all; from ten seeds on the bootstrap would be the headline
+        ([0.91, 0.92, 0.95], [0.90, 0.91, 0.94]),  # equal but for rounding, in double …
+        (np.float32([269 / 270, 265 / 270]), np.float32([261 / 270, 257 / 270])),  # … and in single precision
+    ],
+)
+def test_seeds_that_all_agree_have_no_spread_to_judge_by(a, b) -> None:
+    found = stats.difference(a, b)
+    assert found.estimate == pytest.approx(np.mean(np.asarray(a, float) - b), abs=1e-12)
+    assert found.headline is found.bootstrap is found.p is None
+    assert found.note == "all seeds gave the same difference: no spread to judge by"
+
+
+def test_one_image_of_many_is_a_spread() -> None:
+    found = stats.difference([0.90, 0.90, 0.90 + 1 / 50_000], [0.80] * 3)  # one of ImageNet's 50,000
+    assert 0 < found.p < 0.001
+    assert found.theory[0] < found.theory[1]
+
+
+def test_hard_labels_at_zero_leave_the_spread_of_the_other_row() -> None:
+    """A class that hard labels never learn: 0.0 in all seeds, which is no equal difference."""
+    found = stats.difference([0.61, 0.74, 0.70], [0.0] * 3)
+    assert found.theory[0] > 0
+    assert found.p == pytest.approx(scipy_stats.ttest_1samp([0.61, 0.74, 0.70], 0).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("row", "than", "top", "closed"),
+    [
+        ([0.85, 0.85], [0.8, 0.8], [0.9, 0.9], 0.5),
+        ([0.9, 1.0], [0.8, 0.8], [0.9, 1.0], 1.0),
+        (np.float32([0.91, 0.93]), np.float32([0.90, 0.92]), np.float32([0.93, 0.95]), 1 / 3),  # but for rounding
+    ],
+)
+def test_a_share_that_all_seeds_agree_on_has_no_interval(row, than, top, closed) -> None:
+    found = stats.share(row, than, top)
+    assert found.estimate == pytest.approx(closed, abs=1e-5)
+    assert found.headline is found.bootstrap is found.p is None
+    assert found.note == "all seeds gave the same share: no spread to judge by"
 
 
 @pytest.mark.parametrize("top", [TEACHER, np.full(5, 0.97)], ids=["five teachers", "one teacher"])
