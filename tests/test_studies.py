@@ -131,3 +131,12 @@ def test_the_index_lists_every_study_with_its_verdict(tmp_path: Path) -> None:
         verdict = lines[name].strip("| ").rpartition("| ")[2]
         assert f"Verdict: {verdict}" in report
     assert all(lines[name].count("|") == 4 for name in STUDIES if name not in MEASURED), "a verdict without results"
+
+
+def test_the_study_that_the_index_shows_can_be_run(tmp_path: Path) -> None:
+    text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "study.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    study = spec.load(tmp_path / "own")
+    assert list(study.rows) == ["teacher", "alone", "soft_2", "soft_4"]
+    refuse_twins(configs_of(study, tmp_path / "runs"))

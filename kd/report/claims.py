@@ -17,7 +17,7 @@ from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval, OverImages
 from kd.sweeps.spec import Comparison, Condition, Study
 
-SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not shown"
+SUPPORTED, CONTRADICTED, OPEN, INCOMPLETE = "supported", "contradicted", "not shown", "incomplete"
 PREDICTIONS = "predictions_test.npz"
 
 
@@ -207,8 +207,10 @@ def predictions(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | No
 # ---------------------------------------------------------------------- the claim
 
 
-def verdict(study: Study, compared: Mapping[str, Compared]) -> tuple[str, list[str]]:
+def verdict(study: Study, compared: Mapping[str, Compared], missing: int = 0) -> tuple[str, list[str]]:
     """``supported`` when every condition holds, ``contradicted`` when one cannot, else ``not shown``; and why.
+
+    What is not shown while ``missing`` runs are still to come is ``incomplete``.
 
     No correction for the number of conditions is needed: all of them must hold at 95 % (an intersection–union test).
     """
@@ -217,7 +219,7 @@ def verdict(study: Study, compared: Mapping[str, Compared]) -> tuple[str, list[s
     judged = [judge(condition, compared[condition.comparison]) for condition in study.supported]
     states = [state for state, _ in judged]
     worst = CONTRADICTED if CONTRADICTED in states else OPEN
-    state = SUPPORTED if set(states) == {SUPPORTED} else worst
+    state = SUPPORTED if set(states) == {SUPPORTED} else INCOMPLETE if missing and worst == OPEN else worst
     return state, [sentence for _, sentence in judged]
 
 

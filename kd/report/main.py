@@ -24,7 +24,7 @@ Tables, intervals and figures of runs: report.html (one file, opens offline), re
 
   kd report hinton_mnist           a study of experiments/, by name or folder: the claim, its verdict, the published
                                    numbers; from its runs (runs/study_NAME), else from its results.csv
-  kd report runs/sweep_DATE        a sweep: what differs between its jobs, best first
+  kd report runs/sweep_HASH        a sweep: what differs between its jobs, best first
   kd report runs/a runs/b          runs, or folders of runs; the same experiment with several seeds is one row
 
   out=DIR    where it goes (default: runs/study_NAME of a study, the sweep's own directory, ./report of other runs)"""
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     targets, out = _parsed(argv)
     study, frame, runs_dir, default = _gathered(targets)
+    print(f"from {runs_dir or study.folder / RESULTS}")
     say(study, build(study, frame, runs_dir, out or default))
     return 0
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.report import curves, figures, style, tables
-from kd.report.claims import OPEN, Compared, compare, verdict
+from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
 from kd.report.frame import check_protocol, finished
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section, render
@@ -22,7 +22,7 @@ from kd.sweeps.spec import Study
 
 @dataclass(frozen=True)
 class Report:
-    """What came out. ``verdict``: "supported", "contradicted", "not shown", or "" where nothing is claimed.
+    """What came out. ``verdict``: supported, contradicted, not shown, incomplete, or "" where nothing is claimed.
 
     ``table``: a line a row, see ``tables.numbers``; ``shown``: its measured columns; ``figures``: name → PNG;
     ``paths``: "md" and "html" → file.
@@ -48,7 +48,7 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path) -
         raise KdError(f"{study.name}: no run is finished{f' ({states})' if states else ''}: there is nothing to report")
     check_protocol(frame)
     compared = compare(study, frame, runs_dir)
-    state, reasons = verdict(study, compared)
+    state, reasons = verdict(study, compared, int((frame["status"] == "missing").sum()))
     table, shown = tables.numbers(study, frame), tables.measures(study, frame)
     drawn = draw(study, frame, runs_dir)
     try:
@@ -141,7 +141,8 @@ def _context(
         _protocol(study),
         _provenance(study, frame),
     ]
-    words = {"": "", OPEN: "The claim was not shown"}.get(state, f"The claim is {state}")
+    missing = f"Incomplete: {int((frame['status'] == 'missing').sum())} of {len(frame)} runs are missing"
+    words = {"": "", OPEN: "The claim was not shown", INCOMPLETE: missing}.get(state, f"The claim is {state}")
     return {
         "title": study.question or study.name,
         "name": study.name,

@@ -38,10 +38,10 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
     if config is not None and found["status"] != FAILED and (run_dir / "config.yaml").is_file():
         refuse_another(run_dir, record.read_config(run_dir), config)
     if found["status"] in (*DONE, FAILED):
-        return State(found["status"], found["error"] or "", found)
+        return State(found["status"], found.get("error") or "", found)
     if found["status"] == RUNNING and busy(run_dir):
         return State(RUNNING, "another process trains in it", found)
-    return State(INTERRUPTED, found["error"] or "it was killed", found)
+    return State(INTERRUPTED, found.get("error") or "it was killed", found)
 
 
 def busy(run_dir: Path) -> bool:

@@ -104,7 +104,8 @@ def _chosen(study: Study, only: Sequence[str]) -> list[Row]:
     for pattern in only:
         found = fnmatch.filter(study.rows, pattern)
         if not found:
-            raise KdError(f"{study.folder}: there is no row {pattern}{near(pattern, study.rows)}")
+            rows = ", ".join(study.rows)
+            raise KdError(f"--only {pattern}: {study.folder} has no such row{near(pattern, study.rows)}; rows: {rows}")
         names += found
     return [study.rows[name] for name in dict.fromkeys(names)]
 

@@ -139,13 +139,19 @@ def listed(kind: Any, node: Any, file: Path, key: str) -> tuple[Any, ...]:
 
 def check(study: Study, file: Path, published: Path) -> None:
     """Every name of a row, comparison or grid variable must exist, and no row may wait for itself."""
-    used = [
-        r for row in study.rows.values() for r in (row.teacher, row.alone, *(r for r, _ in graph.references(row))) if r
-    ]
-    used += [r for c in study.comparisons.values() for r in (c.row, c.than, c.share_of) if r]
-    used += [r for e in study.evaluations.values() for r in e.rows or ()]
-    for name in used:
-        _there(name, study.rows, "row", str(file))
+    for row in study.rows.values():
+        for name in (row.teacher, row.alone, *(r for r, _ in graph.references(row))):
+            if name is not None:
+                _there(name, study.rows, "row", f"{file}: rows: {row.name}")
+        for override in row.overrides:
+            _check_override(override, f"{file}: rows: {row.name}")
+    for comparison in study.comparisons.values():
+        for name in (comparison.row, comparison.than, comparison.share_of):
+            if name is not None:
+                _there(name, study.rows, "row", f"{file}: comparisons: {comparison.name}")
+    for evaluation in study.evaluations.values():
+        for name in evaluation.rows or ():
+            _there(name, study.rows, "row", f"{file}: evaluations: {evaluation.name}")
     for i, condition in enumerate(study.supported, start=1):
         _check_condition(study, condition, f"{file}: supported: number {i}")
     for evaluation in study.evaluations.values():
@@ -156,6 +162,14 @@ def check(study: Study, file: Path, published: Path) -> None:
     if study.published is not None:
         _check_published(study, study.published, f"{published}: numbers")
     graph.check(study)
+
+
+def _check_override(override: str, what: str) -> None:
+    """The study's seeds count, and its directory: a row may only shift its seed, as in ``seed=100{seed}``."""
+    key, _, value = override.lstrip("+").partition("=")
+    if (key == "seed" and "{seed}" not in value) or key == "name" or key.startswith("hydra."):
+        hint = " (or shift it: seed=100{seed})" if key == "seed" else ""
+        raise KdError(f"{what}: {override} is not allowed: the study sets {key.partition('.')[0]}{hint}")
 
 
 def _there(name: str, known: Iterable[str], kind: str, what: str) -> None:

@@ -245,3 +245,9 @@ def test_words_for_people() -> None:
     assert Measure("student/latency_ms").label == "latency, ms an image"
     assert Measure("teacher/test/acc1").title == "teacher's test top-1"
     assert tables.p_value(0.00004) == "< 0.001"
+
+
+def test_what_is_not_shown_while_runs_are_missing_is_incomplete(study, found) -> None:
+    none = {name: replace(c, interval=Interval(np.nan, 0)) for name, c in claims.compare(study, found, None).items()}
+    assert claims.verdict(study, none, missing=2)[0] == "incomplete"
+    assert claims.verdict(study, none)[0] == "not shown"

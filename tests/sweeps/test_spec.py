@@ -122,3 +122,12 @@ def test_what_is_wrong_in_the_published_numbers_is_said(tmp_path: Path, publishe
     (folder / "published.yaml").write_text(f"source: a paper\nprotocol: one run\n{published}")
     with pytest.raises(KdError, match=sentence):
         study(folder, "  teacher: {}")
+
+
+@pytest.mark.parametrize("override", ["seed=7", "name=x", "hydra.run.dir=x"])
+def test_what_the_study_sets_itself_is_refused(tmp_path: Path, override: str) -> None:
+    (tmp_path / "study.yaml").write_text(f"rows: {{a: {{overrides: ['{override}']}}}}\n")
+    with pytest.raises(KdError, match=f"rows: a: {override} is not allowed: the study sets"):
+        spec.load(tmp_path)
+    (tmp_path / "study.yaml").write_text("rows: {a: {overrides: ['seed=10{seed}']}}\n")
+    assert spec.load(tmp_path).rows["a"].overrides == ("seed=10{seed}",)
