@@ -44,7 +44,7 @@ def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
     common = {key: node[key] for key in inspect.signature(DataModule.__init__).parameters if key in node}
     few = {"train_size": None, "label_fraction": 1.0, "batch_size": 8, "val_fraction": 0.1}
     common["augment"] = {k: v for k, v in (node.get("augment") or {}).items() if k != "scale"}  # of image files only
-    shape = [3, 32, 32] if data.reads_files else list(data.input_shape)  # large networks, small images
+    shape = [3, 48, 48] if data.reads_files else list(data.input_shape)  # large networks, small images
     classes = getattr(data, "num_classes", 10)  # of image folders: counted when they are there
     return {**common, **few, "_target_": "kd.data.fake.Fake", "shape": shape,
             "num_classes": classes, "train_images": 4 * classes, "test_images": 8}  # fmt: skip
