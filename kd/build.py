@@ -240,9 +240,8 @@ def objective(config: Mapping[str, Any]) -> Objective:
 def check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """``KdError`` that names the first job whose terms cannot be built, or need a teacher that it does not give."""
     for name, config in configs.items():
-        given = config["teacher"]
         try:
-            objective(config).check_teacher(bool(_as_list(given["model"]) or _as_list(given["checkpoint"])))
+            objective(config).check_teacher(any(config["teacher"][key] for key in ("model", "checkpoint")))
         except KdError as error:
             raise KdError(f"{name}: {error}") from None
 

@@ -95,7 +95,7 @@ def _in_processes(config: dict[str, Any], run_dir: Path, checkpoint: Path | None
     task = json.dumps([config, str(run_dir.resolve()), checkpoint and str(checkpoint.resolve())])
     processes: list[subprocess.Popen[str]] = []
     pipes: list[Connection] = []
-    with _interruptible():
+    with interruptible():
         try:
             for environment in _environments(settings(config), number):
                 ours, theirs = Pipe(duplex=False)
@@ -200,8 +200,8 @@ def _outcome(answers: Mapping[int, dict[str, Any]], processes: Sequence[subproce
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM like Ctrl-C, so that the processes are ended as well."""
+def interruptible() -> Iterator[None]:
+    """SIGTERM, which schedulers and ``kill`` send, ends this process as Ctrl-C does, and its children with it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -98,6 +98,7 @@ def _runs(target: Path) -> list[gather.Found]:
 
 
 def say(study: Study, report: Report) -> None:
+    """Print the first columns of the table, the verdict with its reasons, and where the pages are."""
     from kd.report.console import print_table
 
     grid = tables.main_grid(study, report.table, report.shown)

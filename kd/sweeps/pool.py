@@ -11,12 +11,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from kd.errors import KdError
+from kd.launch import interruptible
 
 Call = Callable[[int], Any]
 """What a child runs; it is given its slot, 0 to the number of jobs at once - 1."""
@@ -32,7 +32,7 @@ def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
     waiting = list(enumerate(calls))[::-1]
     free = list(range(at_once))[::-1]
     running: dict[Any, tuple[int, int, BaseProcess]] = {}
-    with _terminated_like_interrupted():
+    with interruptible():
         try:
             while waiting or running:
                 while waiting and free:
@@ -122,20 +122,3 @@ def _interrupt(processes: list[BaseProcess], patience: float = 20.0) -> None:
         if process.is_alive():
             process.kill()
             process.join()
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, which schedulers and ``kill`` send, ends this process as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
