@@ -141,3 +141,13 @@ def test_seeds_of_two_protocols_have_no_mean(study, runs, write) -> None:
     write(runs / "alone" / "seed1", 1, 0.94, epochs=10)
     with pytest.raises(KdError, match=r"row alone: .* different protocols \(recipe.epochs = 10 and 20\)"):
         frame.check_protocol(frame.of_study(study, runs))
+
+
+def test_a_run_on_mixed_images_has_no_training_accuracy(write, tmp_path) -> None:
+    run = write(tmp_path / "kd" / "seed1", 1, 0.9)
+    found = json.loads((run / "result.json").read_text())
+    del found["student"]["last"]["train"]["acc1"]
+    (run / "result.json").write_text(json.dumps(found))
+    row = frame.of_run(run, "kd")
+    assert "last/gap" not in row
+    assert row["last/test/acc1"] == 0.9
