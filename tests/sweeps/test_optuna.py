@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -23,8 +24,6 @@ from kd.report import gather
 from kd.sweeps import manifest, options, storage
 from kd.sweeps.options import Settings
 from kd.sweeps.space import Space, space
-
-optuna = pytest.importorskip("optuna")
 
 TINY = ["data=fake", "data.train_images=64", "recipe.epochs=3", "protocol.val_every=1", "hardware=cpu"]
 LR = "recipe.optimizer.lr=tag(log,interval(1e-4,1e-1))"
