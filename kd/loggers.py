@@ -12,9 +12,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from kd import record, wandb_run
+from kd import manifest, record, wandb_run
 from kd.config import flat
-from kd.sweeps import manifest
 
 
 def complete(name: str, node: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     name, options, overrides = _parsed(argv)
     from kd.app import run
-    from kd.sweeps import spec
+    from kd.studies import spec
     from kd.train import train
 
     study = spec.load(name, options["seeds"])  # bad input is found out before Hydra starts
@@ -53,7 +53,7 @@ def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     overrides = [a for a in [given.name, *rest] if a and "=" in a]
     names = [a for a in [given.name, *rest] if a and "=" not in a]
     if len(names) != 1:
-        from kd.sweeps.spec import names as studies
+        from kd.studies.spec import names as studies
 
         raise KdError(f"kd study takes the name of one study, given: {', '.join(names) or 'none'}"
                       f" (studies: {', '.join(studies()) or 'none here'})")  # fmt: skip

@@ -45,10 +45,11 @@ ALLOWED = {
     "schema": set(),
     "signature": {"signature", "errors"},
     "record": {"record", "errors"},
-    "pruning": {"pruning", "sweeps", "distributed"},  # of the sweeps the next two alone
-    "sweeps/manifest": {"record", "errors"},
+    "manifest": {"record", "errors"},
+    "pruning": {"pruning", "manifest", "sweeps", "distributed"},  # of the sweeps the next one alone
     "sweeps/storage": {"record", "build", "errors"},
-    "report": {"report", "sweeps", "record", "errors"},
+    "studies": {"studies", "errors"},
+    "report": {"report", "studies", "manifest", "record", "errors"},
     "errors": set(),
 }
 NO_TORCH = (
@@ -63,10 +64,13 @@ NO_TORCH = (
     "launch.py",
     "cluster.py",
     "hardware.py",
+    "manifest.py",
     "wandb_run.py",
     "wandb_sync.py",
 )
-REPORT = tuple(f"report/{file.name}" for file in sorted((PACKAGE / "report").glob("*.py")))
+REPORT = tuple(
+    f"{part}/{file.name}" for part in ("report", "studies") for file in sorted((PACKAGE / part).glob("*.py"))
+)
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

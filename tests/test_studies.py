@@ -13,7 +13,7 @@ from kd import app
 from kd.config import CONF
 from kd.report.frame import finished, read_results
 from kd.report.report import build
-from kd.sweeps import spec
+from kd.studies import spec
 from kd.sweeps.engine import refuse_twins
 from kd.sweeps.study import RESULTS, plan
 

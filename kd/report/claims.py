@@ -15,7 +15,7 @@ from kd.report import stats
 from kd.report.frame import finished, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval, OverImages
-from kd.sweeps.spec import Comparison, Condition, Study
+from kd.studies.spec import Comparison, Condition, Study
 
 SUPPORTED, CONTRADICTED, OPEN, INCOMPLETE = "supported", "contradicted", "not shown", "incomplete"
 PREDICTIONS = "predictions_test.npz"

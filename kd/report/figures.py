@@ -15,7 +15,7 @@ from kd.report.claims import known, label_of
 from kd.report.frame import values
 from kd.report.measures import Measure
 from kd.report.style import ALONE, INK, SOFT, STUDENT, TEACHER, styled
-from kd.sweeps.spec import Figure, Study
+from kd.studies.spec import Figure, Study
 
 MOST_BARS = 40
 MOST_NAMES = 14  # points with their names; of more, only the best have one

@@ -12,7 +12,7 @@ import pandas as pd
 from kd import record
 from kd.errors import KdError
 from kd.report.measures import EPOCHS
-from kd.sweeps.spec import Study
+from kd.studies.spec import Study
 
 SCHEMA = 1  # of results.csv
 EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}

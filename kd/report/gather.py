@@ -11,12 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from kd import record
+from kd import manifest, record
 from kd.errors import KdError
 from kd.report.frame import finished, of_run, seed_told, table
 from kd.report.measures import Measure
-from kd.sweeps import manifest
-from kd.sweeps.spec import Figure, Row, Study
+from kd.studies.spec import Figure, Row, Study
 
 MEASURE, EPOCH = "test/acc1", "selected"
 SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from kd import record
+from kd import manifest, record
 from kd.errors import KdError
 from kd.report import gather, tables
 from kd.report.frame import of_study, read_results
 from kd.report.report import Report, build
-from kd.sweeps import manifest, spec
-from kd.sweeps.spec import Study
+from kd.studies import spec
+from kd.studies.spec import Study
 
 COLUMNS = 5  # of the table that the terminal shows
 STUDY, RESULTS = "study.yaml", "results.csv"

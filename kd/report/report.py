@@ -17,7 +17,7 @@ from kd.report.frame import check_protocol, finished
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section, render
 from kd.report.style import Canvas
-from kd.sweeps.spec import Study
+from kd.studies.spec import Study
 
 
 @dataclass(frozen=True)

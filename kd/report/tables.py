@@ -14,7 +14,7 @@ from kd.report.claims import Compared, aligned, gap_closed, known, label_of
 from kd.report.frame import finished, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
-from kd.sweeps.spec import Study
+from kd.studies.spec import Study
 
 NOTHING = "–"
 

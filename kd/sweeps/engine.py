@@ -16,11 +16,11 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from kd import explain
+from kd import explain, manifest
 from kd.errors import KdError
-from kd.sweeps import manifest, pool
+from kd.manifest import Job, Manifest
+from kd.sweeps import pool
 from kd.sweeps.job import checked, leave_a_record
-from kd.sweeps.manifest import Job, Manifest
 from kd.sweeps.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
 
 LOCK = "sweep.lock"

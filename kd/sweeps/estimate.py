@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from kd.errors import KdError
+from kd.manifest import Job
 from kd.report.console import print_table
-from kd.sweeps import graph
+from kd.studies import graph
+from kd.studies.spec import Study
 from kd.sweeps.engine import Engine, refuse_twins, refuse_unbuildable
 from kd.sweeps.local import at_once, cores, gpus
-from kd.sweeps.manifest import Job
 from kd.sweeps.pool import ask, warm_up
-from kd.sweeps.spec import Study
 from kd.sweeps.state import FINISHED, State, look
 
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones

@@ -15,10 +15,10 @@ import numpy as np
 from kd import record
 from kd.errors import KdError
 from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
+from kd.studies.spec import Evaluation, Study
 from kd.sweeps.engine import Outcome
 from kd.sweeps.local import cores
 from kd.sweeps.pool import forked, warm_up
-from kd.sweeps.spec import Evaluation, Study
 
 
 def complete(study: Study, outcomes: Sequence[Outcome]) -> list[str]:

@@ -12,8 +12,8 @@ from hydra.core.override_parser.types import Override
 
 from kd import explain
 from kd.errors import KdError
+from kd.manifest import Job
 from kd.sweeps.engine import Engine, Outcome
-from kd.sweeps.manifest import Job
 from kd.sweeps.table import conclude
 
 LONGEST = 120  # characters of a directory's name

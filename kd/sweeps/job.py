@@ -10,9 +10,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from kd import record
+from kd import manifest, record
 from kd.config import check
-from kd.sweeps import manifest
 from kd.sweeps.state import DONE, FAILED, INTERRUPTED, RUNNING, look
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from kd import manifest
 from kd.errors import KdError
-from kd.sweeps import manifest, storage
+from kd.manifest import Job
+from kd.sweeps import storage
 from kd.sweeps.engine import Engine, Outcome, refuse_twins, refuse_unbuildable
 from kd.sweeps.job import leave_a_record
-from kd.sweeps.manifest import Job
 from kd.sweeps.options import Direction, Settings, objectives, reseeded, sampler
 from kd.sweeps.space import Space, space
 from kd.sweeps.state import DONE, FAILED, FINISHED, MISSING, PRUNED, State, look

@@ -10,13 +10,14 @@ from typing import Any
 
 from kd import record
 from kd.errors import KdError, near
+from kd.manifest import Job
 from kd.report.frame import check_protocol, finished, of_study, read_results, write_results
 from kd.report.main import say
 from kd.report.report import Report, build
-from kd.sweeps import estimate, evaluations, graph, spec
+from kd.studies import graph, spec
+from kd.studies.spec import Row, Study
+from kd.sweeps import estimate, evaluations
 from kd.sweeps.engine import Engine, Outcome
-from kd.sweeps.manifest import Job
-from kd.sweeps.spec import Row, Study
 from kd.sweeps.state import FINISHED, look
 
 RESULTS = "results.csv"

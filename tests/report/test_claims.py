@@ -13,7 +13,7 @@ from kd.report import claims, frame, tables
 from kd.report.claims import Compared
 from kd.report.measures import Measure
 from kd.report.stats import Interval
-from kd.sweeps.spec import Comparison, Condition, Published
+from kd.studies.spec import Comparison, Condition, Published
 
 
 @pytest.fixture

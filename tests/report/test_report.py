@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from kd import report
+from kd import manifest, report
 from kd.errors import KdError
+from kd.manifest import Job, Manifest
 from kd.report import frame
 from kd.report.page import markdown
 from kd.report.tables import Grid
-from kd.sweeps import manifest
-from kd.sweeps.manifest import Job, Manifest
-from kd.sweeps.spec import Comparison, Condition, Published
+from kd.studies.spec import Comparison, Condition, Published
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -168,7 +167,7 @@ def test_nothing_is_written_when_something_is_wrong(small, runs, tmp_path) -> No
 @pytest.fixture
 def known(small, monkeypatch):
     """The study by its name."""
-    monkeypatch.setattr("kd.sweeps.spec.load", lambda name: small, raising=False)
+    monkeypatch.setattr("kd.studies.spec.load", lambda name: small, raising=False)
     small.folder.mkdir(parents=True)
     return small
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import nbformat
 
+from kd import manifest
+from kd.manifest import Job, Manifest
 from kd.report import frame
-from kd.sweeps import manifest
-from kd.sweeps.manifest import Job, Manifest
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -56,7 +56,7 @@ def test_a_reproduction_is_read(study, runs, tmp_path, monkeypatch) -> None:
     (tmp_path / "study.pickle").write_bytes(pickle.dumps(small))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     first = (
-        "import pickle\nfrom pathlib import Path\n\nfrom kd.sweeps import spec\n\n"
+        "import pickle\nfrom pathlib import Path\n\nfrom kd.studies import spec\n\n"
         "spec.load = lambda name: pickle.loads(Path('study.pickle').read_bytes())"
     )
     said, pictures = executed("03_reproduction.ipynb", tmp_path, first)

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from bare_records import write
 
+from kd import manifest
 from kd.errors import KdError
-from kd.sweeps import manifest
+from kd.manifest import Job
 from kd.sweeps.engine import waves
 from kd.sweeps.grid import plan
-from kd.sweeps.manifest import Job
 
 
 def jobs(**after: tuple[str, ...]) -> list[Job]:

@@ -10,8 +10,8 @@ import pytest
 from bare_records import write
 
 from kd.errors import KdError
+from kd.manifest import Job
 from kd.sweeps import local
-from kd.sweeps.manifest import Job
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd import record
+from kd import manifest, record
 from kd.cli import main
 from kd.errors import KdError
 from kd.pruning import StopWhenPruned, Trial, callback
 from kd.report import gather
-from kd.sweeps import manifest, options, storage
+from kd.sweeps import options, storage
 from kd.sweeps.options import Settings
 from kd.sweeps.space import Space, space
 

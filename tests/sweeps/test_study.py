@@ -16,7 +16,7 @@ import yaml
 from kd import study as verb
 from kd.cli import main
 from kd.errors import KdError
-from kd.sweeps import graph, spec
+from kd.studies import graph, spec
 from kd.sweeps.evaluations import best_bias
 from kd.sweeps.study import _refuse_swept, plan
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kd.errors import KdError
+from kd.manifest import Job
 from kd.sweeps.engine import Outcome
-from kd.sweeps.manifest import Job
 from kd.sweeps.state import State
 from kd.sweeps.table import conclude
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kd.errors import KdError
 
 if TYPE_CHECKING:
-    from kd.sweeps.spec import Row, Study
+    from kd.studies.spec import Row, Study
 
 PLACEHOLDER = re.compile(r"(?<!\$)\{([A-Za-z0-9_.-]+)(?:@(\d+))?\}")  # ${…} is Hydra's
 SEED = "seed"  # {seed} in an override: the seed of the run

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import yaml
 
 from kd.errors import KdError, near
-from kd.sweeps import graph
+from kd.studies import graph
 
 if TYPE_CHECKING:
-    from kd.sweeps.spec import Condition, Figure, Published, Study
+    from kd.studies.spec import Condition, Figure, Published, Study
 
 PUBLISHED_KEYS = ("value", "std", "n")
 

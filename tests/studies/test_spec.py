@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd.errors import KdError
-from kd.sweeps import spec
+from kd.studies import spec
 from kd.sweeps.study import plan
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from kd.errors import KdError, near
-from kd.sweeps import graph
-from kd.sweeps.study_file import check, listed, make, named, read, typed
+from kd.studies import graph
+from kd.studies.file import check, listed, make, named, read, typed
 
 STUDY = "study.yaml"
 PUBLISHED = "published.yaml"
