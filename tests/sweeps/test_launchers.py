@@ -78,7 +78,6 @@ def test_a_launcher_that_is_not_installed_says_how(launcher: str, extra: str) ->
 
 
 def test_jobs_through_ray(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="hydra/launcher=ray needs pip install 'kd[ray]'")
     sweep = start(tmp_path, "hydra/launcher=ray", "recipe.epochs=1", "recipe.optimizer.lr=0.01,1e30")
     _, err = sweep.communicate(timeout=300)
     assert sweep.returncode == 1
