@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 
 from kd.report import style
 from kd.report.claims import known, label_of
-from kd.report.frame import values
+from kd.report.frame import measure_of, values
 from kd.report.measures import Measure
 from kd.report.style import ALONE, INK, SOFT, STUDENT, TEACHER, styled
 from kd.studies.spec import Figure, Study
@@ -107,7 +107,7 @@ def of_grid(study: Study, frame: pd.DataFrame, wanted: Figure) -> Canvas | None:
     column = known(study, frame, wanted.measure)
     if column is None:
         return None
-    measure = Measure(column)
+    measure = measure_of(frame, column)
     return (grid_map if wanted.kind == "map" else grid_lines)(study, frame, wanted, measure)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from kd.errors import KdError
 from kd.report import stats
 from kd.report.claims import Compared, aligned, gap_closed, known, label_of
-from kd.report.frame import finished, values
+from kd.report.frame import finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
 from kd.studies.spec import Study
@@ -41,7 +41,7 @@ def measures(study: Study, frame: pd.DataFrame) -> list[Measure]:
     agreement = f"{study.epoch}/test/agreement"
     if agreement in frame and frame[agreement].notna().any():
         columns.append(agreement)
-    return [Measure(c) for c in dict.fromkeys(columns)]
+    return [measure_of(frame, c) for c in dict.fromkeys(columns)]
 
 
 def numbers(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
@@ -212,7 +212,7 @@ def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
         if name not in study.rows:
             raise KdError(f"published.yaml: the study has no row {name}")
         for key, number in given.items():
-            measure = Measure(known(study, frame, key) or key)
+            measure = measure_of(frame, known(study, frame, key) or key)
             if measure.is_share and abs(number["value"]) > 1:
                 raise KdError(
                     f"published.yaml: {name}: {key} = {number['value']} must be a fraction, as in the results"
