@@ -169,14 +169,9 @@ def _results(study: Study, frame: pd.DataFrame, table: pd.DataFrame) -> Section:
         notes.append(
             f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p}."
         )
-    unfinished = tables.unfinished_grid(study, frame)
-    section = Section("Results", grids=[grid], notes=notes)
-    if unfinished is not None:
-        count = len(unfinished.rows)
-        section.notes.append(
-            f"{count} {'run is' if count == 1 else 'runs are'} not finished and not counted: see the end."
-        )
-    return section
+    if count := len(frame) - len(finished(frame)):
+        notes.append(f"{count} {'run is' if count == 1 else 'runs are'} not finished and not counted: see the end.")
+    return Section("Results", grids=[grid], notes=notes)
 
 
 def _comparisons(compared: Mapping[str, Compared]) -> Section | None:

@@ -273,10 +273,10 @@ def _once(column: pd.Series) -> str:
 
 
 def unfinished_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
-    """Runs that failed, were interrupted, still run or are missing; None when there are none."""
-    part = frame[frame["status"] != "finished"]
-    rows = [
-        (label_of(study, r.row), str(r.seed), str(r.status), str(r.error or NOTHING).splitlines()[0])
-        for r in part.itertuples()
-    ]
-    return Grid(("", "seed", "status", "reason"), tuple(rows), text=4) if rows else None
+    """Runs that failed, were interrupted, still run or are missing, a line for each row, status and reason; or None."""
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    for r in frame[frame["status"] != "finished"].itertuples():
+        key = (label_of(study, str(r.row)), str(r.status), str(r.error or NOTHING).splitlines()[0])
+        seeds.setdefault(key, []).append(str(r.seed))
+    rows = tuple((label, status, " ".join(found), reason) for (label, status, reason), found in seeds.items())
+    return Grid(("", "status", "seeds", "reason"), rows, text=4) if rows else None

@@ -214,7 +214,7 @@ def test_kd_report_of_a_sweep(kd, write, tmp_path) -> None:
         ["| temperature=2", "3", "92.10 ± 0.10"],
         ["| temperature=1", "3", "91.10 ± 0.10"],
     ]
-    assert "| temperature=4 | 2 | missing | – |" in text
+    assert "| temperature=4 | missing | 2 | – |" in text
     assert (sweep / "figures" / "lines_1.png").read_bytes()[:8] == PNG
     assert "The claim" not in text
 
