@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import curves, figures, style, tables
+from kd.report import curves, figures, ranks, style, tables
 from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
 from kd.report.frame import check_protocol, finished
 from kd.report.measures import Measure
@@ -157,21 +157,34 @@ def _context(
 
 
 def _results(study: Study, frame: pd.DataFrame, table: pd.DataFrame) -> Section:
-    grid = tables.main_grid(study, table, tables.measures(study, frame))
+    measures = tables.measures(study, frame)
+    grid = tables.main_grid(study, table, measures)
     teachers = any(row.teacher for row in study.rows.values())
     bold = "Bold: the best row that is no teacher." if teachers else "Bold: the best row."
     notes = [f"Mean ± standard deviation over n seeds; in brackets the 95 % interval. {bold}"]
     if table["n"].max() == 1:
         notes.append("There is one seed a row: no spread and no interval can be given.")
     if "mean rank" in table:
-        p = tables.p_value(table.attrs["friedman_p"])
-        p = p if p.startswith("<") else f"= {p}"
+        p = _p(table.attrs["friedman_p"])
         notes.append(
-            f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p}."
+            f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: {p}."
+        )
+    grids = [grid]
+    for over in ranks.over_pairs(study, frame, measures[0]):
+        grids.append(tables.rank_grid(over))
+        notes.append(
+            f"Mean rank over {' and '.join(over.variables)}: place among the {len(over.mean_ranks)} rows of one block, "
+            f"1 is best; a block is one of {over.combinations} combinations and one seed. Friedman's test of no "
+            f"difference: {_p(over.p)}; it speaks of new seeds of the same combinations, not of others."
         )
     if count := len(frame) - len(finished(frame)):
         notes.append(f"{count} {'run is' if count == 1 else 'runs are'} not finished and not counted: see the end.")
-    return Section("Results", grids=[grid], notes=notes)
+    return Section("Results", grids=grids, notes=notes)
+
+
+def _p(p: float | None) -> str:
+    text = tables.p_value(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _comparisons(compared: Mapping[str, Compared]) -> Section | None:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import stats
-from kd.report.claims import Compared, aligned, gap_closed, known, label_of
+from kd.report import ranks, stats
+from kd.report.claims import Compared, gap_closed, known, label_of
 from kd.report.frame import finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
@@ -54,7 +54,7 @@ def numbers(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
     lines = {name: _line(study, frame, name, shown) for name in study.rows}
     table = pd.DataFrame.from_dict(lines, orient="index")
     table.index.name = "row"
-    mean_rank, table.attrs["friedman_p"] = _ranks(study, frame, shown[0])
+    mean_rank, table.attrs["friedman_p"] = ranks.over_seeds(study, frame, shown[0])
     if mean_rank:
         table["mean rank"] = pd.Series(mean_rank)
     return table
@@ -86,20 +86,6 @@ def _bounds(name: str, interval: Interval) -> dict[str, object]:
     return {name: interval.estimate, f"{name} low": low, f"{name} high": high, f"{name} note": interval.note}
 
 
-def _ranks(study: Study, frame: pd.DataFrame, measure: Measure) -> tuple[dict[str, float], float | None]:
-    """Mean ranks over seeds of the rows that train one and the same student; none for fewer than three rows."""
-    teachers = {row.teacher for row in study.rows.values()}
-    rows = [name for name in study.rows if name not in teachers and len(values(frame, name, measure.column)) > 1]
-    if len(rows) < 3 or "student/parameters" not in frame:
-        return {}, None
-    students = finished(frame)[finished(frame)["row"].isin(rows)]["student/parameters"]
-    matrix = np.stack(aligned(study, frame, [(name, measure.column) for name in rows]))
-    if students.nunique() != 1 or matrix.shape[1] < 2:
-        return {}, None
-    mean_rank, p = stats.ranks(matrix, measure.lower_is_better)
-    return dict(zip(rows, mean_rank.tolist(), strict=True)), p
-
-
 # ---------------------------------------------------------------------- as text
 
 
@@ -123,6 +109,12 @@ def main_grid(study: Study, table: pd.DataFrame, shown: Sequence[Measure]) -> Gr
         columns.append([NOTHING if np.isnan(p) else f"{p:,.0f}" for p in table["parameters"]])
     best = _best(study, table, shown[0])
     return Grid(tuple(head), tuple(zip(*columns, strict=True)), (best,) if best is not None else ())
+
+
+def rank_grid(found: ranks.OverPairs) -> Grid:
+    """Mean ranks of methods over pairs, best first."""
+    rows = tuple((label, f"{rank:.2f}", str(found.blocks)) for label, rank in found.mean_ranks.items())
+    return Grid((f"over all of {' and '.join(found.variables)}", "mean rank", "blocks"), rows)
 
 
 def _best(study: Study, table: pd.DataFrame, measure: Measure) -> int | None:
