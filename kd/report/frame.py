@@ -12,13 +12,17 @@ import pandas as pd
 from kd import record
 from kd.errors import KdError
 from kd.report.measures import EPOCHS, Measure
+from kd.studies import graph
 from kd.studies.spec import Study
 
 SCHEMA = 1  # of results.csv
 EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
-TEXT = ("row", "status", "error", "run", "name", "config_hash", "commit", "started", "monitor", "data", "classes")
+TEXT = (
+    *("row", "status", "error", "run", "name", "config_hash", "recipe", "commit", "started", "monitor", "data"),
+    "classes",
+)
 
 
 def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
@@ -156,7 +160,8 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
         for seed in row.seeds or study.seeds:
             run_dir = runs_dir / name / f"seed{seed}"
             if (run_dir / record.FILE).is_file():
-                rows.append({**of_run(run_dir, name, runs_dir), "seed": seed})
+                told = {"seed": seed, "recipe": graph.recipe(study, row)}
+                rows.append({**of_run(run_dir, name, runs_dir), **told})
             else:
                 rows.append({"row": name, "seed": seed, "status": "missing"})
     return table(rows)
@@ -246,3 +251,20 @@ def read_results(file: Path, study: Study) -> pd.DataFrame:
         return table(text.drop(columns=list(STAMP)).to_dict("records"))
     except (KeyError, ValueError):
         raise KdError(f"{file} cannot be read: it is not a results file of kd") from None
+
+
+def stale(study: Study, frame: pd.DataFrame) -> str:
+    """A sentence on the rows that were made with other overrides than the study has now; "" when there are none.
+
+    Results of before there was a ``recipe`` cannot tell.
+    """
+    now = {name: graph.recipe(study, row) for name, row in study.rows.items()}
+    told = frame[frame["recipe"].notna()]
+    rows = list(dict.fromkeys(told["row"][told["recipe"] != told["row"].map(now)]))
+    if not rows:
+        return ""
+    which, them = ("row", "it") if len(rows) == 1 else ("rows", "them")
+    return (
+        f"{which} {', '.join(rows)}: results.csv was made with other overrides than study.yaml has now; "
+        f"`kd study {study.name} --only {','.join(rows)}` makes {them} anew"
+    )

@@ -13,7 +13,7 @@ import pandas as pd
 from kd.errors import KdError
 from kd.report import curves, figures, ranks, style, tables
 from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
-from kd.report.frame import check_protocol, finished
+from kd.report.frame import check_protocol, finished, stale
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section, render
 from kd.report.style import Canvas
@@ -253,6 +253,8 @@ def _provenance(study: Study, frame: pd.DataFrame) -> Section:
     ]
     grid, same = tables.provenance(study, frame)
     points += same
+    outdated = stale(study, frame)
+    points += [f"{outdated[:1].upper()}{outdated[1:]}."] if outdated else []
     points += [f"Expected cost: {study.cost}"] if study.cost else []
     mixed = [name for name, part in done.groupby("row") if part["config_hash"].nunique() > 1]
     if mixed:

@@ -108,6 +108,25 @@ def test_results_csv_and_back(study, runs, tmp_path) -> None:
     assert frame.read_results(file, study).equals(after)
 
 
+def test_rows_that_the_study_now_has_otherwise_are_told(study, runs, tmp_path) -> None:
+    read = replace(study.rows["distilled"], overrides=("loss=[kd]", "teacher.checkpoint={teacher}"))
+    study = replace(study, rows={**study.rows, "distilled": read})
+    file = tmp_path / "results.csv"
+    frame.write_results(file, study, frame.of_study(study, runs))
+    assert frame.stale(study, frame.read_results(file, study)) == ""
+    more = {"alone": replace(study.rows["alone"], overrides=("recipe.epochs=9",), label="another label")}
+    found = frame.read_results(file, study)
+    assert frame.stale(replace(study, rows={**study.rows, **more}), found) == (
+        "row alone: results.csv was made with other overrides than study.yaml has now; "
+        "`kd study made_up --only alone` makes it anew"
+    )
+    other_teacher = {"teacher": replace(study.rows["teacher"], overrides=("recipe.epochs=9",))}
+    said = frame.stale(replace(study, rows={**study.rows, **other_teacher}), found)
+    assert said.startswith("rows teacher, distilled: "), "a student is as old as its teacher"
+    pd.read_csv(file, dtype=str).drop(columns="recipe").to_csv(file, index=False)  # of before there was one
+    assert frame.stale(replace(study, rows={**study.rows, **more}), frame.read_results(file, study)) == ""
+
+
 def named(runs: Path, rows: Sequence[str], names: Sequence[str]) -> None:
     """Give the runs of some rows names of classes."""
     for file in (f for row in rows for f in runs.glob(f"{row}/seed*/result.json")):

@@ -183,6 +183,11 @@ def test_kd_report_of_a_study(kd, known, runs, monkeypatch) -> None:
     monkeypatch.setenv("KD_RUNS", "elsewhere")
     assert kd("report", "made_up", "out=page").code == 0
     assert "curves.png" not in (Path("page") / "report.md").read_text()
+    assert "anew" not in said.out
+    object.__setattr__(known.rows["alone"], "overrides", ("recipe.epochs=9",))
+    said = kd("report", "made_up", "out=page")
+    for text in (said.out, (Path("page") / "report.md").read_text()):
+        assert "ow alone: results.csv was made with other overrides than study.yaml has now" in text
 
 
 def test_kd_report_of_a_study_without_results(kd, known) -> None:
