@@ -11,6 +11,7 @@ import pytest
 
 from kd import app
 from kd.config import CONF
+from kd.report import vocabulary
 from kd.report.frame import finished, read_results, stale
 from kd.report.report import build
 from kd.studies import spec
@@ -61,6 +62,7 @@ def test_every_row_builds(name: str, tmp_path: Path) -> None:
     from kd import build
 
     study = spec.load(EXPERIMENTS / name)
+    vocabulary.check(study)
     configs = configs_of(study, tmp_path)
     refuse_twins(configs)
     built: set[str] = set()

@@ -14,6 +14,7 @@ from kd.report.claims import Compared, gap_closed, known, label_of
 from kd.report.frame import finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
+from kd.report.vocabulary import refuse_percent
 from kd.studies.spec import Study
 
 NOTHING = "–"
@@ -205,10 +206,7 @@ def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
             raise KdError(f"published.yaml: the study has no row {name}")
         for key, number in given.items():
             measure = measure_of(frame, known(study, frame, key) or key)
-            if measure.is_share and abs(number["value"]) > 1:
-                raise KdError(
-                    f"published.yaml: {name}: {key} = {number['value']} must be a fraction, as in the results"
-                )
+            refuse_percent(name, key, number["value"])
             rows.append(_published_row(study, frame, name, measure, number))
     return Grid(("", "measure", "published", "measured", "95 % of the mean", "inside"), tuple(rows), text=2)
 
