@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import curves, figures, ranks, style, tables
+from kd.report import cost, curves, figures, ranks, style, tables
 from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
 from kd.report.frame import check_protocol, finished, stale
 from kd.report.measures import Measure
@@ -89,7 +89,7 @@ def draw(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, 
     for number, wanted in enumerate(study.figures, start=1):
         caption = MAP if wanted.kind == "map" else LINES
         drawn[f"{wanted.kind}_{number}"] = (figures.of_grid(study, frame, wanted), caption)
-    drawn["pareto"] = (figures.pareto(study, frame, measure), PARETO + roles)
+    drawn["pareto"] = (cost.pareto(study, frame, measure), PARETO + roles)
     if runs_dir is not None:
         drawn["curves"] = (curves.learning(study, frame, runs_dir), CURVES)
         drawn["reliability"] = (curves.reliability(study, frame, runs_dir), RELIABILITY)
@@ -105,7 +105,8 @@ LINES = (
 MAP = "Means over seeds; lighter is better. The frame is around the best of each line."
 PARETO = (
     "Means over seeds. No other row is both better and cheaper than those on the orange line. Latency: one image on "
-    "the machine that trained, the median over all runs of the same network; noisy."
+    "the machine that trained, the median over all runs of the same network; noisy. Latency, multiply-accumulates and "
+    "parameters have a panel each only where they put the networks in another order."
 )
 CURVES = (
     "Mean over seeds; the band goes from the lowest to the highest seed. The vertical axis begins at the lowest value "
