@@ -15,7 +15,7 @@ from kd import manifest, report
 from kd.errors import KdError
 from kd.manifest import Job, Manifest
 from kd.report import frame
-from kd.report.page import markdown
+from kd.report.page import markdown, spread
 from kd.report.tables import Grid
 from kd.studies.spec import Comparison, Condition, Published
 
@@ -142,6 +142,21 @@ def test_text_of_others_is_escaped(small, runs, tmp_path) -> None:
     assert markdown(Grid(("a", "b"), (("x|y", "1"), ("z", "2")), (1,))) == (
         "| a | b |\n| :-- | --: |\n| x\\|y | 1 |\n| **z** | **2** |"
     )
+
+
+@pytest.mark.parametrize(
+    ("cell", "html"),
+    [
+        ("97.47 ± 0.51", '97.47<span class="spread"> ± 0.51</span>'),
+        ("74.0 ± 2.5 (n = 3)", '74.0<span class="spread"> ± 2.5 (n = 3)</span>'),
+        ("70 [−69, 71]", '70<span class="spread"> [−69, 71]</span>'),
+        ("+1.2 points", "+1.2 points"),
+        ("a ± b <i>", "a ± b <i>"),  # left to the template, which escapes it
+        ("loss [ce, kd]", "loss [ce, kd]"),
+    ],
+)
+def test_a_spread_is_small_print(cell, html) -> None:
+    assert spread(cell) == html
 
 
 def test_nothing_is_written_when_something_is_wrong(small, runs, tmp_path) -> None:
