@@ -39,11 +39,11 @@ def pareto(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None
     sizes = {p[1] for p in _points(study, frame, measure, "student/parameters")}
     if len(sizes) < 2:  # one network: a difference of its latency is noise
         return None
-    figure = Canvas(figsize=(8, 0.4 + 2.7 * len(panels)))
+    figure = Canvas(figsize=(8, 0.6 + (3.8 if len(panels) == 1 else 3.0) * len(panels)))
     grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (label, points) in zip(grid, panels, strict=True):
         _panel(axes, points, measure, label)
-    grid[0].set_title(f"{capital(measure.title)} against what a student costs")
+    grid[0].set_title(f"{capital(measure.title)} against what a student costs", pad=18)  # names reach above the axes
     return figure
 
 
