@@ -11,6 +11,7 @@ from typing import Any
 from kd import record
 from kd.errors import KdError, near
 from kd.manifest import Job
+from kd.report import vocabulary
 from kd.report.frame import check_protocol, finished, of_study, read_results, write_results
 from kd.report.main import say
 from kd.report.report import Report, build
@@ -33,6 +34,7 @@ def sweep(
     """
     _refuse_swept(arguments)
     study = spec.load(name, seeds)
+    vocabulary.check(study)
     jobs = plan(study, engine.directory, only, seeds, arguments)
     kept = study.folder / RESULTS
     if kept.is_file():
