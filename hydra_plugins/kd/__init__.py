@@ -39,6 +39,24 @@ class LocalLauncher(Launcher):
         return launch(self.context, self.task, self.config, job_overrides, initial_job_idx, *settings)
 
 
+class SlurmLauncher(Launcher):
+    """Each job a Slurm job, by submitit; ``hydra/launcher=slurm``. ``settings``: of the queue, see its YAML."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before :meth:`launch`."""
+        from kd.sweeps.slurm import PatientLauncher
+
+        self.patient = PatientLauncher(**self.settings)
+        self.patient.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        """Wait for all of them; for one that was lost, the error that says so."""
+        return self.patient.launch(job_overrides, initial_job_idx)
+
+
 class _KdSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before :meth:`sweep`."""

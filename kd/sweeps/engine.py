@@ -123,13 +123,15 @@ class Engine:
 
     def _launch(self, jobs: Sequence[Job]) -> None:
         try:
-            self.launcher.launch([[*job.overrides, *self._place(job)] for job in jobs], initial_job_idx=0)
+            ends = self.launcher.launch([[*job.overrides, *self._place(job)] for job in jobs], initial_job_idx=0)
         except KdError:
             raise
         except Exception as error:  # other launchers raise when one of many jobs is lost; the records tell which
-            reason = f"the launcher says: {str(error).strip().splitlines()[-1] if str(error) else type(error)}"
-            for job in jobs:
-                self._leave(job, reason)
+            ends = [error] * len(jobs)  # type: ignore[list-item]
+        for job, end in zip(jobs, ends or (), strict=False):
+            if isinstance(end, Exception):
+                reason = str(end).strip().splitlines()[-1] if str(end) else type(end).__name__
+                self._leave(job, f"the launcher says: {reason}")
 
     def _ended(self, job: Job) -> Outcome:
         run_dir = self.directory / job.name
