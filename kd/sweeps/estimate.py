@@ -18,7 +18,7 @@ from kd.report.console import print_table
 from kd.studies import graph
 from kd.studies.spec import Study
 from kd.sweeps.engine import Engine, refuse_twins, refuse_unbuildable
-from kd.sweeps.local import at_once, cores, gpus
+from kd.sweeps.local import cores, shares
 from kd.sweeps.pool import ask, warm_up
 from kd.sweeps.state import FINISHED, State, look
 
@@ -70,8 +70,8 @@ def _together(engine: Engine, configs: Sequence[Mapping[str, Any]]) -> int:
     launcher: Any = engine.launcher
     if not hasattr(launcher, "n_jobs"):  # of a cluster: it decides
         return 1
-    on_gpu = bool(gpus()) and all(config["hardware"]["accelerator"] != "cpu" for config in configs)
-    return min(at_once(launcher.n_jobs, launcher.jobs_per_gpu, on_gpu), len(configs))
+    hardware = [config["hardware"] for config in configs]
+    return len(shares(hardware, launcher.n_jobs, launcher.jobs_per_gpu))
 
 
 def _lines(directory: Path, jobs: Sequence[Job], configs: Mapping[str, Mapping[str, Any]]) -> list[Line]:
