@@ -45,7 +45,7 @@ def sweep(
     print(f"study {study.name}: {len(jobs)} runs in {engine.directory}", flush=True)
     outcomes = engine.run("study", study.name, jobs)
     with engine.locked("study", study.name):
-        problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED])
+        problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
         _conclude(study, engine, outcomes, kept if own else None)
     failed = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
     if failed:
