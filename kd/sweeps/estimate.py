@@ -47,7 +47,7 @@ def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
     ``KdError`` that names the rows which cannot be built.
     """
     configs = {job.name: engine.compose(job) for job in jobs}
-    refuse_twins(configs)
+    refuse_twins(configs, "study")
     refuse_unbuildable(configs, engine.directory)
     together = _together(engine, list(configs.values()))
     lines, problems = [], []

@@ -288,6 +288,7 @@ def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
 
     whole = kd(tmp_path, "tiny", "logger=[wandb]")
     assert whole.returncode == 0, whole.stderr
+    assert f"study tiny: 7 runs in {runs}: 2 finished, 5 to run" in whole.stdout
     assert "3/3" in whole.stdout  # after alone/seed0 and /seed1; the other two were there
     assert "T4/seed0" not in whole.stdout
     assert "It helps." in whole.stdout
