@@ -44,10 +44,9 @@ def sweep(
         return []
     refuse_mixed(study, engine, jobs, arguments)
     own = seeds is None and _same_experiment(engine, jobs[0], arguments)
-    print(f"study {study.name}: {len(jobs)} runs in {engine.directory}", flush=True)
-    outcomes = engine.run("study", study.name, jobs)
+    outcomes = engine.run("study", study.name, jobs, f"study {study.name}: {len(jobs)} runs")
     with engine.locked("study", study.name):
-        problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED])
+        problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
         _conclude(study, engine, outcomes, kept if own else None)
     failed = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
     if failed:
