@@ -11,7 +11,8 @@ import pytest
 
 from kd import app
 from kd.config import CONF
-from kd.report.frame import finished, read_results
+from kd.report import vocabulary
+from kd.report.frame import finished, read_results, stale
 from kd.report.report import build
 from kd.studies import spec
 from kd.sweeps.engine import refuse_twins
@@ -61,6 +62,7 @@ def test_every_row_builds(name: str, tmp_path: Path) -> None:
     from kd import build
 
     study = spec.load(EXPERIMENTS / name)
+    vocabulary.check(study)
     configs = configs_of(study, tmp_path)
     refuse_twins(configs)
     built: set[str] = set()
@@ -89,6 +91,7 @@ def test_the_readme_says_what_was_measured(name: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr("kd.report.report.draw", lambda *_: {})  # the figures have tests of their own
     study = spec.load(EXPERIMENTS / name)
     frame = read_results(study.folder / RESULTS, study)
+    assert stale(study, frame) == ""
     lacking = {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
     assert lacking <= set(finished(frame)[["row", "seed"]].itertuples(index=False, name=None))
     report = build(study, frame, None, tmp_path)

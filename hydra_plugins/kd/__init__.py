@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 class LocalLauncher(Launcher):
     """Jobs on this machine, each in a fresh process; ``hydra/launcher=local``.
 
-    ``n_jobs``: how many at once, or "auto": one a GPU, else one a core. ``jobs_per_gpu``: how many may share a GPU.
+    ``n_jobs``: how many at once, or "auto": as many as there are GPUs, else cores, for ``hardware.devices`` of each.
+    ``jobs_per_gpu``: how many may share a GPU.
     """
 
     def __init__(self, n_jobs: int | str = 1, jobs_per_gpu: int = 1) -> None:
@@ -25,11 +26,11 @@ class LocalLauncher(Launcher):
         """Called by Hydra before :meth:`launch`."""
         self.context, self.task, self.config = hydra_context, task_function, config
 
-    def at_once(self, accelerator: str) -> int:
-        """How many jobs run together on this ``hardware.accelerator``."""
-        from kd.sweeps.local import at_once, gpus
+    def at_once(self, hardware: Mapping[str, Any]) -> int:
+        """How many jobs with this hardware section run together."""
+        from kd.sweeps.local import division
 
-        return at_once(self.n_jobs, self.jobs_per_gpu, accelerator != "cpu" and bool(gpus()))
+        return division([hardware], self.n_jobs, self.jobs_per_gpu)[0]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run them all; one that fails or is killed does not stop the others."""
@@ -37,6 +38,24 @@ class LocalLauncher(Launcher):
 
         settings = (self.n_jobs, self.jobs_per_gpu)
         return launch(self.context, self.task, self.config, job_overrides, initial_job_idx, *settings)
+
+
+class SlurmLauncher(Launcher):
+    """Each job a Slurm job, by submitit; ``hydra/launcher=slurm``. ``settings``: of the queue, see its YAML."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before :meth:`launch`."""
+        from kd.sweeps.slurm import PatientLauncher
+
+        self.patient = PatientLauncher(**self.settings)
+        self.patient.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        """Wait for all of them; for one that was lost, the error that says so."""
+        return self.patient.launch(job_overrides, initial_job_idx)
 
 
 class _KdSweeper(Sweeper):

@@ -12,7 +12,7 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.report import stats
-from kd.report.frame import finished, values
+from kd.report.frame import finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval, OverImages
 from kd.studies.spec import Comparison, Condition, Study
@@ -129,7 +129,7 @@ def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir
     column = known(study, frame, comparison.measure)
     other = known(study, frame, comparison.than_measure or comparison.measure)
     row, than = label_of(study, comparison.row), label_of(study, comparison.than)
-    measure = Measure(column or comparison.measure)
+    measure = measure_of(frame, column or comparison.measure)
     if column is None or other is None:
         return Compared(comparison, f"“{row}” − “{than}”", measure, Interval(np.nan, 0, note="not measured yet"))
     if comparison.share_of:
@@ -139,9 +139,10 @@ def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir
         return Compared(comparison, label, measure, interval)
     wanted = [(comparison.row, column), (comparison.than, other)]
     interval = _with_shared(study, frame, wanted, stats.difference(*aligned(study, frame, wanted)))
-    titles = [measure.title, Measure(other).title]
+    both = [measure, measure_of(frame, other)]
+    titles = [m.title for m in both]
     if titles[0] == titles[1]:
-        titles = [f"{m.title} ({m.epoch})" for m in (measure, Measure(other))]
+        titles = [f"{m.title} ({m.epoch})" for m in both]
     if comparison.row == comparison.than:
         label = f"“{row}”: {titles[0]} − {titles[1]}"
     else:

@@ -1,4 +1,4 @@
-"""Figures from the frame: a bar or dots a row, lines and maps over a grid, accuracy against cost. No torch."""
+"""Figures from the frame: a bar or dots a row, lines and maps over a grid. No torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from matplotlib.figure import Figure as Canvas
 
 from kd.report import style
 from kd.report.claims import known, label_of
-from kd.report.frame import values
+from kd.report.frame import measure_of, values
 from kd.report.measures import Measure
 from kd.report.style import ALONE, INK, SOFT, STUDENT, TEACHER, styled
 from kd.studies.spec import Figure, Study
 
 MOST_BARS = 40
-MOST_NAMES = 14  # points with their names; of more, only the best have one
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def bars(rows: Sequence[Bar], title: str, axis: str) -> Canvas | None:
 
 def study_bars(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None:
     """Every row of a study in its measure, teachers dark, students alone grey, distilled ones in colour."""
-    rows = [Bar(label_of(study, n), measure.scale * v, _role(study, n), _theirs(study, frame, n, measure))
+    rows = [Bar(label_of(study, n), measure.scale * v, role(study, n), _theirs(study, frame, n, measure))
             for n in study.rows if len(v := values(frame, n, measure.column).to_numpy())]  # fmt: skip
     if not 1 < len(rows) <= MOST_BARS:
         return None
@@ -78,7 +77,7 @@ def study_bars(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | 
     return bars(rows, f"{capital(measure.title)} of every seed", f"{measure.label}{epoch} ({better})")
 
 
-def _role(study: Study, name: str) -> str:
+def role(study: Study, name: str) -> str:
     """The colour of a row by what it is for the others."""
     if name in {row.teacher for row in study.rows.values()}:
         return TEACHER
@@ -107,7 +106,7 @@ def of_grid(study: Study, frame: pd.DataFrame, wanted: Figure) -> Canvas | None:
     column = known(study, frame, wanted.measure)
     if column is None:
         return None
-    measure = Measure(column)
+    measure = measure_of(frame, column)
     return (grid_map if wanted.kind == "map" else grid_lines)(study, frame, wanted, measure)
 
 
@@ -236,65 +235,3 @@ def _x_axis(axes: Any, xs: Sequence[Any], numeric: bool) -> None:
         style.plain_log(axes, "x", xs)
     elif len(xs) <= 10:
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
-
-
-# ---------------------------------------------------------------------- quality against cost
-
-COSTS = (("student/latency_ms", "latency, ms an image"), ("student/macs", "multiply-accumulates an image"),
-         ("student/parameters", "parameters"))  # fmt: skip
-
-
-@styled
-def pareto(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None:
-    """The measure against latency, MACs and parameters; the line joins the rows that no other row beats in both."""
-    panels = []
-    for column, label in COSTS:
-        points = _points(study, frame, measure, column)
-        if len({round(cost, 9) for _, cost, _, _ in points}) > 1:
-            panels.append((label, points))
-    sizes = {p[1] for p in _points(study, frame, measure, "student/parameters")}
-    if len(sizes) < 2:  # one network: a difference of its latency is noise
-        return None
-    figure = Canvas(figsize=(8, 0.4 + 2.7 * len(panels)))
-    grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axes, (label, points) in zip(grid, panels, strict=True):
-        _panel(axes, points, measure, label)
-    grid[0].set_title(f"{capital(measure.title)} against what a student costs")
-    return figure
-
-
-def _points(study: Study, frame: pd.DataFrame, measure: Measure, cost: str) -> list[tuple[str, float, float, str]]:
-    """Label, cost, mean value and colour of every row that has both.
-
-    The cost is the median over all runs of the same network: rows that train the same one cannot differ in it.
-    """
-    if cost not in frame:
-        return []
-    networks = [frame[c] for c in ("student/parameters", "student/macs") if c in frame]
-    pooled = frame.assign(**{cost: frame.groupby(networks)[cost].transform("median")}) if networks else frame
-    points = []
-    for name in study.rows:
-        found, paid = values(frame, name, measure.column), values(pooled, name, cost)
-        if len(found) and len(paid):
-            value = float(measure.scale * found.mean())
-            points.append((label_of(study, name), float(paid.median()), value, _role(study, name)))
-    return points
-
-
-def _panel(axes: Any, points: Sequence[tuple[str, float, float, str]], measure: Measure, label: str) -> None:
-    costs, found = np.array([p[1] for p in points]), np.array([p[2] for p in points])
-    sign = -1 if measure.lower_is_better else 1
-    axes.scatter(costs, found, s=46, c=[p[3] for p in points], zorder=3)
-    front: list[int] = []
-    for i in np.lexsort((-sign * found, costs)):
-        if not front or sign * found[i] > sign * found[front[-1]]:
-            front.append(int(i))
-    axes.plot(costs[front], found[front], color="#D55E00", linewidth=1.2, drawstyle="steps-post", zorder=2)
-    low, high = costs.min(), costs.max()
-    edge = (high / low) ** 0.06
-    style.plain_log(axes, "x", style.log_ticks(low / edge, high * edge))
-    axes.set_xlim(low / edge, high * edge)
-    axes.set_ymargin(0.15)
-    axes.set(xlabel=label, ylabel=measure.label)
-    named = range(len(points)) if len(points) <= MOST_NAMES else front
-    style.point_labels(axes, [(points[i][1], points[i][2], points[i][0]) for i in named])

@@ -11,14 +11,18 @@ import pandas as pd
 
 from kd import record
 from kd.errors import KdError
-from kd.report.measures import EPOCHS
+from kd.report.measures import EPOCHS, Measure
+from kd.studies import graph
 from kd.studies.spec import Study
 
 SCHEMA = 1  # of results.csv
 EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
-TEXT = ("row", "status", "error", "run", "name", "config_hash", "commit", "started", "monitor", "data")
+TEXT = (
+    *("row", "status", "error", "run", "name", "config_hash", "recipe", "commit", "started", "monitor", "data"),
+    "classes",
+)
 
 
 def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def _about(found: Mapping[str, Any]) -> dict[str, Any]:
         "epochs": protocol["epochs"],
         "monitor": f"{protocol['mode']} {protocol['monitor']}",
         "data": _data(found.get("data")),
+        "classes": _called((found.get("data") or {}).get("class_names", ())),
         **{f"version/{package}": version for package, version in found["versions"].items()},
     }
 
@@ -74,6 +79,13 @@ def _data(data: Mapping[str, Any] | None) -> str | None:
     sizes, split = data["sizes"], data.get("split", {})
     few = f" ({sizes['labelled']} labelled)" if sizes.get("labelled", sizes["train"]) < sizes["train"] else ""
     return f"{split.get('set', 'data')}: {sizes['train']}{few}/{sizes['val']}/{sizes['test']} train/val/test"
+
+
+def _called(names: Sequence[str]) -> str | None:
+    """The names of up to 20 classes, ``|`` between them; None where they are numbers."""
+    if len(names) > CLASSES or all(name in (str(i), f"class {i}") for i, name in enumerate(names)):
+        return None
+    return "|".join(name.replace("|", "/") for name in names)
 
 
 def _student(found: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
@@ -148,7 +160,8 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
         for seed in row.seeds or study.seeds:
             run_dir = runs_dir / name / f"seed{seed}"
             if (run_dir / record.FILE).is_file():
-                rows.append({**of_run(run_dir, name, runs_dir), "seed": seed})
+                told = {"seed": seed, "recipe": graph.recipe(study, row)}
+                rows.append({**of_run(run_dir, name, runs_dir), **told})
             else:
                 rows.append({"row": name, "seed": seed, "status": "missing"})
     return table(rows)
@@ -186,6 +199,12 @@ def values(frame: pd.DataFrame, row: str, column: str) -> pd.Series:
     """One number a finished seed of a row, indexed by seed; runs without that number are left out."""
     found = finished(frame)
     return found[found["row"] == row].set_index("seed")[column].dropna().astype(float).sort_index()
+
+
+def measure_of(frame: pd.DataFrame, column: str) -> Measure:
+    """A column as a measure that calls the classes by their names, where all runs have the same."""
+    (called,) = names if len(names := set(finished(frame)["classes"])) == 1 else (None,)
+    return Measure(column, tuple(called.split("|")) if called else ())
 
 
 def check_protocol(frame: pd.DataFrame) -> None:
@@ -232,3 +251,20 @@ def read_results(file: Path, study: Study) -> pd.DataFrame:
         return table(text.drop(columns=list(STAMP)).to_dict("records"))
     except (KeyError, ValueError):
         raise KdError(f"{file} cannot be read: it is not a results file of kd") from None
+
+
+def stale(study: Study, frame: pd.DataFrame) -> str:
+    """A sentence on the rows that were made with other overrides than the study has now; "" when there are none.
+
+    Results of before there was a ``recipe`` cannot tell.
+    """
+    now = {name: graph.recipe(study, row) for name, row in study.rows.items()}
+    told = frame[frame["recipe"].notna()]
+    rows = list(dict.fromkeys(told["row"][told["recipe"] != told["row"].map(now)]))
+    if not rows:
+        return ""
+    which, them = ("row", "it") if len(rows) == 1 else ("rows", "them")
+    return (
+        f"{which} {', '.join(rows)}: results.csv was made with other overrides than study.yaml has now; "
+        f"`kd study {study.name} --only {','.join(rows)}` makes {them} anew"
+    )

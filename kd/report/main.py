@@ -11,7 +11,7 @@ import pandas as pd
 from kd import manifest, record
 from kd.errors import KdError
 from kd.report import gather, tables
-from kd.report.frame import of_study, read_results
+from kd.report.frame import of_study, read_results, stale
 from kd.report.report import Report, build
 from kd.studies import spec
 from kd.studies.spec import Study
@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     study, frame, runs_dir, default = _gathered(targets)
     print(f"from {runs_dir or study.folder / RESULTS}")
     say(study, build(study, frame, runs_dir, out or default))
+    if outdated := stale(study, frame):
+        print(outdated)
     return 0
 
 

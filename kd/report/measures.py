@@ -30,9 +30,13 @@ UNITS = {"latency_ms": "ms an image", "wall_clock_s": "s", "macs": "MACs"}
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the frame: what it is called, how its numbers are written, and which direction is better."""
+    """A column of the frame: what it is called, how its numbers are written, and which direction is better.
+
+    ``classes``: the names of the classes, () where they have numbers only.
+    """
 
     column: str
+    classes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,7 +74,7 @@ class Measure:
     def title(self) -> str:
         """``test top-1`` in words, without the epoch."""
         first, *middle = self.column.split("/")
-        word = WORDS.get(self.name, self.name.replace("class_", "accuracy of class ").replace("_", " "))
+        word = WORDS.get(self.name) or self._of_class() or self.name.replace("_", " ")
         if first == "teacher":
             return " ".join(["teacher's", *middle[:-1], word])
         if first == "student":
@@ -78,6 +82,13 @@ class Measure:
         if first in EPOCHS:
             return " ".join([*middle[:-1], word])
         return f"{first}: {word}" if middle else word
+
+    def _of_class(self) -> str:
+        if not (found := re.fullmatch(r"class_(\d+)", self.name)):
+            return ""
+        number = int(found[1])
+        name = f" ({self.classes[number]})" if number < len(self.classes) else ""
+        return f"accuracy of class {number}{name}"
 
     @property
     def epoch(self) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from kd.report.tables import Grid
+
+SPREAD = re.compile(r"([−\d.,]+) (± [\d.,]+(?: \(n = \d+\))?|\[.*\])")
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,18 @@ def render(context: Mapping[str, Any]) -> dict[str, str]:
         "lstrip_blocks": True,
         "undefined": jinja2.StrictUndefined,
     }
-    html = jinja2.Environment(autoescape=True, **how).get_template("report.html.j2").render(context)
+    page = jinja2.Environment(autoescape=True, **how)
+    page.filters["spread"] = spread
+    html = page.get_template("report.html.j2").render(context)
     plain = jinja2.Environment(autoescape=False, keep_trailing_newline=True, **how)
     plain.filters["markdown"] = markdown
     return {"html": html, "md": plain.get_template("report.md.j2").render(context)}
+
+
+def spread(cell: str) -> str | Markup:
+    """``97.47 ± 0.51``, ``70 [69, 71]``: the number, and what follows it in small print."""
+    found = SPREAD.fullmatch(cell)
+    return Markup('{}<span class="spread"> {}</span>').format(*found.groups()) if found else cell
 
 
 def markdown(grid: Grid) -> str:

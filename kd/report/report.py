@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import curves, figures, style, tables
+from kd.report import cost, curves, figures, ranks, style, tables
 from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
-from kd.report.frame import check_protocol, finished
+from kd.report.frame import check_protocol, finished, stale
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section, render
 from kd.report.style import Canvas
@@ -89,7 +89,7 @@ def draw(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, 
     for number, wanted in enumerate(study.figures, start=1):
         caption = MAP if wanted.kind == "map" else LINES
         drawn[f"{wanted.kind}_{number}"] = (figures.of_grid(study, frame, wanted), caption)
-    drawn["pareto"] = (figures.pareto(study, frame, measure), PARETO + roles)
+    drawn["pareto"] = (cost.pareto(study, frame, measure), PARETO + roles)
     if runs_dir is not None:
         drawn["curves"] = (curves.learning(study, frame, runs_dir), CURVES)
         drawn["reliability"] = (curves.reliability(study, frame, runs_dir), RELIABILITY)
@@ -105,7 +105,8 @@ LINES = (
 MAP = "Means over seeds; lighter is better. The frame is around the best of each line."
 PARETO = (
     "Means over seeds. No other row is both better and cheaper than those on the orange line. Latency: one image on "
-    "the machine that trained, the median over all runs of the same network; noisy."
+    "the machine that trained, the median over all runs of the same network; noisy. Latency, multiply-accumulates and "
+    "parameters have a panel each only where they put the networks in another order."
 )
 CURVES = (
     "Mean over seeds; the band goes from the lowest to the highest seed. The vertical axis begins at the lowest value "
@@ -157,26 +158,34 @@ def _context(
 
 
 def _results(study: Study, frame: pd.DataFrame, table: pd.DataFrame) -> Section:
-    grid = tables.main_grid(study, table, tables.measures(study, frame))
+    measures = tables.measures(study, frame)
+    grid = tables.main_grid(study, table, measures)
     teachers = any(row.teacher for row in study.rows.values())
     bold = "Bold: the best row that is no teacher." if teachers else "Bold: the best row."
     notes = [f"Mean ± standard deviation over n seeds; in brackets the 95 % interval. {bold}"]
     if table["n"].max() == 1:
         notes.append("There is one seed a row: no spread and no interval can be given.")
     if "mean rank" in table:
-        p = tables.p_value(table.attrs["friedman_p"])
-        p = p if p.startswith("<") else f"= {p}"
+        p = _p(table.attrs["friedman_p"])
         notes.append(
-            f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: p {p}."
+            f"Mean rank: place among the students over seeds, 1 is best; Friedman's test of no difference: {p}."
         )
-    unfinished = tables.unfinished_grid(study, frame)
-    section = Section("Results", grids=[grid], notes=notes)
-    if unfinished is not None:
-        count = len(unfinished.rows)
-        section.notes.append(
-            f"{count} {'run is' if count == 1 else 'runs are'} not finished and not counted: see the end."
+    grids = [grid]
+    for over in ranks.over_pairs(study, frame, measures[0]):
+        grids.append(tables.rank_grid(over))
+        notes.append(
+            f"Mean rank over {' and '.join(over.variables)}: place among the {len(over.mean_ranks)} rows of one block, "
+            f"1 is best; a block is one of {over.combinations} combinations and one seed. Friedman's test of no "
+            f"difference: {_p(over.p)}; it speaks of new seeds of the same combinations, not of others."
         )
-    return section
+    if count := len(frame) - len(finished(frame)):
+        notes.append(f"{count} {'run is' if count == 1 else 'runs are'} not finished and not counted: see the end.")
+    return Section("Results", grids=grids, notes=notes)
+
+
+def _p(p: float | None) -> str:
+    text = tables.p_value(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _comparisons(compared: Mapping[str, Compared]) -> Section | None:
@@ -245,6 +254,8 @@ def _provenance(study: Study, frame: pd.DataFrame) -> Section:
     ]
     grid, same = tables.provenance(study, frame)
     points += same
+    outdated = stale(study, frame)
+    points += [f"{outdated[:1].upper()}{outdated[1:]}."] if outdated else []
     points += [f"Expected cost: {study.cost}"] if study.cost else []
     mixed = [name for name, part in done.groupby("row") if part["config_hash"].nunique() > 1]
     if mixed:

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import stats
-from kd.report.claims import Compared, aligned, gap_closed, known, label_of
-from kd.report.frame import finished, values
+from kd.report import ranks, stats
+from kd.report.claims import Compared, gap_closed, known, label_of
+from kd.report.frame import finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
+from kd.report.vocabulary import refuse_percent
 from kd.studies.spec import Study
 
 NOTHING = "–"
@@ -41,7 +42,7 @@ def measures(study: Study, frame: pd.DataFrame) -> list[Measure]:
     agreement = f"{study.epoch}/test/agreement"
     if agreement in frame and frame[agreement].notna().any():
         columns.append(agreement)
-    return [Measure(c) for c in dict.fromkeys(columns)]
+    return [measure_of(frame, c) for c in dict.fromkeys(columns)]
 
 
 def numbers(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
@@ -54,7 +55,7 @@ def numbers(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
     lines = {name: _line(study, frame, name, shown) for name in study.rows}
     table = pd.DataFrame.from_dict(lines, orient="index")
     table.index.name = "row"
-    mean_rank, table.attrs["friedman_p"] = _ranks(study, frame, shown[0])
+    mean_rank, table.attrs["friedman_p"] = ranks.over_seeds(study, frame, shown[0])
     if mean_rank:
         table["mean rank"] = pd.Series(mean_rank)
     return table
@@ -86,20 +87,6 @@ def _bounds(name: str, interval: Interval) -> dict[str, object]:
     return {name: interval.estimate, f"{name} low": low, f"{name} high": high, f"{name} note": interval.note}
 
 
-def _ranks(study: Study, frame: pd.DataFrame, measure: Measure) -> tuple[dict[str, float], float | None]:
-    """Mean ranks over seeds of the rows that train one and the same student; none for fewer than three rows."""
-    teachers = {row.teacher for row in study.rows.values()}
-    rows = [name for name in study.rows if name not in teachers and len(values(frame, name, measure.column)) > 1]
-    if len(rows) < 3 or "student/parameters" not in frame:
-        return {}, None
-    students = finished(frame)[finished(frame)["row"].isin(rows)]["student/parameters"]
-    matrix = np.stack(aligned(study, frame, [(name, measure.column) for name in rows]))
-    if students.nunique() != 1 or matrix.shape[1] < 2:
-        return {}, None
-    mean_rank, p = stats.ranks(matrix, measure.lower_is_better)
-    return dict(zip(rows, mean_rank.tolist(), strict=True)), p
-
-
 # ---------------------------------------------------------------------- as text
 
 
@@ -123,6 +110,12 @@ def main_grid(study: Study, table: pd.DataFrame, shown: Sequence[Measure]) -> Gr
         columns.append([NOTHING if np.isnan(p) else f"{p:,.0f}" for p in table["parameters"]])
     best = _best(study, table, shown[0])
     return Grid(tuple(head), tuple(zip(*columns, strict=True)), (best,) if best is not None else ())
+
+
+def rank_grid(found: ranks.OverPairs) -> Grid:
+    """Mean ranks of methods over pairs, best first."""
+    rows = tuple((label, f"{rank:.2f}", str(found.blocks)) for label, rank in found.mean_ranks.items())
+    return Grid((f"over all of {' and '.join(found.variables)}", "mean rank", "blocks"), rows)
 
 
 def _best(study: Study, table: pd.DataFrame, measure: Measure) -> int | None:
@@ -212,11 +205,8 @@ def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
         if name not in study.rows:
             raise KdError(f"published.yaml: the study has no row {name}")
         for key, number in given.items():
-            measure = Measure(known(study, frame, key) or key)
-            if measure.is_share and abs(number["value"]) > 1:
-                raise KdError(
-                    f"published.yaml: {name}: {key} = {number['value']} must be a fraction, as in the results"
-                )
+            measure = measure_of(frame, known(study, frame, key) or key)
+            refuse_percent(name, key, number["value"])
             rows.append(_published_row(study, frame, name, measure, number))
     return Grid(("", "measure", "published", "measured", "95 % of the mean", "inside"), tuple(rows), text=2)
 
@@ -273,10 +263,10 @@ def _once(column: pd.Series) -> str:
 
 
 def unfinished_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
-    """Runs that failed, were interrupted, still run or are missing; None when there are none."""
-    part = frame[frame["status"] != "finished"]
-    rows = [
-        (label_of(study, r.row), str(r.seed), str(r.status), str(r.error or NOTHING).splitlines()[0])
-        for r in part.itertuples()
-    ]
-    return Grid(("", "seed", "status", "reason"), tuple(rows), text=4) if rows else None
+    """Runs that failed, were interrupted, still run or are missing, a line for each row, status and reason; or None."""
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    for r in frame[frame["status"] != "finished"].itertuples():
+        key = (label_of(study, str(r.row)), str(r.status), str(r.error or NOTHING).splitlines()[0])
+        seeds.setdefault(key, []).append(str(r.seed))
+    rows = tuple((label, status, " ".join(found), reason) for (label, status, reason), found in seeds.items())
+    return Grid(("", "status", "seeds", "reason"), rows, text=4) if rows else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,12 @@ def references(row: Row) -> list[tuple[str, int | None]]:
     """The rows, each with the seed if it is given, whose run directories a row's overrides name."""
     found = [m for override in row.overrides for m in PLACEHOLDER.finditer(override)]
     return [(m[1], int(m[2]) if m[2] else None) for m in found if m[1] != SEED]
+
+
+def recipe(study: Study, row: Row) -> str:
+    """Eight hex digits of what the study says of a row: its overrides, and those of the rows that it reads."""
+    read = [recipe(study, study.rows[name]) for name, _ in references(row)]
+    return hashlib.sha256("\n".join([*row.overrides, *read]).encode()).hexdigest()[:8]
 
 
 def needs(study: Study, row: Row, seed: int) -> Iterator[tuple[str, int]]:

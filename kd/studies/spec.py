@@ -41,6 +41,7 @@ class Row:
     teacher: str | None = None
     alone: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)  # of the grid that the row comes from
+    template: str = ""  # its name before the grid was filled in: w{width}
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _rows(node: Mapping[str, Any], seeds: tuple[int, ...], file: Path) -> dict[s
     """The rows by their names; each has the overrides of the study before its own, and its seeds if it has none."""
     common = typed(node.get("overrides", []), tuple[str, ...], f"{file}: overrides")
     rows: dict[str, Row] = {}
-    for name, line in _lines(node.get("rows", {}), file):
+    for name, template, line in _lines(node.get("rows", {}), file):
         what = f"{file}: row {name}"
         if name in rows:
             raise KdError(f"{file}: there are two rows {name}")
@@ -207,25 +208,25 @@ def _rows(node: Mapping[str, Any], seeds: tuple[int, ...], file: Path) -> dict[s
             raise KdError(f"{file}: {name} cannot be the name of a row: {allowed}")
         own = line.get("seeds")
         line["seeds"] = seeds if own is None else _seeds(own, f"{what}: seeds")
-        row = make(Row, line, what, name=name)
+        row = make(Row, line, what, name=name, template=template)
         rows[name] = replace(row, overrides=(*common, *row.overrides))
     return rows
 
 
-def _lines(rows: Any, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and keys of every row; one with a ``grid`` comes once for each combination of its variables."""
+def _lines(rows: Any, file: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, template and keys of every row; one with a ``grid`` comes once for each combination of its variables."""
     if not typed(rows, Mapping, f"{file}: rows"):
         raise KdError(f"{file}: rows is empty")
     for name, line in rows.items():
         line = dict(typed({} if line is None else line, Mapping, f"{file}: row {name}"))
         grid = line.pop("grid", None)
         if grid is None:
-            yield str(name), line
+            yield str(name), "", line
             continue
         fixed = line.pop("values", None)
         fixed = typed({} if fixed is None else fixed, Mapping, f"{file}: row {name}: values")
         for values in _combinations(grid, str(name), file):
-            yield _filled(str(name), values), {**_filled(line, values), "values": {**fixed, **values}}
+            yield _filled(str(name), values), str(name), {**_filled(line, values), "values": {**fixed, **values}}
 
 
 def _combinations(grid: Any, name: str, file: Path) -> Iterator[dict[str, Any]]:

@@ -62,10 +62,13 @@ class Engine:
         quoted = str(self.directory).replace("'", r"\'")
         return [f"hydra.sweep.dir='{quoted}'", f"hydra.sweep.subdir='{job.name}'"]
 
-    def run(self, kind: str, name: str, jobs: Sequence[Job]) -> list[Outcome]:
-        """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong."""
+    def run(self, kind: str, name: str, jobs: Sequence[Job], opening: str | None = None) -> list[Outcome]:
+        """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong.
+
+        ``opening``: what to call the jobs in a line that says how many are finished and how many will run.
+        """
         configs = {job.name: self.compose(job) for job in jobs}
-        refuse_twins(configs)
+        refuse_twins(configs, kind)
         ordered = list(waves(jobs))
         plan = Manifest(kind, name, {job.name: job for job in jobs})
         _joined(self.directory, plan)
@@ -75,6 +78,9 @@ class Engine:
             state = look(self.directory / job.name, configs[job.name] if ready else None)
             if state.status not in DONE:
                 missing[job.name] = configs[job.name]
+        if opening is not None:
+            count = f"{len(jobs) - len(missing)} finished, {len(missing)} to run"
+            print(f"{opening} in {self.directory}: {count}", flush=True)
         refuse_unbuildable(missing, self.directory)
         with self.locked(kind, name):
             manifest.write(self.directory, _joined(self.directory, plan))
@@ -123,13 +129,15 @@ class Engine:
 
     def _launch(self, jobs: Sequence[Job]) -> None:
         try:
-            self.launcher.launch([[*job.overrides, *self._place(job)] for job in jobs], initial_job_idx=0)
+            ends = self.launcher.launch([[*job.overrides, *self._place(job)] for job in jobs], initial_job_idx=0)
         except KdError:
             raise
         except Exception as error:  # other launchers raise when one of many jobs is lost; the records tell which
-            reason = f"the launcher says: {str(error).strip().splitlines()[-1] if str(error) else type(error)}"
-            for job in jobs:
-                self._leave(job, reason)
+            ends = [error] * len(jobs)  # type: ignore[list-item]
+        for job, end in zip(jobs, ends or (), strict=False):
+            if isinstance(end, Exception):
+                reason = str(end).strip().splitlines()[-1] if str(end) else type(end).__name__
+                self._leave(job, f"the launcher says: {reason}")
 
     def _ended(self, job: Job) -> Outcome:
         run_dir = self.directory / job.name
@@ -180,14 +188,23 @@ def _check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
     check_objectives(configs)
 
 
-def refuse_twins(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """``KdError`` when two jobs are the same run: a value listed twice, or two spellings of one number."""
+def refuse_twins(configs: Mapping[str, Mapping[str, Any]], kind: str = "sweep") -> None:
+    """``KdError`` when two jobs are the same run: a value listed twice, two spellings of one number, two equal rows."""
     seen: dict[str, str] = {}
     for name, config in configs.items():
         rest = {k: v for k, v in config.items() if k not in ("name", "tags", "notes", "logger")}
         twin = seen.setdefault(re.sub(r"(?<=\d)\.0(?=[,}\]])", "", repr(rest)), name)  # 1.0 is 1
+        if twin != name and kind == "study":
+            raise KdError(_twin_rows(twin, name, config["seed"]))
         if twin != name:
             raise KdError(f"the jobs {twin} and {name} are the same run: list each value once")
+
+
+def _twin_rows(one: str, other: str, seed: int) -> str:
+    (row, _, first), (twin, _, second) = one.partition("/seed"), other.partition("/seed")
+    if row == twin:
+        return f"row {row}: its seeds {first} and {second} are the same run (seed = {seed}): an override sets the seed"
+    return f"rows {row} and {twin} are the same experiment (seed {seed}): change the overrides of one, or leave it out"
 
 
 def _joined(directory: Path, plan: Manifest) -> Manifest:

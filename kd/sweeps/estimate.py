@@ -1,28 +1,38 @@
-"""``kd study NAME --dry-run``: what would run, and for how long by a few timed steps of each row."""
+"""``kd study NAME --dry-run``: what would run, and for how long: by runs that are there, else by a few timed steps."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import heapq
 import io
+import itertools
+import json
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
+from kd import launch, record
 from kd.errors import KdError
+from kd.hardware import settings
 from kd.manifest import Job
 from kd.report.console import print_table
 from kd.studies import graph
 from kd.studies.spec import Study
-from kd.sweeps.engine import Engine, refuse_twins, refuse_unbuildable
-from kd.sweeps.local import at_once, cores, gpus
+from kd.sweeps.engine import Engine, refuse_twins, refuse_unbuildable, waves
+from kd.sweeps.local import Share, cores, shares
 from kd.sweeps.pool import ask, warm_up
 from kd.sweeps.state import FINISHED, State, look
 
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones
+EPOCH = re.compile(r"^(\S+ \S+) INFO epoch \d+/\d+ ", re.MULTILINE)  # in train.log, when one has ended
+OTHER_SEEDS = "its other seeds"
 
 
 @dataclass(frozen=True)
@@ -47,31 +57,46 @@ def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
     ``KdError`` that names the rows which cannot be built.
     """
     configs = {job.name: engine.compose(job) for job in jobs}
-    refuse_twins(configs)
+    refuse_twins(configs, "study")
     refuse_unbuildable(configs, engine.directory)
-    together = _together(engine, list(configs.values()))
-    lines, problems = [], []
+    slots = _slots(engine, list(configs.values()))
+    lines, problems, clock = [], [], Clock(slots[0].threads)
     for line in _lines(engine.directory, jobs, configs):
         try:
-            lines.append(_timed(line, engine.directory, configs, max(1, cores() // together)))
+            lines.append(_timed(line, engine.directory, configs, clock))
         except KdError as error:
             problems.append(f"{line.row}: {error}")
     rows = [[x.row, *_seeds(x), _after(study, x.row), *_hours(x)] for x in lines]
     head = ["", "to run: seeds", "finished", "after", "minutes a run", "minutes in all", "from"]
     print_table(f"{study.name}: {sum(len(x.missing) for x in lines)} of {len(jobs)} runs are missing", head, rows)
-    hours = sum(x.seconds * len(x.missing) for x in lines) / 3600
-    several = f"about {hours / together:.2f} with {together} at once"
-    print(f"{hours:.2f} hours one after another, {several}; validation and test come on top")
+    seconds = {job.name: x.seconds for x in lines for job in x.missing}
+    alone, together = sum(seconds.values()) / 3600, makespan(jobs, seconds, len(slots)) / 3600
+    stepped = any(x.missing and x.how != OTHER_SEEDS for x in lines)
+    more = "; where steps were timed, validation and test come on top" if stepped else ""
+    print(f"{alone:.2f} hours one after another, about {together:.2f} with {len(slots)} at once{more}")
     if problems:
         raise KdError("\n".join([f"{len(problems)} rows cannot be trained:", *problems]))
 
 
-def _together(engine: Engine, configs: Sequence[Mapping[str, Any]]) -> int:
+def makespan(jobs: Sequence[Job], seconds: Mapping[str, float], together: int) -> float:
+    """Seconds until the last job has ended, so many at once: wave after wave, as :meth:`Engine.run` does it.
+
+    Each job is begun when a slot is free, in the order of the list. A job that is not in ``seconds`` does not run.
+    """
+    total = 0.0
+    for wave in waves([job for job in jobs if job.name in seconds]):
+        free = [0.0] * together
+        for job in wave:
+            heapq.heapreplace(free, free[0] + seconds[job.name])
+        total += max(free)
+    return total
+
+
+def _slots(engine: Engine, configs: Sequence[Mapping[str, Any]]) -> list[Share]:
     launcher: Any = engine.launcher
     if not hasattr(launcher, "n_jobs"):  # of a cluster: it decides
-        return 1
-    on_gpu = bool(gpus()) and all(config["hardware"]["accelerator"] != "cpu" for config in configs)
-    return min(at_once(launcher.n_jobs, launcher.jobs_per_gpu, on_gpu), len(configs))
+        return [Share(cores())]
+    return shares([config["hardware"] for config in configs], launcher.n_jobs, launcher.jobs_per_gpu)
 
 
 def _lines(directory: Path, jobs: Sequence[Job], configs: Mapping[str, Mapping[str, Any]]) -> list[Line]:
@@ -83,18 +108,66 @@ def _lines(directory: Path, jobs: Sequence[Job], configs: Mapping[str, Mapping[s
     return [Line(row, part, [states[job.name] for job in part]) for row, part in rows.items()]
 
 
-def _timed(line: Line, directory: Path, configs: Mapping[str, Mapping[str, Any]], threads: int) -> Line:
-    """With the seconds of a run: what its other seeds took, else by a few steps."""
+def _timed(line: Line, directory: Path, configs: Mapping[str, Mapping[str, Any]], clock: Clock) -> Line:
+    """With the seconds of a run: the median of what its other seeds took, else by a few steps."""
     if not line.missing:
         return line
-    took = [s.record["wall_clock_s"] for s in line.states if s.status == FINISHED and s.record is not None]
+    ended = zip(line.jobs, line.states, strict=True)
+    took = [trained(directory / job.name, s.record) for job, s in ended if s.status == FINISHED and s.record]
     if took:
-        return replace(line, seconds=sum(took) / len(took), how="its other seeds")
+        return replace(line, seconds=median(took), how=OTHER_SEEDS)
     config = _without_missing(dict(configs[line.missing[0].name]), directory, configs)
-    warm_up()
-    steps, seconds, start = ask(functools.partial(time_steps, config, threads))
+    steps, seconds, start = clock(config)
     how = f"{steps} steps an epoch, {1000 * seconds:.1f} ms each"
     return replace(line, seconds=start + config["recipe"]["epochs"] * steps * seconds, how=how)
+
+
+def trained(run_dir: Path, found: Mapping[str, Any]) -> float:
+    """Seconds that a finished run needed, without those in which its process was stopped, or waited to be resumed.
+
+    Its log has the moment at which each epoch ended: a pause of ten epochs was no training. Without such moments it is
+    the wall clock.
+    """
+    log = run_dir / "train.log"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    ends = [datetime.strptime(moment, "%Y-%m-%d %H:%M:%S,%f") for moment in EPOCH.findall(text)]
+    pauses = [(after - before).total_seconds() for before, after in itertools.pairwise(ends)]
+    if len(pauses) < 2:
+        return float(found["wall_clock_s"])
+    longest = max(10 * median(pauses), 5.0)  # so long may a validation be
+    epochs = fmean(min(pause, longest) for pause in pauses) * found["protocol"]["epochs"]
+    stopped = sum(max(0.0, pause - longest) for pause in pauses)
+    return max(epochs, found["wall_clock_s"] - stopped)  # of a killed and resumed run the record has the last part
+
+
+class Clock:
+    """Times a few steps, in a process with so many torch ``threads``; once for configs whose steps cost the same."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.known: dict[str, tuple[int, float, float]] = {}
+
+    def __call__(self, config: dict[str, Any]) -> tuple[int, float, float]:
+        """What :func:`time_steps` returns."""
+        key = speed(config)
+        if key not in self.known:
+            warm_up()
+            self.known[key] = ask(functools.partial(time_steps, config, self.threads))
+        return self.known[key]
+
+
+def speed(config: Mapping[str, Any]) -> str:
+    """The same for configs whose steps cost the same: all but names, seeds, length and what only scales a loss."""
+    ignored = ({*record.NOT_THE_EXPERIMENT} - {"hardware"}) | {"protocol"}
+    kept = {key: value for key, value in config.items() if key not in ignored}
+    kept["data"] = _without(config["data"], "seed", "split_seed")
+    kept["recipe"] = _without(config["recipe"], "epochs", "scheduler")
+    kept["loss"] = {n: _without(term, "weight", "schedule", "temperature") for n, term in config["loss"].items()}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _without(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in keys}
 
 
 def _without_missing(
@@ -112,13 +185,16 @@ def _without_missing(
 
 
 def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]:
-    """Steps of an epoch, seconds of one, and seconds until the first; nothing is kept."""
+    """Steps of an epoch, seconds of one, and seconds until the first; nothing is kept.
+
+    Of a run of several processes it is the part of one, without what they have to say to each other.
+    """
     import lightning as L
     import torch
 
     from kd import build, callbacks, fit
 
-    class Clock(callbacks.Callback):
+    class Stopwatch(callbacks.Callback):
         times: list[float]
 
         def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -132,15 +208,22 @@ def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]
     start = time.perf_counter()
     fit.quieten()
     torch.set_num_threads(config["hardware"]["threads"] or threads)
-    trainer = {**(config["hardware"]["trainer"] or {}), "limit_val_batches": 0}
-    config = {**config, "hardware": {**config["hardware"], "trainer": trainer}}
+    hardware = settings(config)
+    processes = launch.count(hardware)
+    trainer = {**(hardware["trainer"] or {}), "limit_val_batches": 0}
+    one = {"trainer": trainer, "devices": 1, "strategy": "auto", "cluster": None}
+    config = {**config, "hardware": {**hardware, **one}}
+    for section in ("recipe", "data"):
+        batch = config[section]["batch_size"] // processes
+        config[section] = {**config[section], "batch_size": max(1, batch)}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data = build.datamodule(config)
         module = build.distiller(config, data)
-        clock = Clock()
-        fit.make_trainer(config, Path(folder), [], [clock], module).fit(module, datamodule=data)
-    times = clock.times[WARM:] if len(clock.times) > WARM + 1 else clock.times
-    return len(data.train_dataloader()), (times[-1] - times[0]) / (len(times) - 1), clock.times[0] - start
+        watch = Stopwatch()
+        fit.make_trainer(config, Path(folder), [], [watch], module).fit(module, datamodule=data)
+    times = watch.times[WARM:] if len(watch.times) > WARM + 1 else watch.times
+    steps = -(-len(data.train_dataloader()) // processes)
+    return steps, (times[-1] - times[0]) / (len(times) - 1), watch.times[0] - start
 
 
 # ---------------------------------------------------------------------- the table

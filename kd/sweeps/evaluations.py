@@ -14,25 +14,29 @@ import numpy as np
 
 from kd import record
 from kd.errors import KdError
+from kd.hardware import settings
 from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
 from kd.studies.spec import Evaluation, Study
 from kd.sweeps.engine import Outcome
-from kd.sweeps.local import cores
+from kd.sweeps.local import Share, shares
 from kd.sweeps.pool import forked, warm_up
 
 
-def complete(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
-    """Make the evaluations that finished runs lack, into ``evaluations.json``; a sentence for each run that failed."""
+def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[str]:
+    """Make the evaluations that finished runs lack, into ``evaluations.json``; a sentence for each run that failed.
+
+    They run on this machine, divided as by the local launcher; each takes one GPU, or the cores of one job.
+    """
     todo = [(o.run_dir, lacking(study, o)) for o in outcomes]
     todo = [(run_dir, names) for run_dir, names in todo if names]
     if not todo:
         return []
     print(f"evaluations of {len(todo)} runs: {', '.join(study.evaluations)}", flush=True)
     warm_up()
-    together = min(cores(), len(todo))
-    threads = max(1, cores() // together)
-    calls = [functools.partial(_child, study, run_dir, names, threads) for run_dir, names in todo]
-    failed = [todo[position][0] for position, code in forked(calls, together) if code]
+    hardware = [{**settings(record.read_config(run_dir)), "devices": 1} for run_dir, _ in todo]
+    slots = shares(hardware, getattr(launcher, "n_jobs", "auto"), getattr(launcher, "jobs_per_gpu", 1))
+    calls = [functools.partial(_child, study, run_dir, names, slots) for run_dir, names in todo]
+    failed = [todo[position][0] for position, code in forked(calls, len(slots)) if code]
     return [
         f"{run_dir.parent.name}/{run_dir.name} could not be evaluated (see {run_dir / 'train.log'})"
         for run_dir in failed
@@ -52,10 +56,11 @@ def made(study: Study, evaluation: Evaluation) -> dict[str, Any]:
     return {"epoch": study.epoch, "eval": list(evaluation.eval), "bias": list(evaluation.bias)}
 
 
-def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], threads: int, _: int) -> None:
+def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], slots: Sequence[Share], slot: int) -> None:
     import torch
 
-    torch.set_num_threads(threads)
+    slots[slot].take()
+    torch.set_num_threads(slots[slot].threads)
     try:
         there = read_evaluations(run_dir)
         for evaluation in wanted:

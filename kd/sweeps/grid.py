@@ -22,7 +22,8 @@ LONGEST = 120  # characters of a directory's name
 def sweep(engine: Engine, arguments: Sequence[str]) -> list[Outcome]:
     """Plan, run what is missing, print the table. ``KdError`` when a job did not finish."""
     jobs = plan(engine, arguments)
-    outcomes = engine.run("sweep", engine.directory.name, jobs)
+    opening = f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}"
+    outcomes = engine.run("sweep", engine.directory.name, jobs, opening)
     conclude(engine.directory, outcomes)
     return outcomes
 

@@ -1,4 +1,4 @@
-"""The local launcher: N jobs at once, each with its share of the cores and, where there are GPUs, one of them."""
+"""The local launcher: N jobs at once, each with its share of the cores and, where there are GPUs, its own of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job, setup_globals
@@ -24,10 +25,18 @@ from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED
 
 @dataclass(frozen=True)
 class Share:
-    """What one job of several at once gets: torch threads, and GPUs by number (empty: leave the choice alone)."""
+    """What one job of several at once gets: torch threads of each of its processes, and GPUs by number.
+
+    ``gpus`` empty: the choice is left alone.
+    """
 
     threads: int
     gpus: Sequence[str] = ()
+
+    def take(self) -> None:
+        """Leave this process, which has not yet touched a GPU, and its children these GPUs only."""
+        if self.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
 
 
 def cores() -> int:
@@ -48,17 +57,52 @@ def gpus() -> list[str]:
     return [str(number) for number in range(len(whole))]
 
 
-def at_once(n_jobs: int | str, jobs_per_gpu: int, on_gpu: bool) -> int:
-    """How many jobs run together. ``auto``: one a GPU, or one a core. ``KdError`` for more than there is room for."""
-    room, what = (len(gpus()) * jobs_per_gpu, "GPUs") if on_gpu else (cores(), "cores")
+def devices_of(hardware: Mapping[str, Any], on_gpu: bool) -> int:
+    """How many GPUs, or processes on the CPU, a job of this hardware section takes. ``KdError``: more than there are.
+
+    A job that names its GPUs by number takes them all: nothing may be renumbered under it.
+    """
+    devices, there = hardware["devices"], len(gpus())
+    if not on_gpu:
+        return devices if isinstance(devices, int) else 1
+    if isinstance(devices, int) and devices > there:
+        raise KdError(f"hardware.devices = {devices} is not allowed: this machine has {there} GPUs")
+    return devices if isinstance(devices, int) else there
+
+
+def at_once(n_jobs: int | str, jobs_per_gpu: int, on_gpu: bool, each: int = 1) -> int:
+    """How many jobs run together. ``auto``: as many as there are GPUs, or cores, for ``each`` to take so many.
+
+    ``KdError`` for more than there is room for.
+    """
+    units, what, share = (len(gpus()), "GPUs", jobs_per_gpu) if on_gpu else (cores(), "cores", 1)
+    room = max(1, units // each * share)
     if n_jobs == "auto":
-        return max(1, room)
+        return room
     if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs < 1:
         raise KdError(f"hydra.launcher.n_jobs = {n_jobs} is not allowed: it must be a whole number, 1 or more, or auto")
-    if n_jobs > max(1, room):
+    if n_jobs > room:
+        takes = f", and a job takes {each} (hardware.devices)" if each > 1 else ""
         hint = " (several may share one: hydra.launcher.jobs_per_gpu)" if on_gpu else ""
-        raise KdError(f"hydra.launcher.n_jobs = {n_jobs} is not allowed: there are {room} {what}{hint}")
+        raise KdError(f"hydra.launcher.n_jobs = {n_jobs} is not allowed: there are {units} {what}{takes}{hint}")
     return n_jobs
+
+
+def division(jobs: Sequence[Mapping[str, Any]], n_jobs: int | str, jobs_per_gpu: int) -> tuple[int, int, bool]:
+    """How many jobs of these hardware sections there is room for, what each takes, and whether that is GPUs."""
+    on_gpu = bool(gpus()) and any(hardware["accelerator"] != "cpu" for hardware in jobs)
+    each = max(devices_of(hardware, on_gpu) for hardware in jobs)
+    return at_once(n_jobs, jobs_per_gpu, on_gpu, each), each, on_gpu
+
+
+def shares(jobs: Sequence[Mapping[str, Any]], n_jobs: int | str, jobs_per_gpu: int) -> list[Share]:
+    """What each of the slots gets in which jobs of these hardware sections run; as many slots as jobs at once."""
+    room, each, on_gpu = division(jobs, n_jobs, jobs_per_gpu)
+    together = min(room, len(jobs))
+    visible = gpus() if on_gpu and together > 1 else []
+    blocks = [visible[i : i + each] for i in range(0, len(visible) - each + 1, each)]
+    threads = max(1, cores() // (together * each))
+    return [Share(threads, blocks[slot % len(blocks)] if blocks else []) for slot in range(together)]
 
 
 def launch(
@@ -78,14 +122,10 @@ def launch(
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
         configs.append(config)
-    on_gpu = bool(gpus()) and all(config.hardware.accelerator != "cpu" for config in configs)
-    together = min(at_once(n_jobs, jobs_per_gpu, on_gpu), len(configs))
-    visible = gpus() if on_gpu and together > 1 else []
+    slots = shares([OmegaConf.to_container(c.hardware) for c in configs], n_jobs, jobs_per_gpu)  # type: ignore[misc]
     warm_up()
-    threads = max(1, cores() // together)
-    shares = [Share(threads, [visible[slot % len(visible)]] if visible else []) for slot in range(together)]
-    calls = [_call(context, task, config, shares) for config in configs]
-    for done, (position, code) in enumerate(forked(calls, together), start=1):
+    calls = [_call(context, task, config, slots) for config in configs]
+    for done, (position, code) in enumerate(forked(calls, len(slots)), start=1):
         run_dir = directory(configs[position])
         overrides = [str(o) for o in configs[position].hydra.overrides.task]
         if code:
@@ -117,19 +157,18 @@ def said(run_dir: Path) -> str:
 
 
 def _call(
-    context: HydraContext, task: TaskFunction, config: DictConfig, shares: Sequence[Share]
+    context: HydraContext, task: TaskFunction, config: DictConfig, slots: Sequence[Share]
 ) -> Callable[[int], None]:
     state = Singleton.get_state()
 
     def call(slot: int) -> None:
-        run_dir, share = directory(config), shares[slot]
+        run_dir, share = directory(config), slots[slot]
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "train.log").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
-        if share.gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
+        share.take()
         if config.hardware.threads is None:
             OmegaConf.update(config, "hardware.threads", share.threads)
         Singleton.set_state(state)

@@ -216,7 +216,7 @@ def _batch(batch: int | None, engine: Engine, base: Mapping[str, Any]) -> int:
     launcher = engine.launcher
     if not hasattr(launcher, "at_once"):
         raise KdError("hydra.sweeper.batch has no value: say how many trials this launcher shall run at once")
-    return launcher.at_once(base["hardware"]["accelerator"])
+    return launcher.at_once(base["hardware"])
 
 
 def _try_out(engine: Engine, where: Space) -> dict[str, Any]:

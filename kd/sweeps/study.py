@@ -11,6 +11,7 @@ from typing import Any
 from kd import record
 from kd.errors import KdError, near
 from kd.manifest import Job
+from kd.report import vocabulary
 from kd.report.frame import check_protocol, finished, of_study, read_results, write_results
 from kd.report.main import say
 from kd.report.report import Report, build
@@ -33,6 +34,7 @@ def sweep(
     """
     _refuse_swept(arguments)
     study = spec.load(name, seeds)
+    vocabulary.check(study)
     jobs = plan(study, engine.directory, only, seeds, arguments)
     kept = study.folder / RESULTS
     if kept.is_file():
@@ -42,10 +44,9 @@ def sweep(
         return []
     refuse_mixed(study, engine, jobs, arguments)
     own = seeds is None and _same_experiment(engine, jobs[0], arguments)
-    print(f"study {study.name}: {len(jobs)} runs in {engine.directory}", flush=True)
-    outcomes = engine.run("study", study.name, jobs)
+    outcomes = engine.run("study", study.name, jobs, f"study {study.name}: {len(jobs)} runs")
     with engine.locked("study", study.name):
-        problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED])
+        problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
         _conclude(study, engine, outcomes, kept if own else None)
     failed = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
     if failed:

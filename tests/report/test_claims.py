@@ -234,6 +234,21 @@ def test_published_numbers_that_are_refused(study, found, numbers, sentence) -> 
         tables.published_grid(replace(study, published=Published("s", "p", numbers)), found)
 
 
+def test_unfinished_runs_are_a_line_for_each_row_and_reason(study, found) -> None:
+    assert tables.unfinished_grid(study, found).rows == (
+        ("soft targets of another image", "failed", "3", "the loss is not finite"),
+        ("soft targets of another image", "missing", "4", "–"),
+    )
+    begun = found.copy()
+    begun.loc[(found["row"] == "alone") & (found["seed"] > 0), ["status", "error"]] = ["missing", None]
+    begun.loc[(found["row"] == "alone") & (found["seed"] == 2), ["status", "error"]] = ["failed", "no memory\nat all"]
+    assert tables.unfinished_grid(study, begun).rows[:2] == (
+        ("student alone", "missing", "1 3 4", "–"),
+        ("student alone", "failed", "2", "no memory"),
+    )
+    assert tables.unfinished_grid(study, found[found["status"] == "finished"]) is None
+
+
 def test_words_for_people() -> None:
     assert Measure("last/test/acc1").label == "test top-1, %"
     assert Measure("selected/test/errors").show(74.2) == "74.2"

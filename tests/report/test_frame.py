@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def test_the_row_of_a_real_run(teacher_run: Path) -> None:
     assert row["peak_memory_mb"] == max(found["peak_memory_mb"].values())
     assert "last/retention" not in row
     assert row["data"].endswith("808/270/719 train/val/test")
+    assert row["classes"] is None  # the digits are called 0 to 9
     assert row["version/kd"] == found["versions"]["kd"]
 
 
@@ -104,6 +106,49 @@ def test_results_csv_and_back(study, runs, tmp_path) -> None:
     assert ",25," in first  # errors are whole numbers
     frame.write_results(file, study, after)
     assert frame.read_results(file, study).equals(after)
+
+
+def test_rows_that_the_study_now_has_otherwise_are_told(study, runs, tmp_path) -> None:
+    read = replace(study.rows["distilled"], overrides=("loss=[kd]", "teacher.checkpoint={teacher}"))
+    study = replace(study, rows={**study.rows, "distilled": read})
+    file = tmp_path / "results.csv"
+    frame.write_results(file, study, frame.of_study(study, runs))
+    assert frame.stale(study, frame.read_results(file, study)) == ""
+    more = {"alone": replace(study.rows["alone"], overrides=("recipe.epochs=9",), label="another label")}
+    found = frame.read_results(file, study)
+    assert frame.stale(replace(study, rows={**study.rows, **more}), found) == (
+        "row alone: results.csv was made with other overrides than study.yaml has now; "
+        "`kd study made_up --only alone` makes it anew"
+    )
+    other_teacher = {"teacher": replace(study.rows["teacher"], overrides=("recipe.epochs=9",))}
+    said = frame.stale(replace(study, rows={**study.rows, **other_teacher}), found)
+    assert said.startswith("rows teacher, distilled: "), "a student is as old as its teacher"
+    pd.read_csv(file, dtype=str).drop(columns="recipe").to_csv(file, index=False)  # of before there was one
+    assert frame.stale(replace(study, rows={**study.rows, **more}), frame.read_results(file, study)) == ""
+
+
+def named(runs: Path, rows: Sequence[str], names: Sequence[str]) -> None:
+    """Give the runs of some rows names of classes."""
+    for file in (f for row in rows for f in runs.glob(f"{row}/seed*/result.json")):
+        found = json.loads(file.read_text())
+        if "data" in found:
+            file.write_text(json.dumps({**found, "data": {**found["data"], "class_names": list(names)}}))
+
+
+def test_classes_have_their_names_where_all_runs_agree(study, runs, tmp_path) -> None:
+    garments = ["T-shirt/top", "Trouser", "Pull|over", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
+    assert frame.measure_of(frame.of_study(study, runs), "last/test/class_6").title == "test accuracy of class 6"
+    named(runs, list(study.rows), garments)
+    found = frame.of_study(study, runs)
+    file = tmp_path / "results.csv"
+    frame.write_results(file, study, found)
+    for read in (found, frame.read_results(file, study)):
+        assert frame.measure_of(read, "last/test/class_6").label == "test accuracy of class 6 (Shirt), %"
+        assert frame.measure_of(read, "moved/class_2").title == "moved: accuracy of class 2 (Pull/over)"
+    named(runs, ["alone"], [str(i) for i in range(10)])  # another data set
+    assert frame.measure_of(frame.of_study(study, runs), "last/test/class_6").title == "test accuracy of class 6"
+    named(runs, list(study.rows), [f"kind {i}" for i in range(21)])  # of so many no class is reported
+    assert not frame.of_study(study, runs)["classes"].any()
 
 
 @pytest.mark.parametrize(

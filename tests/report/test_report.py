@@ -15,7 +15,7 @@ from kd import manifest, report
 from kd.errors import KdError
 from kd.manifest import Job, Manifest
 from kd.report import frame
-from kd.report.page import markdown
+from kd.report.page import markdown, spread
 from kd.report.tables import Grid
 from kd.studies.spec import Comparison, Condition, Published
 
@@ -144,6 +144,21 @@ def test_text_of_others_is_escaped(small, runs, tmp_path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("cell", "html"),
+    [
+        ("97.47 ± 0.51", '97.47<span class="spread"> ± 0.51</span>'),
+        ("74.0 ± 2.5 (n = 3)", '74.0<span class="spread"> ± 2.5 (n = 3)</span>'),
+        ("70 [−69, 71]", '70<span class="spread"> [−69, 71]</span>'),
+        ("+1.2 points", "+1.2 points"),
+        ("a ± b <i>", "a ± b <i>"),  # left to the template, which escapes it
+        ("loss [ce, kd]", "loss [ce, kd]"),
+    ],
+)
+def test_a_spread_is_small_print(cell, html) -> None:
+    assert spread(cell) == html
+
+
 def test_nothing_is_written_when_something_is_wrong(small, runs, tmp_path) -> None:
     out = tmp_path / "out"
     report.build(small, frame.of_study(small, runs), runs, out)
@@ -183,6 +198,11 @@ def test_kd_report_of_a_study(kd, known, runs, monkeypatch) -> None:
     monkeypatch.setenv("KD_RUNS", "elsewhere")
     assert kd("report", "made_up", "out=page").code == 0
     assert "curves.png" not in (Path("page") / "report.md").read_text()
+    assert "anew" not in said.out
+    object.__setattr__(known.rows["alone"], "overrides", ("recipe.epochs=9",))
+    said = kd("report", "made_up", "out=page")
+    for text in (said.out, (Path("page") / "report.md").read_text()):
+        assert "ow alone: results.csv was made with other overrides than study.yaml has now" in text
 
 
 def test_kd_report_of_a_study_without_results(kd, known) -> None:
@@ -214,7 +234,7 @@ def test_kd_report_of_a_sweep(kd, write, tmp_path) -> None:
         ["| temperature=2", "3", "92.10 ± 0.10"],
         ["| temperature=1", "3", "91.10 ± 0.10"],
     ]
-    assert "| temperature=4 | 2 | missing | – |" in text
+    assert "| temperature=4 | missing | 2 | – |" in text
     assert (sweep / "figures" / "lines_1.png").read_bytes()[:8] == PNG
     assert "The claim" not in text
 

@@ -76,6 +76,14 @@ class FakeSlurm:
         """As Slurm does before it takes the node away: the signal that sbatch asked for."""
         os.kill(int((self.state / f"{task}.python").read_text()), signal.SIGUSR2)
 
+    def lose(self, task: str) -> None:
+        """As when a node breaks: the task's processes are gone, without a word."""
+        self.signal(task, signal.SIGKILL)
+
+    def signal(self, task: str, number: signal.Signals) -> None:
+        """Send a signal to all processes of a task."""
+        os.killpg(int((self.state / f"{task}.pid").read_text()), number)
+
     def requeued(self) -> list[str]:
         """The tasks that were queued again, in order."""
         file = self.state / "requeued"

@@ -79,6 +79,24 @@ def test_two_jobs_that_are_the_same_run(engine, tmp_path, arguments) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_of_a_study_that_are_the_same_experiment(engine, tmp_path) -> None:
+    twins = [Job(f"{row}/seed1", row, ("seed=1", "recipe.epochs=3", f"name={row}")) for row in ("a", "b")]
+    sentence = r"^rows a and b are the same experiment \(seed 1\): change the overrides of one, or leave it out$"
+    with pytest.raises(KdError, match=sentence):
+        engine.run("study", "tiny", twins)
+    fixed = [Job(f"a/seed{n}", "a", (f"seed={n}", "seed=7", "name=a")) for n in (0, 1)]
+    with pytest.raises(KdError, match=r"^row a: its seeds 0 and 1 are the same run \(seed = 7\): an override sets"):
+        engine.run("study", "tiny", fixed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_says_what_it_will_do(engine, capsys) -> None:
+    engine.run("sweep", "sweep", jobs(a=(), b=()))
+    assert capsys.readouterr().out == ""  # a search, which comes back for each batch
+    engine.run("sweep", "sweep", jobs(a=(), b=(), c=()), "sweep of 3 jobs")
+    assert capsys.readouterr().out == f"sweep of 3 jobs in {Path('sweep').resolve()}: 2 finished, 1 to run\n"
+
+
 def test_a_job_that_does_not_compose_stops_all(engine, tmp_path) -> None:
     bad = Job("b", "b", ("recipe.epochs=0",))
     refuses(engine, "recipe.epochs = 0 is not allowed", [*jobs(a=()), bad])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,30 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path: Path, slurm: Fake
     assert len(set(epochs)) == 401  # none is missing; the last line is of the test
     log = (runs / "seed-0" / "train.log").read_text()
     assert log.count("epoch 1/400") == 1, "it went on, it did not begin again"
+
+
+def test_a_lost_job_does_not_end_the_sweep_before_the_others(tmp_path: Path, slurm: FakeSlurm) -> None:
+    sweep = start(
+        tmp_path,
+        *("hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "recipe.epochs=200", "seed=0,1,2"),
+        **slurm.environment,
+    )
+    runs = tmp_path / "runs" / "sweep"
+    for number in (0, 2):
+        began = runs / f"seed-{number}" / "checkpoints" / "last.ckpt"
+        wait_for(lambda began=began: began.exists() or sweep.poll() is not None)
+        assert sweep.poll() is None, sweep.communicate()
+        slurm.signal(f"1000_{number}", signal.SIGSTOP)
+    slurm.lose("1000_0")
+    with pytest.raises(subprocess.TimeoutExpired):
+        sweep.wait(25)  # submitit asks for the state after seconds, and waits 15 for a result that may come late
+    slurm.signal("1000_2", signal.SIGCONT)
+    out, err = sweep.communicate(timeout=120)
+    assert sweep.returncode == 1
+    assert "3 jobs, best first" in out
+    assert [result(tmp_path, f"seed-{n}")["status"] for n in range(3)] == ["interrupted", "finished", "finished"]
+    assert "1 of 3 jobs have no result" in err
+    assert "seed=0: interrupted: the launcher says: Slurm job 1000_0 was lost: COMPLETED, without a result" in err
 
 
 @pytest.mark.parametrize(("launcher", "extra"), [("submitit_slurm", "slurm"), ("ray", "ray")])

@@ -103,6 +103,48 @@ def test_several_jobs_share_a_gpu(make_engine, noting, two_gpus, monkeypatch) ->
     assert sorted(f["gpu"] for f in found) == ["0", "0", "1", "1"]
 
 
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a scheduler gave us."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    monkeypatch.setattr(local, "cores", lambda: 8)
+
+
+def test_each_job_has_its_own_block_of_gpus(make_engine, noting, four_gpus) -> None:
+    found = given(make_engine("hydra.launcher.n_jobs=auto"), 4, "hardware.devices=2")
+    assert sorted(f["gpu"] for f in found) == ["2,3", "2,3", "5,7", "5,7"]  # two at once, one after the other
+    assert [f["threads"] for f in found] == [2] * 4  # of each of the four processes at once
+
+
+def test_blocks_of_gpus(four_gpus) -> None:
+    def blocks(n_jobs, devices, share=1, accelerator="gpu"):
+        jobs = [{"accelerator": accelerator, "devices": devices}] * 9
+        return [",".join(s.gpus) for s in local.shares(jobs, n_jobs, share)]
+
+    assert blocks("auto", 1) == ["2", "3", "5", "7"]
+    assert blocks("auto", 3) == [""]  # one job at once: it chooses by itself
+    assert blocks("auto", 2, share=2) == ["2,3", "5,7", "2,3", "5,7"]
+    assert blocks("auto", "auto") == blocks("auto", [0, 3]) == [""]
+    assert blocks("auto", "auto", share=2) == ["2,3,5,7"] * 2
+    assert blocks("auto", 2, accelerator="cpu") == [""] * 4  # 8 cores
+    sentence = (
+        r"n_jobs = 3 is not allowed: there are 4 GPUs, and a job takes 2 \(hardware.devices\) \(several may share"
+    )
+    with pytest.raises(KdError, match=sentence):
+        blocks(3, 2)
+    with pytest.raises(KdError, match=r"n_jobs = 5 is not allowed: there are 8 cores, and a job takes 2 \(hardware"):
+        blocks(5, 2, accelerator="cpu")
+    with pytest.raises(KdError, match=r"hardware\.devices = 5 is not allowed: this machine has 4 GPUs"):
+        blocks("auto", 5)
+
+
+def test_processes_on_the_cpu_count_as_jobs_do(make_engine, noting, monkeypatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 9)
+    engine = make_engine("hydra.launcher.n_jobs=auto")
+    assert engine.launcher.at_once({"accelerator": "cpu", "devices": 2}) == 4
+    assert [f["threads"] for f in given(engine, 2, "hardware=ddp_cpu")] == [2, 2]
+
+
 def test_jobs_of_the_cpu_leave_the_gpus_alone(make_engine, noting, two_gpus) -> None:
     assert {f["gpu"] for f in given(make_engine("hydra.launcher.n_jobs=auto"), 2, "hardware=cpu")} == {None}
 

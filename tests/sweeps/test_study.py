@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,13 +271,27 @@ def kd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
-    folder = write(tmp_path / "experiments" / "tiny")
+@pytest.fixture
+def inside(kd: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """As the function ``kd`` in this process, for what trains nothing; ``inside("study", …)`` has code, out and err."""
+    monkeypatch.setenv("KD_RUNS", str(tmp_path / "runs"))
+    return kd
+
+
+def test_a_study_from_nothing_to_its_report(
+    tmp_path: Path, inside: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {**ROWS, "T{temperature}": {**ROWS["T{temperature}"], "grid": {"temperature": [4]}}}
+    looks = {
+        "seen": {"eval": ["data.eval_batch_size=8"], "rows": ["alone"]},
+        "fixed": {"bias": [3], "rows": ["teacher"]},
+    }
+    folder = write(tmp_path / "experiments" / "tiny", rows=few, evaluations=looks)
     runs = tmp_path / "runs" / "study_tiny"
 
     planned = kd(tmp_path, "tiny", "--dry-run")
     assert planned.returncode == 0, planned.stderr
-    assert "tiny: 7 of 7 runs are missing" in planned.stdout
+    assert "tiny: 5 of 5 runs are missing" in planned.stdout
     assert "ms each" in planned.stdout
     assert not runs.exists()
 
@@ -288,52 +303,54 @@ def test_a_study_from_nothing_to_its_report(tmp_path: Path) -> None:
 
     whole = kd(tmp_path, "tiny", "logger=[wandb]")
     assert whole.returncode == 0, whole.stderr
-    assert "3/3" in whole.stdout  # after alone/seed0 and /seed1; the other two were there
+    assert f"study tiny: 5 runs in {runs}: 2 finished, 3 to run" in whole.stdout
+    assert "2/2" in whole.stdout  # alone/seed0 and /seed1; the teacher was there
+    assert "1/1" in whole.stdout  # then T4/seed1
     assert "T4/seed0" not in whole.stdout
     assert "It helps." in whole.stdout
     assert (runs / "report.html").is_file()
     assert list((runs / "wandb").glob("offline-run-*")), "the report is a W&B run as well"
     text = (folder / "results.csv").read_text().splitlines()
-    assert len(text) == 1 + 7
+    assert len(text) == 1 + 5
     head = text[0].split(",")
     assert {"schema", "study", "row", "seed", "seen/acc1", "fixed/bias", "fixed/class_3"} <= set(head)
     made = json.loads((runs / "teacher/seed0/evaluations.json").read_text())
     assert set(made) == {"fixed"}  # "seen" is of the row alone
 
-    before = (runs / "T1/seed1/result.json").stat().st_mtime_ns
+    before = (runs / "T4/seed1/result.json").stat().st_mtime_ns
     again = kd(tmp_path, "tiny")
     assert again.returncode == 0, again.stderr
     assert "/1" not in again.stdout
-    assert (runs / "T1/seed1/result.json").stat().st_mtime_ns == before
+    assert (runs / "T4/seed1/result.json").stat().st_mtime_ns == before
     assert (folder / "results.csv").read_text().splitlines() == text
 
-    reported = subprocess.run(
-        [sys.executable, "-m", "kd.cli", "report", "tiny", "out=page"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert reported.returncode == 0, reported.stderr  # from results.csv: KD_RUNS is not set here
+    monkeypatch.delenv("KD_RUNS")  # from results.csv
+    reported = inside("report", "tiny", "out=page")
+    assert reported.code == 0, reported.err
+    monkeypatch.setenv("KD_RUNS", str(tmp_path / "runs"))
 
     # what must not be overwritten
-    corrupt = runs / "T1/seed1/result.json"
+    corrupt = runs / "T4/seed1/result.json"
     good = corrupt.read_bytes()
     for content, sentence in ((b"{", "not valid JSON"), (b'{"schema": 99}', "newer version of kd")):
         corrupt.write_bytes(content)
-        refused = kd(tmp_path, "tiny")
-        assert refused.returncode == 1
-        assert sentence in refused.stderr
-        assert len(refused.stderr.splitlines()) == 1
+        refused = inside("study", "tiny")
+        assert refused.code == 1
+        assert sentence in refused.err
+        assert len(refused.err.splitlines()) == 1
         assert corrupt.read_bytes() == content
     corrupt.write_bytes(good)
 
     other = write(tmp_path / "experiments" / "other", claim=None, supported=None)
-    refused = kd(tmp_path, "other", f"hydra.sweep.dir={runs}")
-    assert refused.returncode == 1
-    assert "belongs to the study tiny, not to the study other" in refused.stderr
+    refused = inside("study", "other", f"hydra.sweep.dir={runs}")
+    assert refused.code == 1
+    assert "belongs to the study tiny, not to the study other" in refused.err
     assert not (other / "results.csv").exists()
 
     (other / "results.csv").write_text("\n".join(text) + "\n")
-    refused = kd(tmp_path, "other")
-    assert refused.returncode == 1
-    assert "holds the results of the study tiny, not of other" in refused.stderr
+    refused = inside("study", "other")
+    assert refused.code == 1
+    assert "holds the results of the study tiny, not of other" in refused.err
     assert not (tmp_path / "runs" / "study_other").exists()
 
 

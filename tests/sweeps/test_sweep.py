@@ -18,7 +18,8 @@ def test_a_sweep_over_nothing_is_an_error(kd, tmp_path) -> None:
 def test_a_sweep_by_glob(kd, tmp_path) -> None:
     said = kd("train", "-m", "experiment=glob(digits_a*)", "recipe.epochs=1", "protocol.val_every=1", "hardware=cpu")
     assert said.code == 0, said.err
-    assert len(list(tmp_path.rglob("result.json"))) == 1
+    (record,) = tmp_path.rglob("result.json")
+    assert said.out.splitlines()[0] == f"sweep of 1 job in {record.parents[1]}: 0 finished, 1 to run"
 
 
 def test_a_typo_in_a_sweep_stops_before_the_first_job(kd, tmp_path) -> None:

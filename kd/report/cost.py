@@ -1,0 +1,84 @@
+"""Accuracy against what a student costs: latency, multiply-accumulates, parameters. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure as Canvas
+
+from kd.report import style
+from kd.report.claims import label_of
+from kd.report.figures import capital, role
+from kd.report.frame import values
+from kd.report.measures import Measure
+from kd.report.style import styled
+from kd.studies.spec import Study
+
+MOST_NAMES = 14  # points with their names; of more, only the best have one
+COSTS = (("student/latency_ms", "latency, ms an image"), ("student/macs", "multiply-accumulates an image"),
+         ("student/parameters", "parameters"))  # fmt: skip
+
+
+@styled
+def pareto(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None:
+    """The measure against latency, MACs and parameters; the line joins the rows that no other row beats in both.
+
+    A cost that orders the rows as one before it does has no panel.
+    """
+    panels, orders = [], set()
+    for column, label in COSTS:
+        points = _points(study, frame, measure, column)
+        costs = [round(cost, 9) for _, cost, _, _ in points]
+        order = tuple(np.unique(costs, return_inverse=True)[1].tolist())
+        if len(set(order)) > 1 and order not in orders:
+            panels.append((label, points))
+            orders.add(order)
+    sizes = {p[1] for p in _points(study, frame, measure, "student/parameters")}
+    if len(sizes) < 2:  # one network: a difference of its latency is noise
+        return None
+    figure = Canvas(figsize=(8, 0.6 + (3.8 if len(panels) == 1 else 3.0) * len(panels)))
+    grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, (label, points) in zip(grid, panels, strict=True):
+        _panel(axes, points, measure, label)
+    grid[0].set_title(f"{capital(measure.title)} against what a student costs", pad=18)  # names reach above the axes
+    return figure
+
+
+def _points(study: Study, frame: pd.DataFrame, measure: Measure, cost: str) -> list[tuple[str, float, float, str]]:
+    """Label, cost, mean value and colour of every row that has both.
+
+    The cost is the median over all runs of the same network: rows that train the same one cannot differ in it.
+    """
+    if cost not in frame:
+        return []
+    networks = [frame[c] for c in ("student/parameters", "student/macs") if c in frame]
+    pooled = frame.assign(**{cost: frame.groupby(networks)[cost].transform("median")}) if networks else frame
+    points = []
+    for name in study.rows:
+        found, paid = values(frame, name, measure.column), values(pooled, name, cost)
+        if len(found) and len(paid):
+            value = float(measure.scale * found.mean())
+            points.append((label_of(study, name), float(paid.median()), value, role(study, name)))
+    return points
+
+
+def _panel(axes: Any, points: Sequence[tuple[str, float, float, str]], measure: Measure, label: str) -> None:
+    costs, found = np.array([p[1] for p in points]), np.array([p[2] for p in points])
+    sign = -1 if measure.lower_is_better else 1
+    axes.scatter(costs, found, s=46, c=[p[3] for p in points], zorder=3)
+    front: list[int] = []
+    for i in np.lexsort((-sign * found, costs)):
+        if not front or sign * found[i] > sign * found[front[-1]]:
+            front.append(int(i))
+    axes.plot(costs[front], found[front], color="#D55E00", linewidth=1.2, drawstyle="steps-post", zorder=2)
+    low, high = costs.min(), costs.max()
+    edge = (high / low) ** 0.06
+    style.plain_log(axes, "x", style.log_ticks(low / edge, high * edge))
+    axes.set_xlim(low / edge, high * edge)
+    axes.set_ymargin(0.15)
+    axes.set(xlabel=label, ylabel=measure.label)
+    named = range(len(points)) if len(points) <= MOST_NAMES else front
+    style.point_labels(axes, [(points[i][1], points[i][2], points[i][0]) for i in named])

@@ -1,0 +1,57 @@
+"""Evaluations of several runs at once: each has a GPU of its own, or its share of the cores."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from kd.manifest import Job
+from kd.report.frame import read_evaluations
+from kd.studies import spec
+from kd.sweeps import evaluations, local
+from kd.sweeps.engine import Outcome
+from kd.sweeps.state import FINISHED, State
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``given(hardware, n_jobs)``: the GPUs and torch threads that each of four runs' evaluations got."""
+    study = {"question": "?", "seeds": [0, 1, 2, 3], "rows": {"a": {}}, "evaluations": {"moved": {"eval": ["x=1"]}}}
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+
+    def note(*_):
+        import torch
+
+        return {"gpu": int(os.environ.get("CUDA_VISIBLE_DEVICES", "-1")), "threads": torch.get_num_threads()}
+
+    monkeypatch.setattr(evaluations, "evaluate", note)
+    monkeypatch.setattr(local, "cores", lambda: 4)
+
+    def complete(hardware: dict, **launcher) -> tuple[list[int], list[int]]:
+        outcomes = []
+        for seed in range(4):
+            run_dir = tmp_path / "runs" / "a" / f"seed{seed}"
+            run_dir.mkdir(parents=True)
+            (run_dir / "config.yaml").write_text(yaml.safe_dump({"hardware": hardware}))
+            outcomes.append(Outcome(Job(f"a/seed{seed}", "", ()), run_dir, State(FINISHED)))
+        assert evaluations.complete(spec.load(str(folder)), outcomes, SimpleNamespace(**launcher)) == []
+        found = [read_evaluations(o.run_dir)["moved"]["metrics"] for o in outcomes]
+        return sorted(f["gpu"] for f in found), [f["threads"] for f in found]
+
+    return complete
+
+
+def test_each_has_a_gpu(given, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert given({"accelerator": "gpu", "devices": 2}, n_jobs="auto", jobs_per_gpu=1) == ([4, 4, 6, 6], [2] * 4)
+
+
+def test_on_the_cpu_they_share_the_cores(given, monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert given({"accelerator": "cpu", "devices": 2}) == ([-1] * 4, [1] * 4)  # of a cluster's launcher nothing is read
