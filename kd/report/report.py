@@ -217,7 +217,7 @@ def _published(study: Study, frame: pd.DataFrame) -> Section | None:
     before += [given.note] if given.note else []
     if not grid.rows:  # the paper says it in words only
         return Section("Published", before=before)
-    comparable = "Data, models and recipe are the paper's."
+    comparable = "Data and models are the paper's" + ("; what differs is said above." if given.note else ".")
     if not given.comparable:
         comparable = (
             "Not the paper's data, models or recipe: the numbers stand side by side, but one cannot confirm or refute "
