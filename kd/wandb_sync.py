@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from kd import wandb_run
 from kd.errors import KdError, near
+from kd.sweeps.state import busy
 
 USAGE = """kd wandb sync [DIR ...]
 
@@ -60,7 +60,7 @@ def sync(directories: Sequence[Path], timeout: float = 600) -> int:
         raise KdError(f"there is no directory {', '.join(missing)}")
     files = sorted({f.resolve() for d in directories for f in wandb_run.run_files(d)}, key=_by_run)
     open_ones = [f for f in files if not _sent(f)]
-    training = [f for f in open_ones if _in_use(f.parents[2])]
+    training = [f for f in open_ones if busy(f.parents[2])]
     waiting = [f for f in open_ones if f not in training]
     if waiting:
         _check_server()
@@ -83,18 +83,6 @@ def _mark(file: Path) -> Path:
 
 def _sent(file: Path) -> bool:
     return _mark(file).exists()
-
-
-def _in_use(run_dir: Path) -> bool:
-    """Whether a process trains in the directory: it holds the lock of the log (``kd.train``)."""
-    try:
-        with (run_dir / "train.log").open() as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _check_server() -> None:

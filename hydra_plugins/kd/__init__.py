@@ -26,11 +26,11 @@ class LocalLauncher(Launcher):
         """Called by Hydra before :meth:`launch`."""
         self.context, self.task, self.config = hydra_context, task_function, config
 
-    def at_once(self, hardware: Mapping[str, Any]) -> int:
-        """How many jobs with this hardware section run together."""
+    def at_once(self, *hardware: Mapping[str, Any]) -> int:
+        """How many jobs with these hardware sections run together. ``KdError`` when there is no room for so many."""
         from kd.sweeps.local import division
 
-        return division([hardware], self.n_jobs, self.jobs_per_gpu)[0]
+        return division(hardware, self.n_jobs, self.jobs_per_gpu)[0]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run them all; one that fails or is killed does not stop the others."""

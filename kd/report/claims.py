@@ -12,7 +12,7 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.report import stats
-from kd.report.frame import finished, measure_of, values
+from kd.report.frame import FINISHED, finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval, OverImages
 from kd.studies.spec import Comparison, Condition, Study
@@ -75,7 +75,7 @@ def known(study: Study, frame: pd.DataFrame, measure: str) -> str | None:
     try:
         return resolve(frame.columns, measure, study.epoch)
     except KdError:
-        if (frame["status"] == "finished").all():
+        if (frame["status"] == FINISHED).all():
             raise
         return None
 
@@ -208,20 +208,26 @@ def predictions(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | No
 # ---------------------------------------------------------------------- the claim
 
 
-def verdict(study: Study, compared: Mapping[str, Compared], missing: int = 0) -> tuple[str, list[str]]:
+def verdict(study: Study, compared: Mapping[str, Compared], frame: pd.DataFrame) -> tuple[str, list[str]]:
     """``supported`` when every condition holds, ``contradicted`` when one cannot, else ``not shown``; and why.
 
-    What is not shown while ``missing`` runs are still to come is ``incomplete``.
-
-    No correction for the number of conditions is needed: all of them must hold at 95 % (an intersection–union test).
+    ``incomplete`` while a run of the rows that are compared is not finished: to look at some of the seeds and stop
+    when they please would be no test. ``supported`` needs no correction for the number of conditions, all of them must
+    hold at 95 % (an intersection-union test); ``contradicted`` is one of several intervals, and its error grows with
+    their number.
     """
     if not study.supported:
         return "", []
     judged = [judge(condition, compared[condition.comparison]) for condition in study.supported]
     states = [state for state, _ in judged]
-    worst = CONTRADICTED if CONTRADICTED in states else OPEN
-    state = SUPPORTED if set(states) == {SUPPORTED} else INCOMPLETE if missing and worst == OPEN else worst
-    return state, [sentence for _, sentence in judged]
+    needed = {row for c in study.supported for row in _rows_of(compared[c.comparison].comparison)}
+    unfinished = (frame["row"].isin(needed) & (frame["status"] != FINISHED)).any()
+    decided = SUPPORTED if set(states) == {SUPPORTED} else CONTRADICTED if CONTRADICTED in states else OPEN
+    return INCOMPLETE if unfinished else decided, [sentence for _, sentence in judged]
+
+
+def _rows_of(comparison: Comparison) -> set[str]:
+    return {row for row in (comparison.row, comparison.than, comparison.share_of) if row}
 
 
 def judge(condition: Condition, compared: Compared) -> tuple[str, str]:

@@ -78,7 +78,8 @@ def _panel(axes: Any, points: Sequence[tuple[str, float, float, str]], measure: 
     edge = (high / low) ** 0.06
     style.plain_log(axes, "x", style.log_ticks(low / edge, high * edge))
     axes.set_xlim(low / edge, high * edge)
-    axes.set_ymargin(0.15)
+    if not (measure.lower_is_better and style.log_if_wide(axes, "y", found.tolist())):
+        axes.set_ymargin(0.15)
     axes.set(xlabel=label, ylabel=measure.label)
     named = range(len(points)) if len(points) <= MOST_NAMES else front
     style.point_labels(axes, [(points[i][1], points[i][2], points[i][0]) for i in named])

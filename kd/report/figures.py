@@ -31,14 +31,18 @@ class Bar:
 
 
 @styled
-def bars(rows: Sequence[Bar], title: str, axis: str) -> Canvas | None:
-    """A dot for every seed and a stroke at the mean; bars where the axis can start at 0 without hiding the spread."""
+def bars(rows: Sequence[Bar], title: str, axis: str, log: bool = False) -> Canvas | None:
+    """A dot for every seed and a stroke at the mean; bars where the axis can start at 0 without hiding the spread.
+
+    ``log``: the axis may be logarithmic, where one row would press the others together.
+    """
     if not rows:
         return None
     figure = Canvas(figsize=(8, 1.25 + 0.42 * len(rows)))
     axes = figure.subplots()
     every = np.concatenate([np.append(r.values, [] if r.published is None else [r.published]) for r in rows])
-    from_zero = every.min() <= 0.5 * every.max()
+    wide = log and style.log_if_wide(axes, "x", every.tolist())
+    from_zero = not wide and every.min() <= 0.5 * every.max()
     positions = range(len(rows) - 1, -1, -1)
     for position, row in zip(positions, rows, strict=True):
         mean = row.values.mean()
@@ -53,7 +57,7 @@ def bars(rows: Sequence[Bar], title: str, axis: str) -> Canvas | None:
         axes.annotate(written, (1.01, position), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
     if from_zero:
         axes.set_xlim(0, every.max() * 1.04)
-    else:
+    elif not wide:
         axes.set_xmargin(0.06)
     axes.annotate("mean", (1.01, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", color=SOFT)
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -61,7 +65,7 @@ def bars(rows: Sequence[Bar], title: str, axis: str) -> Canvas | None:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(from_zero)
-    axes.set_xlabel(axis)
+    axes.set_xlabel(f"{axis}, logarithmic" if wide else axis)
     axes.set_title(title)
     return figure
 
@@ -74,7 +78,8 @@ def study_bars(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | 
         return None
     better = "lower is better" if measure.lower_is_better else "higher is better"
     epoch = f", {measure.epoch}" if measure.epoch else ""
-    return bars(rows, f"{capital(measure.title)} of every seed", f"{measure.label}{epoch} ({better})")
+    title = f"{capital(measure.title)} of every seed"
+    return bars(rows, title, f"{measure.label}{epoch} ({better})", log=measure.lower_is_better)
 
 
 def role(study: Study, name: str) -> str:

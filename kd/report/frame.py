@@ -13,14 +13,16 @@ from kd import record
 from kd.errors import KdError
 from kd.report.measures import EPOCHS, Measure
 from kd.studies import graph
-from kd.studies.spec import Study
+from kd.studies.spec import Row, Study
 
 SCHEMA = 1  # of results.csv
+RESULTS = "results.csv"  # in the folder of a study, and beside its runs
+FINISHED = "finished"
 EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
 TEXT = (
-    *("row", "status", "error", "run", "name", "config_hash", "recipe", "commit", "started", "monitor", "data"),
+    *("row", "status", "error", "run", "name", "config_hash", "overrides_hash", "commit", "started", "monitor", "data"),
     "classes",
 )
 
@@ -160,7 +162,7 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
         for seed in row.seeds or study.seeds:
             run_dir = runs_dir / name / f"seed{seed}"
             if (run_dir / record.FILE).is_file():
-                told = {"seed": seed, "recipe": graph.recipe(study, row)}
+                told = {"seed": seed, "overrides_hash": _as_told(study, row, run_dir)}
                 rows.append({**of_run(run_dir, name, runs_dir), **told})
             else:
                 rows.append({"row": name, "seed": seed, "status": "missing"})
@@ -192,13 +194,21 @@ def is_text(column: str) -> bool:
 
 def finished(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows whose runs are finished."""
-    return frame[frame["status"] == "finished"]
+    return frame[frame["status"] == FINISHED]
 
 
 def values(frame: pd.DataFrame, row: str, column: str) -> pd.Series:
     """One number a finished seed of a row, indexed by seed; runs without that number are left out."""
     found = finished(frame)
     return found[found["row"] == row].set_index("seed")[column].dropna().astype(float).sort_index()
+
+
+def _as_told(study: Study, row: Row, run_dir: Path) -> str | None:
+    """The hash of a row's overrides if a run was told these and no more, else None."""
+    told = record.read(run_dir).get("overrides", [])
+    seed = int(run_dir.name.removeprefix("seed"))
+    own = graph.resolved(study, row, seed, run_dir.resolve().parents[1])
+    return graph.overrides_hash(study, row) if told == [f"seed={seed}", *own, f"name={row.name}"] else None
 
 
 def measure_of(frame: pd.DataFrame, column: str) -> Measure:
@@ -256,15 +266,14 @@ def read_results(file: Path, study: Study) -> pd.DataFrame:
 def stale(study: Study, frame: pd.DataFrame) -> str:
     """A sentence on the rows that were made with other overrides than the study has now; "" when there are none.
 
-    Results of before there was a ``recipe`` cannot tell.
+    Results of before there was an ``overrides_hash``, and runs that were told more than the study says, cannot tell.
     """
-    now = {name: graph.recipe(study, row) for name, row in study.rows.items()}
-    told = frame[frame["recipe"].notna()]
-    rows = list(dict.fromkeys(told["row"][told["recipe"] != told["row"].map(now)]))
+    now = {name: graph.overrides_hash(study, row) for name, row in study.rows.items()}
+    told = frame[frame["overrides_hash"].notna()]
+    rows = list(dict.fromkeys(told["row"][told["overrides_hash"] != told["row"].map(now)]))
     if not rows:
         return ""
-    which, them = ("row", "it") if len(rows) == 1 else ("rows", "them")
     return (
-        f"{which} {', '.join(rows)}: results.csv was made with other overrides than study.yaml has now; "
-        f"`kd study {study.name} --only {','.join(rows)}` makes {them} anew"
+        f"{'row' if len(rows) == 1 else 'rows'} {', '.join(rows)}: results.csv was made with other overrides than "
+        f"study.yaml has now; `kd study {study.name}` makes the results anew"
     )

@@ -11,13 +11,12 @@ import pandas as pd
 from kd import manifest, record
 from kd.errors import KdError
 from kd.report import gather, tables
-from kd.report.frame import of_study, read_results, stale
+from kd.report.frame import FINISHED, RESULTS, of_study, read_results, stale
 from kd.report.report import Report, build
 from kd.studies import spec
 from kd.studies.spec import Study
 
 COLUMNS = 5  # of the table that the terminal shows
-STUDY, RESULTS = "study.yaml", "results.csv"
 USAGE = """kd report STUDY|RUNS... [out=DIR]
 
 Tables, intervals and figures of runs: report.html (one file, opens offline), report.md and figures/.
@@ -61,7 +60,7 @@ def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None,
     """The study (or what stands for one), its frame, the runs' directory if there is one, and where to write."""
     first = Path(targets[0])
     if len(targets) == 1:
-        if (first / STUDY).is_file() or not first.exists():
+        if (first / spec.STUDY).is_file() or not first.exists():
             return _of_study(targets[0])
         if (first / manifest.FILE).is_file():
             given = manifest.read(first)
@@ -79,9 +78,16 @@ def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None,
 def _of_study(name: str, runs_dir: Path | None = None) -> tuple[Study, pd.DataFrame, Path | None, Path]:
     study = spec.load(name)
     directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
-    if any(directory.glob(f"*/seed*/{record.FILE}")):
-        return study, of_study(study, directory), directory, directory
     file = study.folder / RESULTS
+    if any(directory.glob(f"*/seed*/{record.FILE}")):
+        frame, kept = of_study(study, directory), None
+        lacking = int((frame["status"] != FINISHED).sum())
+        if runs_dir is None and lacking and file.is_file():
+            kept = read_results(file, study)
+        if kept is None or (kept["status"] == FINISHED).sum() <= len(frame) - lacking:
+            return study, frame, directory, directory
+        print(f"{lacking} of {len(frame)} runs are not finished in {directory} (their report: kd report {directory})")
+        return study, kept, None, directory
     if not file.is_file():
         raise KdError(f"{study.name} has no results: no runs in {directory}, no {RESULTS} in {study.folder}")
     return study, read_results(file, study), None, directory

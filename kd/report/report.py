@@ -13,7 +13,7 @@ import pandas as pd
 from kd.errors import KdError
 from kd.report import cost, curves, figures, ranks, style, tables
 from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
-from kd.report.frame import check_protocol, finished, stale
+from kd.report.frame import FINISHED, check_protocol, finished, stale
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section, render
 from kd.report.style import Canvas
@@ -48,7 +48,7 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path) -
         raise KdError(f"{study.name}: no run is finished{f' ({states})' if states else ''}: there is nothing to report")
     check_protocol(frame)
     compared = compare(study, frame, runs_dir)
-    state, reasons = verdict(study, compared, int((frame["status"] == "missing").sum()))
+    state, reasons = verdict(study, compared, frame)
     table, shown = tables.numbers(study, frame), tables.measures(study, frame)
     drawn = draw(study, frame, runs_dir)
     try:
@@ -142,7 +142,7 @@ def _context(
         _protocol(study),
         _provenance(study, frame),
     ]
-    missing = f"Incomplete: {int((frame['status'] == 'missing').sum())} of {len(frame)} runs are missing"
+    missing = f"Incomplete: {int((frame['status'] != FINISHED).sum())} of {len(frame)} runs are not finished"
     words = {"": "", OPEN: "The claim was not shown", INCOMPLETE: missing}.get(state, f"The claim is {state}")
     return {
         "title": study.question or study.name,
@@ -193,9 +193,9 @@ def _comparisons(compared: Mapping[str, Compared]) -> Section | None:
         return None
     section = Section("Comparisons, paired over seeds", grids=[tables.comparison_grid(compared)])
     section.notes.append(
-        "The first interval counts below ten seeds: a bootstrap of so few (above all of fewer than five) is too "
-        "narrow. Holm: corrected for the number of comparisons. p of a share is that of the difference itself, so it "
-        "is neither counted nor corrected again."
+        "The first interval counts; a bootstrap of few seeds, also of ten, is too narrow. Holm: corrected for the "
+        "number of comparisons. p of a share is that of the difference itself, so it is neither counted nor corrected "
+        "again."
     )
     images = tables.image_grid(compared)
     if images is not None:
@@ -203,7 +203,8 @@ def _comparisons(compared: Mapping[str, Compared]) -> Section | None:
         section.notes.append(
             "Second table: the same students, val-selected, on the same test images. Its interval is over images (each "
             "with all its seeds) and says how another test set would have come out, not another training. McNemar's p "
-            "is twice the median over seeds, which holds however the seeds depend on one another."
+            "is twice the median over seeds, which holds however the seeds depend on one another; it is not corrected "
+            "for several comparisons."
         )
     return section
 
@@ -217,7 +218,7 @@ def _published(study: Study, frame: pd.DataFrame) -> Section | None:
     before += [given.note] if given.note else []
     if not grid.rows:  # the paper says it in words only
         return Section("Published", before=before)
-    comparable = "Data, models and recipe are the paper's."
+    comparable = "Data and models are the paper's" + ("; what differs is said above." if given.note else ".")
     if not given.comparable:
         comparable = (
             "Not the paper's data, models or recipe: the numbers stand side by side, but one cannot confirm or refute "
@@ -235,9 +236,14 @@ def _protocol(study: Study) -> Section:
         f"{picked} The test split chooses nothing; it is used once for each student that is reported.",
         "Gap recovered: (distilled − alone) ÷ (teacher − alone) of the first measure. Retention: student ÷ teacher, "
         "test top-1. Agreement: student and teacher choose the same class.",
-        "Intervals of 95 %: Student's t over seeds, Fieller's for ratios; from ten seeds on the bootstrap over seeds "
-        "(BCa, 9999 samples). They speak of new seeds: of initialisation, order and whatever else the seed draws.",
+        "Intervals of 95 %: Student's t over seeds, Fieller's for ratios; beside them the bootstrap over seeds (BCa, "
+        "9999 samples). They speak of new seeds: of initialisation, order and whatever else the seed draws.",
     ]
+    if study.supported:
+        points.append(
+            "Supported: all conditions hold with the whole of their intervals, which needs no correction. "
+            "Contradicted: one fails with the whole of its interval; with many conditions that may be chance."
+        )
     return Section("Protocol", points=points)
 
 

@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5D3A9B", "#7F7F7F")
 INK, SOFT, GRID = "#1B1B1B", "#5F6B73", "#D9DFE3"
 TEACHER, ALONE, STUDENT = "#3B3B3B", "#A3B1BA", COLOURS[0]
+WIDE = 12  # times the smallest value: from there on an axis is logarithmic
 GREY = "#7B8790"  # a line in the colour of ALONE would be too pale
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
@@ -74,14 +75,15 @@ def end_labels(axes: Axes, ys: Sequence[float], texts: Sequence[str], colours: S
 
 
 def point_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Label points (x, y, text) of a logarithmic x axis: left or right of them, those at about the same x apart."""
+    """Label points (x, y, text) of a logarithmic x axis, right above or left below; near ones are moved apart."""
     low, high = np.log(axes.get_xlim())
     places = [(np.log(x) - low) / (high - low) for x, _, _ in points]
-    for cluster in _clusters(places, 0.12):
+    for cluster in _clusters(places, 0.3):
         right = np.mean([places[i] for i in cluster]) < 0.6
         chosen = [points[i] for i in cluster]
         where = [(x, y) for x, y, _ in chosen]
-        _labels(axes, where, [p[2] for p in chosen], [INK] * len(chosen), ("data", "data"), (7 if right else -7, 7))
+        offset = (7, 7) if right else (-7, -7)
+        _labels(axes, where, [p[2] for p in chosen], [INK] * len(chosen), ("data", "data"), offset)
 
 
 def _clusters(places: Sequence[float], width: float) -> list[list[int]]:
@@ -103,17 +105,18 @@ def _labels(
     coordinates: tuple[str, str],
     offset: tuple[float, float],
 ) -> None:
-    low, high = axes.get_ylim()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ys = [float(to_axes.transform((1.0, y))[1]) for _, y in where]  # 0 to 1, also of a logarithmic axis
     figure = axes.get_figure()
     assert isinstance(figure, Canvas)
     rows = axes.get_subplotspec().get_gridspec().nrows  # type: ignore[union-attr]
     height = figure.get_size_inches()[1] / rows * 0.75 * 72  # about so many points high are the axes
-    moved = apart([y for _, y in where], (high - low) * 12.5 / height, low, high)
-    for (x, y), new, text, ink in zip(where, moved, texts, colours, strict=True):
+    moved = apart(ys, 12.5 / height, 0.0, 1.0)
+    for place, y, new, text, ink in zip(where, ys, moved, texts, colours, strict=True):
         side = "left" if offset[0] > 0 else "right"
         how = {"color": ink, "va": "center", "ha": side, "fontsize": 9, "annotation_clip": False}
-        shift = (offset[0], offset[1] + (new - y) / (high - low) * height)
-        axes.annotate(text, (x, y), shift, xycoords=coordinates, textcoords="offset points", **how)  # type: ignore[arg-type]
+        shift = (offset[0], offset[1] + (new - y) * height)
+        axes.annotate(text, place, shift, xycoords=coordinates, textcoords="offset points", **how)  # type: ignore[arg-type]
 
 
 def apart(ys: Sequence[float], step: float, low: float, high: float) -> list[float]:
@@ -140,6 +143,17 @@ def plain_log(axes: Axes, which: str, ticks: Sequence[float]) -> None:
     axis.set_major_locator(FixedLocator(list(ticks)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def log_if_wide(axes: Axes, which: str, found: Sequence[float]) -> bool:
+    """Make an axis logarithmic where one row would press all others together; whether it did."""
+    low, high = min(found), max(found)
+    if low <= 0 or high < WIDE * low:
+        return False
+    edge = (high / low) ** 0.06
+    plain_log(axes, which, log_ticks(low / edge, high * edge))
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low / edge, high * edge)
+    return True
 
 
 def log_ticks(low: float, high: float) -> list[float]:

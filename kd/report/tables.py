@@ -11,7 +11,7 @@ import pandas as pd
 from kd.errors import KdError
 from kd.report import ranks, stats
 from kd.report.claims import Compared, gap_closed, known, label_of
-from kd.report.frame import finished, measure_of, values
+from kd.report.frame import FINISHED, finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
 from kd.report.vocabulary import refuse_percent
@@ -265,7 +265,7 @@ def _once(column: pd.Series) -> str:
 def unfinished_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
     """Runs that failed, were interrupted, still run or are missing, a line for each row, status and reason; or None."""
     seeds: dict[tuple[str, str, str], list[str]] = {}
-    for r in frame[frame["status"] != "finished"].itertuples():
+    for r in frame[frame["status"] != FINISHED].itertuples():
         key = (label_of(study, str(r.row)), str(r.status), str(r.error or NOTHING).splitlines()[0])
         seeds.setdefault(key, []).append(str(r.seed))
     rows = tuple((label, status, " ".join(found), reason) for (label, status, reason), found in seeds.items())

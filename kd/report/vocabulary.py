@@ -19,7 +19,8 @@ COSTS = ("parameters", "macs", "latency_ms")
 def check(study: Study) -> None:
     """``KdError`` for a measure that no run of the study can have, such as ``test/acc_1``, and for published percents.
 
-    A study that sets a task has that task's own metrics: only those of the published numbers are looked at.
+    A study that sets a task has that task's own metrics: only the published numbers are looked at. That a class is one
+    of the data's, or that an evaluation is made for a row, cannot be told before there is data.
     """
     own_task = any(re.match(r"\+*task[.=]", o) for row in study.rows.values() for o in row.overrides)
     known = set(_columns(study))

@@ -49,9 +49,9 @@ def references(row: Row) -> list[tuple[str, int | None]]:
     return [(m[1], int(m[2]) if m[2] else None) for m in found if m[1] != SEED]
 
 
-def recipe(study: Study, row: Row) -> str:
+def overrides_hash(study: Study, row: Row) -> str:
     """Eight hex digits of what the study says of a row: its overrides, and those of the rows that it reads."""
-    read = [recipe(study, study.rows[name]) for name, _ in references(row)]
+    read = [overrides_hash(study, study.rows[name]) for name, _ in references(row)]
     return hashlib.sha256("\n".join([*row.overrides, *read]).encode()).hexdigest()[:8]
 
 

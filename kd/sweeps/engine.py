@@ -6,7 +6,7 @@ import fcntl
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,13 @@ class Engine:
         quoted = str(self.directory).replace("'", r"\'")
         return [f"hydra.sweep.dir='{quoted}'", f"hydra.sweep.subdir='{job.name}'"]
 
-    def run(self, kind: str, name: str, jobs: Sequence[Job], opening: str | None = None) -> list[Outcome]:
+    def run(
+        self, kind: str, name: str, jobs: Sequence[Job], opening: str | None = None, held: ExitStack | None = None
+    ) -> list[Outcome]:
         """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong.
 
-        ``opening``: what to call the jobs in a line that says how many are finished and how many will run.
+        ``opening``: what to call the jobs in a line that says how many are finished and how many will run; ``held``
+        keeps the directory locked for what its owner still has to write.
         """
         configs = {job.name: self.compose(job) for job in jobs}
         refuse_twins(configs, kind)
@@ -78,16 +81,25 @@ class Engine:
             state = look(self.directory / job.name, configs[job.name] if ready else None)
             if state.status not in DONE:
                 missing[job.name] = configs[job.name]
+        self._check_room(ordered, missing)
         if opening is not None:
             count = f"{len(jobs) - len(missing)} finished, {len(missing)} to run"
             print(f"{opening} in {self.directory}: {count}", flush=True)
         refuse_unbuildable(missing, self.directory)
-        with self.locked(kind, name):
+        with ExitStack() as own:
+            (held or own).enter_context(self.locked(kind, name))
             manifest.write(self.directory, _joined(self.directory, plan))
             outcomes: dict[str, Outcome] = {}
             for wave in ordered:
                 outcomes |= self._wave(wave, outcomes, configs)
         return [outcomes[job.name] for job in jobs]
+
+    def _check_room(self, ordered: Sequence[Sequence[Job]], missing: Mapping[str, Mapping[str, Any]]) -> None:
+        """``KdError`` when the local launcher has no room for a later wave: not found out after the first."""
+        launcher: Any = self.launcher
+        for wave in ordered if hasattr(launcher, "at_once") else ():
+            if needs := [missing[job.name]["hardware"] for job in wave if job.name in missing]:
+                launcher.at_once(*needs)
 
     @contextmanager
     def locked(self, kind: str, name: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ import heapq
 import io
 import itertools
 import json
+import math
 import re
 import tempfile
 import time
@@ -26,13 +27,13 @@ from kd.report.console import print_table
 from kd.studies import graph
 from kd.studies.spec import Study
 from kd.sweeps.engine import Engine, refuse_twins, refuse_unbuildable, waves
-from kd.sweeps.local import Share, cores, shares
+from kd.sweeps.local import Share, cores, gpus, shares
 from kd.sweeps.pool import ask, warm_up
 from kd.sweeps.state import FINISHED, State, look
 
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones
 EPOCH = re.compile(r"^(\S+ \S+) INFO epoch \d+/\d+ ", re.MULTILINE)  # in train.log, when one has ended
-OTHER_SEEDS = "its other seeds"
+OTHER_SEEDS, NO_GPU = "its other seeds", "– (there is no GPU here to time it on)"
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
     rows = [[x.row, *_seeds(x), _after(study, x.row), *_hours(x)] for x in lines]
     head = ["", "to run: seeds", "finished", "after", "minutes a run", "minutes in all", "from"]
     print_table(f"{study.name}: {sum(len(x.missing) for x in lines)} of {len(jobs)} runs are missing", head, rows)
-    seconds = {job.name: x.seconds for x in lines for job in x.missing}
+    seconds = {job.name: x.seconds for x in lines for job in x.missing if not math.isnan(x.seconds)}
     alone, together = sum(seconds.values()) / 3600, makespan(jobs, seconds, len(slots)) / 3600
-    stepped = any(x.missing and x.how != OTHER_SEEDS for x in lines)
+    stepped = any(x.missing and x.how not in (OTHER_SEEDS, NO_GPU) for x in lines)
     more = "; where steps were timed, validation and test come on top" if stepped else ""
+    more += f"; {untimed} runs are not counted" if (untimed := sum(x.how == NO_GPU for x in lines)) else ""
     print(f"{alone:.2f} hours one after another, about {together:.2f} with {len(slots)} at once{more}")
     if problems:
         raise KdError("\n".join([f"{len(problems)} rows cannot be trained:", *problems]))
@@ -116,6 +118,8 @@ def _timed(line: Line, directory: Path, configs: Mapping[str, Mapping[str, Any]]
     took = [trained(directory / job.name, s.record) for job, s in ended if s.status == FINISHED and s.record]
     if took:
         return replace(line, seconds=median(took), how=OTHER_SEEDS)
+    if configs[line.missing[0].name]["hardware"]["accelerator"] in ("gpu", "cuda") and not gpus():  # a login node
+        return replace(line, seconds=math.nan, how=NO_GPU)
     config = _without_missing(dict(configs[line.missing[0].name]), directory, configs)
     steps, seconds, start = clock(config)
     how = f"{steps} steps an epoch, {1000 * seconds:.1f} ms each"
@@ -242,6 +246,6 @@ def _after(study: Study, row: str) -> str:
 
 
 def _hours(line: Line) -> tuple[str, str, str]:
-    if not line.missing:
-        return "–", "–", "–"
+    if not line.missing or line.how == NO_GPU:
+        return "–", "–", line.how if line.missing else "–"
     return f"{line.seconds / 60:.1f}", f"{line.seconds * len(line.missing) / 60:.1f}", line.how

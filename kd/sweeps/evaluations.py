@@ -25,7 +25,8 @@ from kd.sweeps.pool import forked, warm_up
 def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[str]:
     """Make the evaluations that finished runs lack, into ``evaluations.json``; a sentence for each run that failed.
 
-    They run on this machine, divided as by the local launcher; each takes one GPU, or the cores of one job.
+    They run on this machine, divided as by the local launcher; each takes one GPU, or the cores of one job. Where the
+    jobs ran elsewhere (Slurm, Ray) they run one after another: this may be a login node.
     """
     todo = [(o.run_dir, lacking(study, o)) for o in outcomes]
     todo = [(run_dir, names) for run_dir, names in todo if names]
@@ -34,7 +35,7 @@ def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[s
     print(f"evaluations of {len(todo)} runs: {', '.join(study.evaluations)}", flush=True)
     warm_up()
     hardware = [{**settings(record.read_config(run_dir)), "devices": 1} for run_dir, _ in todo]
-    slots = shares(hardware, getattr(launcher, "n_jobs", "auto"), getattr(launcher, "jobs_per_gpu", 1))
+    slots = shares(hardware, getattr(launcher, "n_jobs", 1), getattr(launcher, "jobs_per_gpu", 1))
     calls = [functools.partial(_child, study, run_dir, names, slots) for run_dir, names in todo]
     failed = [todo[position][0] for position, code in forked(calls, len(slots)) if code]
     return [

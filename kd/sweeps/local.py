@@ -57,25 +57,28 @@ def gpus() -> list[str]:
     return [str(number) for number in range(len(whole))]
 
 
-def devices_of(hardware: Mapping[str, Any], on_gpu: bool) -> int:
-    """How many GPUs, or processes on the CPU, a job of this hardware section takes. ``KdError``: more than there are.
+def devices_of(hardware: Mapping[str, Any], there: int) -> int:
+    """How many of the GPUs that are ``there``, or processes on the CPU, a job of this hardware section takes.
 
-    A job that names its GPUs by number takes them all: nothing may be renumbered under it.
+    A job that names its GPUs by number takes them all: nothing may be renumbered under it. ``KdError``: more than
+    there are.
     """
-    devices, there = hardware["devices"], len(gpus())
-    if not on_gpu:
+    devices = hardware["devices"]
+    if not there or hardware["accelerator"] == "cpu":
         return devices if isinstance(devices, int) else 1
     if isinstance(devices, int) and devices > there:
         raise KdError(f"hardware.devices = {devices} is not allowed: this machine has {there} GPUs")
     return devices if isinstance(devices, int) else there
 
 
-def at_once(n_jobs: int | str, jobs_per_gpu: int, on_gpu: bool, each: int = 1) -> int:
-    """How many jobs run together. ``auto``: as many as there are GPUs, or cores, for ``each`` to take so many.
+def at_once(n_jobs: int | str, jobs_per_gpu: int, there: int, each: int = 1) -> int:
+    """How many jobs run together, on so many GPUs as are ``there``, or on the cores where that is 0.
+
+    ``auto``: as many as there is room for when ``each`` takes so many.
 
     ``KdError`` for more than there is room for.
     """
-    units, what, share = (len(gpus()), "GPUs", jobs_per_gpu) if on_gpu else (cores(), "cores", 1)
+    units, what, share = (there, "GPUs", jobs_per_gpu) if there else (cores(), "cores", 1)
     room = max(1, units // each * share)
     if n_jobs == "auto":
         return room
@@ -83,23 +86,27 @@ def at_once(n_jobs: int | str, jobs_per_gpu: int, on_gpu: bool, each: int = 1) -
         raise KdError(f"hydra.launcher.n_jobs = {n_jobs} is not allowed: it must be a whole number, 1 or more, or auto")
     if n_jobs > room:
         takes = f", and a job takes {each} (hardware.devices)" if each > 1 else ""
-        hint = " (several may share one: hydra.launcher.jobs_per_gpu)" if on_gpu else ""
+        hint = " (several may share one: hydra.launcher.jobs_per_gpu)" if there else ""
         raise KdError(f"hydra.launcher.n_jobs = {n_jobs} is not allowed: there are {units} {what}{takes}{hint}")
     return n_jobs
 
 
-def division(jobs: Sequence[Mapping[str, Any]], n_jobs: int | str, jobs_per_gpu: int) -> tuple[int, int, bool]:
-    """How many jobs of these hardware sections there is room for, what each takes, and whether that is GPUs."""
-    on_gpu = bool(gpus()) and any(hardware["accelerator"] != "cpu" for hardware in jobs)
-    each = max(devices_of(hardware, on_gpu) for hardware in jobs)
-    return at_once(n_jobs, jobs_per_gpu, on_gpu, each), each, on_gpu
+def division(jobs: Sequence[Mapping[str, Any]], n_jobs: int | str, jobs_per_gpu: int) -> tuple[int, int, Sequence[str]]:
+    """How many jobs of these hardware sections there is room for, what each may take, and of which GPUs.
+
+    Where one job takes more than the others, all get its room.
+    """
+    on_gpu = [hardware for hardware in jobs if hardware["accelerator"] != "cpu"]
+    visible = gpus() if on_gpu else []
+    each = max(devices_of(hardware, len(visible)) for hardware in (on_gpu if visible else jobs))
+    return at_once(n_jobs, jobs_per_gpu, len(visible), each), each, visible
 
 
 def shares(jobs: Sequence[Mapping[str, Any]], n_jobs: int | str, jobs_per_gpu: int) -> list[Share]:
     """What each of the slots gets in which jobs of these hardware sections run; as many slots as jobs at once."""
-    room, each, on_gpu = division(jobs, n_jobs, jobs_per_gpu)
+    room, each, visible = division(jobs, n_jobs, jobs_per_gpu)
     together = min(room, len(jobs))
-    visible = gpus() if on_gpu and together > 1 else []
+    visible = visible if together > 1 else []
     blocks = [visible[i : i + each] for i in range(0, len(visible) - each + 1, each)]
     threads = max(1, cores() // (together * each))
     return [Share(threads, blocks[slot % len(blocks)] if blocks else []) for slot in range(together)]

@@ -34,7 +34,8 @@ class PatientLauncher(SlurmLauncher):
 def _result(job: submitit.Job[Any]) -> Any:
     try:
         return job.results()[0]
+    except submitit.core.utils.FailedJobError as error:  # it raised before the run began; its trace is between rules
+        reason = str(error).split("-" * 22)[1:2] or [str(error)]
+        return RuntimeError(f"Slurm job {job.job_id} failed: {reason[0].strip().splitlines()[-1]}")
     except submitit.core.utils.UncompletedJobError:
         return RuntimeError(f"Slurm job {job.job_id} was lost: {job.state}, without a result (see {job.paths.stderr})")
-    except Exception as error:  # it raised before the run began
-        return error

@@ -47,7 +47,7 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
 def busy(run_dir: Path) -> bool:
     """Whether a process, perhaps on another node, holds the lock that a run keeps on its ``train.log``."""
     try:
-        log = (run_dir / "train.log").open("a")
+        log = (run_dir / "train.log").open()
     except OSError:
         return False
     with log:
@@ -58,10 +58,15 @@ def busy(run_dir: Path) -> bool:
     return False
 
 
+def same_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether two configs are of the same experiment, with the same seeds of its own, its data and what it reads."""
+    seeds = [(c["seed"], c["data"].get("seed"), c["data"].get("split_seed"), _seeds_read(c)) for c in (there, here)]
+    return record.config_hash(there) == record.config_hash(here) and seeds[0] == seeds[1]
+
+
 def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """``KdError`` when the two configs are not of the same experiment and seed; names the keys that differ."""
-    seeds = [(c["seed"], c["data"].get("seed"), c["data"].get("split_seed"), _seeds_read(c)) for c in (there, here)]
-    if record.config_hash(there) == record.config_hash(here) and seeds[0] == seeds[1]:
+    if same_run(there, here):
         return
     old, new = flat(there), flat(here)
     ignored = tuple(f"{section}." for section in record.NOT_THE_EXPERIMENT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,14 @@ from kd import record
 from kd.errors import KdError, near
 from kd.manifest import Job
 from kd.report import vocabulary
-from kd.report.frame import check_protocol, finished, of_study, read_results, write_results
+from kd.report.frame import RESULTS, check_protocol, finished, of_study, read_results, write_results
 from kd.report.main import say
 from kd.report.report import Report, build
 from kd.studies import graph, spec
 from kd.studies.spec import Row, Study
 from kd.sweeps import estimate, evaluations
 from kd.sweeps.engine import Engine, Outcome
-from kd.sweeps.state import FINISHED, look
-
-RESULTS = "results.csv"
+from kd.sweeps.state import FINISHED, look, same_run
 
 
 def sweep(
@@ -43,11 +41,16 @@ def sweep(
         estimate.show(engine, study, jobs)
         return []
     refuse_mixed(study, engine, jobs, arguments)
-    own = seeds is None and _same_experiment(engine, jobs[0], arguments)
-    outcomes = engine.run("study", study.name, jobs, f"study {study.name}: {len(jobs)} runs")
-    with engine.locked("study", study.name):
+    own = seeds is None and _same_experiments(study, engine, jobs, arguments)
+    with ExitStack() as held:
+        outcomes = engine.run("study", study.name, jobs, f"study {study.name}: {len(jobs)} runs", held)
         problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
-        _conclude(study, engine, outcomes, kept if own else None)
+        try:
+            _conclude(study, engine, outcomes, kept if own and not problems else None)
+        except KdError as error:
+            if not problems:
+                raise
+            problems.append(str(error))
     failed = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
     if failed:
         again = "the same command again runs what is missing"
@@ -60,20 +63,24 @@ def sweep(
 def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: Sequence[str]) -> None:
     """``KdError`` when the report would mix in runs that were made otherwise: of rows that are not planned now."""
     planned = {job.name for job in jobs}
-    seen = {job.name.partition("/")[0] for job in jobs}
+    hashes: dict[str, str] = {}  # of a row, the same for all its seeds
     for job in plan(study, engine.directory, (), None, arguments):
         row, run_dir = job.name.partition("/")[0], engine.directory / job.name
-        if job.name not in planned and row not in seen and look(run_dir).status == FINISHED:
-            seen.add(row)
-            look(run_dir, engine.compose(job))
+        if job.name in planned or (state := look(run_dir)).status != FINISHED or state.record is None:
+            continue
+        if hashes.get(row) != state.record.get("config_hash"):
+            config = engine.compose(job)
+            look(run_dir, config)
+            hashes[row] = record.config_hash(config)
 
 
-def _same_experiment(engine: Engine, job: Job, arguments: Sequence[str]) -> bool:
-    """Whether the arguments leave the study what it is: another launcher, logger or folder, no other recipe."""
+def _same_experiments(study: Study, engine: Engine, jobs: Sequence[Job], arguments: Sequence[str]) -> bool:
+    """Whether the arguments leave every row what it is: another launcher or logger, no other recipe or split."""
     if not arguments:
         return True
-    without = replace(job, overrides=tuple(o for o in job.overrides if o not in arguments))
-    return record.config_hash(engine.compose(job)) == record.config_hash(engine.compose(without))
+    plain = {job.name: job for job in plan(study, engine.directory, (), None, ())}
+    firsts = {job.name.partition("/")[0]: job for job in reversed(jobs)}
+    return all(same_run(engine.compose(job), engine.compose(plain[job.name])) for job in firsts.values())
 
 
 def plan(

@@ -37,6 +37,18 @@ def test_bars_start_at_zero_only_where_that_hides_nothing() -> None:
     assert texts(far)[:2] == ["5.5", "97.0"]
 
 
+def test_one_row_far_off_does_not_press_the_others_together() -> None:
+    rows = [
+        figures.Bar(name, np.array(found)) for name, found in (("a", [73.0, 80.0]), ("b", [110.0]), ("c", [4718.0]))
+    ]
+    axes = figures.bars(rows, "t", "errors", log=True).axes[0]
+    assert axes.get_xscale() == "log"
+    assert not axes.patches, "a bar would begin at a zero that the axis does not have"
+    assert axes.get_xlabel() == "errors, logarithmic"
+    with_zero = figures.bars([*rows, figures.Bar("d", np.array([0.0]))], "t", "errors", log=True).axes[0]
+    assert with_zero.get_xscale() == "linear"
+
+
 def test_study_bars_show_every_seed_and_only_comparable_published_numbers(study, found) -> None:
     axes = figures.study_bars(study, found, ERRORS).axes[0]
     dots = sum(len(c.get_offsets()) for c in axes.collections)

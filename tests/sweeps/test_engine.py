@@ -69,6 +69,16 @@ def test_what_reads_a_failed_job_is_not_started(engine) -> None:
     assert engine.launcher.launched == [["teacher", "other"], ["teacher"], ["student"], ["chain"]]
 
 
+def test_room_for_a_later_wave_is_looked_for_before_the_first(make_engine, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    engine = make_engine("hydra.launcher.n_jobs=2")
+    monkeypatch.setattr(engine.launcher, "launch", lambda *_, **__: pytest.fail("launched"))
+    student = Job("student", "student", ("seed=1", "hardware.devices=2"), ("teacher",))
+    with pytest.raises(KdError, match=r"n_jobs = 2 is not allowed: there are 2 GPUs, and a job takes 2"):
+        engine.run("sweep", "sweep", [*jobs(teacher=()), student])
+    assert not engine.directory.exists()
+
+
 # ---------------------------------------------------------------------- what is refused
 
 

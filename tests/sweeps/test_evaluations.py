@@ -54,4 +54,9 @@ def test_each_has_a_gpu(given, monkeypatch) -> None:
 
 def test_on_the_cpu_they_share_the_cores(given, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert given({"accelerator": "cpu", "devices": 2}) == ([-1] * 4, [1] * 4)  # of a cluster's launcher nothing is read
+    assert given({"accelerator": "cpu", "devices": 2}, n_jobs=2, jobs_per_gpu=1) == ([-1] * 4, [2] * 4)
+
+
+def test_beside_a_cluster_they_run_one_after_another(given, monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert given({"accelerator": "cpu", "devices": 1}) == ([-1] * 4, [4] * 4)

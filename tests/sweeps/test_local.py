@@ -62,19 +62,19 @@ def test_no_driver_no_gpus(monkeypatch, tmp_path) -> None:
 
 def test_room(two_gpus, monkeypatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 6)
-    assert local.at_once("auto", 1, on_gpu=False) == local.at_once(6, 1, on_gpu=False) == 6
-    assert local.at_once("auto", 1, on_gpu=True) == 2
-    assert local.at_once("auto", 3, on_gpu=True) == local.at_once(6, 3, on_gpu=True) == 6
+    assert local.at_once("auto", 1, there=0) == local.at_once(6, 1, there=0) == 6
+    assert local.at_once("auto", 1, there=2) == 2
+    assert local.at_once("auto", 3, there=2) == local.at_once(6, 3, there=2) == 6
     with pytest.raises(KdError, match=r"n_jobs = 7 is not allowed: there are 6 cores$"):
-        local.at_once(7, 1, on_gpu=False)
+        local.at_once(7, 1, there=0)
     with pytest.raises(KdError, match=r"n_jobs = 3 is not allowed: there are 2 GPUs \(several may share one: hydra"):
-        local.at_once(3, 1, on_gpu=True)
+        local.at_once(3, 1, there=2)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "many", None])
 def test_a_wrong_number_of_jobs(wrong) -> None:
     with pytest.raises(KdError, match="must be a whole number, 1 or more, or auto"):
-        local.at_once(wrong, 1, on_gpu=False)
+        local.at_once(wrong, 1, there=0)
 
 
 def test_jobs_share_the_cores(make_engine, noting, monkeypatch) -> None:
@@ -136,6 +136,11 @@ def test_blocks_of_gpus(four_gpus) -> None:
         blocks(5, 2, accelerator="cpu")
     with pytest.raises(KdError, match=r"hardware\.devices = 5 is not allowed: this machine has 4 GPUs"):
         blocks("auto", 5)
+
+
+def test_jobs_on_the_cpu_take_no_gpu_of_a_mixed_sweep(four_gpus) -> None:
+    mixed = [{"accelerator": "cpu", "devices": 8}, {"accelerator": "gpu", "devices": 2}]
+    assert [s.gpus for s in local.shares(mixed, "auto", 1)] == [["2", "3"], ["5", "7"]]
 
 
 def test_processes_on_the_cpu_count_as_jobs_do(make_engine, noting, monkeypatch) -> None:

@@ -19,7 +19,7 @@ from kd.cli import main
 from kd.errors import KdError
 from kd.studies import graph, spec
 from kd.sweeps.evaluations import best_bias
-from kd.sweeps.study import _refuse_swept, plan
+from kd.sweeps.study import _refuse_swept, _same_experiments, plan
 
 TINY = ["data=fake", "data.train_images=64", "recipe.epochs=2", "protocol.val_every=1", "hardware=cpu"]
 ROWS: dict[str, Any] = {
@@ -403,3 +403,22 @@ def test_other_recipes_and_changed_rows_do_not_reach_the_kept_results(tmp_path: 
     assert refused.returncode == 1
     assert "a/seed0 holds a run of another configuration" in refused.stderr
     assert not (tmp_path / "runs" / "study_tiny" / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "same"),
+    [
+        ("recipe.epochs=3", False),  # of the second row alone: the first has it already
+        ("data.split_seed=7", False),  # is in no hash
+        ("hydra.launcher.n_jobs=2", True),
+        ("hardware.threads=1", True),
+    ],
+)
+def test_every_row_says_whether_the_study_is_still_itself(make_engine, tmp_path: Path, argument, same) -> None:
+    rows = {"a": {"overrides": ["recipe.epochs=3"]}, "b": {"overrides": ["recipe.epochs=2"]}}
+    study = spec.load(
+        write(tmp_path / "tiny", rows=rows, evaluations=None, comparisons=None, claim=None, supported=None)
+    )
+    engine = make_engine()
+    jobs = plan(study, engine.directory, (), None, [argument])
+    assert _same_experiments(study, engine, jobs, [argument]) is same
