@@ -98,7 +98,7 @@ def ours(values: dict) -> tuple[float, Distiller, object]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run_dir, clock = Path(folder), Clock()
         hooks = [*callbacks.standard(run_dir, values["protocol"], {}), clock]
-        fit.make_trainer(values, run_dir, [loggers.csv_logger(run_dir)], hooks).fit(module, datamodule=data)
+        fit.make_trainer(values, run_dir, [loggers.csv_logger(run_dir)], hooks, module).fit(module, datamodule=data)
     return clock.seconds, module, data
 
 

@@ -1,0 +1,21 @@
+"""The benchmarks of ``experiments/benchmarks`` run; what they measure is no test's business."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "experiments" / "benchmarks"
+
+
+def test_a_training_step_is_compared_with_the_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(BENCHMARKS / "train_step.py"))["main"]
+    sizes = main.__globals__["SIZES"]
+    (name, (overrides, _)), *_ = sizes.items()
+    sizes.clear()
+    sizes[name] = (overrides, 3)
+    main(1)
+    assert re.fullmatch(rf"{name}: \d+\.\d\d × the bare loop, [+-]\d+ µs a step\n", capsys.readouterr().out)
