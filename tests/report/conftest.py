@@ -44,7 +44,7 @@ def write_run(
         "status": status,
         "error": None if status == "finished" else "the loss is not finite",
         "name": run_dir.parent.name,
-        "overrides": [f"seed={seed}"],
+        "overrides": [f"seed={seed}", f"name={run_dir.parent.name}"],
         "config_hash": f"{run_dir.parent.name:0<12.12}",
         "commit": "4acf7a75e6d561d876091d3c7ccf5cf3eea29493",
         "project_commit": None,
