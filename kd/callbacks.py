@@ -16,7 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from kd import distributed, weights
+from kd import distributed, weight_files, weights
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class SelectedWeights(Callback):
         value = float(trainer.callback_metrics[self.monitor]) if self.monitor is not None else None
         if value is None or self.best is None or (value > self.best if self.mode == "max" else value < self.best):
             self.best, self.epoch = value, trainer.current_epoch
-            weights.save(module.student, self.run_dir / weights.SELECTED, {**self.about, "epoch": self.epoch})
+            weights.save(module.student, self.run_dir / weight_files.SELECTED, {**self.about, "epoch": self.epoch})
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: a resumed run must not forget its best."""
@@ -108,8 +108,8 @@ def standard(run_dir: Path, protocol: dict[str, Any], about: dict[str, Any]) -> 
     callbacks: list[Callback] = [
         SelectedWeights(run_dir, protocol["monitor"], protocol["mode"], about),
         ModelCheckpoint(
-            dirpath=str((run_dir / weights.CHECKPOINT).parent),
-            filename=weights.CHECKPOINT.stem,
+            dirpath=str((run_dir / weight_files.CHECKPOINT).parent),
+            filename=weight_files.CHECKPOINT.stem,
             every_n_epochs=protocol["val_every"],
             save_on_train_epoch_end=True,
             enable_version_counter=False,

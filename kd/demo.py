@@ -225,7 +225,7 @@ def bias_fixed(run_dir: Path) -> tuple[float, float]:
 def invariance(out: Path, seeds: int) -> Table:
     """Claim 3: what the teacher learnt from moved images reaches a student that never saw one."""
     from kd.evaluate import evaluate, run_config
-    from kd.weights import LAST
+    from kd.weight_files import LAST
 
     rows = []
     for name, label in (("teacher", "teacher"), ("full_hard", "hard labels"), ("full_soft", "soft targets")):

@@ -98,7 +98,7 @@ def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def _weights_file(own: Mapping[str, Any]) -> Path:
-    from kd.weights import LAST, SELECTED
+    from kd.weight_files import LAST, SELECTED
 
     file = Path(own["run"]) / (SELECTED if own["weights"] == "selected" else LAST)
     if not file.is_file():

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, distributed, hardware, loggers, pruning, weights
+from kd import build, callbacks, distributed, hardware, loggers, pruning, weight_files, weights
 from kd.distiller import Distiller
 from kd.errors import KdError
 
@@ -59,7 +59,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stopper and stopper.epoch is not None:
         return stopper.outcome(module.history)
-    weights.save(module.student, run_dir / weights.LAST, {**about, "epoch": trainer.current_epoch - 1})
+    weights.save(module.student, run_dir / weight_files.LAST, {**about, "epoch": trainer.current_epoch - 1})
     facts = {**about["data"], "sizes": data.sizes}
     used = {"protocol": {**protocol, "epochs": config["recipe"]["epochs"]}}
     outcome: dict[str, Any] = {"data": facts, **used, **close(config, run_dir, trainer, module, data, hooks[0])}
@@ -184,7 +184,7 @@ def close(
     keep = config["protocol"]["keep_predictions"]
     if best.epoch != last_epoch:
         last.update(_test(trainer, module, data, "test_last"))
-        state = weights.read(run_dir / weights.SELECTED)[0] if distributed.rank() == 0 else {}
+        state = weights.read(run_dir / weight_files.SELECTED)[0] if distributed.rank() == 0 else {}
         state = distributed.broadcast(state)
         weights.load(module.student, state, run_dir, "student")
     selected.update(_test(trainer, module, data, "test", run_dir if keep else None))

@@ -31,17 +31,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The jobs of a sweep (``kind``: sweep, optuna or study) and the name that groups them."""
+    """The jobs of a sweep (``kind``: sweep, optuna or study) and the name that groups them; a study's ``folder``."""
 
     kind: str
     name: str
     jobs: Mapping[str, Job]
+    folder: str = ""  # absolute
 
 
 def write(directory: Path, manifest: Manifest) -> None:
     """Write ``sweep.json`` in one step. The directory must exist."""
     jobs = {name: {k: v for k, v in asdict(job).items() if k != "name"} for name, job in manifest.jobs.items()}
-    content = {"schema": SCHEMA, "kind": manifest.kind, "name": manifest.name, "jobs": jobs}
+    about = {"kind": manifest.kind, "name": manifest.name, **({"folder": manifest.folder} if manifest.folder else {})}
+    content = {"schema": SCHEMA, **about, "jobs": jobs}
     record.write_text(directory / FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -55,7 +57,7 @@ def read(directory: Path) -> Manifest:
         if content["schema"] > SCHEMA:
             raise KdError(f"{file} was written by a newer version of kd (schema {content['schema']}, known: {SCHEMA})")
         jobs = {name: _job(name, node) for name, node in content["jobs"].items()}
-        return Manifest(content["kind"], content["name"], jobs)
+        return Manifest(content["kind"], content["name"], jobs, content.get("folder", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise KdError(f"{file} cannot be read: it is not what kd writes") from None
 

@@ -90,14 +90,20 @@ def read(run_dir: str | Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise KdError(f"{file} cannot be read: it is not valid JSON") from None
+        raise broken(run_dir, "it is not valid JSON") from None
     if not isinstance(record, dict) or not isinstance(record.get("schema", 0), int):
-        raise KdError(f"{file} cannot be read: it is not what kd writes")
+        raise broken(run_dir)
     if record.get("schema", 0) > SCHEMA:
         raise KdError(f"{file} was written by a newer version of kd (schema {record['schema']}, known: {SCHEMA})")
     if "status" not in record:
-        raise KdError(f"{file} cannot be read: it is not what kd writes")
+        raise broken(run_dir)
     return record
+
+
+def broken(run_dir: str | Path, why: str = "it is not what kd writes") -> KdError:
+    """The error for a record that cannot be read: what is wrong, and the way on."""
+    aside = "move that directory away (its sweep or study then trains the run anew)"
+    return KdError(f"{Path(run_dir) / FILE} cannot be read: {why}; {aside}")
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:

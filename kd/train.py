@@ -13,8 +13,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kd import record
+from kd import record, weight_files
 from kd.errors import KdError
+from kd.weight_files import CHECKPOINT
 
 log = logging.getLogger("kd.train")
 
@@ -42,13 +43,13 @@ def main(argv: Sequence[str]) -> int:
 
 def resume(run_dir: Path) -> dict[str, Any]:
     """Go on with an interrupted run, to the result that it would have had."""
-    from kd.weights import CHECKPOINT
-
     config, before = record.read_config(run_dir), record.read(run_dir)
     if before["status"] == "finished":
         raise KdError(f"resume={run_dir}: that run is finished")
     if not (run_dir / CHECKPOINT).is_file():
         raise KdError(f"resume={run_dir}: there is no {CHECKPOINT} in it, the run ended before its first validation")
+    if other := weight_files.changed(before, config):
+        raise KdError(f"resume={run_dir}: {other}; a run goes on as it began")
     return train(config, run_dir, before["overrides"], checkpoint=run_dir / CHECKPOINT)
 
 
@@ -107,8 +108,6 @@ def _close_loggers(result: dict[str, Any]) -> None:
 
 def _refuse_to_overwrite(run_dir: Path) -> None:
     """A directory may be used again when what it holds failed before it had anything to lose."""
-    from kd.weights import CHECKPOINT
-
     if not (run_dir / record.FILE).exists():
         return
     if (run_dir / CHECKPOINT).exists():
@@ -131,6 +130,7 @@ def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         "config_hash": record.config_hash(config),
         "commit": record.commit(Path(__file__).parent),
         "project_commit": record.commit("."),
+        "weights_read": weight_files.read_by(config),
         "seed": config["seed"],
         "tags": config["tags"],
         "protocol": {**config["protocol"], "epochs": config["recipe"]["epochs"]},

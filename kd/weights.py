@@ -16,10 +16,7 @@ from torch import Tensor, nn
 
 from kd import distributed
 from kd.errors import KdError
-
-SELECTED = "student.safetensors"  # of a run directory: the weights that the validation split picked
-LAST = "student_last.safetensors"
-CHECKPOINT = Path("checkpoints") / "last.ckpt"
+from kd.weight_files import locate
 
 
 def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
@@ -37,19 +34,6 @@ def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     save_file(state, str(temporary), metadata={"kd": json.dumps(about), "format": "pt"})
     os.replace(temporary, path)
-
-
-def locate(path: str | Path) -> Path:
-    """The file that holds the weights: the path itself, or the selected student of a run directory."""
-    given = Path(path).expanduser()
-    if given.is_dir():
-        for candidate in (given / SELECTED, given / LAST, given / CHECKPOINT):
-            if candidate.is_file():
-                return candidate
-        raise KdError(f"{given} holds no weights: there is no {SELECTED} in it (did that run finish an epoch?)")
-    if not given.is_file():
-        raise KdError(f"{given} does not exist: give a run directory, a .ckpt, a .safetensors or a state dict")
-    return given
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,7 +22,8 @@ ALLOWED = {
     "distributed": {"distributed", "errors"},
     "objective": {"objective", "distributed", "losses", "errors"},
     "bookkeeping": {"bookkeeping"},
-    "weights": {"weights", "distributed", "errors"},
+    "weights": {"weights", "weight_files", "distributed", "errors"},
+    "weight_files": {"errors"},
     "measure": {"measure", "losses"},
     "evaluated": {"evaluated", "teacher", "losses", "distributed", "errors"},
     "distiller": {
@@ -65,6 +66,7 @@ NO_TORCH = (
     "cluster.py",
     "hardware.py",
     "manifest.py",
+    "weight_files.py",
     "wandb_run.py",
     "wandb_sync.py",
 )

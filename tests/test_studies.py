@@ -12,8 +12,9 @@ import pytest
 from kd import app
 from kd.config import CONF
 from kd.report import vocabulary
-from kd.report.frame import finished, read_results, stale
+from kd.report.frame import finished, read_results
 from kd.report.report import build
+from kd.report.told import notes
 from kd.studies import spec
 from kd.sweeps.engine import refuse_twins
 from kd.sweeps.study import RESULTS, plan
@@ -91,7 +92,7 @@ def test_the_readme_says_what_was_measured(name: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr("kd.report.report.draw", lambda *_: {})  # the figures have tests of their own
     study = spec.load(EXPERIMENTS / name)
     frame = read_results(study.folder / RESULTS, study)
-    assert stale(study, frame) == ""
+    assert notes(study, frame) == []
     lacking = {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
     assert lacking <= set(finished(frame)[["row", "seed"]].itertuples(index=False, name=None))
     report = build(study, frame, None, tmp_path)

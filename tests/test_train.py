@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from kd import record
 
 FAST = ["recipe.epochs=2", "hardware=cpu"]
 
@@ -90,7 +93,10 @@ def test_the_total_is_the_weighted_sum(kd, tmp_path, teacher_run) -> None:
 def test_a_run_directory_is_a_teacher_and_is_measured(kd, tmp_path, teacher_run) -> None:
     said = kd("train", *FAST, f"teacher.checkpoint={teacher_run}", "loss=[kd]")
     assert said.code == 0, said.err
-    teacher = only_run(tmp_path)[1]["teacher"]
+    found = only_run(tmp_path)[1]
+    digest = hashlib.sha256((teacher_run / "student.safetensors").read_bytes()).hexdigest()
+    assert found["weights_read"] == {"teacher.checkpoint": [digest[:12]]}
+    teacher = found["teacher"]
     own = json.loads((teacher_run / "result.json").read_text())["student"]["selected"]
     assert teacher["test"]["acc1"] == pytest.approx(own["test"]["acc1"])
     assert teacher["val"]["nll"] == pytest.approx(own["val"]["nll"], rel=1e-5)
@@ -173,6 +179,10 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> 
     process.wait()
     process.stdout.close()
     assert json.loads((killed / "result.json").read_text())["status"] == "running"
+    about = json.loads((killed / "result.json").read_text())
+    record.write(killed, {**about, "weights_read": {"teacher.checkpoint": ["0" * 12]}})
+    fails(kd("train", "resume=killed"), f"teacher.checkpoint = {teacher_run} holds other weights than when the run")
+    record.write(killed, about)
     said = kd("train", "resume=killed")
     assert said.code == 0, said.err
     assert "epoch 1/" not in said.out

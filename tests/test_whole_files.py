@@ -13,7 +13,7 @@ from kd.app import checked
 from kd.callbacks import WholeCheckpoints
 from kd.loggers import csv_logger, whole
 from kd.train import train
-from kd.weights import CHECKPOINT
+from kd.weight_files import CHECKPOINT
 
 
 def test_a_checkpoint_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch) -> None:

@@ -11,9 +11,9 @@ import pandas as pd
 
 from kd import record
 from kd.errors import KdError
+from kd.report import told
 from kd.report.measures import EPOCHS, Measure
-from kd.studies import graph
-from kd.studies.spec import Row, Study
+from kd.studies.spec import Study
 
 SCHEMA = 1  # of results.csv
 RESULTS = "results.csv"  # in the folder of a study, and beside its runs
@@ -23,7 +23,7 @@ CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
 TEXT = (
     *("row", "status", "error", "run", "name", "config_hash", "overrides_hash", "commit", "started", "monitor", "data"),
-    "classes",
+    *("classes", "added_overrides"),
 )
 
 
@@ -46,7 +46,7 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
         numbers = {**_student(found, rows), **_teacher(found), **_evaluations(run_dir, rows)}
         return {"row": row, **_about(found), "run": path, **numbers}
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise KdError(f"{run_dir / record.FILE} cannot be read: it is not what kd writes") from None
+        raise record.broken(run_dir) from None
 
 
 def seed_told(overrides: Sequence[str]) -> int:
@@ -149,7 +149,7 @@ def read_evaluations(run_dir: Path) -> dict[str, Any]:
             return content
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise KdError(f"{file} cannot be read: it is not what kd writes")
+    raise KdError(f"{file} cannot be read: it is not what kd writes; remove it, `kd study` makes it again")
 
 
 # ---------------------------------------------------------------------- a study's runs
@@ -162,8 +162,7 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
         for seed in row.seeds or study.seeds:
             run_dir = runs_dir / name / f"seed{seed}"
             if (run_dir / record.FILE).is_file():
-                told = {"seed": seed, "overrides_hash": _as_told(study, row, run_dir)}
-                rows.append({**of_run(run_dir, name, runs_dir), **told})
+                rows.append({**of_run(run_dir, name, runs_dir), "seed": seed, **told.by(study, row, seed, run_dir)})
             else:
                 rows.append({"row": name, "seed": seed, "status": "missing"})
     return table(rows)
@@ -201,14 +200,6 @@ def values(frame: pd.DataFrame, row: str, column: str) -> pd.Series:
     """One number a finished seed of a row, indexed by seed; runs without that number are left out."""
     found = finished(frame)
     return found[found["row"] == row].set_index("seed")[column].dropna().astype(float).sort_index()
-
-
-def _as_told(study: Study, row: Row, run_dir: Path) -> str | None:
-    """The hash of a row's overrides if a run was told these and no more, else None."""
-    told = record.read(run_dir).get("overrides", [])
-    seed = int(run_dir.name.removeprefix("seed"))
-    own = graph.resolved(study, row, seed, run_dir.resolve().parents[1])
-    return graph.overrides_hash(study, row) if told == [f"seed={seed}", *own, f"name={row.name}"] else None
 
 
 def measure_of(frame: pd.DataFrame, column: str) -> Measure:
@@ -261,19 +252,3 @@ def read_results(file: Path, study: Study) -> pd.DataFrame:
         return table(text.drop(columns=list(STAMP)).to_dict("records"))
     except (KeyError, ValueError):
         raise KdError(f"{file} cannot be read: it is not a results file of kd") from None
-
-
-def stale(study: Study, frame: pd.DataFrame) -> str:
-    """A sentence on the rows that were made with other overrides than the study has now; "" when there are none.
-
-    Results of before there was an ``overrides_hash``, and runs that were told more than the study says, cannot tell.
-    """
-    now = {name: graph.overrides_hash(study, row) for name, row in study.rows.items()}
-    told = frame[frame["overrides_hash"].notna()]
-    rows = list(dict.fromkeys(told["row"][told["overrides_hash"] != told["row"].map(now)]))
-    if not rows:
-        return ""
-    return (
-        f"{'row' if len(rows) == 1 else 'rows'} {', '.join(rows)}: results.csv was made with other overrides than "
-        f"study.yaml has now; `kd study {study.name}` makes the results anew"
-    )

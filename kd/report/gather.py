@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Found:
 
 def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.DataFrame]:
     """A study with a row for each group, best first, and the frame of its runs; paths relative to ``base``."""
+    found = _by_teacher(found)
     labels = _labels(found)
     seen: Counter[str] = Counter()
     lines = []
@@ -111,7 +112,25 @@ def of_run_dir(run_dir: Path) -> Found:
         name = found["name"]
         return Found(run_dir, tuple(found["overrides"]), f"{name} {found['config_hash']}", name)
     except (KeyError, TypeError):
-        raise KdError(f"{run_dir / record.FILE} cannot be read: it is not what kd writes") from None
+        raise record.broken(run_dir) from None
+
+
+def _by_teacher(found: Sequence[Found]) -> list[Found]:
+    """Students of a teacher that was replaced at its path are others: they get a row of their own."""
+    told = [(run.group, *(o for o in run.overrides if o.startswith("teacher.checkpoint="))) for run in found]
+    read = [_teachers(run.run_dir) for run in found]
+    several = {t for t in told if len({r for t2, r in zip(told, read, strict=True) if t2 == t and r}) > 1}
+    return [
+        replace(run, group=f"{run.group} {r}", overrides=(*run.overrides, f"teacher={r}")) if t in several else run
+        for run, t, r in zip(found, told, read, strict=True)
+    ]
+
+
+def _teachers(run_dir: Path) -> str:
+    """The fingerprints of the weights that taught a run; "" when it has not begun, or its record knows none."""
+    there = record.read(run_dir).get("weights_read") if (run_dir / record.FILE).is_file() else None
+    known = (there or {}).get("teacher.checkpoint") or ()
+    return "sha256:" + "+".join(str(f) for f in known) if known else ""
 
 
 def _told(overrides: Sequence[str]) -> list[str]:

@@ -10,8 +10,8 @@ import pandas as pd
 
 from kd import manifest, record
 from kd.errors import KdError
-from kd.report import gather, tables
-from kd.report.frame import FINISHED, RESULTS, of_study, read_results, stale
+from kd.report import gather, tables, told
+from kd.report.frame import FINISHED, RESULTS, of_study, read_results
 from kd.report.report import Report, build
 from kd.studies import spec
 from kd.studies.spec import Study
@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
     study, frame, runs_dir, default = _gathered(targets)
     print(f"from {runs_dir or study.folder / RESULTS}")
     say(study, build(study, frame, runs_dir, out or default))
-    if outdated := stale(study, frame):
-        print(outdated)
+    for note in told.notes(study, frame):
+        print(note)
     return 0
 
 
@@ -65,7 +65,8 @@ def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None,
         if (first / manifest.FILE).is_file():
             given = manifest.read(first)
             if given.kind == "study":
-                return _of_study(given.name, first)
+                there = (Path(given.folder) / spec.STUDY).is_file()  # else it was moved
+                return _of_study(given.folder if there else given.name, first)
             return *gather.read_sweep(first), first, first
     found = [run for target in targets for run in _runs(Path(target))]
     base = Path(os.path.commonpath([run.run_dir.resolve() for run in found]))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import cost, curves, figures, ranks, style, tables
+from kd.report import cost, curves, figures, ranks, style, tables, told
 from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
-from kd.report.frame import FINISHED, check_protocol, finished, stale
+from kd.report.frame import FINISHED, check_protocol, finished
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section, render
 from kd.report.style import Canvas
@@ -260,8 +260,7 @@ def _provenance(study: Study, frame: pd.DataFrame) -> Section:
     ]
     grid, same = tables.provenance(study, frame)
     points += same
-    outdated = stale(study, frame)
-    points += [f"{outdated[:1].upper()}{outdated[1:]}."] if outdated else []
+    points += [f"{note[:1].upper()}{note[1:]}." for note in told.notes(study, frame)]
     points += [f"Expected cost: {study.cost}"] if study.cost else []
     mixed = [name for name, part in done.groupby("row") if part["config_hash"].nunique() > 1]
     if mixed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,12 @@ def references(row: Row) -> list[tuple[str, int | None]]:
 def overrides_hash(study: Study, row: Row) -> str:
     """Eight hex digits of what the study says of a row: its overrides, and those of the rows that it reads."""
     read = [overrides_hash(study, study.rows[name]) for name, _ in references(row)]
-    return hashlib.sha256("\n".join([*row.overrides, *read]).encode()).hexdigest()[:8]
+    return hashed(row.overrides, read)
+
+
+def hashed(overrides: Sequence[str], read: Sequence[str]) -> str:
+    """Eight hex digits of overrides and of the hashes of the rows that they read."""
+    return hashlib.sha256("\n".join([*overrides, *read]).encode()).hexdigest()[:8]
 
 
 def needs(study: Study, row: Row, seed: int) -> Iterator[tuple[str, int]]:

@@ -16,7 +16,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from kd import explain, manifest
+from kd import explain, manifest, weight_files
 from kd.errors import KdError
 from kd.manifest import Job, Manifest
 from kd.sweeps import pool
@@ -63,17 +63,23 @@ class Engine:
         return [f"hydra.sweep.dir='{quoted}'", f"hydra.sweep.subdir='{job.name}'"]
 
     def run(
-        self, kind: str, name: str, jobs: Sequence[Job], opening: str | None = None, held: ExitStack | None = None
+        self,
+        kind: str,
+        name: str,
+        jobs: Sequence[Job],
+        opening: str | None = None,
+        held: ExitStack | None = None,
+        folder: str = "",
     ) -> list[Outcome]:
         """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong.
 
         ``opening``: what to call the jobs in a line that says how many are finished and how many will run; ``held``
-        keeps the directory locked for what its owner still has to write.
+        keeps the directory locked for what its owner still has to write; ``folder``: that of a study.
         """
         configs = {job.name: self.compose(job) for job in jobs}
         refuse_twins(configs, kind)
         ordered = list(waves(jobs))
-        plan = Manifest(kind, name, {job.name: job for job in jobs})
+        plan = Manifest(kind, name, {job.name: job for job in jobs}, folder)
         _joined(self.directory, plan)
         missing = {}
         for job in jobs:  # nothing starts when something cannot go on; who reads a missing run is looked at in its turn
@@ -87,7 +93,7 @@ class Engine:
             print(f"{opening} in {self.directory}: {count}", flush=True)
         refuse_unbuildable(missing, self.directory)
         with ExitStack() as own:
-            (held or own).enter_context(self.locked(kind, name))
+            (held or own).enter_context(self.locked(kind, name, folder))
             manifest.write(self.directory, _joined(self.directory, plan))
             outcomes: dict[str, Outcome] = {}
             for wave in ordered:
@@ -102,12 +108,12 @@ class Engine:
                 launcher.at_once(*needs)
 
     @contextmanager
-    def locked(self, kind: str, name: str) -> Iterator[None]:
+    def locked(self, kind: str, name: str, folder: str = "") -> Iterator[None]:
         """The directory is this sweep's, and no other process's, until the end; :meth:`run` may be called inside."""
         if self.holds:
             yield
             return
-        nothing = Manifest(kind, name, {})
+        nothing = Manifest(kind, name, {}, folder)
         _joined(self.directory, nothing)  # before anything is written
         with _locked(self.directory):
             manifest.write(self.directory, _joined(self.directory, nothing))
@@ -184,11 +190,9 @@ def refuse_unbuildable(configs: Mapping[str, Mapping[str, Any]], directory: Path
     """
     for name, config in configs.items():
         for role in ("student", "teacher"):
-            given = config[role]["checkpoint"]
-            for checkpoint in given if isinstance(given, (list, tuple)) else [given]:
-                if checkpoint is None or Path(checkpoint).exists() or directory in Path(checkpoint).parents:
-                    continue
-                raise KdError(f"{name}: {role}.checkpoint = {checkpoint} does not exist")
+            for checkpoint in weight_files.paths(config[role]["checkpoint"]):
+                if not Path(checkpoint).exists() and directory not in Path(checkpoint).parents:
+                    raise KdError(f"{name}: {role}.checkpoint = {checkpoint} does not exist")
     if configs:
         pool.warm_up()
         pool.ask(functools.partial(_check_objectives, configs))
@@ -232,7 +236,12 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             f"{directory} belongs to the {there.kind} {there.name}, not to the {plan.kind} {plan.name}: choose another "
             "hydra.sweep.dir"
         )
-    return Manifest(plan.kind, plan.name, {**there.jobs, **plan.jobs})
+    if there.folder != plan.folder and there.folder and Path(there.folder).is_dir():  # else it was moved
+        raise KdError(
+            f"{directory} belongs to the study in {there.folder}, not to the one in {plan.folder}: choose another "
+            "hydra.sweep.dir, or another name for the folder"
+        )
+    return Manifest(plan.kind, plan.name, {**there.jobs, **plan.jobs}, plan.folder)
 
 
 @contextmanager

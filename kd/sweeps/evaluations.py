@@ -82,7 +82,7 @@ def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, flo
     """
     from kd.evaluate import evaluate as measure
     from kd.evaluate import run_config
-    from kd.weights import LAST, SELECTED
+    from kd.weight_files import LAST, SELECTED
 
     config = run_config(run_dir, evaluation.eval)
     weights = run_dir / (LAST if epoch == "last" else SELECTED)

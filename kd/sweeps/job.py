@@ -13,6 +13,7 @@ from omegaconf import DictConfig, open_dict
 from kd import manifest, record
 from kd.config import check
 from kd.sweeps.state import DONE, FAILED, INTERRUPTED, RUNNING, look
+from kd.weight_files import CHECKPOINT
 
 
 def task(cfg: DictConfig) -> str:
@@ -43,7 +44,6 @@ def work(config: Mapping[str, Any], run_dir: Path, overrides: Sequence[str]) -> 
     What failed by itself is started anew: the same weights would only fail again. Raises what the training raises.
     """
     from kd.train import resume, train
-    from kd.weights import CHECKPOINT
 
     state = look(run_dir, config)
     if state.status in (*DONE, RUNNING):

@@ -86,9 +86,11 @@ class Search:
                 f"{directory} holds another search ({', '.join(differ) or 'in another order'}): choose another "
                 "hydra.sweep.dir"
             )
-        for trial in self.trials():
+        for number, trial in enumerate(t for t in self.trials() if t.state.is_finished()):
             name = str(job_of(trial))
-            if trial.state.is_finished() and look(directory / name).status == MISSING:
+            job = Job(name, name, self.space.overrides(trial.params))
+            # the plan is the same: of the first trial also that its teacher still is
+            if look(directory / name, None if number else self.engine.compose(job)).status == MISSING:
                 raise KdError(
                     f"{self.settings.storage or directory / storage.JOURNAL} knows {name}, but {directory} has no "
                     "such run: choose another hydra.sweep.dir"

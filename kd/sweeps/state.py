@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd import record
+from kd import record, weight_files
 from kd.config import flat
 from kd.errors import KdError
 
@@ -37,6 +37,8 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
     # a run that never began has no config yet, and one that failed is started anew in any case
     if config is not None and found["status"] != FAILED and (run_dir / "config.yaml").is_file():
         refuse_another(run_dir, record.read_config(run_dir), config)
+        if other := weight_files.changed(found, config):
+            raise KdError(f"{run_dir}: {other}: remove that run, or choose another hydra.sweep.dir")
     if found["status"] in (*DONE, FAILED):
         return State(found["status"], found.get("error") or "", found)
     if found["status"] == RUNNING and busy(run_dir):
@@ -68,6 +70,8 @@ def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, A
     """``KdError`` when the two configs are not of the same experiment and seed; names the keys that differ."""
     if same_run(there, here):
         return
+    if gone := weight_files.absent(here):
+        raise KdError(f"{gone} does not exist: whether {run_dir} is a run of it cannot be told")
     old, new = flat(there), flat(here)
     ignored = tuple(f"{section}." for section in record.NOT_THE_EXPERIMENT)
     differ = [
@@ -83,6 +87,5 @@ def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, A
 
 def _seeds_read(config: Mapping[str, Any]) -> list[Any]:
     """The seeds of the runs that a run reads: those of one experiment have one hash, and are other networks."""
-    given = [config[role]["checkpoint"] for role in ("student", "teacher")]
-    paths = [p for c in given for p in (c if isinstance(c, (list, tuple)) else [c])]
-    return [record.read(p).get("seed") if p and (Path(p) / record.FILE).is_file() else None for p in paths]
+    given = [p for role in ("student", "teacher") for p in weight_files.paths(config[role]["checkpoint"])]
+    return [record.read(p).get("seed") if (Path(p) / record.FILE).is_file() else None for p in given]

@@ -43,7 +43,8 @@ def sweep(
     refuse_mixed(study, engine, jobs, arguments)
     own = seeds is None and _same_experiments(study, engine, jobs, arguments)
     with ExitStack() as held:
-        outcomes = engine.run("study", study.name, jobs, f"study {study.name}: {len(jobs)} runs", held)
+        opening, folder = f"study {study.name}: {len(jobs)} runs", str(study.folder.resolve())
+        outcomes = engine.run("study", study.name, jobs, opening, held, folder)
         problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
         try:
             _conclude(study, engine, outcomes, kept if own and not problems else None)

@@ -13,7 +13,6 @@ import pytest
 from kd import record
 from kd.errors import KdError
 from kd.report import frame
-from kd.studies import graph
 
 
 def test_the_row_of_a_real_run(teacher_run: Path) -> None:
@@ -107,34 +106,6 @@ def test_results_csv_and_back(study, runs, tmp_path) -> None:
     assert ",25," in first  # errors are whole numbers
     frame.write_results(file, study, after)
     assert frame.read_results(file, study).equals(after)
-
-
-def test_rows_that_the_study_now_has_otherwise_are_told(study, runs, tmp_path) -> None:
-    read = replace(study.rows["distilled"], overrides=("loss=[kd]", "teacher.checkpoint={teacher}"))
-    study = replace(study, rows={**study.rows, "distilled": read})
-    for name, row in study.rows.items():
-        for run_dir in (runs / name).glob("seed*"):
-            seed = int(run_dir.name.removeprefix("seed"))
-            told = [f"seed={seed}", *graph.resolved(study, row, seed, runs), f"name={name}"]
-            told += ["recipe.epochs=1"] if name == "shuffled" else []  # on the command line: not the study's
-            found = json.loads((run_dir / "result.json").read_text())
-            (run_dir / "result.json").write_text(json.dumps({**found, "overrides": told}))
-    file = tmp_path / "results.csv"
-    frame.write_results(file, study, frame.of_study(study, runs))
-    assert frame.stale(study, frame.read_results(file, study)) == ""
-    more = {"alone": replace(study.rows["alone"], overrides=("recipe.epochs=9",), label="another label")}
-    found = frame.read_results(file, study)
-    assert frame.stale(replace(study, rows={**study.rows, **more}), found) == (
-        "row alone: results.csv was made with other overrides than study.yaml has now; "
-        "`kd study made_up` makes the results anew"
-    )
-    told_more = {"shuffled": replace(study.rows["shuffled"], overrides=("recipe.epochs=9",))}
-    assert frame.stale(replace(study, rows={**study.rows, **told_more}), found) == "", "nobody can tell"
-    other_teacher = {"teacher": replace(study.rows["teacher"], overrides=("recipe.epochs=9",))}
-    said = frame.stale(replace(study, rows={**study.rows, **other_teacher}), found)
-    assert said.startswith("rows teacher, distilled: "), "a student is as old as its teacher"
-    pd.read_csv(file, dtype=str).drop(columns="overrides_hash").to_csv(file, index=False)  # of before there was one
-    assert frame.stale(replace(study, rows={**study.rows, **more}), frame.read_results(file, study)) == ""
 
 
 def named(runs: Path, rows: Sequence[str], names: Sequence[str]) -> None:

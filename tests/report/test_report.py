@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -202,7 +203,18 @@ def test_kd_report_of_a_study(kd, known, runs, monkeypatch) -> None:
     object.__setattr__(known.rows["alone"], "overrides", ("recipe.epochs=9",))
     said = kd("report", "made_up", "out=page")
     for text in (said.out, (Path("page") / "report.md").read_text()):
-        assert "ow alone: results.csv was made with other overrides than study.yaml has now" in text
+        assert "ow alone: these results were made with other overrides than study.yaml has now" in text
+
+
+def test_kd_report_of_a_study_that_ran_elsewhere(kd, known, runs, monkeypatch) -> None:
+    manifest.write(runs, Manifest("study", "made_up", {}, str(known.folder)))
+    (known.folder / "study.yaml").touch()
+    asked = []
+    monkeypatch.setattr("kd.studies.spec.load", lambda name: asked.append(name) or known)
+    assert kd("report", str(runs)).code == 0
+    shutil.rmtree(known.folder)
+    assert kd("report", str(runs)).code == 0
+    assert asked == [str(known.folder), "made_up"], "by its folder, by name if that was moved"
 
 
 def test_kd_report_of_a_study_without_results(kd, known) -> None:
@@ -251,6 +263,17 @@ def test_kd_report_of_runs(kd, write, tmp_path) -> None:
     assert any(line.startswith("| **distilled** | **2** | **94.00 ± 0.00** |") for line in lines)
     assert kd("report", "runs/alone/seed0").code == 0
     assert Path("report/report.html").is_file()
+
+
+def test_students_of_a_teacher_that_was_replaced_are_another_row(kd, write, tmp_path) -> None:
+    told = ["loss=[ce,kd]", "teacher.checkpoint=runs/teacher"]
+    for seed, teacher in enumerate(("aaaaaaaaaaaa", "aaaaaaaaaaaa", "bbbbbbbbbbbb")):
+        about = {"name": "x", "config_hash": "1", "overrides": [*told, f"seed={seed}"]}
+        write(tmp_path / "a" / f"run{seed}", seed, 0.9, **about, weights_read={"teacher.checkpoint": [teacher]})
+    assert kd("report", "a").code == 0
+    lines = [line.replace("*", "") for line in Path("report/report.md").read_text().splitlines()]
+    assert any(line.startswith("| x teacher=sha256:aaaaaaaaaaaa | 2 |") for line in lines)
+    assert any(line.startswith("| x teacher=sha256:bbbbbbbbbbbb | 1 |") for line in lines)
 
 
 def test_runs_of_one_name_and_another_configuration_are_two_rows(kd, write, tmp_path) -> None:

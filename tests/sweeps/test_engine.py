@@ -133,6 +133,17 @@ def test_a_directory_of_another_sweep(engine) -> None:
     refuses(engine, "sweep belongs to the study hinton, not to the sweep sweep: choose another", jobs(a=()))
 
 
+def test_a_directory_of_another_study_of_the_same_name(engine, tmp_path) -> None:
+    (tmp_path / "here" / "tiny").mkdir(parents=True)
+    engine.run("study", "tiny", jobs(a=()), folder=str(tmp_path / "here" / "tiny"))
+    there = str(tmp_path / "there" / "tiny")
+    with pytest.raises(KdError, match=r"belongs to the study in .*here/tiny, not to the one in .*there/tiny: choose"):
+        engine.run("study", "tiny", jobs(a=()), folder=there)
+    (tmp_path / "here" / "tiny").rename(tmp_path / "moved")
+    assert statuses(engine.run("study", "tiny", jobs(a=()), folder=there)) == {"a": "finished"}
+    assert manifest.read(Path("sweep")).folder == there
+
+
 def test_a_sweep_that_grows_keeps_its_jobs(engine) -> None:
     engine.run("sweep", "sweep", jobs(a=()))
     outcomes = engine.run("sweep", "sweep", jobs(a=(), b=()))
@@ -143,7 +154,11 @@ def test_a_sweep_that_grows_keeps_its_jobs(engine) -> None:
 
 
 NOT_READ = [
-    ("a/result.json", '{"status": "fin', "a/result.json cannot be read: it is not valid JSON"),
+    (
+        "a/result.json",
+        '{"status": "fin',
+        "a/result.json cannot be read: it is not valid JSON; move that directory away",
+    ),
     ("a/result.json", "[1, 2]", "a/result.json cannot be read: it is not what kd writes"),
     ("a/result.json", "{}", "a/result.json cannot be read: it is not what kd writes"),
     ("a/result.json", "\x00\x01", "a/result.json cannot be read"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from kd import record
+from kd import record, weight_files
 from kd.app import checked
 from kd.errors import KdError
-from kd.sweeps.state import refuse_another
+from kd.sweeps.state import FINISHED, INTERRUPTED, look, refuse_another
 
 
 def test_the_same_experiment_of_another_teacher_seed_is_another_run(tmp_path: Path) -> None:
@@ -29,3 +32,41 @@ def test_a_teacher_that_never_began(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"schema": 1, "status": "failed"}')
     with pytest.raises(KdError, match="that run never began"):
         record.config_hash(checked(["loss=[ce,kd]", f"teacher.checkpoint={tmp_path}"]))
+
+
+def trained(run_dir: Path, config: dict[str, Any], status: str = FINISHED, weights: bytes = b"weights") -> Path:
+    """A run directory with what :func:`look` reads of it."""
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    (run_dir / weight_files.SELECTED).write_bytes(weights)
+    about = {"schema": 1, "status": status, "seed": 0, "config_hash": record.config_hash(config)}
+    record.write(run_dir, {**about, "weights_read": weight_files.read_by(config)})
+    return run_dir
+
+
+@pytest.mark.parametrize("status", [FINISHED, INTERRUPTED])
+def test_a_teacher_replaced_at_its_path_is_another_one(tmp_path: Path, status: str) -> None:
+    """The same experiment with the same seed, by other code or on another machine: the config cannot tell."""
+    teacher = trained(tmp_path / "teacher", checked(["loss=[ce]"]))
+    config = checked(["loss=[ce,kd]", f"teacher.checkpoint={teacher}"])
+    student = trained(tmp_path / "student", config, status)
+    assert look(student, config).status == status
+    (teacher / weight_files.SELECTED).write_bytes(b"others")
+    sentence = rf"student: teacher.checkpoint = {teacher} holds other weights than when the run began: remove that run"
+    with pytest.raises(KdError, match=sentence):
+        look(student, config)
+    assert look(student).status == status
+    (teacher / weight_files.SELECTED).write_bytes(b"weights")
+    assert look(student, config).status == status
+    (teacher / weight_files.SELECTED).unlink()
+    assert look(student, config).status == status, "a finished teacher may be made small"
+
+
+def test_a_teacher_that_is_gone_is_said_to_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher = trained(tmp_path / "teacher", checked(["loss=[ce]"]))
+    student = trained(tmp_path / "student", checked(["loss=[ce,kd]", "teacher.checkpoint=teacher"]))
+    shutil.rmtree(teacher)
+    gone = r"^teacher.checkpoint = teacher does not exist: whether \S+student is a run of it"
+    with pytest.raises(KdError, match=gone):
+        look(student, checked(["loss=[ce,kd]", "teacher.checkpoint=teacher"]))

@@ -1,0 +1,72 @@
+"""Whether results are those of the study as it is written now: what each run was told, beside ``study.yaml``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from kd import record
+from kd.studies import graph
+from kd.studies.spec import Row, Study
+
+RUN = re.compile(r"'[^']*/([^/']+/seed\d+)'")  # the directory of a run that another reads
+HERE = Path("/")  # runs may be moved: which one was read counts, not where it lay
+
+
+def by(study: Study, row: Row, seed: int, run_dir: Path) -> dict[str, str | None]:
+    """Two columns of a run: the ``overrides_hash`` of what it was told, and what was ``added`` to the study's own.
+
+    A run that was told what the study says has the hash that its row has now, whatever was added.
+    """
+    told, own = _told(study, row, run_dir)
+    added = told[len(own) :] if own == _said(study, row, seed) else []
+    return {"overrides_hash": _hash(study, row, seed, run_dir.parents[1]), "added_overrides": "; ".join(added) or None}
+
+
+def _said(study: Study, row: Row, seed: int) -> list[str]:
+    return list(graph.resolved(study, row, seed, HERE))
+
+
+def _told(study: Study, row: Row, run_dir: Path) -> tuple[list[str], list[str]]:
+    """The overrides in a run's record without its seed and name, and as many of them as the study has for the row."""
+    found = record.read(run_dir).get("overrides") or []
+    told = [RUN.sub(rf"'{HERE}\1'", o) for o in found if o != f"name={row.name}"][1:]
+    return told, told[: len(row.overrides)]
+
+
+def _hash(study: Study, row: Row, seed: int, runs_dir: Path) -> str:
+    """As :func:`kd.studies.graph.overrides_hash`, of what the run and those that it reads were told."""
+    run_dir = runs_dir / row.name / f"seed{seed}"
+    read = [_hash(study, study.rows[name], number, runs_dir) for name, number in graph.needs(study, row, seed)]
+    own = _told(study, row, run_dir)[1] if (run_dir / record.FILE).is_file() else _said(study, row, seed)
+    return graph.hashed(row.overrides if own == _said(study, row, seed) else own, read)
+
+
+def notes(study: Study, frame: pd.DataFrame) -> list[str]:
+    """Sentences on rows whose runs were told something else than the study says now; results of before cannot tell."""
+    now = {name: graph.overrides_hash(study, row) for name, row in study.rows.items()}
+    known = frame[frame["overrides_hash"].notna()]
+    old = list(dict.fromkeys(known["row"][known["overrides_hash"] != known["row"].map(now)]))
+    found = []
+    if old:
+        found.append(
+            f"{'row' if len(old) == 1 else 'rows'} {', '.join(old)}: these results were made with other overrides than "
+            f"study.yaml has now; without them, `kd study {_called(study)}` makes them anew"
+        )
+    added = {word for text in frame["added_overrides"].dropna() for word in text.split("; ") if _counts(word)}
+    if added:
+        words = ", ".join(sorted(added))
+        found.append(f"the runs were also told {words} on the command line, which is not in study.yaml")
+    return found
+
+
+def _called(study: Study) -> str:
+    """What ``kd study`` understands: the name of one in experiments/, else its folder."""
+    return study.name if study.folder.resolve().parent == Path("experiments").resolve() else str(study.folder)
+
+
+def _counts(override: str) -> bool:
+    key = re.split(r"[./=@]", override.lstrip("+~"), maxsplit=1)[0]
+    return key not in (*record.NOT_THE_EXPERIMENT, "hydra")

@@ -1,0 +1,75 @@
+"""Where the weights of a run lie, and which weights a file holds. No torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kd.errors import KdError
+
+SELECTED = "student.safetensors"  # of a run directory: the weights that the validation split picked
+LAST = "student_last.safetensors"
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+def locate(path: str | Path) -> Path:
+    """The file that holds the weights: the path itself, or the selected student of a run directory."""
+    given = Path(path).expanduser()
+    if given.is_dir():
+        for candidate in (given / SELECTED, given / LAST, given / CHECKPOINT):
+            if candidate.is_file():
+                return candidate
+        raise KdError(f"{given} holds no weights: there is no {SELECTED} in it (did that run finish an epoch?)")
+    if not given.is_file():
+        raise KdError(f"{given} does not exist: give a run directory, a .ckpt, a .safetensors or a state dict")
+    return given
+
+
+def paths(checkpoint: Any) -> list[str]:
+    """What a config says of ``teacher.checkpoint`` or ``student.checkpoint``, null, a path or a list, as a list."""
+    return [str(c) for c in (checkpoint if isinstance(checkpoint, (list, tuple)) else [checkpoint]) if c is not None]
+
+
+def read_by(config: Mapping[str, Any]) -> dict[str, list[str | None]]:
+    """Which weights a run of this config reads: key → fingerprints, None for a file that is not there (yet)."""
+    found = {f"{role}.checkpoint": paths(config[role]["checkpoint"]) for role in ("student", "teacher")}
+    return {key: [_fingerprint_at(path) for path in given] for key, given in found.items() if given}
+
+
+def changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """A sentence when the weights that a run of this record has read are others now; "" when not, or not known."""
+    there = record.get("weights_read") or {}
+    for key, now in read_by(config).items():
+        given = paths(config[key.partition(".")[0]]["checkpoint"])
+        for path, old, new in zip(given, there.get(key) or (), now, strict=False):
+            if old and new and old != new:
+                return f"{key} = {path} holds other weights than when the run began"
+    return ""
+
+
+def absent(config: Mapping[str, Any]) -> str:
+    """The first checkpoint of a config that does not exist, as ``teacher.checkpoint = PATH``; "" when all do."""
+    given = [(role, path) for role in ("student", "teacher") for path in paths(config[role]["checkpoint"])]
+    return next((f"{role}.checkpoint = {path}" for role, path in given if not Path(path).exists()), "")
+
+
+def _fingerprint_at(path: str) -> str | None:
+    try:
+        file = locate(path)
+        about = file.stat()
+    except (KdError, OSError):
+        return None
+    return _fingerprint(file, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(file: Path, changed: int, size: int) -> str:
+    """Twelve hex digits of a file's content; read again only when the file has changed."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,74 @@
+"""A report says when its runs were told something else than study.yaml says now."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kd.report import frame, told
+from kd.studies import graph
+from kd.studies.spec import Study
+
+MADE = "these results were made with other overrides than study.yaml has now; without them, `kd study made_up`"
+
+
+@pytest.fixture
+def read(study: Study, runs: Path) -> Study:
+    """The study, its distilled row with a teacher of the study; every run was told what its row says."""
+    distilled = replace(study.rows["distilled"], overrides=("loss=[kd]", "teacher.checkpoint={teacher}"))
+    study = replace(study, rows={**study.rows, "distilled": distilled}, folder=Path("experiments/made_up"))
+    for name in study.rows:
+        tell(study, runs, name)
+    return study
+
+
+def tell(study: Study, runs: Path, name: str, *added: str) -> None:
+    """Write into the records of a row what ``kd study`` would have told its runs."""
+    for file in (runs / name).glob("seed*/result.json"):
+        seed = int(file.parent.name.removeprefix("seed"))
+        own = graph.resolved(study, study.rows[name], seed, runs.resolve())
+        overrides = [f"seed={seed}", *own, *added, f"name={name}"]
+        file.write_text(json.dumps({**json.loads(file.read_text()), "overrides": overrides}))
+
+
+def changed(study: Study, name: str) -> Study:
+    """The study with another recipe for a row."""
+    row = replace(study.rows[name], overrides=("recipe.epochs=9", *study.rows[name].overrides[1:]), label="another")
+    return replace(study, rows={**study.rows, name: row})
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["from the runs", "from results.csv"])
+def test_rows_that_the_study_has_otherwise_now(read: Study, runs: Path, tmp_path: Path, kept: bool) -> None:
+    def notes(study: Study) -> list[str]:
+        if not kept:
+            return told.notes(study, frame.of_study(study, runs))
+        return told.notes(study, frame.read_results(tmp_path / "results.csv", study))
+
+    frame.write_results(tmp_path / "results.csv", read, frame.of_study(read, runs))
+    assert notes(read) == []
+    assert notes(changed(read, "alone")) == [f"row alone: {MADE} makes them anew"]
+    (note,) = notes(changed(read, "teacher"))
+    assert note.startswith("rows teacher, distilled: "), "a student is as old as its teacher"
+
+
+def test_results_of_before_cannot_tell(read: Study, runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "results.csv"
+    frame.write_results(file, read, frame.of_study(read, runs))
+    pd.read_csv(file, dtype=str).drop(columns=["overrides_hash", "added_overrides"]).to_csv(file, index=False)
+    assert told.notes(changed(read, "alone"), frame.read_results(file, read)) == []
+
+
+def test_what_was_added_on_the_command_line(read: Study, runs: Path) -> None:
+    tell(read, runs, "shuffled", "hardware.threads=1", "recipe.epochs=1", "hydra.launcher.n_jobs=2")
+    note = "the runs were also told recipe.epochs=1 on the command line, which is not in study.yaml"
+    assert told.notes(read, frame.of_study(read, runs)) == [note]
+
+
+def test_runs_may_be_moved(read: Study, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "elsewhere")
+    assert told.notes(read, frame.of_study(read, tmp_path / "elsewhere")) == []
