@@ -19,8 +19,9 @@ COSTS = ("parameters", "macs", "latency_ms")
 def check(study: Study) -> None:
     """``KdError`` for a measure that no run of the study can have, such as ``test/acc_1``, and for published percents.
 
-    A study that sets a task has that task's own metrics: only the published numbers are looked at. That a class is one
-    of the data's, or that an evaluation is made for a row, cannot be told before there is data.
+    Also for an evaluation that is not made for a row that is compared by it. A study that sets a task has that task's
+    own metrics: only the published numbers are looked at. That a class is one of the data's cannot be told before there
+    is data.
     """
     own_task = any(re.match(r"\+*task[.=]", o) for row in study.rows.values() for o in row.overrides)
     known = set(_columns(study))
@@ -28,6 +29,11 @@ def check(study: Study) -> None:
         if not _known(measure, study.epoch, known):
             short = {column.removeprefix(f"{study.epoch}/") for column in known}
             raise KdError(f"{where} = {measure} is not allowed: no run measures that{near(measure, short)}")
+    for where, row, measure in _of_rows(study):
+        evaluation = study.evaluations.get(measure.partition("/")[0])
+        if evaluation is not None and evaluation.rows is not None and row not in evaluation.rows:
+            only = f"the evaluation {evaluation.name} is made for {', '.join(evaluation.rows)} only"
+            raise KdError(f"{where} = {measure} is not allowed for the row {row}: {only}")
     for name, given in study.published.numbers.items() if study.published is not None else ():
         for key, number in given.items():
             refuse_percent(name, key, number["value"])
@@ -59,6 +65,18 @@ def _columns(study: Study) -> Iterator[str]:
     for evaluation in study.evaluations.values():
         metrics = ("acc1", "bias") if evaluation.bias else (*PLAIN, *BESIDE)
         yield from (f"{evaluation.name}/{m}" for m in (*metrics, *TESTED))
+
+
+def _of_rows(study: Study) -> Iterator[tuple[str, str, str]]:
+    """Where a measure of one row is asked for, the row, and the measure."""
+    for c in study.comparisons.values():
+        where = f"{study.folder / STUDY}: comparisons: {c.name}: measure"
+        yield where, c.row, c.measure
+        yield where, c.than, c.than_measure or c.measure
+        if c.share_of is not None:
+            yield where, c.share_of, c.measure
+    for row, given in study.published.numbers.items() if study.published is not None else ():
+        yield from ((f"{study.folder / PUBLISHED}: numbers: {row}: measure", row, key) for key in given)
 
 
 def _wanted(study: Study) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,11 @@ from kd.errors import KdError
 from kd.report import frame, vocabulary
 from kd.studies.spec import Comparison, Evaluation, Figure, Published, Row
 
-MOVED = {"moved": Evaluation("moved", ("data.test_shift=2",)), "bias3": Evaluation("bias3", bias=(3,))}
+MOVED = {
+    "moved": Evaluation("moved", ("data.test_shift=2",)),
+    "bias3": Evaluation("bias3", bias=(3,)),
+    "turned": Evaluation("turned", ("data.test_shift=1",), rows=("alone",)),
+}
 
 
 @pytest.fixture
@@ -41,6 +45,10 @@ def test_everything_that_runs_have_is_known(study, runs, teacher_run: Path) -> N
         (
             {"comparisons": {"x": Comparison("x", "alone", "alone", "test/acc1", than_measure="teacher/test/errors")}},
             r"comparisons: x: than_measure = teacher/test/errors",
+        ),
+        (
+            {"comparisons": {"x": Comparison("x", "alone", "teacher", "turned/acc1")}},
+            r"x: measure = turned/acc1 is not allowed for the row teacher: the evaluation turned is made for alone",
         ),
         ({"figures": (Figure("lines", "test/eror", "width"),)}, r"figures: number 1: measure = test/eror .*test/error"),
         (
