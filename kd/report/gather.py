@@ -14,7 +14,7 @@ import pandas as pd
 from kd import manifest, record
 from kd.errors import KdError
 from kd.report.frame import finished, of_run, seed_told, table
-from kd.report.measures import Measure
+from kd.report.validation import monitored
 from kd.studies.spec import Figure, Row, Study
 
 MEASURE, EPOCH = "test/acc1", "selected"
@@ -79,10 +79,9 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
 
 
 def _rank(frame: pd.DataFrame, row: str) -> float:
-    column = f"{EPOCH}/{MEASURE}"
-    found = finished(frame)
-    mean = found[found["row"] == row][column].mean() if column in found else float("nan")
-    return float("inf") if pd.isna(mean) else (mean if Measure(column).lower_is_better else -mean)
+    measure, found = monitored(frame), finished(frame)
+    mean = found[found["row"] == row][measure.column].mean() if measure.column in found else float("nan")
+    return float("inf") if pd.isna(mean) else (mean if measure.lower_is_better else -mean)
 
 
 def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:

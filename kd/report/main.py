@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from kd import manifest, record
 from kd.errors import KdError
-from kd.report import gather, tables
+from kd.report import gather, swept, tables
 from kd.report.frame import FINISHED, RESULTS, of_study, read_results, stale
 from kd.report.report import Report, build
+from kd.report.validation import by_validation, order
 from kd.studies import spec
 from kd.studies.spec import Study
 
@@ -35,9 +37,10 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     targets, out = _parsed(argv)
-    study, frame, runs_dir, default = _gathered(targets)
+    given = _gathered(targets)
+    study, frame, runs_dir = given.study, given.frame, given.runs_dir
     print(f"from {runs_dir or study.folder / RESULTS}")
-    say(study, build(study, frame, runs_dir, out or default))
+    say(study, build(study, frame, runs_dir, out or given.out, given.about))
     if outdated := stale(study, frame):
         print(outdated)
     return 0
@@ -56,8 +59,18 @@ def _parsed(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     return targets, Path(outs[-1]) if outs else None
 
 
-def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None, Path]:
-    """The study (or what stands for one), its frame, the runs' directory if there is one, and where to write."""
+@dataclass(frozen=True)
+class Given:
+    """The study (or what stands for one), its frame, the runs' directory if there is one, where to write, the head."""
+
+    study: Study
+    frame: pd.DataFrame
+    runs_dir: Path | None
+    out: Path
+    about: Sequence[str] = ()
+
+
+def _gathered(targets: Sequence[str]) -> Given:
     first = Path(targets[0])
     if len(targets) == 1:
         if (first / spec.STUDY).is_file() or not first.exists():
@@ -66,16 +79,21 @@ def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None,
             given = manifest.read(first)
             if given.kind == "study":
                 return _of_study(given.name, first)
-            return *gather.read_sweep(first), first, first
+            return _of_runs(*gather.read_sweep(first), first, first, "Swept")
     found = [run for target in targets for run in _runs(Path(target))]
     base = Path(os.path.commonpath([run.run_dir.resolve() for run in found]))
     base = base.parent if len(found) == 1 else base
     name = first.resolve().name if len(targets) == 1 else f"{len(found)} runs"
-    study, frame = gather.study_of(name, found, base)
-    return study, frame, base, Path("report")
+    return _of_runs(*gather.study_of(name, found, base), base, Path("report"), "Different between the runs")
 
 
-def _of_study(name: str, runs_dir: Path | None = None) -> tuple[Study, pd.DataFrame, Path | None, Path]:
+def _of_runs(study: Study, frame: pd.DataFrame, base: Path, out: Path, differ: str) -> Given:
+    """A sweep, or other runs: ordered by validation, with a head that says what they are."""
+    about = [*swept.paragraphs(frame, base, differ), *([order(frame)] if len(study.rows) > 1 else [])]
+    return Given(by_validation(study, frame), frame, base, out, about)
+
+
+def _of_study(name: str, runs_dir: Path | None = None) -> Given:
     study = spec.load(name)
     directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
     file = study.folder / RESULTS
@@ -85,12 +103,12 @@ def _of_study(name: str, runs_dir: Path | None = None) -> tuple[Study, pd.DataFr
         if runs_dir is None and lacking and file.is_file():
             kept = read_results(file, study)
         if kept is None or (kept["status"] == FINISHED).sum() <= len(frame) - lacking:
-            return study, frame, directory, directory
+            return Given(study, frame, directory, directory)
         print(f"{lacking} of {len(frame)} runs are not finished in {directory} (their report: kd report {directory})")
-        return study, kept, None, directory
+        return Given(study, kept, None, directory)
     if not file.is_file():
         raise KdError(f"{study.name} has no results: no runs in {directory}, no {RESULTS} in {study.folder}")
-    return study, read_results(file, study), None, directory
+    return Given(study, read_results(file, study), None, directory)
 
 
 def _runs(target: Path) -> list[gather.Found]:
