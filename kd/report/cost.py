@@ -61,7 +61,7 @@ def caption(figure: Canvas, measure: Measure) -> str:
             "differences are noise."
         )
     return (
-        text + " Of latency, multiply-accumulates and parameters, only those are drawn that order the rows otherwise."
+        text + " Latency, multiply-accumulates, parameters: those that put the rows in the same order are drawn once."
     )
 
 
