@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from kd.report.claims import Compared
+from kd.report.claims import Compared, label_of
 from kd.report.measures import Measure
 from kd.report.stats import half_width
 from kd.report.tables import NOTHING, Grid, p_value
@@ -42,8 +42,12 @@ def _bold(study: Study, grid: Grid, measure: Measure) -> list[str]:
     rows = "row" if len(grid.strong) == 1 else "rows"
     epoch = f" ({measure.epoch})" if measure.epoch else ""
     named = ", the measure of the study" if study.question or study.claim else ""
-    teachers = "; teachers are left out" if any(row.teacher for row in study.rows.values()) else ""
-    return [f"Bold: the {rows} with the best {measure.title}{epoch}{named}{teachers}."]
+    teachers = list(dict.fromkeys(f"“{label_of(study, row.teacher)}”" for row in study.rows.values() if row.teacher))
+    left = (
+        " and ".join(teachers) if len(teachers) < 4 else f"the {len(teachers)} rows that others have as their teacher"
+    )
+    left = f"; left out: {left}" if left else ""
+    return [f"Bold: the {rows} with the best {measure.title}{epoch}{named}{left}."]
 
 
 def _reasons(table: pd.DataFrame, name: str) -> list[str]:

@@ -11,15 +11,15 @@ from kd.report.frame import FINISHED, finished
 from kd.report.tables import NOTHING, Grid
 from kd.studies.spec import Study
 
-UNITS = (("hours", 3600.0, 2), ("minutes", 60.0, 1), ("seconds", 1.0, 1))  # of a duration, with decimals
-LEAST = 0.2  # of its unit that the shortest duration of a column must be
+# unit of a duration, its seconds, decimals, and the seconds that the shortest of a column must have
+UNITS = (("hours", 3600.0, 2, 1800.0), ("minutes", 60.0, 1, 12.0), ("seconds", 1.0, 1, 0.0))
 
 
 def durations(seconds: Iterable[float]) -> tuple[str, list[str]]:
     """One unit for all of a column, the largest in which the shortest still shows, and the durations in it."""
     found = list(seconds)
     shortest = min((s for s in found if s > 0), default=0.0)
-    word, size, digits = next((unit for unit in UNITS if shortest >= LEAST * unit[1]), UNITS[-1])
+    word, size, digits, _ = next(unit for unit in UNITS if shortest >= unit[3])
     return word, [f"{s / size:,.{digits}f}" for s in found]
 
 

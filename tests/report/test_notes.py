@@ -33,7 +33,7 @@ def page(study, found: pd.DataFrame, out: Path) -> str:
 
 def test_bold_is_what_the_sentence_says(small, runs, tmp_path) -> None:
     found = frame.of_study(small, runs)
-    bold = "Bold: the row with the best test top-1 (last epoch), the measure of the study; teachers are left out."
+    bold = "Bold: the row with the best test top-1 (last epoch), the measure of the study; left out: “teacher”."
     assert bold in page(small, found, tmp_path)
     equal = found.copy()
     equal.loc[equal["row"] != "teacher", "last/test/acc1"] = 0.9
