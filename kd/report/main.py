@@ -14,7 +14,7 @@ from kd.errors import KdError
 from kd.report import gather, swept, tables
 from kd.report.frame import FINISHED, RESULTS, of_study, read_results, stale
 from kd.report.report import Report, build
-from kd.report.validation import by_validation, order
+from kd.report.validation import by_validation, objectives, order
 from kd.studies import spec
 from kd.studies.spec import Study
 
@@ -25,7 +25,7 @@ Tables, intervals and figures of runs: report.html (one file, opens offline), re
 
   kd report hinton_mnist           a study of experiments/, by name or folder: the claim, its verdict, the published
                                    numbers; from its runs (runs/study_NAME), else from its results.csv
-  kd report runs/sweep_HASH        a sweep: what differs between its jobs, best first
+  kd report runs/sweep_HASH        a sweep: what differs between its jobs, best validation first
   kd report runs/a runs/b          runs, or folders of runs; the same experiment with several seeds is one row
 
   out=DIR    where it goes (default: runs/study_NAME of a study, the sweep's own directory, ./report of other runs)"""
@@ -89,8 +89,9 @@ def _gathered(targets: Sequence[str]) -> Given:
 
 def _of_runs(study: Study, frame: pd.DataFrame, base: Path, out: Path, differ: str) -> Given:
     """A sweep, or other runs: ordered by validation, with a head that says what they are."""
-    about = [*swept.paragraphs(frame, base, differ), *([order(frame)] if len(study.rows) > 1 else [])]
-    return Given(by_validation(study, frame), frame, base, out, about)
+    study = by_validation(study, frame, objectives(base))
+    about = [*swept.paragraphs(frame, base, differ), *([order(study, frame)] if len(study.rows) > 1 else [])]
+    return Given(study, frame, base, out, about)
 
 
 def _of_study(name: str, runs_dir: Path | None = None) -> Given:

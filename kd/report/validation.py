@@ -5,7 +5,10 @@ No torch.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 
@@ -14,6 +17,7 @@ from kd.report.measures import Measure
 from kd.studies.spec import Study
 
 EPOCH, TEST, USUAL = "selected", "test/acc1", "val/acc1"
+JOURNAL = "optuna.log"  # of a search, in its directory
 
 
 def monitored(frame: pd.DataFrame) -> Measure:
@@ -25,22 +29,47 @@ def monitored(frame: pd.DataFrame) -> Measure:
     return Measure(f"{EPOCH}/{TEST}")
 
 
-def by_validation(study: Study, frame: pd.DataFrame) -> Study:
-    """The study measured by what picked the epochs, with the same measure and accuracy of test as further columns."""
-    measure = monitored(frame)
+def objectives(directory: Path) -> list[str]:
+    """The objectives of the Optuna search of a directory, first the one that orders its table.
+
+    Empty without a journal that can be read (a search in a data base has none): then validation orders the page.
+    """
+    journal = directory / JOURNAL
+    if not journal.is_file() or importlib.util.find_spec("optuna") is None:
+        return []
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    try:
+        studies = JournalStorage(JournalFileBackend(str(journal))).get_all_studies()
+    except ValueError:
+        return []
+    return list(studies[0].user_attrs.get("plan", {}).get("objectives", ())) if studies else []
+
+
+def by_validation(study: Study, frame: pd.DataFrame, chosen_by: Sequence[str] = ()) -> Study:
+    """The study measured by what picked the epochs, with the same measure and accuracy of test as further columns.
+
+    ``chosen_by``: objectives of a search; the first is the measure then, and orders the rows.
+    """
+    wanted = [c for name in chosen_by for c in (f"{EPOCH}/{name}", f"student/{name}", name) if c in frame]
+    measure = Measure(wanted[0]) if wanted else monitored(frame)
     same = f"test/{measure.name}"
     beside = [f"{epoch}/{name}" for name in dict.fromkeys((same, TEST)) for epoch in (EPOCH, "last")]
-    columns = tuple(c for c in beside if c in frame and c != measure.column)
+    columns = tuple(c for c in [*wanted, *beside] if c in frame and c != measure.column)
     figures = tuple(replace(figure, measure=measure.column) for figure in study.figures)
-    return replace(study, measure=measure.column, columns=columns, figures=figures)
+    means = finished(frame).groupby("row")[measure.column].mean().sort_values(ascending=measure.lower_is_better)
+    best = means.dropna().index if wanted else ()
+    rows = {name: study.rows[name] for name in (*best, *study.rows)}
+    return replace(study, measure=measure.column, columns=columns, figures=figures, rows=rows)
 
 
-def order(frame: pd.DataFrame) -> str:
+def order(study: Study, frame: pd.DataFrame) -> str:
     """How the rows are ordered, in a sentence."""
-    measure = monitored(frame)
-    name = f"{measure.title} ({measure.epoch})"
-    if measure.column.endswith(TEST):
-        return f"Rows: best {name} first; these runs have no validation measure that could order them."
+    measure = Measure(study.measure)
+    name = f"{measure.title} ({measure.epoch})" if measure.epoch else measure.title
     several = "mean over seeds of the " if finished(frame).duplicated("row").any() else ""
-    why = "validation also picks the epoch, and the test numbers beside it choose nothing"
-    return f"Rows: best first, by the {several}{name}; {why}."
+    if measure.column.endswith(TEST):
+        return f"Rows: best first, by the {several}{name}: these runs have no validation measure that could order them."
+    picks = "validation also picks the epoch, and the" if measure == monitored(frame) else "the first objective; the"
+    return f"Rows: best first, by the {several}{name}; {picks} test numbers beside it choose nothing."

@@ -13,7 +13,7 @@ from kd.manifest import Job, Manifest
 from kd.report import frame, swept
 from kd.report.main import _gathered
 from kd.report.tables import main_grid, measures, numbers
-from kd.report.validation import by_validation, monitored, order
+from kd.report.validation import by_validation, monitored, objectives, order
 
 OUTCOMES = {"0.1": (0.90, 0.95), "0.3": (0.92, 0.91), "0.2": (0.91, 0.97)}  # learning rate → validation, test
 
@@ -90,8 +90,30 @@ def test_runs_of_two_monitors_are_ordered_by_accuracy(sweep) -> None:
     assert monitored(given.frame).column == "selected/val/acc1"
     without = given.frame.drop(columns=[c for c in given.frame if "/val/" in c])
     assert monitored(without).column == "selected/test/acc1"
-    assert "no validation measure" in order(without)
-    assert by_validation(given.study, without).measure == "selected/test/acc1"
+    untold = by_validation(given.study, without)
+    assert untold.measure == "selected/test/acc1"
+    assert "no validation measure" in order(untold, without)
+
+
+def test_a_search_is_ordered_by_its_first_objective(kd, sweep) -> None:
+    from optuna import create_study
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = JournalStorage(JournalFileBackend(str(sweep / "optuna.log")))
+    search = create_study(study_name="s", storage=storage, directions=["minimize", "maximize"])
+    search.set_user_attr("plan", {"objectives": ["latency_ms", "val/acc1"]})
+    for run_dir in sweep.glob("lr-*"):
+        found = record.read(run_dir)
+        found["student"]["latency_ms"] = {"0.1": 0.02, "0.3": 0.04, "0.2": 0.01}[run_dir.name[3:6]]
+        record.write(run_dir, found)
+    assert kd("report", "sweep").code == 0
+    head, _, *rows = table_of(sweep)
+    assert head[2:5] == ["latency, ms an image", "validation top-1, % (val-selected)", "test top-1, % (val-selected)"]
+    assert [row[0] for row in rows] == ["**lr=0.2**", "lr=0.1", "lr=0.3"]
+    (sweep / "optuna.log").write_text("{")
+    assert objectives(sweep) == []
+    assert "by the mean over seeds of the latency; the first objective;" in (sweep / "report.md").read_text()
 
 
 def test_the_author_of_a_study_names_its_measure(study, runs) -> None:
