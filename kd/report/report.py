@@ -88,8 +88,9 @@ def draw(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, 
     drawn: dict[str, tuple[Canvas | None, str]] = {
         "bars": (figures.study_bars(study, frame, measure), BARS + roles + _diamond(study))
     }
-    if "/val/" in measure.column and len(shown) > 1:  # validation chose: what it came to on test stands beside it
-        drawn["bars_test"] = (figures.study_bars(study, frame, shown[1]), BARS + roles)
+    tested = next((m for m in shown if "/test/" in m.column), measure)
+    if "/val/" in measure.column and tested != measure:  # validation chose: what it came to on test stands beside it
+        drawn["bars_test"] = (figures.study_bars(study, frame, tested), BARS + roles)
     for number, wanted in enumerate(study.figures, start=1):
         caption = (
             MAP if wanted.kind == "map" else LINES + (DASHED if any(row.alone for row in study.rows.values()) else "")

@@ -71,5 +71,6 @@ def order(study: Study, frame: pd.DataFrame) -> str:
     several = "mean over seeds of the " if finished(frame).duplicated("row").any() else ""
     if measure.column.endswith(TEST):
         return f"Rows: best first, by the {several}{name}: these runs have no validation measure that could order them."
-    picks = "validation also picks the epoch, and the" if measure == monitored(frame) else "the first objective; the"
-    return f"Rows: best first, by the {several}{name}; {picks} test numbers beside it choose nothing."
+    own = measure == monitored(frame)
+    why = "; validation also picks the epoch, and the" if own else ", the first objective of the search; the"
+    return f"Rows: best first, by the {several}{name}{why} test numbers beside it choose nothing."

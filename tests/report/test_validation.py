@@ -113,7 +113,10 @@ def test_a_search_is_ordered_by_its_first_objective(kd, sweep) -> None:
     assert [row[0] for row in rows] == ["**lr=0.2**", "lr=0.1", "lr=0.3"]
     (sweep / "optuna.log").write_text("{")
     assert objectives(sweep) == []
-    assert "by the mean over seeds of the latency; the first objective;" in (sweep / "report.md").read_text()
+    assert (
+        "by the mean over seeds of the latency, the first objective of the search; the test"
+        in (sweep / "report.md").read_text()
+    )
 
 
 def test_the_author_of_a_study_names_its_measure(study, runs) -> None:
