@@ -84,7 +84,7 @@ def _put(
 def draw(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, tuple[Canvas, str]]:
     """Name → figure and caption, of those that these runs can show."""
     shown = tables.measures(study, frame)
-    measure, roles = shown[0], _roles(study)
+    measure, roles = shown[0], _roles(study, frame)
     drawn: dict[str, tuple[Canvas | None, str]] = {
         "bars": (figures.study_bars(study, frame, measure), BARS + roles + _diamond(study))
     }
@@ -120,11 +120,11 @@ RELIABILITY = (
 )
 
 
-def _roles(study: Study) -> str:
-    """What the colours stand for, where rows have different parts."""
-    rows = study.rows.values()
-    found = {"dark: teachers": any(r.teacher for r in rows), "grey: students alone": any(r.alone for r in rows)}
-    there = [text for text, is_there in found.items() if is_there]
+def _roles(study: Study, frame: pd.DataFrame) -> str:
+    """What the colours stand for, where rows that are drawn have different parts."""
+    done, rows = set(finished(frame)["row"]), study.rows.values()
+    parts = {"dark: teachers": {row.teacher for row in rows}, "grey: students alone": {row.alone for row in rows}}
+    there = [text for text, names in parts.items() if names & done]
     return f" {figures.capital('; '.join([*there, 'blue: all others']))}." if there else ""
 
 

@@ -13,6 +13,7 @@ from kd import report
 from kd.report import cost, frame, notes, provenance
 from kd.report.measures import Measure
 from kd.report.page import whole
+from kd.report.report import _roles
 from kd.studies.spec import Comparison, Published
 
 
@@ -106,6 +107,13 @@ def test_a_head_does_not_break_at_a_hyphen_and_many_columns_are_set_close(small,
     bare = replace(small, columns=(), rows={"alone": small.rows["alone"]}, comparisons={}, supported=(), published=None)
     alone = found[found["row"] == "alone"]
     assert '<table class="wide">' not in report.build(bare, alone, None, tmp_path).paths["html"].read_text()
+
+
+def test_only_colours_that_are_drawn_are_explained(small, runs) -> None:
+    found = frame.of_study(small, runs)
+    assert _roles(small, found) == " Dark: teachers; grey: students alone; blue: all others."
+    assert _roles(small, found[found["row"] != "alone"]) == " Dark: teachers; blue: all others."
+    assert _roles(small, found[found["row"] == "distilled"]) == ""
 
 
 def test_a_duration_has_the_unit_that_fits_its_column() -> None:
