@@ -28,7 +28,8 @@ def of_results(study: Study, grid: Grid, table: pd.DataFrame, measure: Measure) 
     if "mean rank" in table:
         friedman = p_words(table.attrs["friedman_p"])
         notes.append(
-            f"Mean rank by {measure.title}: place among the students over seeds, 1 is best; Friedman's test of no difference: {friedman}."
+            f"Mean rank by {measure.title}: place among the students over seeds, 1 is best; Friedman's test of no "
+            f"difference: {friedman}."
         )
     reasons = [reason for name in shares if spread for reason in _reasons(table, name)]
     if reasons:
