@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from kd import record
-from kd.report.frame import finished
+from kd.report.frame import FINISHED, finished
 
 MOST = 6  # values that are listed; of more, numbers have their range
 PLACES = ("seed=", "name=", "hydra.", "paths.", "logger", "hardware")  # say nothing of the experiment
@@ -28,7 +28,8 @@ def paragraphs(frame: pd.DataFrame, runs_dir: Path, differ: str) -> list[str]:
     seeds = sorted(set(frame["seed"]))
     swept = [f"{key} ({_listed(values)})" for key, values in differs.items()]
     swept += [f"seed ({_listed(seeds)})"] if len(seeds) > 1 else []
-    facts = [_facts(found, config) for found, config in zip(records, configs, strict=True)]
+    ended = [pair for pair in zip(records, configs, strict=True) if pair[0]["status"] == FINISHED]
+    facts = [_facts(found, config) for found, config in ended]  # a run that could not begin has none of them
     names = dict.fromkeys(name for fact in facts for name in fact)
     same = {name: values[0] for name in names if len(values := _values(facts, name)) == 1}
     data = list(dict.fromkeys(finished(frame)["data"].dropna()))
@@ -99,7 +100,7 @@ def _facts(found: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str
         }
     if teacher := found.get("teacher"):
         facts["teacher"] = _teacher(config.get("teacher", {}), teacher)
-    elif found.get("status") == "finished":
+    else:
         facts["teacher"] = "none"
     return {name: text for name, text in facts.items() if text}
 

@@ -148,6 +148,14 @@ def test_the_head_says_what_was_swept_and_what_was_not(kd, sweep, monkeypatch) -
     assert "Swept" in (sweep / "report.html").read_text()
 
 
+def test_a_run_that_failed_hides_nothing_of_the_others(kd, sweep, write) -> None:
+    write(sweep / "lr-0.1_seed-1", 1, 0.9, status="failed", overrides=["recipe.optimizer.lr=0.1", "seed=1"])
+    assert kd("report", "sweep").code == 0
+    text = (sweep / "report.md").read_text()
+    assert "Swept: recipe.optimizer.lr (0.1, 0.3, 0.2); recipe.epochs (20, not set); seed (0, 1)." in text
+    assert "teacher teacher (85,002 parameters" in text
+
+
 def test_other_runs_differ_and_a_run_by_itself_does_not(write, tmp_path) -> None:
     for name, loss in (("a", "[ce]"), ("b", "[ce,kd]")):
         write(tmp_path / name / "seed3", 3, 0.9, overrides=[f"loss={loss}", "seed=3", f"name={name}"])
