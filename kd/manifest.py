@@ -31,18 +31,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The jobs of a sweep (``kind``: sweep, optuna or study) and the name that groups them; a study's ``folder``."""
+    """The jobs of a sweep (``kind``: sweep, optuna or study) and the name that groups them.
+
+    ``folder``: of a study, absolute; ``objectives``: of a search, the one that orders its trials first.
+    """
 
     kind: str
     name: str
     jobs: Mapping[str, Job]
-    folder: str = ""  # absolute
+    folder: str = ""
+    objectives: tuple[str, ...] = ()
 
 
 def write(directory: Path, manifest: Manifest) -> None:
     """Write ``sweep.json`` in one step. The directory must exist."""
     jobs = {name: {k: v for k, v in asdict(job).items() if k != "name"} for name, job in manifest.jobs.items()}
-    about = {"kind": manifest.kind, "name": manifest.name, **({"folder": manifest.folder} if manifest.folder else {})}
+    about: dict[str, Any] = {"kind": manifest.kind, "name": manifest.name}
+    about |= {"folder": manifest.folder} if manifest.folder else {}
+    about |= {"objectives": manifest.objectives} if manifest.objectives else {}
     content = {"schema": SCHEMA, **about, "jobs": jobs}
     record.write_text(directory / FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -57,7 +63,8 @@ def read(directory: Path) -> Manifest:
         if content["schema"] > SCHEMA:
             raise KdError(f"{file} was written by a newer version of kd (schema {content['schema']}, known: {SCHEMA})")
         jobs = {name: _job(name, node) for name, node in content["jobs"].items()}
-        return Manifest(content["kind"], content["name"], jobs, content.get("folder", ""))
+        more = content.get("folder", ""), tuple(content.get("objectives", ()))
+        return Manifest(content["kind"], content["name"], jobs, *more)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise KdError(f"{file} cannot be read: it is not what kd writes") from None
 

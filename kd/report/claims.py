@@ -128,29 +128,42 @@ def compare(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[st
 def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir: Path | None) -> Compared:
     column = known(study, frame, comparison.measure)
     other = known(study, frame, comparison.than_measure or comparison.measure)
-    row, than = label_of(study, comparison.row), label_of(study, comparison.than)
     measure = measure_of(frame, column or comparison.measure)
+    label = _label(study, comparison, measure, measure_of(frame, other or comparison.than_measure or measure.column))
+    if itself(comparison):
+        return Compared(comparison, label, measure, Interval(np.nan, 0, note="a row beside itself cannot differ"))
     if column is None or other is None:
-        return Compared(comparison, f"“{row}” − “{than}”", measure, Interval(np.nan, 0, note="not measured yet"))
-    if comparison.share_of:
-        wanted = [(comparison.row, column), (comparison.than, other), (comparison.share_of, column)]
-        interval = _with_shared(study, frame, wanted, gap_closed(study, frame, wanted, measure))
-        label = f"share of the gap from “{than}” to “{label_of(study, comparison.share_of)}” that “{row}” closes"
-        return Compared(comparison, label, measure, interval)
+        return Compared(comparison, label, measure, Interval(np.nan, 0, note="not measured yet"))
     wanted = [(comparison.row, column), (comparison.than, other)]
+    if comparison.share_of:
+        wanted.append((comparison.share_of, column))
+        interval = _with_shared(study, frame, wanted, gap_closed(study, frame, wanted, measure))
+        return Compared(comparison, label, measure, interval)
     interval = _with_shared(study, frame, wanted, stats.difference(*aligned(study, frame, wanted)))
-    both = [measure, measure_of(frame, other)]
-    titles = [m.title for m in both]
-    if titles[0] == titles[1]:
-        titles = [f"{m.title} ({m.epoch})" for m in both]
-    if comparison.row == comparison.than:
-        label = f"“{row}”: {titles[0]} − {titles[1]}"
-    else:
-        label = f"“{row}”, {titles[0]} − “{than}”, {titles[1]}" if other != column else f"“{row}” − “{than}”"
     images = None
     if runs_dir is not None and other == column and _of_test_images(column):
         images = _over_images(frame, comparison, runs_dir)
     return Compared(comparison, label, measure, interval, images)
+
+
+def itself(comparison: Comparison) -> bool:
+    """Whether a row stands beside itself in one and the same measure: there is nothing to compare."""
+    return comparison.row == comparison.than and comparison.than_measure in (None, comparison.measure)
+
+
+def _label(study: Study, comparison: Comparison, measure: Measure, other: Measure) -> str:
+    """The rows of a comparison, with the measures where there are two of them."""
+    row, than = label_of(study, comparison.row), label_of(study, comparison.than)
+    if comparison.share_of:
+        return f"share of the gap from “{than}” to “{label_of(study, comparison.share_of)}” that “{row}” closes"
+    if other.column == measure.column:
+        return f"“{row}” − “{than}”"
+    titles = [m.title for m in (measure, other)]
+    if titles[0] == titles[1]:
+        titles = [f"{m.title} ({m.epoch})" for m in (measure, other)]
+    if comparison.row == comparison.than:
+        return f"“{row}”: {titles[0]} − {titles[1]}"
+    return f"“{row}”, {titles[0]} − “{than}”, {titles[1]}"
 
 
 def _of_test_images(column: str) -> bool:

@@ -47,6 +47,24 @@ def pareto(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None
     return figure
 
 
+def caption(figure: Canvas, measure: Measure) -> str:
+    """How to read the figure: what a point is, which way is better, and what the line joins."""
+    better, worse = ("lower", "above") if measure.lower_is_better else ("higher", "below")
+    text = (
+        "A point is a row of the table: the mean of its seeds, against its cost. Further left is cheaper, "
+        f"{better} is better. The orange line is the Pareto front: it joins the rows that no other row beats in both; "
+        f"a row {worse} it is beaten by one that is at least as good for no more cost."
+    )
+    if any("latency" in axes.get_xlabel() for axes in figure.axes):
+        text += (
+            " Latency: one image on the machine that trained, the median over all runs of the same network; small "
+            "differences are noise."
+        )
+    return (
+        text + " Latency, multiply-accumulates, parameters: those that put the rows in the same order are drawn once."
+    )
+
+
 def _points(study: Study, frame: pd.DataFrame, measure: Measure, cost: str) -> list[tuple[str, float, float, str]]:
     """Label, cost, mean value and colour of every row that has both.
 

@@ -14,7 +14,7 @@ import pandas as pd
 from kd import manifest, record
 from kd.errors import KdError
 from kd.report.frame import finished, of_run, seed_told, table
-from kd.report.measures import Measure
+from kd.report.validation import monitored
 from kd.studies.spec import Figure, Row, Study
 
 MEASURE, EPOCH = "test/acc1", "selected"
@@ -80,10 +80,9 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
 
 
 def _rank(frame: pd.DataFrame, row: str) -> float:
-    column = f"{EPOCH}/{MEASURE}"
-    found = finished(frame)
-    mean = found[found["row"] == row][column].mean() if column in found else float("nan")
-    return float("inf") if pd.isna(mean) else (mean if Measure(column).lower_is_better else -mean)
+    measure, found = monitored(frame), finished(frame)
+    mean = found[found["row"] == row][measure.column].mean() if measure.column in found else float("nan")
+    return float("inf") if pd.isna(mean) else (mean if measure.lower_is_better else -mean)
 
 
 def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:
@@ -98,11 +97,10 @@ def of_sweep(directory: Path) -> list[Found]:
 
 
 def _of_job(run_dir: Path, job: manifest.Job, searched: bool) -> Found:
-    if not searched:
-        return Found(run_dir, job.overrides, " ".join(_told(job.overrides)))
-    # values of seventeen digits: the rows are named as the table of the search names them; all but a seed was searched
-    group = " ".join(o for o in job.overrides if not SEEDS.match(o))
-    return Found(run_dir, job.overrides, group, " ".join(w for w in job.label.split(" ") if not SEEDS.match(w)))
+    name = " ".join(w for w in job.label.split(" ") if not SEEDS.match(w))  # as the table of the sweep names it
+    # what was searched may be a path, or have seventeen digits: all but a seed tells its rows apart
+    group = " ".join(o for o in job.overrides if not SEEDS.match(o)) if searched else " ".join(_told(job.overrides))
+    return Found(run_dir, job.overrides, group, name)
 
 
 def of_run_dir(run_dir: Path) -> Found:

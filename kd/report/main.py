@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from kd import manifest, record
 from kd.errors import KdError
-from kd.report import gather, tables, told
+from kd.report import gather, swept, tables, told
 from kd.report.frame import FINISHED, RESULTS, of_study, read_results
 from kd.report.report import Report, build
+from kd.report.validation import by_validation, order
 from kd.studies import spec
 from kd.studies.spec import Study
 
@@ -23,7 +25,7 @@ Tables, intervals and figures of runs: report.html (one file, opens offline), re
 
   kd report hinton_mnist           a study of experiments/, by name or folder: the claim, its verdict, the published
                                    numbers; from its runs (runs/study_NAME), else from its results.csv
-  kd report runs/sweep_HASH        a sweep: what differs between its jobs, best first
+  kd report runs/sweep_HASH        a sweep: what differs between its jobs, best validation first
   kd report runs/a runs/b          runs, or folders of runs; the same experiment with several seeds is one row
 
   out=DIR    where it goes (default: runs/study_NAME of a study, the sweep's own directory, ./report of other runs)"""
@@ -35,9 +37,10 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     targets, out = _parsed(argv)
-    study, frame, runs_dir, default = _gathered(targets)
+    given = _gathered(targets)
+    study, frame, runs_dir = given.study, given.frame, given.runs_dir
     print(f"from {runs_dir or study.folder / RESULTS}")
-    say(study, build(study, frame, runs_dir, out or default))
+    say(study, build(study, frame, runs_dir, out or given.out, given.about))
     for note in told.notes(study, frame):
         print(note)
     return 0
@@ -56,8 +59,18 @@ def _parsed(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     return targets, Path(outs[-1]) if outs else None
 
 
-def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None, Path]:
-    """The study (or what stands for one), its frame, the runs' directory if there is one, and where to write."""
+@dataclass(frozen=True)
+class Given:
+    """The study (or what stands for one), its frame, the runs' directory if there is one, where to write, the head."""
+
+    study: Study
+    frame: pd.DataFrame
+    runs_dir: Path | None
+    out: Path
+    about: Sequence[str] = ()
+
+
+def _gathered(targets: Sequence[str]) -> Given:
     first = Path(targets[0])
     if len(targets) == 1:
         if (first / spec.STUDY).is_file() or not first.exists():
@@ -67,16 +80,24 @@ def _gathered(targets: Sequence[str]) -> tuple[Study, pd.DataFrame, Path | None,
             if given.kind == "study":
                 there = (Path(given.folder) / spec.STUDY).is_file()  # else it was moved
                 return _of_study(given.folder if there else given.name, first)
-            return *gather.read_sweep(first), first, first
+            return _of_runs(*gather.read_sweep(first), first, first, "Swept", given.objectives)
     found = [run for target in targets for run in _runs(Path(target))]
     base = Path(os.path.commonpath([run.run_dir.resolve() for run in found]))
     base = base.parent if len(found) == 1 else base
     name = first.resolve().name if len(targets) == 1 else f"{len(found)} runs"
-    study, frame = gather.study_of(name, found, base)
-    return study, frame, base, Path("report")
+    return _of_runs(*gather.study_of(name, found, base), base, Path("report"), "Different between the runs")
 
 
-def _of_study(name: str, runs_dir: Path | None = None) -> tuple[Study, pd.DataFrame, Path | None, Path]:
+def _of_runs(
+    study: Study, frame: pd.DataFrame, base: Path, out: Path, differ: str, objectives: Sequence[str] = ()
+) -> Given:
+    """A sweep, or other runs: ordered by validation, with a head that says what they are."""
+    study = by_validation(study, frame, objectives)
+    about = [*swept.paragraphs(frame, base, differ), *([order(study, frame)] if len(study.rows) > 1 else [])]
+    return Given(study, frame, base, out, about)
+
+
+def _of_study(name: str, runs_dir: Path | None = None) -> Given:
     study = spec.load(name)
     directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
     file = study.folder / RESULTS
@@ -86,12 +107,12 @@ def _of_study(name: str, runs_dir: Path | None = None) -> tuple[Study, pd.DataFr
         if runs_dir is None and lacking and file.is_file():
             kept = read_results(file, study)
         if kept is None or (kept["status"] == FINISHED).sum() <= len(frame) - lacking:
-            return study, frame, directory, directory
+            return Given(study, frame, directory, directory)
         print(f"{lacking} of {len(frame)} runs are not finished in {directory} (their report: kd report {directory})")
-        return study, kept, None, directory
+        return Given(study, kept, None, directory)
     if not file.is_file():
         raise KdError(f"{study.name} has no results: no runs in {directory}, no {RESULTS} in {study.folder}")
-    return study, read_results(file, study), None, directory
+    return Given(study, read_results(file, study), None, directory)
 
 
 def _runs(target: Path) -> list[gather.Found]:

@@ -75,6 +75,7 @@ class Measure:
         """``test top-1`` in words, without the epoch."""
         first, *middle = self.column.split("/")
         word = WORDS.get(self.name) or self._of_class() or self.name.replace("_", " ")
+        middle = ["validation" if part == "val" else part for part in middle]
         if first == "teacher":
             return " ".join(["teacher's", *middle[:-1], word])
         if first == "student":
@@ -102,7 +103,7 @@ class Measure:
 
     def show(self, value: float) -> str:
         """A value without its unit: ``97.51``."""
-        return f"{self.scale * value:,.{self.digits}f}"
+        return f"{self.scale * value:,.{self.digits}f}".replace("-", "−")
 
     def change(self, value: float) -> str:
         """A difference of two values, signed: ``+1.20``."""

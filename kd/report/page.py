@@ -62,7 +62,7 @@ def render(context: Mapping[str, Any]) -> dict[str, str]:
         "undefined": jinja2.StrictUndefined,
     }
     page = jinja2.Environment(autoescape=True, **how)
-    page.filters["spread"] = spread
+    page.filters |= {"spread": spread, "whole": whole}
     html = page.get_template("report.html.j2").render(context)
     plain = jinja2.Environment(autoescape=False, keep_trailing_newline=True, **how)
     plain.filters["markdown"] = markdown
@@ -73,6 +73,12 @@ def spread(cell: str) -> str | Markup:
     """``97.47 ± 0.51``, ``70 [69, 71]``: the number, and what follows it in small print."""
     found = SPREAD.fullmatch(cell)
     return Markup('{}<span class="spread"> {}</span>').format(*found.groups()) if found else cell
+
+
+def whole(cell: str) -> Markup:
+    """The head of a column, which may break between words, not at the hyphens of ``top-1``."""
+    words = (Markup('<span class="whole">{}</span>' if "-" in word else "{}").format(word) for word in cell.split(" "))
+    return Markup(" ").join(words)
 
 
 def markdown(grid: Grid) -> str:

@@ -57,6 +57,13 @@ def paired_interval(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> tuple
     return mean, mean - half, mean + half
 
 
+def half_width(n: int) -> float:
+    """Standard deviations that the 95 % interval of a mean over ``n`` seeds reaches to either side (Student's t)."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) / n**0.5)
+
+
 def mean(values: Numbers) -> Interval:
     """Mean over seeds, with its interval from two seeds on that differ."""
     return difference(values, np.zeros(len(values)))
@@ -112,7 +119,7 @@ def share(row: Numbers, than: Numbers, top: Numbers) -> Interval:
 
 
 def _too_few(n: int) -> str:
-    return "one seed: no interval" if n == 1 else "no seed that the rows share"
+    return "one seed: no interval" if n == 1 else "no finished seed that the rows share"
 
 
 def _bootstrap(data: tuple[np.ndarray, np.ndarray], statistic: Callable[..., np.ndarray]) -> tuple[float, float] | None:

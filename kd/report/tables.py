@@ -11,7 +11,7 @@ import pandas as pd
 from kd.errors import KdError
 from kd.report import ranks, stats
 from kd.report.claims import Compared, gap_closed, known, label_of
-from kd.report.frame import FINISHED, finished, measure_of, values
+from kd.report.frame import finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
 from kd.report.vocabulary import refuse_percent
@@ -31,18 +31,20 @@ class Grid:
 
 
 def measures(study: Study, frame: pd.DataFrame) -> list[Measure]:
-    """The measured columns of the main table: the study's own at both epochs, its further ones, agreement."""
+    """The measured columns of the main table: the study's own at both epochs, its further ones, agreement.
+
+    A validation measure picks one epoch: it stands there alone. A further one that no run has is left out.
+    """
     main = resolve(frame.columns, study.measure, study.epoch)
     columns = [main]
     first, _, rest = main.partition("/")
-    if first in EPOCHS:
+    if first in EPOCHS and not rest.startswith("val/"):
         other = f"{'selected' if first == 'last' else 'last'}/{rest}"
         columns += [other] if other in frame else []
     columns += [column for c in study.columns if (column := known(study, frame, c)) is not None]
-    agreement = f"{study.epoch}/test/agreement"
-    if agreement in frame and frame[agreement].notna().any():
-        columns.append(agreement)
-    return [measure_of(frame, c) for c in dict.fromkeys(columns)]
+    columns += [agreement] if (agreement := f"{study.epoch}/test/agreement") in frame else []
+    measured = finished(frame)
+    return [measure_of(frame, c) for c in dict.fromkeys(columns) if c == main or measured[c].notna().any()]
 
 
 def numbers(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +93,7 @@ def _bounds(name: str, interval: Interval) -> dict[str, object]:
 
 
 def main_grid(study: Study, table: pd.DataFrame, shown: Sequence[Measure]) -> Grid:
-    """The main table for people; columns that are empty for every row are left out."""
+    """The main table for people; shares, ranks and sizes stand there where a row can have them."""
     head, columns = ["", "n"], [list(table["label"]), [str(n) for n in table["n"]]]
     for measure in shown:
         head.append(f"{measure.label} ({measure.epoch})" if measure.epoch else measure.label)
@@ -108,8 +110,7 @@ def main_grid(study: Study, table: pd.DataFrame, shown: Sequence[Measure]) -> Gr
     if "parameters" in table:
         head.append("parameters")
         columns.append([NOTHING if np.isnan(p) else f"{p:,.0f}" for p in table["parameters"]])
-    best = _best(study, table, shown[0])
-    return Grid(tuple(head), tuple(zip(*columns, strict=True)), (best,) if best is not None else ())
+    return Grid(tuple(head), tuple(zip(*columns, strict=True)), _best(study, table, shown[0]))
 
 
 def rank_grid(found: ranks.OverPairs) -> Grid:
@@ -118,13 +119,14 @@ def rank_grid(found: ranks.OverPairs) -> Grid:
     return Grid((f"over all of {' and '.join(found.variables)}", "mean rank", "blocks"), rows)
 
 
-def _best(study: Study, table: pd.DataFrame, measure: Measure) -> int | None:
-    """The position of the best row that is no teacher."""
+def _best(study: Study, table: pd.DataFrame, measure: Measure) -> tuple[int, ...]:
+    """The positions of the best rows that are no teachers: more than one where they are equal, none where all are."""
     teachers = {row.teacher for row in study.rows.values()}
     found = table[measure.column].where([name not in teachers for name in table.index])
-    if found.notna().sum() < 2:
-        return None
-    return int(np.nanargmin(found) if measure.lower_is_better else np.nanargmax(found))
+    if found.nunique() < 2:
+        return ()
+    best = found.min() if measure.lower_is_better else found.max()
+    return tuple(int(i) for i in np.flatnonzero(found == best))
 
 
 def spread(measure: Measure, mean: float, std: float) -> str:
@@ -153,10 +155,12 @@ def _range(compared: Compared, bounds: tuple[float, float] | None) -> str:
 
 
 def comparison_grid(compared: Mapping[str, Compared]) -> Grid:
-    """Every comparison with both of its intervals over seeds and its p values."""
+    """Every comparison that has a number, with both of its intervals over seeds and its p values."""
     rows = []
     for found in compared.values():
         interval = found.interval
+        if interval.n == 0:
+            continue
         estimate = NOTHING if np.isnan(interval.estimate) else f"{found.show(interval.estimate)}{found.unit}"
         rows.append(
             (
@@ -197,7 +201,10 @@ def image_grid(compared: Mapping[str, Compared]) -> Grid | None:
 
 
 def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
-    """Published numbers beside the measured ones, and whether they fall inside the mean's interval."""
+    """Published numbers beside the measured ones, and whether they fall inside the mean's interval.
+
+    Measures that may still come, because runs are missing, are left out.
+    """
     if study.published is None:
         return None
     rows = []
@@ -205,16 +212,16 @@ def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
         if name not in study.rows:
             raise KdError(f"published.yaml: the study has no row {name}")
         for key, number in given.items():
-            measure = measure_of(frame, known(study, frame, key) or key)
             refuse_percent(name, key, number["value"])
-            rows.append(_published_row(study, frame, name, measure, number))
+            if (column := known(study, frame, key)) is not None:
+                rows.append(_published_row(study, frame, name, measure_of(frame, column), number))
     return Grid(("", "measure", "published", "measured", "95 % of the mean", "inside"), tuple(rows), text=2)
 
 
 def _published_row(
     study: Study, frame: pd.DataFrame, name: str, measure: Measure, number: Mapping[str, float]
 ) -> tuple[str, ...]:
-    found = values(frame, name, measure.column) if measure.column in frame else pd.Series(dtype=float)
+    found = values(frame, name, measure.column)
     theirs = spread(measure, number["value"], number.get("std", np.nan))
     theirs += f" (n = {number['n']:.0f})" if number.get("n") else ""
     ours = spread(measure, found.mean(), found.std(ddof=1) if len(found) > 1 else np.nan) if len(found) else NOTHING
@@ -231,42 +238,3 @@ def _published_row(
         shown,
         inside,
     )
-
-
-# ---------------------------------------------------------------------- where it comes from
-
-
-def provenance(study: Study, frame: pd.DataFrame) -> tuple[Grid, list[str]]:
-    """Seeds, config hash and cost of each row; data, epochs and selection where they differ, else once as sentences."""
-    done = finished(frame)
-    parts = {name: part for name in study.rows if len(part := done[done["row"] == name])}
-    differing, same = [], []
-    for column, word in (("data", "data"), ("epochs", "epochs"), ("monitor", "selected by")):
-        found = {name: _once(part[column]) for name, part in parts.items()}
-        if len(set(found.values())) > 1:
-            differing.append((word, found))
-        else:
-            same.append(f"{word.capitalize()}: {next(iter(found.values()))}.")
-    rows = []
-    for name, part in parts.items():
-        seeds = " ".join(map(str, sorted(part["seed"])))
-        hours = f"{part['wall_clock_s'].sum() / 3600:.2f}"
-        cells = (found[name] for _, found in differing)
-        rows.append((label_of(study, name), seeds, _once(part["config_hash"]), *cells, hours))
-    head = ("", "seeds", "config", *(word for word, _ in differing), "hours")
-    return Grid(head, tuple(rows), text=len(head) - 1), same
-
-
-def _once(column: pd.Series) -> str:
-    found = dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in column.dropna())
-    return ", ".join(found) or NOTHING
-
-
-def unfinished_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
-    """Runs that failed, were interrupted, still run or are missing, a line for each row, status and reason; or None."""
-    seeds: dict[tuple[str, str, str], list[str]] = {}
-    for r in frame[frame["status"] != FINISHED].itertuples():
-        key = (label_of(study, str(r.row)), str(r.status), str(r.error or NOTHING).splitlines()[0])
-        seeds.setdefault(key, []).append(str(r.seed))
-    rows = tuple((label, status, " ".join(found), reason) for (label, status, reason), found in seeds.items())
-    return Grid(("", "status", "seeds", "reason"), rows, text=4) if rows else None

@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,7 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             f"{directory} belongs to the study in {there.folder}, not to the one in {plan.folder}: choose another "
             "hydra.sweep.dir, or another name for the folder"
         )
-    return Manifest(plan.kind, plan.name, {**there.jobs, **plan.jobs}, plan.folder)
+    return replace(there, jobs={**there.jobs, **plan.jobs}, folder=plan.folder)
 
 
 @contextmanager

@@ -39,6 +39,8 @@ def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list
     if url is not None:
         storage.opened(engine.directory, url)  # refused before anything is written
     with engine.locked("optuna", engine.directory.name):
+        there = manifest.read(engine.directory)
+        manifest.write(engine.directory, replace(there, objectives=tuple(measures)))  # what orders the report
         found = Search(engine, where, measures, replace(settings, storage=url), chooses)
         found.run(at_once)
         outcomes = found.outcomes()

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from kd.errors import KdError
-from kd.report import claims, frame, tables
+from kd.report import claims, frame, provenance, tables
 from kd.report.claims import Compared
 from kd.report.measures import Measure
 from kd.report.stats import Interval
@@ -235,18 +235,18 @@ def test_published_numbers_that_are_refused(study, found, numbers, sentence) -> 
 
 
 def test_unfinished_runs_are_a_line_for_each_row_and_reason(study, found) -> None:
-    assert tables.unfinished_grid(study, found).rows == (
+    assert provenance.unfinished(study, found).rows == (
         ("soft targets of another image", "failed", "3", "the loss is not finite"),
         ("soft targets of another image", "missing", "4", "–"),
     )
     begun = found.copy()
     begun.loc[(found["row"] == "alone") & (found["seed"] > 0), ["status", "error"]] = ["missing", None]
     begun.loc[(found["row"] == "alone") & (found["seed"] == 2), ["status", "error"]] = ["failed", "no memory\nat all"]
-    assert tables.unfinished_grid(study, begun).rows[:2] == (
+    assert provenance.unfinished(study, begun).rows[:2] == (
         ("student alone", "missing", "1 3 4", "–"),
         ("student alone", "failed", "2", "no memory"),
     )
-    assert tables.unfinished_grid(study, found[found["status"] == "finished"]) is None
+    assert provenance.unfinished(study, found[found["status"] == "finished"]) is None
 
 
 def test_words_for_people() -> None:
