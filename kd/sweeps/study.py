@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +15,10 @@ from kd.manifest import Job
 from kd.report import vocabulary
 from kd.report.frame import RESULTS, check_protocol, finished, of_study, read_results, write_results
 from kd.report.main import say
+from kd.report.measures import Measure
 from kd.report.report import Report, build
 from kd.studies import graph, spec
-from kd.studies.spec import Row, Study
+from kd.studies.spec import STUDY, Row, Study
 from kd.sweeps import estimate, evaluations
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.state import FINISHED, look, same_run
@@ -33,6 +35,7 @@ def sweep(
     _refuse_swept(arguments)
     study = spec.load(name, seeds)
     vocabulary.check(study)
+    refuse_percent_bounds(study)
     jobs = plan(study, engine.directory, only, seeds, arguments)
     kept = study.folder / RESULTS
     if kept.is_file():
@@ -58,6 +61,27 @@ def sweep(
     if problems:
         raise KdError("\n".join(problems))
     return outcomes
+
+
+def refuse_percent_bounds(study: Study) -> None:
+    """``KdError`` for ``below: 20`` where a difference of shares is 0.2: everything would count as supported.
+
+    The share of a gap that a student closes may be somewhat more than all of it.
+    """
+    for i, condition in enumerate(study.supported, start=1):
+        comparison = study.comparisons[condition.comparison]
+        limit, allowed = math.inf, ""
+        if comparison.share_of:
+            limit, allowed = 2, "the share of a gap, -2 to 2: 0.5 is half of it"
+        elif Measure(comparison.measure).is_share:
+            limit, allowed = 1, f"a difference of {comparison.measure} as a fraction, -1 to 1: 0.01 is one point"
+        for key in ("above", "below", "inside"):
+            given = getattr(condition, key)
+            bounds = given if isinstance(given, tuple) else [] if given is None else [given]
+            if any(abs(bound) > limit for bound in bounds):
+                where = f"{study.folder / STUDY}: supported: number {i} ({comparison.name})"
+                value = list(given) if isinstance(given, tuple) else given
+                raise KdError(f"{where}: {key} = {value} is not allowed: it must be {allowed}")
 
 
 def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kd.cli import main
 from kd.errors import KdError
 from kd.studies import graph, spec
 from kd.sweeps.evaluations import best_bias
-from kd.sweeps.study import _refuse_swept, _same_experiments, plan
+from kd.sweeps.study import _refuse_swept, _same_experiments, plan, refuse_percent_bounds
 
 TINY = ["data=fake", "data.train_images=64", "recipe.epochs=2", "protocol.val_every=1", "hardware=cpu"]
 ROWS: dict[str, Any] = {
@@ -187,6 +188,27 @@ def test_what_is_wrong_in_a_study_is_said(tmp_path: Path, changed: dict[str, Any
         changed = {"comparisons": None, "supported": None, "evaluations": None, **changed}
     with pytest.raises(KdError, match=sentence):
         spec.load(write(tmp_path / "tiny", **changed))
+
+
+@pytest.mark.parametrize(
+    ("measure", "share_of", "bound", "sentence"),
+    [
+        ("test/acc1", None, {"below": 20}, r"tiny/study\.yaml: supported: number 1 \(helps\): below = 20 is not "
+         r"allowed: it must be a difference of test/acc1 as a fraction, -1 to 1: 0\.01 is one point"),
+        ("test/ece", None, {"above": -5.0}, "above = -5.0 is not allowed: it must be a difference of test/ece"),
+        ("test/class_3", None, {"inside": [-0.5, 1.5]}, r"inside = \[-0.5, 1.5\] is not allowed"),
+        ("test/errors", "teacher", {"above": 50}, "above = 50 is not allowed: it must be the share of a gap, -2 to 2"),
+        ("test/acc1", None, {"above": 1}, None),
+        ("test/acc1", "teacher", {"above": 1.5}, None),
+        ("test/errors", None, {"below": -20}, None),
+        ("test/nll", None, {"inside": [-3, 3]}, None),
+    ],
+)  # fmt: skip
+def test_the_bound_of_a_share_is_a_fraction(tmp_path: Path, measure, share_of, bound, sentence) -> None:
+    helps = {"row": "T4", "than": "alone", "measure": measure, "share_of": share_of}
+    study = spec.load(write(tmp_path / "tiny", comparisons={"helps": helps}, supported=when(**bound)))
+    with pytest.raises(KdError, match=sentence) if sentence else nullcontext():
+        refuse_percent_bounds(study)
 
 
 # ---------------------------------------------------------------------- planned
