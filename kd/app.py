@@ -24,6 +24,7 @@ from kd.sweeps import job as jobs
 
 log = logging.getLogger("kd.app")
 
+SAME_COMMAND = "finished runs are kept, the others go on from their last validation: give the same command again"
 Job = Callable[[dict[str, Any], Path, Sequence[str]], Any]
 
 
@@ -71,6 +72,10 @@ def run(argv: list[str], job: Job) -> int:
         except SystemExit as stop:  # after printing help or a config
             if stop.code:
                 raise
+        except KeyboardInterrupt:
+            if arguments.multirun:
+                raise KeyboardInterrupt(SAME_COMMAND) from None
+            raise
         except explain.KNOWN as error:
             raise KdError(explain.explain(error, arguments.overrides)) from error
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,9 +174,15 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> 
     process.wait()
     process.stdout.close()
     assert json.loads((killed / "result.json").read_text())["status"] == "running"
+    checkpoint = killed / "checkpoints" / "last.ckpt"
+    kept = torch.load(checkpoint, weights_only=True)
+    assert 0 < kept["callbacks"]["WallClock"]["seconds"] < 60
+    kept["callbacks"]["WallClock"]["seconds"] += 1000  # as if it had been slow
+    torch.save(kept, checkpoint)
     said = kd("train", "resume=killed")
     assert said.code == 0, said.err
     assert "epoch 1/" not in said.out
+    assert f"\nresumed: {kept['epoch'] + 1} of 12 epochs are trained, after 100" in said.out
     whole, resumed = (load_file(tmp_path / n / "student_last.safetensors") for n in ("whole", "killed"))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert len(whole) == 6
@@ -184,6 +191,8 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> 
         assert result["student"].pop("latency_ms") > 0  # a measurement, never twice the same
     assert a["student"] == b["student"]
     assert b["status"] == "finished"
+    assert a["wall_clock_s"] < 1000 < b["wall_clock_s"] < 1200
+    assert torch.load(checkpoint, weights_only=True)["callbacks"]["WallClock"]["seconds"] > 1000  # for a third sitting
     rows = (killed / "metrics.csv").read_text().splitlines()
     assert rows == (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
     assert "is finished" in kd("train", "resume=killed").err
@@ -198,7 +207,7 @@ def test_an_interrupted_run_says_so(tmp_path) -> None:
             break
     rest = process.communicate()[0]
     assert process.wait() == 130, rest
-    assert "kd: interrupted" in rest
+    assert re.search(r"^kd: interrupted: all up to .* to go on: kd train resume=\S+/run$", rest, re.MULTILINE)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
 
 
