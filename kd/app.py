@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from kd import explain
 from kd.config import CONF
 from kd.errors import KdError
+from kd.hardware import refuse_missing, settings
 from kd.sweeps import job as jobs
 
 log = logging.getLogger("kd.app")
@@ -54,7 +55,7 @@ def run(argv: list[str], job: Job) -> int:
     arguments = _parsed(argv)
     shows_only = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion))
     if not shows_only and not arguments.multirun:
-        checked(arguments.overrides, arguments.config_dir)
+        refuse_missing(settings(checked(arguments.overrides, arguments.config_dir)))
     failed: list[Exception] = []
 
     def single(cfg: DictConfig) -> None:

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kd import record
+from kd import hardware, record
 from kd.errors import KdError
 
 log = logging.getLogger("kd.train")
@@ -64,6 +64,7 @@ def train(
 
     if cluster.join(config) > 0:
         return cluster.follow()
+    hardware.refuse_missing(hardware.settings(config))
     start = time.perf_counter()
     handlers = start_logging(run_dir)
     try:

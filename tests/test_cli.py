@@ -124,6 +124,7 @@ YAML_TYPOS = [
     ("recipe:\n  epochz: 3\n", ["experiment/mine.yaml", "there is no option recipe.epochz (near: recipe.epochs"]),
     ("recipe:\n  epochs: many\n", ["experiment/mine.yaml", "recipe.epochs: value 'many'"]),
     ("recipe:\n epochs: 3\n  lr: 2\n", ["experiment/mine.yaml, line 4", "not valid YAML"]),
+    ("recipe:\n\tepochs: 3\n", ["experiment/mine.yaml, line 3: a tab; YAML wants spaces"]),
     ("defaults:\n  - override /data: digitz\n", ["data=digitz does not exist (near: digits)"]),
     ("defaults:\n  - override /datas: digits\n", ["experiment/mine.yaml", "datas"]),
     ("loss:\n  ce:\n    wieght: 3\n", ["loss.ce.wieght is not an argument", "(near: weight", "mine.yaml"]),

@@ -347,10 +347,12 @@ def test_a_last_batch_of_one_image_under_batch_norm(kd) -> None:
     assert kd("train", *FAST, *data, "data.drop_last=true").code == 0
 
 
-def test_no_gpu_is_said(kd) -> None:
-    if torch.cuda.is_available():
-        return
-    fails(kd("train", "recipe.epochs=1", "hardware=gpu"), "hardware.accelerator = gpu: No supported gpu backend found")
+@pytest.mark.parametrize("swept", [[], ["-m"]])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_is_said_before_there_is_a_directory(kd, tmp_path, swept) -> None:
+    sentence = "hardware.accelerator = gpu is not allowed here: torch finds no GPU (hardware=cpu)"
+    fails(kd("train", *swept, "recipe.epochs=1", "hardware=ddp", "hardware.devices=4"), sentence)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_start_can_be_repeated_in_its_directory(kd, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,9 +19,11 @@ from omegaconf import DictConfig
 
 from kd import explain, manifest
 from kd.errors import KdError
+from kd.hardware import GPU, refuse_missing
 from kd.manifest import Job, Manifest
 from kd.sweeps import pool
 from kd.sweeps.job import checked, leave_a_record
+from kd.sweeps.local import gpus
 from kd.sweeps.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
 
 LOCK = "sweep.lock"
@@ -73,6 +76,7 @@ class Engine:
         configs = {job.name: self.compose(job) for job in jobs}
         refuse_twins(configs, kind)
         ordered = list(waves(jobs))
+        refuse_unwritable(self.directory)
         plan = Manifest(kind, name, {job.name: job for job in jobs})
         _joined(self.directory, plan)
         missing = {}
@@ -100,6 +104,8 @@ class Engine:
         for wave in ordered if hasattr(launcher, "at_once") else ():
             if needs := [missing[job.name]["hardware"] for job in wave if job.name in missing]:
                 launcher.at_once(*needs)
+                for hardware in {repr(h): h for h in needs}.values():
+                    _refuse_missing(hardware)
 
     @contextmanager
     def locked(self, kind: str, name: str) -> Iterator[None]:
@@ -177,6 +183,15 @@ def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
             del left[job.name]
 
 
+def _refuse_missing(hardware: Mapping[str, Any]) -> None:
+    if found := len(gpus()):
+        refuse_missing(hardware, found)
+    elif hardware["accelerator"] in GPU:  # others than NVIDIA's, which torch knows: asked in a process of its own
+        pool.ask(functools.partial(refuse_missing, hardware))
+    else:
+        refuse_missing(hardware, 0)
+
+
 def refuse_unbuildable(configs: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
     """``KdError`` when a job could not start: its weights are nowhere, or a term needs a teacher that is not given.
 
@@ -233,6 +248,14 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             "hydra.sweep.dir"
         )
     return Manifest(plan.kind, plan.name, {**there.jobs, **plan.jobs})
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """``KdError`` when the sweep's directory cannot be made or written, found out without writing."""
+    there = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "no permission, or a read-only disk" if there.is_dir() else "it is a file"
+        raise KdError(f"the sweep's directory cannot be written: {there}: {reason} (set paths.runs)")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kd import record
 from kd.errors import KdError
+from kd.hardware import cores
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.pool import forked, warm_up
 from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED
@@ -37,11 +38,6 @@ class Share:
         """Leave this process, which has not yet touched a GPU, and its children these GPUs only."""
         if self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:

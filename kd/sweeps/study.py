@@ -20,7 +20,7 @@ from kd.report.report import Report, build
 from kd.studies import graph, spec
 from kd.studies.spec import STUDY, Row, Study
 from kd.sweeps import estimate, evaluations
-from kd.sweeps.engine import Engine, Outcome
+from kd.sweeps.engine import Engine, Outcome, refuse_unwritable
 from kd.sweeps.state import FINISHED, look, same_run
 
 
@@ -40,6 +40,7 @@ def sweep(
     kept = study.folder / RESULTS
     if kept.is_file():
         read_results(kept, spec.load(name))  # of another protocol: not found out after hours
+    refuse_unwritable(engine.directory)
     if dry_run:
         estimate.show(engine, study, jobs)
         return []

@@ -13,6 +13,7 @@ from bare_records import write
 from kd import manifest
 from kd.errors import KdError
 from kd.manifest import Job
+from kd.sweeps import study
 from kd.sweeps.engine import waves
 from kd.sweeps.grid import plan
 
@@ -204,6 +205,17 @@ def test_a_second_process_is_told(engine, script) -> None:
 def test_a_directory_that_cannot_be_made(engine) -> None:
     Path("sweep").write_text("a file")
     refuses(engine, "the sweep's directory cannot be written", jobs(a=()))
+
+
+def test_a_read_only_place_is_found_out_before_anything_is_said(engine, capsys, monkeypatch, tmp_path) -> None:
+    (tmp_path / "study.yaml").write_text("rows: {a: {overrides: [recipe.epochs=1, protocol.val_every=1]}}\n")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    sentence = f"directory cannot be written: {tmp_path}: no permission, or a read-only disk"
+    with pytest.raises(KdError, match=sentence):
+        engine.run("sweep", "sweep", jobs(a=()), "sweep of 1 job")
+    with pytest.raises(KdError, match=sentence):  # --dry-run
+        study.sweep(engine, str(tmp_path), (), None, True, ())
+    assert capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------------- launchers
