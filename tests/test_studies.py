@@ -16,7 +16,7 @@ from kd.report import vocabulary
 from kd.report.frame import finished, read_results, stale
 from kd.report.report import build
 from kd.studies import spec
-from kd.sweeps.engine import refuse_twins
+from kd.sweeps.refusals import refuse_twins
 from kd.sweeps.study import RESULTS, plan, refuse_percent_bounds
 
 EXPERIMENTS = CONF.parent / "experiments"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,11 +16,16 @@ from omegaconf import DictConfig
 
 from kd import explain, manifest
 from kd.errors import KdError
-from kd.hardware import GPU, refuse_missing
 from kd.manifest import Job, Manifest
-from kd.sweeps import pool
 from kd.sweeps.job import checked, leave_a_record
-from kd.sweeps.local import gpus
+from kd.sweeps.refusals import (
+    refuse_missing_hardware,
+    refuse_twins,
+    refuse_unbuildable,
+    refuse_unwritable,
+    whose,
+    with_command,
+)
 from kd.sweeps.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
 
 LOCK = "sweep.lock"
@@ -61,6 +63,22 @@ class Engine:
         finally:
             HydraConfig.instance().cfg = before
 
+    def compose_all(self, jobs: Sequence[Job], kind: str = "sweep") -> dict[str, dict[str, Any]]:
+        """The checked config of every job by its name. ``KdError`` with each complaint once, and whose it is."""
+        configs: dict[str, dict[str, Any]] = {}
+        wrong: dict[str, list[Job]] = {}
+        for job in jobs:
+            try:
+                configs[job.name] = self.compose(job)
+            except KdError as error:
+                for complaint in str(error).splitlines():
+                    wrong.setdefault(complaint, []).append(job)
+        if wrong:
+            everyone = len(jobs) if kind != "study" else 0  # what all jobs of a sweep share needs no name
+            lines = [w if len(some) == everyone else f"{whose(some, kind)}: {w}" for w, some in wrong.items()]
+            raise KdError("\n".join(lines))
+        return configs
+
     def _place(self, job: Job) -> list[str]:
         quoted = str(self.directory).replace("'", r"\'")
         return [f"hydra.sweep.dir='{quoted}'", f"hydra.sweep.subdir='{job.name}'"]
@@ -73,18 +91,13 @@ class Engine:
         ``opening``: what to call the jobs in a line that says how many are finished and how many will run; ``held``
         keeps the directory locked for what its owner still has to write.
         """
-        configs = {job.name: self.compose(job) for job in jobs}
+        configs = self.compose_all(jobs, kind)
         refuse_twins(configs, kind)
         ordered = list(waves(jobs))
         refuse_unwritable(self.directory)
         plan = Manifest(kind, name, {job.name: job for job in jobs})
         _joined(self.directory, plan)
-        missing = {}
-        for job in jobs:  # nothing starts when something cannot go on; who reads a missing run is looked at in its turn
-            ready = all(look(self.directory / other).status == FINISHED for other in job.after)
-            state = look(self.directory / job.name, configs[job.name] if ready else None)
-            if state.status not in DONE:
-                missing[job.name] = configs[job.name]
+        missing = self._missing(jobs, configs, plan)
         self._check_room(ordered, missing)
         if opening is not None:
             count = f"{len(jobs) - len(missing)} finished, {len(missing)} to run"
@@ -98,6 +111,28 @@ class Engine:
                 outcomes |= self._wave(wave, outcomes, configs)
         return [outcomes[job.name] for job in jobs]
 
+    def _missing(
+        self, jobs: Sequence[Job], configs: Mapping[str, dict[str, Any]], plan: Manifest
+    ) -> dict[str, dict[str, Any]]:
+        """The configs of what must run. ``KdError``, before anything starts, when one of the runs cannot go on.
+
+        A job that reads a missing run is looked at in its turn.
+        """
+        missing, wrong = {}, []
+        for job in jobs:
+            ready = all(look(self.directory / other).status == FINISHED for other in job.after)
+            try:
+                state = look(self.directory / job.name, configs[job.name] if ready else None)
+            except KdError as error:
+                wrong.append(str(error))
+                continue
+            if state.status not in DONE:
+                missing[job.name] = configs[job.name]
+        if wrong:
+            count = f"{len(wrong)} of {len(jobs)} runs cannot go on: " if len(jobs) > 1 else ""
+            raise KdError(f"{count}{with_command(wrong[0], plan.name) if plan.kind == 'study' else wrong[0]}")
+        return missing
+
     def _check_room(self, ordered: Sequence[Sequence[Job]], missing: Mapping[str, Mapping[str, Any]]) -> None:
         """``KdError`` when the local launcher has no room for a later wave: not found out after the first."""
         launcher: Any = self.launcher
@@ -105,7 +140,7 @@ class Engine:
             if needs := [missing[job.name]["hardware"] for job in wave if job.name in missing]:
                 launcher.at_once(*needs)
                 for hardware in {repr(h): h for h in needs}.values():
-                    _refuse_missing(hardware)
+                    refuse_missing_hardware(hardware)
 
     @contextmanager
     def locked(self, kind: str, name: str) -> Iterator[None]:
@@ -183,57 +218,6 @@ def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
             del left[job.name]
 
 
-def _refuse_missing(hardware: Mapping[str, Any]) -> None:
-    if found := len(gpus()):
-        refuse_missing(hardware, found)
-    elif hardware["accelerator"] in GPU:  # others than NVIDIA's, which torch knows: asked in a process of its own
-        pool.ask(functools.partial(refuse_missing, hardware))
-    else:
-        refuse_missing(hardware, 0)
-
-
-def refuse_unbuildable(configs: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
-    """``KdError`` when a job could not start: its weights are nowhere, or a term needs a teacher that is not given.
-
-    Runs of ``directory`` count as there: they may be jobs of before.
-    """
-    for name, config in configs.items():
-        for role in ("student", "teacher"):
-            given = config[role]["checkpoint"]
-            for checkpoint in given if isinstance(given, (list, tuple)) else [given]:
-                if checkpoint is None or Path(checkpoint).exists() or directory in Path(checkpoint).parents:
-                    continue
-                raise KdError(f"{name}: {role}.checkpoint = {checkpoint} does not exist")
-    if configs:
-        pool.warm_up()
-        pool.ask(functools.partial(_check_objectives, configs))
-
-
-def _check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    from kd.build import check_objectives
-
-    check_objectives(configs)
-
-
-def refuse_twins(configs: Mapping[str, Mapping[str, Any]], kind: str = "sweep") -> None:
-    """``KdError`` when two jobs are the same run: a value listed twice, two spellings of one number, two equal rows."""
-    seen: dict[str, str] = {}
-    for name, config in configs.items():
-        rest = {k: v for k, v in config.items() if k not in ("name", "tags", "notes", "logger")}
-        twin = seen.setdefault(re.sub(r"(?<=\d)\.0(?=[,}\]])", "", repr(rest)), name)  # 1.0 is 1
-        if twin != name and kind == "study":
-            raise KdError(_twin_rows(twin, name, config["seed"]))
-        if twin != name:
-            raise KdError(f"the jobs {twin} and {name} are the same run: list each value once")
-
-
-def _twin_rows(one: str, other: str, seed: int) -> str:
-    (row, _, first), (twin, _, second) = one.partition("/seed"), other.partition("/seed")
-    if row == twin:
-        return f"row {row}: its seeds {first} and {second} are the same run (seed = {seed}): an override sets the seed"
-    return f"rows {row} and {twin} are the same experiment (seed {seed}): change the overrides of one, or leave it out"
-
-
 def _joined(directory: Path, plan: Manifest) -> Manifest:
     """The plan together with what the directory's manifest lists already. ``KdError`` when they do not fit."""
     if not (directory / manifest.FILE).exists():
@@ -248,14 +232,6 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             "hydra.sweep.dir"
         )
     return Manifest(plan.kind, plan.name, {**there.jobs, **plan.jobs})
-
-
-def refuse_unwritable(directory: Path) -> None:
-    """``KdError`` when the sweep's directory cannot be made or written, found out without writing."""
-    there = next(folder for folder in (directory, *directory.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "no permission, or a read-only disk" if there.is_dir() else "it is a file"
-        raise KdError(f"the sweep's directory cannot be written: {there}: {reason} (set paths.runs)")
 
 
 @contextmanager

@@ -26,9 +26,10 @@ from kd.manifest import Job
 from kd.report.console import print_table
 from kd.studies import graph
 from kd.studies.spec import Study
-from kd.sweeps.engine import Engine, refuse_twins, refuse_unbuildable, waves
+from kd.sweeps.engine import Engine, waves
 from kd.sweeps.local import Share, cores, gpus, shares
 from kd.sweeps.pool import ask, warm_up
+from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
 from kd.sweeps.state import FINISHED, State, look
 
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones
@@ -57,7 +58,7 @@ def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
 
     ``KdError`` that names the rows which cannot be built.
     """
-    configs = {job.name: engine.compose(job) for job in jobs}
+    configs = engine.compose_all(jobs, "study")
     refuse_twins(configs, "study")
     refuse_unbuildable(configs, engine.directory)
     slots = _slots(engine, list(configs.values()))

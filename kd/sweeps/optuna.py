@@ -17,9 +17,10 @@ from kd import manifest
 from kd.errors import KdError
 from kd.manifest import Job
 from kd.sweeps import storage
-from kd.sweeps.engine import Engine, Outcome, refuse_twins, refuse_unbuildable
+from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.options import Direction, Settings, objectives, reseeded, sampler
+from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
 from kd.sweeps.space import Space, space
 from kd.sweeps.state import DONE, FAILED, FINISHED, MISSING, PRUNED, State, look
 from kd.sweeps.storage import job_of

@@ -20,7 +20,8 @@ from kd.report.report import Report, build
 from kd.studies import graph, spec
 from kd.studies.spec import STUDY, Row, Study
 from kd.sweeps import estimate, evaluations
-from kd.sweeps.engine import Engine, Outcome, refuse_unwritable
+from kd.sweeps.engine import Engine, Outcome
+from kd.sweeps.refusals import refuse_unwritable, with_command
 from kd.sweeps.state import FINISHED, look, same_run
 
 
@@ -94,8 +95,11 @@ def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: S
         if job.name in planned or (state := look(run_dir)).status != FINISHED or state.record is None:
             continue
         if hashes.get(row) != state.record.get("config_hash"):
-            config = engine.compose(job)
-            look(run_dir, config)
+            config = engine.compose_all([job], "study")[job.name]
+            try:
+                look(run_dir, config)
+            except KdError as error:
+                raise KdError(with_command(str(error), study.name)) from None
             hashes[row] = record.config_hash(config)
 
 
@@ -104,8 +108,11 @@ def _same_experiments(study: Study, engine: Engine, jobs: Sequence[Job], argumen
     if not arguments:
         return True
     plain = {job.name: job for job in plan(study, engine.directory, (), None, ())}
-    firsts = {job.name.partition("/")[0]: job for job in reversed(jobs)}
-    return all(same_run(engine.compose(job), engine.compose(plain[job.name])) for job in firsts.values())
+    firsts: dict[str, Job] = {}
+    for job in jobs:
+        firsts.setdefault(job.name.partition("/")[0], job)
+    here = engine.compose_all(list(firsts.values()), "study")
+    return all(same_run(config, engine.compose(plain[name])) for name, config in here.items())
 
 
 def plan(
