@@ -45,6 +45,7 @@ class Engine:
 
     def __init__(self, context: HydraContext, task: TaskFunction, master: DictConfig) -> None:
         self.context, self.master, self.holds = context, master, False
+        self.begun, self.total = 0, 0  # jobs, of those that run now
         self.directory = Path(str(master.hydra.sweep.dir)).resolve()
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=master
@@ -84,12 +85,18 @@ class Engine:
         return [f"hydra.sweep.dir='{quoted}'", f"hydra.sweep.subdir='{job.name}'"]
 
     def run(
-        self, kind: str, name: str, jobs: Sequence[Job], opening: str | None = None, held: ExitStack | None = None
+        self,
+        kind: str,
+        name: str,
+        jobs: Sequence[Job],
+        opening: str | None = None,
+        held: ExitStack | None = None,
+        part: tuple[int, int] | None = None,
     ) -> list[Outcome]:
         """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong.
 
         ``opening``: what to call the jobs in a line that says how many are finished and how many will run; ``held``
-        keeps the directory locked for what its owner still has to write.
+        keeps the directory locked for what its owner still has to write; ``part``: how many ran before, of how many.
         """
         configs = self.compose_all(jobs, kind)
         refuse_twins(configs, kind)
@@ -98,6 +105,7 @@ class Engine:
         plan = Manifest(kind, name, {job.name: job for job in jobs})
         _joined(self.directory, plan)
         missing = self._missing(jobs, configs, plan)
+        self.begun, self.total = part or (0, len(missing))
         self._check_room(ordered, missing)
         if opening is not None:
             count = f"{len(jobs) - len(missing)} finished, {len(missing)} to run"
@@ -167,7 +175,7 @@ class Engine:
             run_dir = self.directory / job.name
             lacking = [a for a in job.after if a in earlier and earlier[a].state.status != FINISHED]
             if lacking:
-                state = State(MISSING, f"not started: {lacking[0]} did not finish")
+                state = State(MISSING, f"not started: {earlier[lacking[0]].job.label} did not finish")
             else:
                 try:
                     state = look(run_dir, configs[job.name])  # what it reads is there now and counts by its hash
@@ -181,12 +189,16 @@ class Engine:
         return outcomes | {job.name: self._ended(job) for job in todo}
 
     def _launch(self, jobs: Sequence[Job]) -> None:
+        launcher: Any = self.launcher
+        if hasattr(launcher, "total"):
+            launcher.total = self.total
+        first, self.begun = self.begun, self.begun + len(jobs)
         try:
-            ends = self.launcher.launch([[*job.overrides, *self._place(job)] for job in jobs], initial_job_idx=0)
+            ends = launcher.launch([[*job.overrides, *self._place(job)] for job in jobs], initial_job_idx=first)
         except KdError:
             raise
         except Exception as error:  # other launchers raise when one of many jobs is lost; the records tell which
-            ends = [error] * len(jobs)  # type: ignore[list-item]
+            ends = [error] * len(jobs)
         for job, end in zip(jobs, ends or (), strict=False):
             if isinstance(end, Exception):
                 reason = str(end).strip().splitlines()[-1] if str(end) else type(end).__name__

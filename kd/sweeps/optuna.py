@@ -148,10 +148,12 @@ class Search:
                 jobs[name] = job
             except KdError as error:
                 self._refused(job, str(error))
+        part = (sum(t.state.is_finished() for t in self.trials()), self.settings.n_trials)
         if jobs:
-            self.engine.run("optuna", self.engine.directory.name, list(jobs.values()))
+            self.engine.run("optuna", self.engine.directory.name, list(jobs.values()), part=part)
+        local = hasattr(self.engine.launcher, "total")  # it has a line for each job when that ends
         for trial in batch:
-            self._tell(trial)
+            self._tell(trial, silent=local and job_of(trial) in jobs)
 
     def _refused(self, job: Job, error: str) -> None:
         directory = self.engine.directory
@@ -159,7 +161,7 @@ class Search:
         manifest.write(directory, replace(there, jobs={**there.jobs, job.name: job}))
         leave_a_record(directory / job.name, job.overrides, FAILED, error)
 
-    def _tell(self, trial: Any) -> None:
+    def _tell(self, trial: Any, silent: bool) -> None:
         state = self._judged(look(self.engine.directory / str(job_of(trial))))
         values: dict[str, Any] = {}
         if state.status == FINISHED:
@@ -168,8 +170,9 @@ class Search:
         else:
             self.study.tell(trial.number, state=self.states.PRUNED if state.status == PRUNED else self.states.FAIL)
         count = sum(t.state.is_finished() for t in self.trials())
-        place = f"{job_of(trial)} ({count} of {self.settings.n_trials})"
-        print(f"{place}  {self.space.label(trial.params)}  {_shown(values) or state.status}", flush=True)
+        if not silent:
+            label, total = self.space.label(trial.params), self.settings.n_trials
+            print(f"  {count:>{len(str(total))}}/{total}  {label}: {_shown(values) or state.status}", flush=True)
 
     def outcomes(self) -> list[Outcome]:
         """Each run of the search once."""

@@ -56,7 +56,7 @@ def sweep(
             if not problems:
                 raise
             problems.append(str(error))
-    failed = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
+    failed = [f"{o.job.label}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
     if failed:
         again = "the same command again runs what is missing"
         problems = [f"{len(failed)} of {len(outcomes)} jobs have no result ({again}):", *failed, *problems]

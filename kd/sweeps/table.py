@@ -1,4 +1,4 @@
-"""The end of a sweep: every job, best first, and why the others have no result."""
+"""The end of a sweep: every job that has a result, best first, and why the others have none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _near(directory: Path) -> Path:
 
 
 def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
-    """Best validation first, by ``protocol.monitor`` or the first of the objectives; then what did not finish.
+    """Best validation first, by ``protocol.monitor`` or the first of the objectives; then what was pruned.
 
     ``objectives``: measure → "maximize" or "minimize".
     """
@@ -45,24 +45,24 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
     for heading in ("", *columns, "test top-1 %", "agreement", "seconds"):
         table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
     for outcome in ended:
-        shown = objectives or {monitor(outcome): ""}
-        values = [_number(measured(_record(outcome), c)) if c in shown else "" for c in columns]
+        own = objectives or {monitor(outcome): ""}
+        values = [_number(measured(_record(outcome), c)) if c in own else "" for c in columns]
         test = _record(outcome)["student"]["selected"]["test"]
         agreement = f"{test['agreement']:.4f}" if "agreement" in test else ""
         seconds = f"{_record(outcome)['wall_clock_s']:.1f}"
         table.add_row(escape(outcome.job.label), *values, f"{100 * test['acc1']:.2f}", agreement, seconds)
     blank = [""] * (len(columns) + 2)
-    others = [o for o in outcomes if o.state.status != FINISHED]
-    for outcome in sorted(others, key=lambda o: o.state.status != PRUNED):
-        table.add_row(escape(outcome.job.label), *blank, _ending(outcome))
+    pruned = [o for o in outcomes if o.state.status == PRUNED]
+    for outcome in pruned:
+        where = f"pruned at epoch {_record(outcome)['pruned']['epoch'] + 1}"
+        table.add_row(escape(outcome.job.label), *blank, where)
+    count, shown = len(outcomes), len(ended) + len(pruned)
+    if not shown:
+        return
     console = Console(highlight=False)
-    console.print(f"{len(outcomes)} jobs, best first (the epoch that val selects)", style="bold")
+    jobs = f"{count} jobs" if shown == count else f"{shown} of {count} jobs"
+    console.print(f"{jobs}, best first, at the epoch that val selected", style="bold")
     console.print(table)
-
-
-def _ending(outcome: Outcome) -> str:
-    status = outcome.state.status
-    return f"{status} at epoch {_record(outcome)['pruned']['epoch'] + 1}" if status == PRUNED else status
 
 
 def _number(value: float | None) -> str:

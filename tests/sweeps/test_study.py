@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -326,9 +327,9 @@ def test_a_study_from_nothing_to_its_report(
     whole = kd(tmp_path, "tiny", "logger=[wandb]")
     assert whole.returncode == 0, whole.stderr
     assert f"study tiny: 5 runs in {runs}: 2 finished, 3 to run" in whole.stdout
-    assert "2/2" in whole.stdout  # alone/seed0 and /seed1; the teacher was there
-    assert "1/1" in whole.stdout  # then T4/seed1
-    assert "T4/seed0" not in whole.stdout
+    # alone, whose teacher was there, and then T4 of seed 1
+    assert re.findall(r"^  (./.)  (.*): val/acc1", whole.stdout, re.MULTILINE)[2] == ("3/3", "T4 seed=1")
+    assert "T4 seed=0" not in whole.stdout
     assert "It helps." in whole.stdout
     assert (runs / "report.html").is_file()
     assert list((runs / "wandb").glob("offline-run-*")), "the report is a W&B run as well"
@@ -382,9 +383,12 @@ def test_a_row_that_fails_stops_those_that_read_it_alone(tmp_path: Path) -> None
     done = kd(tmp_path, "tiny")
     assert done.returncode == 1
     assert "5 of 7 jobs have no result" in done.stderr
-    assert "teacher/seed0: failed: the student" in done.stderr
-    assert "T4/seed1: missing: not started: teacher/seed0 did not finish" in done.stderr
-    assert "alone/seed1: test top-1" in done.stdout
+    assert "kd: teacher seed=0: failed: the student" in done.stderr
+    assert "kd: T4 seed=1: missing: not started: teacher seed=0 did not finish" in done.stderr
+    assert re.search(
+        r"alone seed=1: val/acc1 0\.\d{4}  test top-1 \d+\.\d\d % \(epoch \d, which val selected", done.stdout
+    )
+    assert done.stdout.count("teacher seed=0: failed") == done.stderr.count("teacher seed=0: failed") == 1
     assert not (tmp_path / "experiments" / "tiny" / "results.csv").exists()
 
 
