@@ -19,12 +19,12 @@ from kd.errors import KdError
 from kd.manifest import Job, Manifest
 from kd.sweeps.job import checked, leave_a_record
 from kd.sweeps.refusals import (
+    advice,
     refuse_missing_hardware,
     refuse_twins,
     refuse_unbuildable,
     refuse_unwritable,
     whose,
-    with_command,
 )
 from kd.sweeps.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
 
@@ -138,7 +138,7 @@ class Engine:
                 missing[job.name] = configs[job.name]
         if wrong:
             count = f"{len(wrong)} of {len(jobs)} runs cannot go on: " if len(jobs) > 1 else ""
-            raise KdError(f"{count}{with_command(wrong[0], plan.name) if plan.kind == 'study' else wrong[0]}")
+            raise KdError(f"{count}{advice(wrong[0]) if plan.kind == 'study' else wrong[0]}")
         return missing
 
     def _check_room(self, ordered: Sequence[Sequence[Job]], missing: Mapping[str, Mapping[str, Any]]) -> None:

@@ -76,10 +76,10 @@ def refuse_unwritable(directory: Path) -> None:
         raise KdError(f"the sweep's directory cannot be written: {there}: {reason} (set paths.runs)")
 
 
-def with_command(sentence: str, study: str) -> str:
-    """A complaint about runs of a study; where it advises another ``hydra.sweep.dir``, with the command for it."""
-    command = f" (kd study {study} hydra.sweep.dir=DIR)" if sentence.endswith("hydra.sweep.dir") else ""
-    return sentence + command
+def advice(sentence: str) -> str:
+    """A complaint about runs of a study; where it advises another ``hydra.sweep.dir``, with how to choose one."""
+    advised = sentence.endswith("hydra.sweep.dir")
+    return f"{sentence} (an argument of kd study: hydra.sweep.dir=DIR)" if advised else sentence
 
 
 def whose(jobs: Sequence[Job], kind: str) -> str:

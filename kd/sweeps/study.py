@@ -21,7 +21,7 @@ from kd.studies import graph, spec
 from kd.studies.spec import STUDY, Row, Study
 from kd.sweeps import estimate, evaluations
 from kd.sweeps.engine import Engine, Outcome
-from kd.sweeps.refusals import refuse_unwritable, with_command
+from kd.sweeps.refusals import advice, refuse_unwritable
 from kd.sweeps.state import FINISHED, look, same_run
 
 
@@ -99,7 +99,7 @@ def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: S
             try:
                 look(run_dir, config)
             except KdError as error:
-                raise KdError(with_command(str(error), study.name)) from None
+                raise KdError(advice(str(error))) from None
             hashes[row] = record.config_hash(config)
 
 

@@ -198,7 +198,7 @@ def test_how_many_runs_differ_and_what_helps_in_a_study(engine) -> None:
     with pytest.raises(KdError) as raised:
         engine.run("study", "tiny", rows)
     assert re.match(r"2 of 2 runs cannot go on: \S+/a/seed0 holds a run of another configuration", str(raised.value))
-    assert str(raised.value).endswith("choose another hydra.sweep.dir (kd study tiny hydra.sweep.dir=DIR)")
+    assert str(raised.value).endswith("choose another hydra.sweep.dir (an argument of kd study: hydra.sweep.dir=DIR)")
 
 
 def test_names_and_places_do_not_make_another_configuration(engine) -> None:
