@@ -20,10 +20,12 @@ from omegaconf import DictConfig
 from kd import explain
 from kd.config import CONF
 from kd.errors import KdError
+from kd.hardware import refuse_missing, settings
 from kd.sweeps import job as jobs
 
 log = logging.getLogger("kd.app")
 
+SAME_COMMAND = "finished runs are kept, the others go on from their last validation: give the same command again"
 Job = Callable[[dict[str, Any], Path, Sequence[str]], Any]
 
 
@@ -53,7 +55,7 @@ def run(argv: list[str], job: Job) -> int:
     arguments = _parsed(argv)
     shows_only = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion))
     if not shows_only and not arguments.multirun:
-        checked(arguments.overrides, arguments.config_dir)
+        refuse_missing(settings(checked(arguments.overrides, arguments.config_dir)))
     failed: list[Exception] = []
 
     def single(cfg: DictConfig) -> None:
@@ -71,6 +73,10 @@ def run(argv: list[str], job: Job) -> int:
         except SystemExit as stop:  # after printing help or a config
             if stop.code:
                 raise
+        except KeyboardInterrupt:
+            if arguments.multirun:
+                raise KeyboardInterrupt(SAME_COMMAND) from None
+            raise
         except explain.KNOWN as error:
             raise KdError(explain.explain(error, arguments.overrides)) from error
         except OSError as error:

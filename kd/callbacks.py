@@ -86,6 +86,20 @@ class EpochLine(Callback):
         log.info("epoch %d/%d  %s  (%.1f s)", epoch + 1, trainer.max_epochs, shown, time.perf_counter() - self.start)
 
 
+class WallClock(Callback):
+    """Seconds that the run has taken, kept in its checkpoints: one that is killed writes no record of them.
+
+    ``earlier``: those of the sittings before this one.
+    """
+
+    def __init__(self, earlier: float) -> None:
+        self.start = time.perf_counter() - earlier
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"seconds": time.perf_counter() - self.start}
+
+
 class StopOnSigterm(Callback):
     """Of several processes: SIGTERM is an interruption. Lightning would first tell the others, by a collective that
     meets theirs of another kind and waits."""
@@ -103,8 +117,11 @@ class StopOnSigterm(Callback):
         self.on_train_start(trainer, module)
 
 
-def standard(run_dir: Path, protocol: dict[str, Any], about: dict[str, Any]) -> list[Callback]:
-    """The callbacks of every run: selected weights, the checkpoint to resume from, and progress."""
+def standard(run_dir: Path, protocol: dict[str, Any], about: dict[str, Any], earlier: float = 0.0) -> list[Callback]:
+    """The callbacks of every run: selected weights, the checkpoint to resume from, and progress.
+
+    ``earlier``: seconds that a resumed run has taken before.
+    """
     callbacks: list[Callback] = [
         SelectedWeights(run_dir, protocol["monitor"], protocol["mode"], about),
         ModelCheckpoint(
@@ -115,6 +132,7 @@ def standard(run_dir: Path, protocol: dict[str, Any], about: dict[str, Any]) -> 
             enable_version_counter=False,
         ),
         EpochLine(),
+        WallClock(earlier),
     ]
     if distributed.joined():
         callbacks.append(StopOnSigterm())

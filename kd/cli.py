@@ -67,8 +67,8 @@ def guarded(verb: Callable[[list[str]], int], arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        return fail("interrupted", code=130)
+    except KeyboardInterrupt as interruption:  # with what is kept, where that is known
+        return fail(": ".join(["interrupted", *map(str, interruption.args)]), code=130)
 
 
 def fail(message: str, code: int = 1) -> int:

@@ -16,3 +16,8 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
     matches = get_close_matches(name, names, n=count, cutoff=0.6)
     matches += [n for n in names if n not in matches and n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     return f" (near: {', '.join(matches[:count])})" if matches else ""
+
+
+def yaml_problem(problem: str | None) -> str:
+    """What YAML's parser complains of, in words where its own do not help."""
+    return "a tab; YAML wants spaces" if "'\\t'" in (problem or "") else f"not valid YAML ({problem})"

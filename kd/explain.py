@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd.config import CONF, flat
-from kd.errors import near
+from kd.errors import near, yaml_problem
 
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launchers that come with an extra
 KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -29,7 +29,7 @@ def explain(error: Exception, overrides: Sequence[str] = (), config: str = "trai
         return _missing_file(text)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
-        return f"{mark.name}, line {mark.line + 1}: not valid YAML ({error.problem})"
+        return f"{mark.name}, line {mark.line + 1}: {yaml_problem(error.problem)}"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override} cannot be read as KEY=VALUE: close every bracket, leave out spaces, and quote a value "

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, distributed, hardware, loggers, pruning, weight_files, weights
+from kd import build, callbacks, distributed, hardware, loggers, pruning, record, weight_files, weights
 from kd.distiller import Distiller
 from kd.errors import KdError
 
@@ -34,7 +34,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     if config["hardware"]["threads"]:
         torch.set_num_threads(config["hardware"]["threads"])
     L.seed_everything(config["seed"], workers=True, verbose=False)
-    done = weights.read_pickle(checkpoint)["global_step"] if checkpoint else 0
+    before = weights.read_pickle(checkpoint) if checkpoint else {"global_step": 0}
+    earlier = record.read(run_dir)["wall_clock_s"] if checkpoint else 0.0
     data = build.datamodule(config)
     module = build.distiller(config, data)
     check_monitor(config["protocol"]["monitor"], module)
@@ -46,16 +47,19 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         log.info(unread, protocol["monitor"])
         protocol = {**protocol, "monitor": None, "mode": None}
     stopper = pruning.callback(run_dir)
-    hooks = [*callbacks.standard(run_dir, protocol, about), *([stopper] if stopper else [])]
+    hooks = [*callbacks.standard(run_dir, protocol, about, earlier), *([stopper] if stopper else [])]
     first = distributed.rank() == 0
     extra = build.loggers(config, run_dir) if first else []
-    own = [loggers.whole(loggers.csv_logger(run_dir, done))] if first else []
+    own = [loggers.whole(loggers.csv_logger(run_dir, before["global_step"]))] if first else []
     trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
     for logger in extra:
         logger.log_hyperparams(config)
     measured = sizes(module, data.input_shape)
     hardware.compile_networks(config, module)
     log.info("%s", opening_line(config, measured, data))
+    if checkpoint:
+        trained, epochs = before["epoch"] + 1, config["recipe"]["epochs"]
+        log.info("resumed: %d of %d epochs are trained, after %.0f s", trained, epochs, earlier)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stopper and stopper.epoch is not None:
         return stopper.outcome(module.history)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +13,7 @@ from kd.schema import Hardware
 
 log = logging.getLogger(__name__)
 
+GPU = ("gpu", "cuda")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "cluster": (None, "torchrun", "slurm"),
@@ -75,6 +77,47 @@ def _pair_problems(hardware: Mapping[str, Any]) -> Iterator[str]:
         yield f"hardware.precision = {precision} is not allowed with hardware.strategy = fsdp: 32-true, or bf16-mixed"
     if hardware["strategy"] == "fsdp" and compiled is not None:
         yield f"hardware.compile = {compiled} is not allowed with hardware.strategy = fsdp: set one of them to null"
+
+
+# ---------------------------------------------------------------------- what this machine has
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def refuse_missing(hardware: Mapping[str, Any], gpus: int | None = None) -> None:
+    """``KdError`` when a run that kd starts wants more GPUs than there are, or more processes on the CPU than cores.
+
+    ``gpus``: how many there are; null: torch is asked, and imported, where that matters. Two processes may share one
+    core: ``hardware=ddp_cpu`` is there to try what several GPUs will do.
+    """
+    accelerator, devices = hardware["accelerator"], hardware["devices"]
+    if hardware["cluster"] is not None:
+        return
+    if gpus is None:
+        gpus = _gpus(accelerator, devices)
+    if accelerator in GPU or (accelerator == "auto" and (gpus or isinstance(devices, list))):
+        if not gpus:
+            key = "accelerator" if accelerator in GPU else "devices"
+            raise KdError(f"hardware.{key} = {hardware[key]} is not allowed here: torch finds no GPU (hardware=cpu)")
+        wanted = max(devices) + 1 if isinstance(devices, list) else devices
+        if wanted != "auto" and wanted > gpus:
+            raise KdError(f"hardware.devices = {devices} is not allowed: this machine has {gpus} GPUs")
+    elif isinstance(devices, int) and devices > max(2, cores()):
+        raise KdError(
+            f"hardware.devices = {devices} is not allowed on the CPU, where it is the number of processes: there are "
+            f"{cores()} cores for this one"
+        )
+
+
+def _gpus(accelerator: str, devices: Any) -> int:
+    if accelerator not in GPU and (accelerator != "auto" or devices in (1, "auto")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 # ---------------------------------------------------------------------- once torch may be imported

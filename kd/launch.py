@@ -25,7 +25,7 @@ from typing import Any
 from kd import record
 from kd.cluster import WORKER, join, quiet, shared_fate
 from kd.errors import KdError
-from kd.hardware import settings
+from kd.hardware import cores, settings
 
 COMMAND = [sys.executable, "-m", "kd.launch"]
 GRACE = 20.0  # seconds for the others to end by themselves when one has failed, or on an interruption
@@ -43,10 +43,7 @@ def count(hardware: Mapping[str, Any]) -> int:
         return 1
     import torch
 
-    found = torch.cuda.device_count()
-    if wanted != "auto" and wanted > found:
-        raise KdError(f"hardware.devices = {devices} is not allowed: this machine has {found} GPUs")
-    return max(1, found) if wanted == "auto" else wanted
+    return max(1, torch.cuda.device_count()) if wanted == "auto" else wanted
 
 
 def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
@@ -130,7 +127,7 @@ def _environments(hardware: Mapping[str, Any], number: int) -> Iterator[dict[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    threads = max(1, len(os.sched_getaffinity(0)) // number) if hasattr(os, "sched_getaffinity") else 1
+    threads = max(1, cores() // number)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -19,7 +19,8 @@ again goes on where it stopped.
   kd study hinton_mnist --seeds 0,1,2             other seeds than the study's; also 0-9
   kd study hinton_mnist hydra/launcher=slurm      the jobs on a cluster; any key of kd train, for every job
 
-NAME is a folder of experiments/, or the path of one. Runs go to runs/study_NAME/ROW/seedN (paths.runs=DIR). With
+NAME is a folder of experiments/, or the path of one. Runs go to runs/study_NAME/ROW/seedN (paths.runs=DIR, or
+hydra.sweep.dir=DIR in place of runs/study_NAME: for runs of another recipe beside those that are there). With
 logger=[wandb] the report is sent as well."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -13,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kd import record, weight_files
+from kd import hardware, record, weight_files
 from kd.errors import KdError
 from kd.weight_files import CHECKPOINT
 
@@ -64,17 +65,20 @@ def train(
 
     if cluster.join(config) > 0:
         return cluster.follow()
+    hardware.refuse_missing(hardware.settings(config))
     start = time.perf_counter()
     handlers = start_logging(run_dir)
     try:
         if checkpoint is None:
             _refuse_to_overwrite(run_dir)
         before = record.read(run_dir) if checkpoint else {}
+        earlier = _seconds_before(before, checkpoint)
     except KdError:
         _stop_logging(handlers)
         raise
     result = _opening(config, overrides)
-    result["started"] = before.get("started", result["started"])
+    if checkpoint is not None:
+        result.update(started=before.get("started", result["started"]), wall_clock_s=earlier)
     try:
         import yaml
 
@@ -85,19 +89,35 @@ def train(
         result.update({"status": "finished", **launch.fit(config, run_dir, checkpoint)})
     except (KeyboardInterrupt, SystemExit) as error:
         result.update(status="interrupted", error="interrupted")
-        raise KeyboardInterrupt from error
+        raise KeyboardInterrupt(_kept(run_dir)) from error
     except Exception as error:
         result.update(status="failed", error=str(error) or type(error).__name__)
         _log_failure(error)
         raise
     finally:
-        result["wall_clock_s"] = round(before.get("wall_clock_s", 0) + time.perf_counter() - start, 3)
+        result["wall_clock_s"] = round(earlier + time.perf_counter() - start, 3)
         result.setdefault("peak_memory_mb", peak_memory())
         result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         record.write(run_dir, result)
         _close_loggers(result)
         _stop_logging(handlers)
     return result
+
+
+def _seconds_before(before: dict[str, Any], checkpoint: Path | None) -> float:
+    """What the earlier sittings took: by the record, or by the checkpoint if the last one was killed."""
+    if checkpoint is None:
+        return 0.0
+    from kd import weights
+
+    return max(before.get("wall_clock_s", 0.0), round(weights.seconds(checkpoint), 3))
+
+
+def _kept(run_dir: Path) -> str:
+    """What an interrupted run has left, and the command that goes on with it."""
+    if (run_dir / CHECKPOINT).is_file():
+        return f"all up to its last validation is kept; to go on: {shlex.join(['kd', 'train', f'resume={run_dir}'])}"
+    return f"nothing is kept, as there was no validation yet: remove {run_dir} and start again"
 
 
 def _close_loggers(result: dict[str, Any]) -> None:

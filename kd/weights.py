@@ -64,6 +64,11 @@ def read_pickle(file: Path) -> Any:
         raise KdError(f"{file} cannot be read: it is truncated or not a checkpoint") from None
 
 
+def seconds(checkpoint: Path) -> float:
+    """The seconds that a run had taken when it wrote its checkpoint, in all sittings; 0 of one that does not say."""
+    return read_pickle(checkpoint).get("callbacks", {}).get("WallClock", {}).get("seconds", 0.0)
+
+
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(str(file), framework="pt") as handle:

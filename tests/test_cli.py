@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kd import app
+
 
 def test_help_lists_the_verbs(kd) -> None:
     said = kd("--help")
@@ -124,6 +126,7 @@ YAML_TYPOS = [
     ("recipe:\n  epochz: 3\n", ["experiment/mine.yaml", "there is no option recipe.epochz (near: recipe.epochs"]),
     ("recipe:\n  epochs: many\n", ["experiment/mine.yaml", "recipe.epochs: value 'many'"]),
     ("recipe:\n epochs: 3\n  lr: 2\n", ["experiment/mine.yaml, line 4", "not valid YAML"]),
+    ("recipe:\n\tepochs: 3\n", ["experiment/mine.yaml, line 3: a tab; YAML wants spaces"]),
     ("defaults:\n  - override /data: digitz\n", ["data=digitz does not exist (near: digits)"]),
     ("defaults:\n  - override /datas: digits\n", ["experiment/mine.yaml", "datas"]),
     ("loss:\n  ce:\n    wieght: 3\n", ["loss.ce.wieght is not an argument", "(near: weight", "mine.yaml"]),
@@ -157,3 +160,13 @@ def test_python_m_kd_train_is_the_same_command(tmp_path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "there is no option recipe.epocs" in done.stderr
+
+
+@pytest.mark.parametrize(("swept", "said"), [([], "interrupted"), (["-m"], f"interrupted: {app.SAME_COMMAND}")])
+def test_an_interrupted_sweep_says_how_to_go_on(kd, monkeypatch, swept, said) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app.hydra, "main", lambda **_: lambda task: interrupted)
+    answer = kd("train", *swept, "seed=0")
+    assert (answer.code, answer.err) == (130, f"kd: {said}\n")

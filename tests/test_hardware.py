@@ -11,9 +11,42 @@ from safetensors.torch import load_file
 
 from kd import hardware
 from kd.app import checked
+from kd.errors import KdError
 
 GPUS = torch.cuda.device_count()
 SMALL = ["data.train_size=100", "recipe.epochs=2", "recipe.batch_size=25", "hardware=cpu", "hardware.threads=1"]
+
+
+def test_more_than_the_machine_has_is_refused(monkeypatch) -> None:
+    def needs(gpus: int, **given: object) -> None:
+        hardware.refuse_missing({"accelerator": "auto", "devices": 1, "cluster": None, **given}, gpus)
+
+    monkeypatch.setattr(hardware, "cores", lambda: 4)
+    for legal in ({"devices": 4}, {"accelerator": "cpu", "devices": 4}):
+        needs(0, **legal)
+    for legal in ({"devices": 2}, {"devices": [1]}, {"accelerator": "cuda", "devices": "auto"}):
+        needs(2, **legal)
+    needs(0, cluster="slurm", accelerator="gpu", devices=8)  # its tasks may be anywhere
+    processes = r"devices = 5 is not allowed on the CPU, where it is the number of processes: there are 4 cores"
+    for given in ({}, {"accelerator": "cpu"}):
+        with pytest.raises(KdError, match=processes):
+            needs(0, devices=5, **given)
+    with pytest.raises(KdError, match=r"hardware.devices = \[0\] is not allowed here: torch finds no GPU"):
+        needs(0, devices=[0])
+    for devices in (3, [2]):
+        with pytest.raises(KdError, match=r"hardware.devices = .* is not allowed: this machine has 2 GPUs"):
+            needs(2, devices=devices)
+    monkeypatch.setattr(hardware, "cores", lambda: 1)
+    needs(0, accelerator="cpu", devices=2)  # to try what two GPUs will do
+
+
+@pytest.mark.parametrize("swept", [[], ["-m"]])
+def test_more_processes_than_cores_leave_no_directory(kd, tmp_path, monkeypatch, swept) -> None:
+    monkeypatch.setattr(hardware, "cores", lambda: 2)
+    said = kd("train", *swept, "hardware=ddp_cpu", "hardware.devices=4")
+    assert said.code == 1
+    assert "hardware.devices = 4 is not allowed on the CPU" in said.err
+    assert not list(tmp_path.iterdir())
 
 
 def trained(kd, tmp_path: Path, name: str, *overrides: str) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from kd.report.frame import finished, read_results
 from kd.report.report import build
 from kd.report.told import notes
 from kd.studies import spec
-from kd.sweeps.engine import refuse_twins
+from kd.sweeps.refusals import refuse_twins
 from kd.sweeps.study import RESULTS, plan
 
 EXPERIMENTS = CONF.parent / "experiments"
@@ -144,3 +145,14 @@ def test_the_study_that_the_index_shows_can_be_run(tmp_path: Path) -> None:
     study = spec.load(tmp_path / "own")
     assert list(study.rows) == ["teacher", "alone", "soft_2", "soft_4"]
     refuse_twins(configs_of(study, tmp_path / "runs"))
+
+
+def test_the_study_that_the_readme_shows_is_one(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (EXPERIMENTS / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for name, text in zip((spec.STUDY, spec.PUBLISHED), blocks, strict=True):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    study = spec.load(tmp_path)
+    vocabulary.check(study)
+    assert study.published is not None
+    assert study.published.numbers["soft_4"] == {"test/acc1": {"value": 0.9926}}
+    assert configs_of(study, tmp_path / "runs")["soft_4"]["loss"]["kd"]["temperature"] == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,9 +184,15 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> 
     record.write(killed, {**about, "weights_read": {"teacher.checkpoint": ["0" * 12]}})
     fails(kd("train", "resume=killed"), f"teacher.checkpoint = {teacher_run} holds other weights than when the run")
     record.write(killed, about)
+    checkpoint = killed / "checkpoints" / "last.ckpt"
+    kept = torch.load(checkpoint, weights_only=True)
+    assert kept["callbacks"]["WallClock"]["seconds"] > 0
+    kept["callbacks"]["WallClock"]["seconds"] += 1000  # as if it had been slow
+    torch.save(kept, checkpoint)
     said = kd("train", "resume=killed")
     assert said.code == 0, said.err
     assert "epoch 1/" not in said.out
+    assert f"\nresumed: {kept['epoch'] + 1} of 12 epochs are trained, after 100" in said.out
     whole, resumed = (load_file(tmp_path / n / "student_last.safetensors") for n in ("whole", "killed"))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert len(whole) == 6
@@ -194,6 +201,8 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> 
         assert result["student"].pop("latency_ms") > 0  # a measurement, never twice the same
     assert a["student"] == b["student"]
     assert b["status"] == "finished"
+    assert a["wall_clock_s"] < 1000 < b["wall_clock_s"] < 1200
+    assert torch.load(checkpoint, weights_only=True)["callbacks"]["WallClock"]["seconds"] > 1000  # for a third sitting
     rows = (killed / "metrics.csv").read_text().splitlines()
     assert rows == (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
     assert "is finished" in kd("train", "resume=killed").err
@@ -208,7 +217,7 @@ def test_an_interrupted_run_says_so(tmp_path) -> None:
             break
     rest = process.communicate()[0]
     assert process.wait() == 130, rest
-    assert "kd: interrupted" in rest
+    assert re.search(r"^kd: interrupted: all up to .* to go on: kd train resume=\S+/run$", rest, re.MULTILINE)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
 
 
@@ -348,10 +357,12 @@ def test_a_last_batch_of_one_image_under_batch_norm(kd) -> None:
     assert kd("train", *FAST, *data, "data.drop_last=true").code == 0
 
 
-def test_no_gpu_is_said(kd) -> None:
-    if torch.cuda.is_available():
-        return
-    fails(kd("train", "recipe.epochs=1", "hardware=gpu"), "hardware.accelerator = gpu: No supported gpu backend found")
+@pytest.mark.parametrize("swept", [[], ["-m"]])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_is_said_before_there_is_a_directory(kd, tmp_path, swept) -> None:
+    sentence = "hardware.accelerator = gpu is not allowed here: torch finds no GPU (hardware=cpu)"
+    fails(kd("train", *swept, "recipe.epochs=1", "hardware=ddp", "hardware.devices=4"), sentence)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_start_can_be_repeated_in_its_directory(kd, tmp_path) -> None:

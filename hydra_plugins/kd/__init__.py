@@ -21,6 +21,7 @@ class LocalLauncher(Launcher):
 
     def __init__(self, n_jobs: int | str = 1, jobs_per_gpu: int = 1) -> None:
         self.n_jobs, self.jobs_per_gpu = n_jobs, jobs_per_gpu
+        self.total: int | None = None  # jobs of the whole sweep, for what is said as they end; null: those of a launch
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before :meth:`launch`."""
@@ -36,7 +37,7 @@ class LocalLauncher(Launcher):
         """Run them all; one that fails or is killed does not stop the others."""
         from kd.sweeps.local import launch
 
-        settings = (self.n_jobs, self.jobs_per_gpu)
+        settings = (self.n_jobs, self.jobs_per_gpu, self.total)
         return launch(self.context, self.task, self.config, job_overrides, initial_job_idx, *settings)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kd import manifest, record
 from kd.errors import KdError
-from kd.report import gather, swept, tables, told
+from kd.report import gather, swept, tables, told, vocabulary
 from kd.report.frame import FINISHED, RESULTS, of_study, read_results
 from kd.report.report import Report, build
 from kd.report.validation import by_validation, order
@@ -99,6 +99,7 @@ def _of_runs(
 
 def _of_study(name: str, runs_dir: Path | None = None) -> Given:
     study = spec.load(name)
+    vocabulary.check(study)
     directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
     file = study.folder / RESULTS
     if any(directory.glob(f"*/seed*/{record.FILE}")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -17,11 +18,11 @@ COSTS = ("parameters", "macs", "latency_ms")
 
 
 def check(study: Study) -> None:
-    """``KdError`` for a measure that no run of the study can have, such as ``test/acc_1``, and for published percents.
+    """``KdError`` for a measure that no run of the study can have, such as ``test/acc_1``.
 
-    Also for an evaluation that is not made for a row that is compared by it. A study that sets a task has that task's
-    own metrics: only the published numbers are looked at. That a class is one of the data's cannot be told before there
-    is data.
+    Also for percents where fractions are meant, and for an evaluation that is not made for a row that is compared by
+    it. A study that sets a task has that task's own metrics: its measures are not looked at. That a class is one of the
+    data's cannot be told before there is data.
     """
     own_task = any(re.match(r"\+*task[.=]", o) for row in study.rows.values() for o in row.overrides)
     known = set(_columns(study))
@@ -34,15 +35,38 @@ def check(study: Study) -> None:
         if evaluation is not None and evaluation.rows is not None and row not in evaluation.rows:
             only = f"the evaluation {evaluation.name} is made for {', '.join(evaluation.rows)} only"
             raise KdError(f"{where} = {measure} is not allowed for the row {row}: {only}")
-    for name, given in study.published.numbers.items() if study.published is not None else ():
-        for key, number in given.items():
-            refuse_percent(name, key, number["value"])
+    _refuse_percents(study)
+    _refuse_percent_bounds(study)
 
 
-def refuse_percent(row: str, measure: str, value: float) -> None:
+def _refuse_percents(study: Study) -> None:
     """``KdError`` for a published accuracy of 93.6 where the results have 0.936."""
-    if Measure(measure).is_share and abs(value) > 1:
-        raise KdError(f"{PUBLISHED}: {row}: {measure} = {value} must be a fraction, as in the results")
+    for row, given in study.published.numbers.items() if study.published is not None else ():
+        for measure, number in given.items():
+            if Measure(measure).is_share and abs(number["value"]) > 1:
+                where = f"{study.folder / PUBLISHED}: numbers: {row}: {measure}"
+                raise KdError(f"{where} = {number['value']} must be a fraction, as in the results")
+
+
+def _refuse_percent_bounds(study: Study) -> None:
+    """``KdError`` for ``below: 20`` where a difference of shares is 0.2: everything would count as supported.
+
+    The share of a gap that a student closes may be somewhat more than all of it.
+    """
+    for i, condition in enumerate(study.supported, start=1):
+        comparison = study.comparisons[condition.comparison]
+        limit, allowed = math.inf, ""
+        if comparison.share_of:
+            limit, allowed = 2, "the share of a gap, -2 to 2: 0.5 is half of it"
+        elif Measure(comparison.measure).is_share:
+            limit, allowed = 1, f"a difference of {comparison.measure} as a fraction, -1 to 1: 0.01 is one point"
+        for key in ("above", "below", "inside"):
+            given = getattr(condition, key)
+            bounds = given if isinstance(given, tuple) else [] if given is None else [given]
+            if any(abs(bound) > limit for bound in bounds):
+                where = f"{study.folder / STUDY}: supported: number {i} ({comparison.name})"
+                value = list(given) if isinstance(given, tuple) else given
+                raise KdError(f"{where}: {key} = {value} is not allowed: it must be {allowed}")
 
 
 def _known(measure: str, epoch: str, known: set[str]) -> bool:

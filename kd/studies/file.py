@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from kd.errors import KdError, near
+from kd.errors import KdError, near, yaml_problem
 from kd.studies import graph
 
 if TYPE_CHECKING:
@@ -46,10 +46,11 @@ def read(file: Path) -> dict[str, Any]:
         node = yaml.load(file.read_text(encoding="utf-8"), _NoKeyTwice)
     except KdError as error:
         raise KdError(f"{file} {error}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise KdError(f"{file} cannot be read: it is not valid YAML{line}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise KdError(f"{file} cannot be read{line}: {yaml_problem(error.problem)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise KdError(f"{file} cannot be read: it is not valid YAML") from None
     if not isinstance(node, dict):
         raise KdError(f"{file} is not a mapping of keys to values")
     return {str(key): value for key, value in node.items()}

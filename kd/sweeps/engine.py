@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,11 +14,18 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from kd import explain, manifest, weight_files
+from kd import explain, manifest
 from kd.errors import KdError
 from kd.manifest import Job, Manifest
-from kd.sweeps import pool
 from kd.sweeps.job import checked, leave_a_record
+from kd.sweeps.refusals import (
+    advice,
+    refuse_missing_hardware,
+    refuse_twins,
+    refuse_unbuildable,
+    refuse_unwritable,
+    whose,
+)
 from kd.sweeps.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
 
 LOCK = "sweep.lock"
@@ -40,6 +45,7 @@ class Engine:
 
     def __init__(self, context: HydraContext, task: TaskFunction, master: DictConfig) -> None:
         self.context, self.master, self.holds = context, master, False
+        self.begun, self.total = 0, 0  # jobs, of those that run now
         self.directory = Path(str(master.hydra.sweep.dir)).resolve()
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=master
@@ -58,6 +64,22 @@ class Engine:
         finally:
             HydraConfig.instance().cfg = before
 
+    def compose_all(self, jobs: Sequence[Job], kind: str = "sweep") -> dict[str, dict[str, Any]]:
+        """The checked config of every job by its name. ``KdError`` with each complaint once, and whose it is."""
+        configs: dict[str, dict[str, Any]] = {}
+        wrong: dict[str, list[Job]] = {}
+        for job in jobs:
+            try:
+                configs[job.name] = self.compose(job)
+            except KdError as error:
+                for complaint in str(error).splitlines():
+                    wrong.setdefault(complaint, []).append(job)
+        if wrong:
+            everyone = len(jobs) if kind != "study" else 0  # what all jobs of a sweep share needs no name
+            lines = [w if len(some) == everyone else f"{whose(some, kind)}: {w}" for w, some in wrong.items()]
+            raise KdError("\n".join(lines))
+        return configs
+
     def _place(self, job: Job) -> list[str]:
         quoted = str(self.directory).replace("'", r"\'")
         return [f"hydra.sweep.dir='{quoted}'", f"hydra.sweep.subdir='{job.name}'"]
@@ -70,23 +92,22 @@ class Engine:
         opening: str | None = None,
         held: ExitStack | None = None,
         folder: str = "",
+        part: tuple[int, int] | None = None,
     ) -> list[Outcome]:
         """Run what is not finished, the jobs that others read first. ``KdError`` before the first when one is wrong.
 
         ``opening``: what to call the jobs in a line that says how many are finished and how many will run; ``held``
-        keeps the directory locked for what its owner still has to write; ``folder``: that of a study.
+        keeps the directory locked for what its owner still has to write; ``folder``: that of a study; ``part``: how
+        many ran before, of how many.
         """
-        configs = {job.name: self.compose(job) for job in jobs}
+        configs = self.compose_all(jobs, kind)
         refuse_twins(configs, kind)
         ordered = list(waves(jobs))
+        refuse_unwritable(self.directory)
         plan = Manifest(kind, name, {job.name: job for job in jobs}, folder)
         _joined(self.directory, plan)
-        missing = {}
-        for job in jobs:  # nothing starts when something cannot go on; who reads a missing run is looked at in its turn
-            ready = all(look(self.directory / other).status == FINISHED for other in job.after)
-            state = look(self.directory / job.name, configs[job.name] if ready else None)
-            if state.status not in DONE:
-                missing[job.name] = configs[job.name]
+        missing = self._missing(jobs, configs, plan)
+        self.begun, self.total = part or (0, len(missing))
         self._check_room(ordered, missing)
         if opening is not None:
             count = f"{len(jobs) - len(missing)} finished, {len(missing)} to run"
@@ -100,12 +121,36 @@ class Engine:
                 outcomes |= self._wave(wave, outcomes, configs)
         return [outcomes[job.name] for job in jobs]
 
+    def _missing(
+        self, jobs: Sequence[Job], configs: Mapping[str, dict[str, Any]], plan: Manifest
+    ) -> dict[str, dict[str, Any]]:
+        """The configs of what must run. ``KdError``, before anything starts, when one of the runs cannot go on.
+
+        A job that reads a missing run is looked at in its turn.
+        """
+        missing, wrong = {}, []
+        for job in jobs:
+            ready = all(look(self.directory / other).status == FINISHED for other in job.after)
+            try:
+                state = look(self.directory / job.name, configs[job.name] if ready else None)
+            except KdError as error:
+                wrong.append(str(error))
+                continue
+            if state.status not in DONE:
+                missing[job.name] = configs[job.name]
+        if wrong:
+            count = f"{len(wrong)} of {len(jobs)} runs cannot go on: " if len(jobs) > 1 else ""
+            raise KdError(f"{count}{advice(wrong[0]) if plan.kind == 'study' else wrong[0]}")
+        return missing
+
     def _check_room(self, ordered: Sequence[Sequence[Job]], missing: Mapping[str, Mapping[str, Any]]) -> None:
         """``KdError`` when the local launcher has no room for a later wave: not found out after the first."""
         launcher: Any = self.launcher
         for wave in ordered if hasattr(launcher, "at_once") else ():
             if needs := [missing[job.name]["hardware"] for job in wave if job.name in missing]:
                 launcher.at_once(*needs)
+                for hardware in {repr(h): h for h in needs}.values():
+                    refuse_missing_hardware(hardware)
 
     @contextmanager
     def locked(self, kind: str, name: str, folder: str = "") -> Iterator[None]:
@@ -132,7 +177,7 @@ class Engine:
             run_dir = self.directory / job.name
             lacking = [a for a in job.after if a in earlier and earlier[a].state.status != FINISHED]
             if lacking:
-                state = State(MISSING, f"not started: {lacking[0]} did not finish")
+                state = State(MISSING, f"not started: {earlier[lacking[0]].job.label} did not finish")
             else:
                 try:
                     state = look(run_dir, configs[job.name])  # what it reads is there now and counts by its hash
@@ -146,12 +191,16 @@ class Engine:
         return outcomes | {job.name: self._ended(job) for job in todo}
 
     def _launch(self, jobs: Sequence[Job]) -> None:
+        launcher: Any = self.launcher
+        if hasattr(launcher, "total"):
+            launcher.total = self.total
+        first, self.begun = self.begun, self.begun + len(jobs)
         try:
-            ends = self.launcher.launch([[*job.overrides, *self._place(job)] for job in jobs], initial_job_idx=0)
+            ends = launcher.launch([[*job.overrides, *self._place(job)] for job in jobs], initial_job_idx=first)
         except KdError:
             raise
         except Exception as error:  # other launchers raise when one of many jobs is lost; the records tell which
-            ends = [error] * len(jobs)  # type: ignore[list-item]
+            ends = [error] * len(jobs)
         for job, end in zip(jobs, ends or (), strict=False):
             if isinstance(end, Exception):
                 reason = str(end).strip().splitlines()[-1] if str(end) else type(end).__name__
@@ -181,46 +230,6 @@ def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
         yield wave
         for job in wave:
             del left[job.name]
-
-
-def refuse_unbuildable(configs: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
-    """``KdError`` when a job could not start: its weights are nowhere, or a term needs a teacher that is not given.
-
-    Runs of ``directory`` count as there: they may be jobs of before.
-    """
-    for name, config in configs.items():
-        for role in ("student", "teacher"):
-            for checkpoint in weight_files.paths(config[role]["checkpoint"]):
-                if not Path(checkpoint).exists() and directory not in Path(checkpoint).parents:
-                    raise KdError(f"{name}: {role}.checkpoint = {checkpoint} does not exist")
-    if configs:
-        pool.warm_up()
-        pool.ask(functools.partial(_check_objectives, configs))
-
-
-def _check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    from kd.build import check_objectives
-
-    check_objectives(configs)
-
-
-def refuse_twins(configs: Mapping[str, Mapping[str, Any]], kind: str = "sweep") -> None:
-    """``KdError`` when two jobs are the same run: a value listed twice, two spellings of one number, two equal rows."""
-    seen: dict[str, str] = {}
-    for name, config in configs.items():
-        rest = {k: v for k, v in config.items() if k not in ("name", "tags", "notes", "logger")}
-        twin = seen.setdefault(re.sub(r"(?<=\d)\.0(?=[,}\]])", "", repr(rest)), name)  # 1.0 is 1
-        if twin != name and kind == "study":
-            raise KdError(_twin_rows(twin, name, config["seed"]))
-        if twin != name:
-            raise KdError(f"the jobs {twin} and {name} are the same run: list each value once")
-
-
-def _twin_rows(one: str, other: str, seed: int) -> str:
-    (row, _, first), (twin, _, second) = one.partition("/seed"), other.partition("/seed")
-    if row == twin:
-        return f"row {row}: its seeds {first} and {second} are the same run (seed = {seed}): an override sets the seed"
-    return f"rows {row} and {twin} are the same experiment (seed {seed}): change the overrides of one, or leave it out"
 
 
 def _joined(directory: Path, plan: Manifest) -> Manifest:

@@ -26,9 +26,10 @@ from kd.manifest import Job
 from kd.report.console import print_table
 from kd.studies import graph
 from kd.studies.spec import Study
-from kd.sweeps.engine import Engine, refuse_twins, refuse_unbuildable, waves
+from kd.sweeps.engine import Engine, waves
 from kd.sweeps.local import Share, cores, gpus, shares
 from kd.sweeps.pool import ask, warm_up
+from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
 from kd.sweeps.state import FINISHED, State, look
 
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones
@@ -53,11 +54,11 @@ class Line:
 
 
 def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
-    """Print the jobs row by row with their hours; trains a few steps of each row, and writes nothing.
+    """Print the jobs row by row with their times; trains a few steps of each row, and writes nothing.
 
     ``KdError`` that names the rows which cannot be built.
     """
-    configs = {job.name: engine.compose(job) for job in jobs}
+    configs = engine.compose_all(jobs, "study")
     refuse_twins(configs, "study")
     refuse_unbuildable(configs, engine.directory)
     slots = _slots(engine, list(configs.values()))
@@ -67,15 +68,15 @@ def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
             lines.append(_timed(line, engine.directory, configs, clock))
         except KdError as error:
             problems.append(f"{line.row}: {error}")
-    rows = [[x.row, *_seeds(x), _after(study, x.row), *_hours(x)] for x in lines]
-    head = ["", "to run: seeds", "finished", "after", "minutes a run", "minutes in all", "from"]
+    rows = [[x.row, *_seeds(x), _after(study, x.row), *_times(x)] for x in lines]
+    head = ["", "to run: seeds", "finished", "after", "a run", "in all", "from"]
     print_table(f"{study.name}: {sum(len(x.missing) for x in lines)} of {len(jobs)} runs are missing", head, rows)
     seconds = {job.name: x.seconds for x in lines for job in x.missing if not math.isnan(x.seconds)}
-    alone, together = sum(seconds.values()) / 3600, makespan(jobs, seconds, len(slots)) / 3600
+    alone, together = sum(seconds.values()), makespan(jobs, seconds, len(slots))
     stepped = any(x.missing and x.how not in (OTHER_SEEDS, NO_GPU) for x in lines)
     more = "; where steps were timed, validation and test come on top" if stepped else ""
     more += f"; {untimed} runs are not counted" if (untimed := sum(x.how == NO_GPU for x in lines)) else ""
-    print(f"{alone:.2f} hours one after another, about {together:.2f} with {len(slots)} at once{more}")
+    print(f"{duration(alone)} one after another, about {duration(together)} with {len(slots)} at once{more}")
     if problems:
         raise KdError("\n".join([f"{len(problems)} rows cannot be trained:", *problems]))
 
@@ -141,7 +142,9 @@ def trained(run_dir: Path, found: Mapping[str, Any]) -> float:
     longest = max(10 * median(pauses), 5.0)  # so long may a validation be
     epochs = fmean(min(pause, longest) for pause in pauses) * found["protocol"]["epochs"]
     stopped = sum(max(0.0, pause - longest) for pause in pauses)
-    return max(epochs, found["wall_clock_s"] - stopped)  # of a killed and resumed run the record has the last part
+    return max(
+        epochs, found["wall_clock_s"] - stopped
+    )  # a killed run's record lacks the time after its last checkpoint
 
 
 class Clock:
@@ -245,7 +248,14 @@ def _after(study: Study, row: str) -> str:
     return ", ".join(dict.fromkeys(name for name, _ in graph.references(study.rows[row]))) or "–"
 
 
-def _hours(line: Line) -> tuple[str, str, str]:
+def _times(line: Line) -> tuple[str, str, str]:
     if not line.missing or line.how == NO_GPU:
         return "–", "–", line.how if line.missing else "–"
-    return f"{line.seconds / 60:.1f}", f"{line.seconds * len(line.missing) / 60:.1f}", line.how
+    return duration(line.seconds), duration(line.seconds * len(line.missing)), line.how
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``0.4 s``, ``42 s``, ``3.5 min``, ``2.1 h``."""
+    if seconds < 90:
+        return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

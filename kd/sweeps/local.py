@@ -16,11 +16,12 @@ from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kd import record
+from kd import manifest, record
 from kd.errors import KdError
+from kd.hardware import cores
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.pool import forked, warm_up
-from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED
+from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, PRUNED
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,6 @@ class Share:
         """Leave this process, which has not yet touched a GPU, and its children these GPUs only."""
         if self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:
@@ -120,8 +116,12 @@ def launch(
     first: int,
     n_jobs: int | str,
     jobs_per_gpu: int,
+    total: int | None = None,
 ) -> list[JobReturn]:
-    """Run the jobs (lists of overrides, numbered from ``first``); what each one wrote is in its directory."""
+    """Run the jobs (lists of overrides, numbered from ``first``); what each one wrote is in its directory.
+
+    ``total``: of which these are a part; null: they are all.
+    """
     setup_globals()
     configs = []
     for number, overrides in enumerate(jobs, start=first):
@@ -132,12 +132,13 @@ def launch(
     slots = shares([OmegaConf.to_container(c.hardware) for c in configs], n_jobs, jobs_per_gpu)  # type: ignore[misc]
     warm_up()
     calls = [_call(context, task, config, slots) for config in configs]
-    for done, (position, code) in enumerate(forked(calls, len(slots)), start=1):
+    total = total or first + len(jobs)
+    for done, (position, code) in enumerate(forked(calls, len(slots)), start=first + 1):
         run_dir = directory(configs[position])
         overrides = [str(o) for o in configs[position].hydra.overrides.task]
         if code:
             leave_a_record(run_dir, overrides, *death(code))
-        print(f"  {done:>{len(str(len(calls)))}}/{len(calls)}  {said(run_dir)}", flush=True)
+        print(f"  {done:>{len(str(total))}}/{total}  {said(run_dir)}", flush=True)
     return [JobReturn(overrides=list(overrides)) for overrides in jobs]
 
 
@@ -155,12 +156,21 @@ def death(code: int) -> tuple[str, str]:
 
 
 def said(run_dir: Path) -> str:
-    """One line about a job that ended: its accuracy, or why it has none."""
-    found, name = record.read(run_dir), "/".join(run_dir.parts[-2:])
+    """One line about a job that ended: what the table at the end says of it, or why it has no result."""
+    found, belongs = record.read(run_dir), manifest.find(run_dir)
+    label = belongs[1].label if belongs else run_dir.name
+    if found["status"] == PRUNED:
+        return f"{label}: pruned {found['error']}"
     if found["status"] != FINISHED:
-        return f"{name}: {found['status']}: {found['error']} (see {run_dir / 'train.log'})"
-    student = found["student"]["last"]
-    return f"{name}: test top-1 {student['test']['acc1']:.1%} ({found['wall_clock_s']:.1f} s)"
+        return f"{label}: {found['status']}: {found['error']} (see {run_dir / 'train.log'})"
+    selected, last = found["student"]["selected"], found["student"]["last"]
+    name = found["protocol"]["monitor"]
+    chosen = f"{name} {selected['val'][name.partition('/')[2]]:.4f}  " if name else ""
+    other = "" if selected["epoch"] == last["epoch"] else f"; last epoch {100 * last['test']['acc1']:.2f} %"
+    epoch = f"epoch {selected['epoch'] + 1}, which val selected{other}"
+    return (
+        f"{label}: {chosen}test top-1 {100 * selected['test']['acc1']:.2f} % ({epoch}; {found['wall_clock_s']:.1f} s)"
+    )
 
 
 def _call(

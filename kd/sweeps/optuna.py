@@ -17,9 +17,10 @@ from kd import manifest
 from kd.errors import KdError
 from kd.manifest import Job
 from kd.sweeps import storage
-from kd.sweeps.engine import Engine, Outcome, refuse_twins, refuse_unbuildable
+from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.options import Direction, Settings, objectives, reseeded, sampler
+from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
 from kd.sweeps.space import Space, space
 from kd.sweeps.state import DONE, FAILED, FINISHED, MISSING, PRUNED, State, look
 from kd.sweeps.storage import job_of
@@ -151,10 +152,12 @@ class Search:
                 jobs[name] = job
             except KdError as error:
                 self._refused(job, str(error))
+        part = (sum(t.state.is_finished() for t in self.trials()), self.settings.n_trials)
         if jobs:
-            self.engine.run("optuna", self.engine.directory.name, list(jobs.values()))
+            self.engine.run("optuna", self.engine.directory.name, list(jobs.values()), part=part)
+        local = hasattr(self.engine.launcher, "total")  # it has a line for each job when that ends
         for trial in batch:
-            self._tell(trial)
+            self._tell(trial, silent=local and job_of(trial) in jobs)
 
     def _refused(self, job: Job, error: str) -> None:
         directory = self.engine.directory
@@ -162,7 +165,7 @@ class Search:
         manifest.write(directory, replace(there, jobs={**there.jobs, job.name: job}))
         leave_a_record(directory / job.name, job.overrides, FAILED, error)
 
-    def _tell(self, trial: Any) -> None:
+    def _tell(self, trial: Any, silent: bool) -> None:
         state = self._judged(look(self.engine.directory / str(job_of(trial))))
         values: dict[str, Any] = {}
         if state.status == FINISHED:
@@ -171,8 +174,9 @@ class Search:
         else:
             self.study.tell(trial.number, state=self.states.PRUNED if state.status == PRUNED else self.states.FAIL)
         count = sum(t.state.is_finished() for t in self.trials())
-        place = f"{job_of(trial)} ({count} of {self.settings.n_trials})"
-        print(f"{place}  {self.space.label(trial.params)}  {_shown(values) or state.status}", flush=True)
+        if not silent:
+            label, total = self.space.label(trial.params), self.settings.n_trials
+            print(f"  {count:>{len(str(total))}}/{total}  {label}: {_shown(values) or state.status}", flush=True)
 
     def outcomes(self) -> list[Outcome]:
         """Each run of the search once."""

@@ -19,6 +19,7 @@ from kd.studies import graph, spec
 from kd.studies.spec import Row, Study
 from kd.sweeps import estimate, evaluations
 from kd.sweeps.engine import Engine, Outcome
+from kd.sweeps.refusals import advice, refuse_unwritable
 from kd.sweeps.state import FINISHED, look, same_run
 
 
@@ -37,6 +38,7 @@ def sweep(
     kept = study.folder / RESULTS
     if kept.is_file():
         read_results(kept, spec.load(name))  # of another protocol: not found out after hours
+    refuse_unwritable(engine.directory)
     if dry_run:
         estimate.show(engine, study, jobs)
         return []
@@ -52,7 +54,7 @@ def sweep(
             if not problems:
                 raise
             problems.append(str(error))
-    failed = [f"{o.job.name}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
+    failed = [f"{o.job.label}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
     if failed:
         again = "the same command again runs what is missing"
         problems = [f"{len(failed)} of {len(outcomes)} jobs have no result ({again}):", *failed, *problems]
@@ -70,8 +72,11 @@ def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: S
         if job.name in planned or (state := look(run_dir)).status != FINISHED or state.record is None:
             continue
         if hashes.get(row) != state.record.get("config_hash"):
-            config = engine.compose(job)
-            look(run_dir, config)
+            config = engine.compose_all([job], "study")[job.name]
+            try:
+                look(run_dir, config)
+            except KdError as error:
+                raise KdError(advice(str(error))) from None
             hashes[row] = record.config_hash(config)
 
 
@@ -80,8 +85,11 @@ def _same_experiments(study: Study, engine: Engine, jobs: Sequence[Job], argumen
     if not arguments:
         return True
     plain = {job.name: job for job in plan(study, engine.directory, (), None, ())}
-    firsts = {job.name.partition("/")[0]: job for job in reversed(jobs)}
-    return all(same_run(engine.compose(job), engine.compose(plain[job.name])) for job in firsts.values())
+    firsts: dict[str, Job] = {}
+    for job in jobs:
+        firsts.setdefault(job.name.partition("/")[0], job)
+    here = engine.compose_all(list(firsts.values()), "study")
+    return all(same_run(config, engine.compose(plain[name])) for name, config in here.items())
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""The end of a sweep: every job, best first, and why the others have no result."""
+"""The end of a sweep: every job, best first, and why some have no result."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
     for heading in ("", *columns, "test top-1 %", "agreement", "seconds"):
         table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
     for outcome in ended:
-        shown = objectives or {monitor(outcome): ""}
-        values = [_number(measured(_record(outcome), c)) if c in shown else "" for c in columns]
+        own = objectives or {monitor(outcome): ""}
+        values = [_number(measured(_record(outcome), c)) if c in own else "" for c in columns]
         test = _record(outcome)["student"]["selected"]["test"]
         agreement = f"{test['agreement']:.4f}" if "agreement" in test else ""
         seconds = f"{_record(outcome)['wall_clock_s']:.1f}"
@@ -56,7 +56,7 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
     for outcome in sorted(others, key=lambda o: o.state.status != PRUNED):
         table.add_row(escape(outcome.job.label), *blank, _ending(outcome))
     console = Console(highlight=False)
-    console.print(f"{len(outcomes)} jobs, best first (the epoch that val selects)", style="bold")
+    console.print(f"{len(outcomes)} jobs, best first, at the epoch that val selected", style="bold")
     console.print(table)
 
 

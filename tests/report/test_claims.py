@@ -222,18 +222,6 @@ def test_published_beside_measured(study, found) -> None:
     assert [row[5] for row in tables.published_grid(same, found).rows] == ["yes", "no", "–"]
 
 
-@pytest.mark.parametrize(
-    ("numbers", "sentence"),
-    [
-        ({"tutor": {"test/errors": {"value": 1}}}, "the study has no row tutor"),
-        ({"alone": {"test/acc1": {"value": 93.6}}}, r"alone: test/acc1 = 93\.6 must be a fraction"),
-    ],
-)
-def test_published_numbers_that_are_refused(study, found, numbers, sentence) -> None:
-    with pytest.raises(KdError, match=sentence):
-        tables.published_grid(replace(study, published=Published("s", "p", numbers)), found)
-
-
 def test_unfinished_runs_are_a_line_for_each_row_and_reason(study, found) -> None:
     assert provenance.unfinished(study, found).rows == (
         ("soft targets of another image", "failed", "3", "the loss is not finite"),

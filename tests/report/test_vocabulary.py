@@ -57,7 +57,7 @@ def test_everything_that_runs_have_is_known(study, runs, teacher_run: Path) -> N
         ),
         (
             {"published": Published("s", "p", {"alone": {"test/acc1": {"value": 93.6}}})},
-            r"published\.yaml: alone: test/acc1 = 93\.6 must be a fraction",
+            r"published\.yaml: numbers: alone: test/acc1 = 93\.6 must be a fraction",
         ),
     ],
 )  # fmt: skip

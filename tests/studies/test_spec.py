@@ -54,8 +54,10 @@ def test_a_seed_of_its_own_comes_after_that_of_the_study(tmp_path: Path) -> None
 
 
 def test_the_line_that_is_no_yaml_is_named(tmp_path: Path) -> None:
-    with pytest.raises(KdError, match=r"study\.yaml cannot be read: it is not valid YAML \(line 4\)"):
+    with pytest.raises(KdError, match=r"study\.yaml cannot be read \(line 4\): not valid YAML \("):
         study(tmp_path / "broken", "  again: {overrides: [seed=100{seed}]}")
+    with pytest.raises(KdError, match=r"study\.yaml cannot be read \(line 4\): a tab; YAML wants spaces$"):
+        study(tmp_path / "tab", "\tagain: {}")
 
 
 @pytest.mark.parametrize(

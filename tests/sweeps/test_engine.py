@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bare_records import write
 from kd import manifest
 from kd.errors import KdError
 from kd.manifest import Job
+from kd.sweeps import study
 from kd.sweeps.engine import waves
 from kd.sweeps.grid import plan
 
@@ -114,6 +116,17 @@ def test_a_job_that_does_not_compose_stops_all(engine, tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_complaint_says_of_which_jobs_once(engine) -> None:
+    swept = plan(engine, ["recipe.epochs=1,0", "seed=0,1,2"])
+    refuses(engine, "epochs=0 seed=0 and 2 more: recipe.epochs = 0 is not allowed", swept)
+    with pytest.raises(KdError, match=r"^recipe.epochs = 0 is not allowed"):  # of all of them
+        engine.run("sweep", "sweep", swept[3:])
+    rows = [Job(f"{row}/seed{n}", row, (f"seed={n}", "recipe.epochs=0")) for row in "abcd" for n in (0, 1)]
+    for some, said in ((rows, "rows a, b, c and 1 more: recipe"), (rows[:4], "rows a, b: "), (rows[:2], "row a: ")):
+        with pytest.raises(KdError, match=f"^{said}"):
+            engine.run("study", "tiny", some)
+
+
 def test_a_directory_of_something_else(engine) -> None:
     Path("sweep").mkdir()
     Path("sweep/thesis.tex").write_text("years of work")
@@ -191,6 +204,18 @@ def test_a_directory_with_a_run_of_another_configuration(engine) -> None:
     assert statuses(engine.run("sweep", "sweep", jobs(a=()))) == {"a": "finished"}
 
 
+def test_how_many_runs_differ_and_what_helps_in_a_study(engine) -> None:
+    rows = [Job(f"{name}/seed0", name, ("seed=0", f"recipe.batch_size={size}")) for name, size in (("a", 8), ("b", 16))]
+    engine.run("study", "tiny", rows)
+    for job in rows:
+        config = engine.compose(Job(job.name, job.label, (*job.overrides, "recipe.epochs=7")))
+        Path("sweep", job.name, "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(KdError) as raised:
+        engine.run("study", "tiny", rows)
+    assert re.match(r"2 of 2 runs cannot go on: \S+/a/seed0 holds a run of another configuration", str(raised.value))
+    assert str(raised.value).endswith("choose another hydra.sweep.dir (an argument of kd study: hydra.sweep.dir=DIR)")
+
+
 def test_names_and_places_do_not_make_another_configuration(engine) -> None:
     engine.run("sweep", "sweep", jobs(a=()))
     config = engine.compose(Job("a", "a", ("name=other", "hardware.threads=1", "tags=[x]", "notes=later")))
@@ -219,6 +244,17 @@ def test_a_second_process_is_told(engine, script) -> None:
 def test_a_directory_that_cannot_be_made(engine) -> None:
     Path("sweep").write_text("a file")
     refuses(engine, "the sweep's directory cannot be written", jobs(a=()))
+
+
+def test_a_read_only_place_is_found_out_before_anything_is_said(engine, capsys, monkeypatch, tmp_path) -> None:
+    (tmp_path / "study.yaml").write_text("rows: {a: {overrides: [recipe.epochs=1, protocol.val_every=1]}}\n")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    sentence = f"directory cannot be written: {tmp_path}: no permission, or a read-only disk"
+    with pytest.raises(KdError, match=sentence):
+        engine.run("sweep", "sweep", jobs(a=()), "sweep of 1 job")
+    with pytest.raises(KdError, match=sentence):  # --dry-run
+        study.sweep(engine, str(tmp_path), (), None, True, ())
+    assert capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------------- launchers

@@ -67,3 +67,9 @@ def test_a_step_of_several_processes_is_the_part_of_one(engine) -> None:
     steps, seconds, start = estimate.ask(lambda: estimate.time_steps(config, 1))
     assert steps == 4
     assert 0 < seconds < start
+
+
+def test_times_are_in_the_unit_that_fits() -> None:
+    times = [0.0, 0.36, 9.9, 14.2, 89, 96, 5340, 5400, 180_000]
+    said = ["0.0 s", "0.4 s", "9.9 s", "14 s", "89 s", "1.6 min", "89.0 min", "1.5 h", "50.0 h"]
+    assert [estimate.duration(seconds) for seconds in times] == said

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from bare_records import write
 
+from kd import manifest, record
 from kd.errors import KdError
 from kd.manifest import Job
 from kd.sweeps import local
@@ -161,3 +162,38 @@ def test_a_child_that_dies_has_a_record_and_a_reason(make_engine, monkeypatch) -
     monkeypatch.setattr(local, "run_job", lambda **_: os._exit(4))
     (outcome,) = make_engine().run("sweep", "sweep", [Job("b", "b", ("seed=1", "hardware=cpu"))])
     assert (outcome.state.status, outcome.state.reason) == ("failed", "the process ended with exit code 4")
+
+
+# ---------------------------------------------------------------------- what is said when a job has ended
+
+
+def told(run_dir: Path, selected: int, **changed: object) -> str:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    student = {
+        "selected": {"epoch": selected, "val": {"acc1": 0.97}, "test": {"acc1": 0.9612}},
+        "last": {"epoch": 5, "val": {"acc1": 0.95}, "test": {"acc1": 0.94}},
+    }
+    found = {"status": "finished", "protocol": {"monitor": "val/acc1"}, "student": student, "wall_clock_s": 1.25}
+    record.write(run_dir, {"schema": 1, **found, **changed})
+    return local.said(run_dir)
+
+
+def test_the_line_of_a_job_is_of_the_epoch_of_the_table(tmp_path) -> None:
+    manifest.write(tmp_path, manifest.Manifest("sweep", "x", {"lr-0.1": Job("lr-0.1", "lr=0.1 seed=0", ())}))
+    run_dir = tmp_path / "lr-0.1"
+    start = "lr=0.1 seed=0: val/acc1 0.9700  test top-1 96.12 % (epoch"
+    assert told(run_dir, 2) == f"{start} 3, which val selected; last epoch 94.00 %; 1.2 s)"
+    assert told(run_dir, 5) == f"{start} 6, which val selected; 1.2 s)"
+    assert told(run_dir, 5, protocol={"monitor": None}).startswith("lr=0.1 seed=0: test top-1 96.12 % (epoch 6")
+    assert told(run_dir, 2, status="pruned", error="at epoch 3: why") == "lr=0.1 seed=0: pruned at epoch 3: why"
+    failed = told(run_dir, 2, status="failed", error="the loss is not finite")
+    assert failed == f"lr=0.1 seed=0: failed: the loss is not finite (see {run_dir / 'train.log'})"
+
+
+def test_jobs_are_counted_over_the_whole_sweep(make_engine, noting, capsys) -> None:
+    engine = make_engine("hydra.launcher.n_jobs=1", "hardware=cpu")
+    engine.run("sweep", "sweep", [Job(name, name, (f"seed={n}",)) for n, name in enumerate("abc")])
+    engine.run("sweep", "sweep", [Job("d", "d", ("seed=3",))], part=(7, 20))
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["1/3", "a:"], ["2/3", "b:"], ["3/3", "c:"], ["8/20", "d:"]
+    ]  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import yaml
 from kd import study as verb
 from kd.cli import main
 from kd.errors import KdError
+from kd.report import vocabulary
 from kd.studies import graph, spec
 from kd.sweeps.evaluations import best_bias
 from kd.sweeps.study import _refuse_swept, _same_experiments, plan
@@ -189,6 +192,27 @@ def test_what_is_wrong_in_a_study_is_said(tmp_path: Path, changed: dict[str, Any
         spec.load(write(tmp_path / "tiny", **changed))
 
 
+@pytest.mark.parametrize(
+    ("measure", "share_of", "bound", "sentence"),
+    [
+        ("test/acc1", None, {"below": 20}, r"tiny/study\.yaml: supported: number 1 \(helps\): below = 20 is not "
+         r"allowed: it must be a difference of test/acc1 as a fraction, -1 to 1: 0\.01 is one point"),
+        ("test/ece", None, {"above": -5.0}, "above = -5.0 is not allowed: it must be a difference of test/ece"),
+        ("test/class_3", None, {"inside": [-0.5, 1.5]}, r"inside = \[-0.5, 1.5\] is not allowed"),
+        ("test/errors", "teacher", {"above": 50}, "above = 50 is not allowed: it must be the share of a gap, -2 to 2"),
+        ("test/acc1", None, {"above": 1}, None),
+        ("test/acc1", "teacher", {"above": 1.5}, None),
+        ("test/errors", None, {"below": -20}, None),
+        ("test/nll", None, {"inside": [-3, 3]}, None),
+    ],
+)  # fmt: skip
+def test_the_bound_of_a_share_is_a_fraction(tmp_path: Path, measure, share_of, bound, sentence) -> None:
+    helps = {"row": "T4", "than": "alone", "measure": measure, "share_of": share_of}
+    study = spec.load(write(tmp_path / "tiny", comparisons={"helps": helps}, supported=when(**bound)))
+    with pytest.raises(KdError, match=sentence) if sentence else nullcontext():
+        vocabulary.check(study)
+
+
 # ---------------------------------------------------------------------- planned
 
 
@@ -304,9 +328,9 @@ def test_a_study_from_nothing_to_its_report(
     whole = kd(tmp_path, "tiny", "logger=[wandb]")
     assert whole.returncode == 0, whole.stderr
     assert f"study tiny: 5 runs in {runs}: 2 finished, 3 to run" in whole.stdout
-    assert "2/2" in whole.stdout  # alone/seed0 and /seed1; the teacher was there
-    assert "1/1" in whole.stdout  # then T4/seed1
-    assert "T4/seed0" not in whole.stdout
+    # alone, whose teacher was there, and then T4 of seed 1
+    assert re.findall(r"^  (./.)  (.*): val/acc1", whole.stdout, re.MULTILINE)[2] == ("3/3", "T4 seed=1")
+    assert "T4 seed=0" not in whole.stdout
     assert "It helps." in whole.stdout
     assert (runs / "report.html").is_file()
     assert list((runs / "wandb").glob("offline-run-*")), "the report is a W&B run as well"
@@ -360,9 +384,12 @@ def test_a_row_that_fails_stops_those_that_read_it_alone(tmp_path: Path) -> None
     done = kd(tmp_path, "tiny")
     assert done.returncode == 1
     assert "5 of 7 jobs have no result" in done.stderr
-    assert "teacher/seed0: failed: the student" in done.stderr
-    assert "T4/seed1: missing: not started: teacher/seed0 did not finish" in done.stderr
-    assert "alone/seed1: test top-1" in done.stdout
+    assert "kd: teacher seed=0: failed: the student" in done.stderr
+    assert "kd: T4 seed=1: missing: not started: teacher seed=0 did not finish" in done.stderr
+    assert re.search(
+        r"alone seed=1: val/acc1 0\.\d{4}  test top-1 \d+\.\d\d % \(epoch \d, which val selected", done.stdout
+    )
+    assert done.stdout.count("teacher seed=0: failed") == done.stderr.count("teacher seed=0: failed") == 1
     assert not (tmp_path / "experiments" / "tiny" / "results.csv").exists()
 
 
