@@ -58,7 +58,7 @@ def notes(study: Study, frame: pd.DataFrame) -> list[str]:
     added = {word for text in frame["added_overrides"].dropna() for word in text.split("; ") if _counts(word)}
     if added:
         words = ", ".join(sorted(added))
-        found.append(f"the runs were also told {words} on the command line, which is not in study.yaml")
+        found.append(f"the runs were also told {words}, which study.yaml does not say")
     return found
 
 

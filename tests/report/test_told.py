@@ -65,7 +65,7 @@ def test_results_of_before_cannot_tell(read: Study, runs: Path, tmp_path: Path) 
 
 def test_what_was_added_on_the_command_line(read: Study, runs: Path) -> None:
     tell(read, runs, "shuffled", "hardware.threads=1", "recipe.epochs=1", "hydra.launcher.n_jobs=2")
-    note = "the runs were also told recipe.epochs=1 on the command line, which is not in study.yaml"
+    note = "the runs were also told recipe.epochs=1, which study.yaml does not say"
     assert told.notes(read, frame.of_study(read, runs)) == [note]
 
 
