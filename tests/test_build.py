@@ -57,6 +57,16 @@ def test_a_pretrained_student_of_other_statistics_is_told(offline_timm, caplog) 
     assert "the student was pretrained on inputs of mean (0.485, 0.456, 0.406)" in caplog.text
 
 
+def test_a_set_is_known_by_its_content_not_its_name() -> None:
+    data = build.datamodule(checked(["data=digits"]))
+    facts = data.split_facts
+    build.same_data({"split": {**facts, "set": facts["set"].replace("Digits", "Optdigits")}}, data, "teacher")
+    build.same_data({"split": {**facts, "set": "Digits 000000000000", "test_fraction": 0.9}}, data, "teacher")
+    renamed = {**facts, "set": facts["set"].replace("Digits", "Optdigits"), "test_fraction": 0.9}
+    with pytest.raises(KdError, match=r"on this run's test images: data\.test_fraction 0\.9 there and 0\.4 here"):
+        build.same_data({"split": renamed}, data, "teacher")
+
+
 def test_weights_without_recorded_statistics_are_told(tmp_path, caplog) -> None:
     from kd.models.cifar_resnet import resnet
 

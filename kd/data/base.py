@@ -221,11 +221,16 @@ class DataModule(lightning.LightningDataModule):
         return {**{name: len(part.targets) for name, part in self.parts.items()}, "labelled": labelled}
 
     @property
+    def title(self) -> str:
+        """What people call the set: in reports."""
+        return type(self).__name__
+
+    @property
     def split_facts(self) -> dict[str, Any]:
         """What decides which image is in which split: two runs of one set with equal facts share their splits."""
         self.setup()
         fractions = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
-        return {"set": f"{type(self).__name__} {self.digest}", "split_seed": self.split_seed, **fractions}
+        return {"set": f"{self.title} {self.digest}", "split_seed": self.split_seed, **fractions}
 
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented; the batches of several ranks together are those of one process."""

@@ -33,6 +33,11 @@ class CIFAR(DataModule):
         self.num_classes, self.input_shape = SETS[name][2], (3, 32, 32)
         self.class_names = [f"class {c}" for c in range(self.num_classes)]
 
+    @property
+    def title(self) -> str:
+        """CIFAR-10 or CIFAR-100."""
+        return SETS[self.set_name][1]
+
     def prepare_data(self) -> None:
         """Download, if asked; Lightning calls it on one rank only."""
         if self.download:

@@ -31,6 +31,11 @@ class MNIST(DataModule):
         self.num_classes, self.input_shape = 10, (1, 28, 28)
         self.class_names = [str(digit) for digit in range(10)] if name == "mnist" else list(FASHION)
 
+    @property
+    def title(self) -> str:
+        """MNIST or Fashion-MNIST."""
+        return SETS[self.set_name][1]
+
     def prepare_data(self) -> None:
         """Download, if asked; Lightning calls it on one rank only."""
         if self.download:

@@ -112,6 +112,7 @@ def test_cifar_layout_is_read(small_cifar: Path) -> None:
     expected = torch.from_numpy(original.data[3]).permute(2, 0, 1) / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
     assert torch.allclose(batch.inputs[3], expected, atol=1e-6)
     assert (module.class_names[7], module.num_classes) == ("thing 7", 100)
+    assert module.split_facts["set"] == f"CIFAR-100 {module.digest}"
 
 
 @pytest.mark.parametrize(
