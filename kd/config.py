@@ -77,7 +77,10 @@ def _absolute(path: Any) -> Any:
     """Existing paths made absolute, so that a run's config means the same from every directory."""
     if isinstance(path, list):
         return [_absolute(p) for p in path]
-    return os.path.abspath(path) if isinstance(path, str) and os.path.exists(path) else path
+    if not isinstance(path, str):
+        return path
+    there = os.path.expanduser(path)
+    return os.path.abspath(there) if os.path.exists(there) else path
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

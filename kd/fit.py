@@ -34,8 +34,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     if config["hardware"]["threads"]:
         torch.set_num_threads(config["hardware"]["threads"])
     L.seed_everything(config["seed"], workers=True, verbose=False)
-    before = weights.read_pickle(checkpoint) if checkpoint else {"global_step": 0}
-    earlier = record.read(run_dir)["wall_clock_s"] if checkpoint else 0.0
+    before = weights.progress(checkpoint) if checkpoint else weights.Progress()
+    spent = record.read(run_dir).get("wall_clock_s", 0.0) if checkpoint else 0.0
     data = build.datamodule(config)
     module = build.distiller(config, data)
     check_monitor(config["protocol"]["monitor"], module)
@@ -47,10 +47,10 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         log.info(unread, protocol["monitor"])
         protocol = {**protocol, "monitor": None, "mode": None}
     stopper = pruning.callback(run_dir)
-    hooks = [*callbacks.standard(run_dir, protocol, about, earlier), *([stopper] if stopper else [])]
+    hooks = [*callbacks.standard(run_dir, protocol, about, spent), *([stopper] if stopper else [])]
     first = distributed.rank() == 0
     extra = build.loggers(config, run_dir) if first else []
-    own = [loggers.whole(loggers.csv_logger(run_dir, before["global_step"]))] if first else []
+    own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first else []
     trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
     for logger in extra:
         logger.log_hyperparams(config)
@@ -58,8 +58,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     hardware.compile_networks(config, module)
     log.info("%s", opening_line(config, measured, data))
     if checkpoint:
-        trained, epochs = before["epoch"] + 1, config["recipe"]["epochs"]
-        log.info("resumed: %d of %d epochs are trained, after %.0f s", trained, epochs, earlier)
+        log.info("resumed: %d of %d epochs are trained, after %.0f s", before.epochs, config["recipe"]["epochs"], spent)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stopper and stopper.epoch is not None:
         return stopper.outcome(module.history)

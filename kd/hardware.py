@@ -107,8 +107,8 @@ def refuse_missing(hardware: Mapping[str, Any], gpus: int | None = None) -> None
             raise KdError(f"hardware.devices = {devices} is not allowed: this machine has {gpus} GPUs")
     elif isinstance(devices, int) and devices > max(2, cores()):
         raise KdError(
-            f"hardware.devices = {devices} is not allowed on the CPU, where it is the number of processes: there are "
-            f"{cores()} cores for this one"
+            f"hardware.devices = {devices} is not allowed on the CPU, where it is the number of processes: it must be "
+            f"1 to {max(2, cores())} (cores: {cores()})"
         )
 
 

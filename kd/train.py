@@ -72,17 +72,20 @@ def train(
         if checkpoint is None:
             _refuse_to_overwrite(run_dir)
         before = record.read(run_dir) if checkpoint else {}
-        earlier = _seconds_before(before, checkpoint)
     except KdError:
         _stop_logging(handlers)
         raise
     result = _opening(config, overrides)
-    if checkpoint is not None:
-        result.update(started=before.get("started", result["started"]), wall_clock_s=earlier)
+    earlier = before.get("wall_clock_s", 0.0)
     try:
         import yaml
 
-        if checkpoint is None:
+        if checkpoint is not None:
+            from kd import weights
+
+            earlier = max(earlier, weights.progress(checkpoint).seconds)  # of a sitting that was killed
+            result.update(started=before.get("started", result["started"]), wall_clock_s=earlier)
+        else:
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             record.write_text(run_dir / "config.yaml", text)
         record.write(run_dir, result)
@@ -102,15 +105,6 @@ def train(
         _close_loggers(result)
         _stop_logging(handlers)
     return result
-
-
-def _seconds_before(before: dict[str, Any], checkpoint: Path | None) -> float:
-    """What the earlier sittings took: by the record, or by the checkpoint if the last one was killed."""
-    if checkpoint is None:
-        return 0.0
-    from kd import weights
-
-    return max(before.get("wall_clock_s", 0.0), round(weights.seconds(checkpoint), 3))
 
 
 def _kept(run_dir: Path) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kd.errors import KdError
 
@@ -40,12 +41,16 @@ def read_by(config: Mapping[str, Any]) -> dict[str, list[str | None]]:
 
 
 def changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """A sentence when the weights that a run of this record has read are others now; "" when not, or not known."""
+    """A sentence when the weights that a run of this record has read are others now; "" when not, or not known.
+
+    ``config``: of the run, or as much of it as says ``{role: {checkpoint: …}}``.
+    """
     there = record.get("weights_read") or {}
-    for key, now in read_by(config).items():
-        given = paths(config[key.partition(".")[0]]["checkpoint"])
-        for path, old, new in zip(given, there.get(key) or (), now, strict=False):
-            if old and new and old != new:
+    for key, old in there.items():
+        given = paths((config.get(key.partition(".")[0]) or {}).get("checkpoint"))
+        for path, before in zip(given, old, strict=False):
+            now = _fingerprint_at(path)
+            if before and now and before != now:
                 return f"{key} = {path} holds other weights than when the run began"
     return ""
 
@@ -67,9 +72,25 @@ def _fingerprint_at(path: str) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _fingerprint(file: Path, changed: int, size: int) -> str:
-    """Twelve hex digits of a file's content; read again only when the file has changed."""
+    """Twelve hex digits of a file's content; read again only when the file has changed.
+
+    Of safetensors without the metadata: the same weights may say other things about themselves.
+    """
     digest = hashlib.sha256()
     with file.open("rb") as content:
+        if file.suffix == ".safetensors":
+            digest.update(_header(content))
         while block := content.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:12]
+
+
+def _header(content: BinaryIO) -> bytes:
+    """Names, types, shapes and places of the tensors of a safetensors file; nothing of one that is broken."""
+    try:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(length))
+        return json.dumps({k: v for k, v in header.items() if k != "__metadata__"}, sort_keys=True).encode()
+    except (ValueError, AttributeError, MemoryError, OverflowError):
+        content.seek(0)
+        return b""

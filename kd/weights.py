@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,23 @@ def read_pickle(file: Path) -> Any:
         raise KdError(f"{file} cannot be read: it is truncated or not a checkpoint") from None
 
 
-def seconds(checkpoint: Path) -> float:
-    """The seconds that a run had taken when it wrote its checkpoint, in all sittings; 0 of one that does not say."""
-    return read_pickle(checkpoint).get("callbacks", {}).get("WallClock", {}).get("seconds", 0.0)
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: optimiser steps, epochs, and seconds in all its sittings."""
+
+    steps: int = 0
+    epochs: int = 0
+    seconds: float = 0.0
+
+
+def progress(checkpoint: Path) -> Progress:
+    """What a checkpoint to resume from says of it. ``KdError`` as :func:`read`."""
+    there = read_pickle(checkpoint)
+    try:
+        seconds = there["callbacks"].get("WallClock", {}).get("seconds", 0.0)
+        return Progress(int(there["global_step"]), int(there["epoch"]) + 1, round(float(seconds), 3))
+    except (KeyError, TypeError, AttributeError):
+        raise KdError(f"{checkpoint} cannot be read: it is not a checkpoint of a run") from None
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

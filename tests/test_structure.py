@@ -50,7 +50,7 @@ ALLOWED = {
     "pruning": {"pruning", "manifest", "sweeps", "distributed"},  # of the sweeps the next one alone
     "sweeps/storage": {"record", "build", "errors"},
     "studies": {"studies", "errors"},
-    "report": {"report", "studies", "manifest", "record", "errors"},
+    "report": {"report", "studies", "manifest", "record", "weight_files", "errors"},
     "errors": set(),
 }
 NO_TORCH = (

@@ -192,7 +192,7 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> 
     said = kd("train", "resume=killed")
     assert said.code == 0, said.err
     assert "epoch 1/" not in said.out
-    assert f"\nresumed: {kept['epoch'] + 1} of 12 epochs are trained, after 100" in said.out
+    assert re.search(rf"\nresumed: {kept['epoch'] + 1} of 12 epochs are trained, after 1\d\d\d s", said.out)
     whole, resumed = (load_file(tmp_path / n / "student_last.safetensors") for n in ("whole", "killed"))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert len(whole) == 6

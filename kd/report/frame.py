@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from kd import record
+from kd import record, weight_files
 from kd.errors import KdError
 from kd.report import told
 from kd.report.measures import EPOCHS, Measure
@@ -18,6 +18,7 @@ from kd.studies.spec import Study
 SCHEMA = 1  # of results.csv
 RESULTS = "results.csv"  # in the folder of a study, and beside its runs
 FINISHED = "finished"
+OUTDATED = "outdated"  # its teacher is another one now
 EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
@@ -162,10 +163,18 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
         for seed in row.seeds or study.seeds:
             run_dir = runs_dir / name / f"seed{seed}"
             if (run_dir / record.FILE).is_file():
-                rows.append({**of_run(run_dir, name, runs_dir), "seed": seed, **told.by(study, row, seed, run_dir)})
+                line = {**of_run(run_dir, name, runs_dir), "seed": seed, **told.by(study, row, seed, run_dir)}
+                rows.append(line | _outdated(run_dir, line["status"]))
             else:
                 rows.append({"row": name, "seed": seed, "status": "missing"})
     return table(rows)
+
+
+def _outdated(run_dir: Path, status: str) -> dict[str, str]:
+    """The status of a student whose teacher was trained anew since: it does not count as finished."""
+    found = record.read(run_dir)
+    other = weight_files.changed(found, {"teacher": found.get("teacher") or {}}) if status == FINISHED else ""
+    return {"status": OUTDATED, "error": f"{other}: remove this run, `kd study` trains it anew"} if other else {}
 
 
 def table(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +42,6 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
     """A study with a row for each group, best first, and the frame of its runs; paths relative to ``base``."""
     found = _by_teacher(found)
     labels = _labels(found)
-    seen: Counter[str] = Counter()
     lines = []
     for run in found:
         row = labels[run.group]
@@ -51,14 +49,13 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
             lines.append(of_run(run.run_dir, row, base))
         else:
             lines.append({"row": row, "seed": seed_told(run.overrides), "status": "missing"})
-        seen[row] += 1
     frame = table(lines)
     doubled = frame[frame.duplicated(["row", "seed"])]
     if len(doubled):
         row, seed = doubled.iloc[0][["row", "seed"]]
         raise KdError(f"{row}: there are two runs of seed {seed}; give one of them")
     values = {labels[run.group]: _values(labels[run.group]) for run in found}
-    order = sorted(seen, key=lambda row: _rank(frame, row))
+    order = _best_first(frame)
     seeds = tuple(sorted(set(frame["seed"])))
     rows = {row: Row(row, (), row, tuple(frame[frame["row"] == row]["seed"]), values=values[row]) for row in order}
     study = Study(
@@ -79,10 +76,15 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
     return study, frame
 
 
-def _rank(frame: pd.DataFrame, row: str) -> float:
-    measure, found = monitored(frame), finished(frame)
-    mean = found[found["row"] == row][measure.column].mean() if measure.column in found else float("nan")
-    return float("inf") if pd.isna(mean) else (mean if measure.lower_is_better else -mean)
+def _best_first(frame: pd.DataFrame) -> list[str]:
+    """The rows by validation; those without a finished run last, in the order of their runs."""
+    measure, done = monitored(frame), finished(frame)
+    rows = list(dict.fromkeys(frame["row"]))
+    if measure.column not in done:
+        return rows
+    means = done.groupby("row", sort=False)[measure.column].mean().dropna()
+    ranked = list(means.sort_values(ascending=measure.lower_is_better, kind="stable").index)
+    return [*ranked, *(row for row in rows if row not in means.index)]
 
 
 def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:
@@ -98,9 +100,9 @@ def of_sweep(directory: Path) -> list[Found]:
 
 def _of_job(run_dir: Path, job: manifest.Job, searched: bool) -> Found:
     name = " ".join(w for w in job.label.split(" ") if not SEEDS.match(w))  # as the table of the sweep names it
-    # what was searched may be a path, or have seventeen digits: all but a seed tells its rows apart
-    group = " ".join(o for o in job.overrides if not SEEDS.match(o)) if searched else " ".join(_told(job.overrides))
-    return Found(run_dir, job.overrides, group, name)
+    # what was searched may have seventeen digits: all but a seed tells its rows apart
+    told = (o for o in job.overrides if not SEEDS.match(o)) if searched else _told(job.overrides)
+    return Found(run_dir, job.overrides, " ".join([*told, name]), name)
 
 
 def of_run_dir(run_dir: Path) -> Found:
@@ -115,20 +117,24 @@ def of_run_dir(run_dir: Path) -> Found:
 
 def _by_teacher(found: Sequence[Found]) -> list[Found]:
     """Students of a teacher that was replaced at its path are others: they get a row of their own."""
-    told = [(run.group, *(o for o in run.overrides if o.startswith("teacher.checkpoint="))) for run in found]
-    read = [_teachers(run.run_dir) for run in found]
-    several = {t for t in told if len({r for t2, r in zip(told, read, strict=True) if t2 == t and r}) > 1}
+    taught = [_teacher(run.run_dir) for run in found]
+    seen: dict[tuple[str, str], set[str]] = {}
+    for run, (path, weights) in zip(found, taught, strict=True):
+        seen.setdefault((run.group, path), set()).add(weights)
     return [
-        replace(run, group=f"{run.group} {r}", overrides=(*run.overrides, f"teacher={r}")) if t in several else run
-        for run, t, r in zip(found, told, read, strict=True)
+        replace(run, group=f"{run.group} {weights}", overrides=(*run.overrides, f"teacher={weights}"))
+        if weights and len(seen[run.group, path] - {""}) > 1
+        else run
+        for run, (path, weights) in zip(found, taught, strict=True)
     ]
 
 
-def _teachers(run_dir: Path) -> str:
-    """The fingerprints of the weights that taught a run; "" when it has not begun, or its record knows none."""
-    there = record.read(run_dir).get("weights_read") if (run_dir / record.FILE).is_file() else None
-    known = (there or {}).get("teacher.checkpoint") or ()
-    return "sha256:" + "+".join(str(f) for f in known) if known else ""
+def _teacher(run_dir: Path) -> tuple[str, str]:
+    """Where the teacher of a finished run lay, and the fingerprint of its weights; "" for what is not known."""
+    there = record.read(run_dir) if (run_dir / record.FILE).is_file() else {}
+    known = (there.get("weights_read") or {}).get("teacher.checkpoint") or ()
+    path = str((there.get("teacher") or {}).get("checkpoint", ""))
+    return path, "sha256:" + "+".join(map(str, known)) if known and path else ""
 
 
 def _told(overrides: Sequence[str]) -> list[str]:

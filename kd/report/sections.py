@@ -8,6 +8,7 @@ import pandas as pd
 
 from kd.report import notes, provenance, ranks, tables, told
 from kd.report.claims import Compared
+from kd.report.figures import capital
 from kd.report.frame import finished
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section
@@ -48,7 +49,7 @@ def of_page(
 
 def _seeds(table: pd.DataFrame, name: str) -> list[int]:
     """How many seeds each interval of a share in the main table rests on."""
-    return table["n"][table[f"{name} low"].notna()].tolist() if name in table else []
+    return table[f"{name} n"][table[f"{name} low"].notna()].astype(int).tolist() if name in table else []
 
 
 def _by(compared: Compared, method: str) -> bool:
@@ -118,7 +119,7 @@ def _provenance(study: Study, frame: pd.DataFrame) -> Section:
     points = [provenance.total(frame), f"Commit: {commits}.", f"Versions: {made}."]
     grid, same = provenance.grid(study, frame)
     points += same
-    points += [f"{note[:1].upper()}{note[1:]}." for note in told.notes(study, frame)]
+    points += [f"{capital(note)}." for note in told.notes(study, frame)]
     points += [f"Expected cost: {study.cost}"] if study.cost else []
     mixed = [name for name, part in done.groupby("row") if part["config_hash"].nunique() > 1]
     if mixed:

@@ -13,7 +13,7 @@ from kd import record
 from kd.report.frame import FINISHED, finished
 
 MOST = 6  # values that are listed; of more, numbers have their range
-PLACES = ("seed=", "name=", "hydra.", "paths.", "logger", "hardware")  # say nothing of the experiment
+ASIDE = ("seed=", "name=", "hydra.", "paths.", "logger")  # say nothing of the experiment
 
 
 def paragraphs(frame: pd.DataFrame, runs_dir: Path, differ: str) -> list[str]:
@@ -41,7 +41,7 @@ def paragraphs(frame: pd.DataFrame, runs_dir: Path, differ: str) -> list[str]:
 
 
 def _told(overrides: Sequence[str]) -> dict[str, str]:
-    pairs = (o.lstrip("+").partition("=") for o in overrides if not o.lstrip("+").startswith(PLACES))
+    pairs = (o.lstrip("+").partition("=") for o in overrides if not o.lstrip("+").startswith(ASIDE))
     return {key: value for key, _, value in pairs}
 
 

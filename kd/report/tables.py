@@ -84,7 +84,8 @@ def _line(study: Study, frame: pd.DataFrame, name: str, shown: Sequence[Measure]
 
 def _bounds(name: str, interval: Interval) -> dict[str, object]:
     low, high = interval.headline or (np.nan, np.nan)
-    return {name: interval.estimate, f"{name} low": low, f"{name} high": high, f"{name} note": interval.note}
+    about = {f"{name} note": interval.note, f"{name} n": interval.n}
+    return {name: interval.estimate, f"{name} low": low, f"{name} high": high, **about}
 
 
 # ---------------------------------------------------------------------- as text

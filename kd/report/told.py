@@ -26,13 +26,17 @@ def by(study: Study, row: Row, seed: int, run_dir: Path) -> dict[str, str | None
 
 
 def _said(study: Study, row: Row, seed: int) -> list[str]:
-    return list(graph.resolved(study, row, seed, HERE))
+    return [_anywhere(o) for o in graph.resolved(study, row, seed, HERE)]
+
+
+def _anywhere(override: str) -> str:
+    return RUN.sub(rf"'{HERE}\1'", override)
 
 
 def _told(study: Study, row: Row, run_dir: Path) -> tuple[list[str], list[str]]:
     """The overrides in a run's record without its seed and name, and as many of them as the study has for the row."""
     found = record.read(run_dir).get("overrides") or []
-    told = [RUN.sub(rf"'{HERE}\1'", o) for o in found if o != f"name={row.name}"][1:]
+    told = [_anywhere(o) for o in found if o != f"name={row.name}"][1:]
     return told, told[: len(row.overrides)]
 
 
@@ -53,11 +57,10 @@ def notes(study: Study, frame: pd.DataFrame) -> list[str]:
     if old:
         found.append(
             f"{'row' if len(old) == 1 else 'rows'} {', '.join(old)}: these results were made with other overrides than "
-            f"study.yaml has now; without them, `kd study {_called(study)}` makes them anew"
+            f"study.yaml has now; once their runs are removed, `kd study {_called(study)}` makes them anew"
         )
-    added = {word for text in frame["added_overrides"].dropna() for word in text.split("; ") if _counts(word)}
-    if added:
-        words = ", ".join(sorted(added))
+    added = {word for text in frame["added_overrides"].dropna() for word in text.split("; ")}
+    if words := ", ".join(word for word in sorted(added) if record.changes_results(word)):
         found.append(f"the runs were also told {words}, which study.yaml does not say")
     return found
 
@@ -65,8 +68,3 @@ def notes(study: Study, frame: pd.DataFrame) -> list[str]:
 def _called(study: Study) -> str:
     """What ``kd study`` understands: the name of one in experiments/, else its folder."""
     return study.name if study.folder.resolve().parent == Path("experiments").resolve() else str(study.folder)
-
-
-def _counts(override: str) -> bool:
-    key = re.split(r"[./=@]", override.lstrip("+~"), maxsplit=1)[0]
-    return key not in (*record.NOT_THE_EXPERIMENT, "hydra")

@@ -35,6 +35,8 @@ def by_validation(study: Study, frame: pd.DataFrame, chosen_by: Sequence[str] = 
     measure = Measure(wanted[0]) if wanted else monitored(frame)
     same = f"test/{measure.name}"
     beside = [f"{epoch}/{name}" for name in dict.fromkeys((same, TEST)) for epoch in (EPOCH, "last")]
+    if measure.column not in frame:  # no run is finished
+        return study
     columns = tuple(c for c in [*wanted, *beside] if c in frame and c != measure.column)
     figures = tuple(replace(figure, measure=measure.column) for figure in study.figures)
     means = finished(frame).groupby("row")[measure.column].mean().sort_values(ascending=measure.lower_is_better)

@@ -14,9 +14,10 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from kd import explain, manifest
+from kd import explain, manifest, weight_files
 from kd.errors import KdError
 from kd.manifest import Job, Manifest
+from kd.studies.spec import STUDY
 from kd.sweeps.job import checked, leave_a_record
 from kd.sweeps.refusals import (
     advice,
@@ -185,6 +186,7 @@ class Engine:
                     state = State(FAILED, str(error))
                 else:
                     todo += [job] if state.status not in (*DONE, RUNNING) else []
+                    weight_files.read_by(configs[job.name])  # once for all jobs: they are forked with what is known
             outcomes[job.name] = Outcome(job, run_dir, state)
         if todo:
             self._launch(todo)
@@ -245,12 +247,18 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             f"{directory} belongs to the {there.kind} {there.name}, not to the {plan.kind} {plan.name}: choose another "
             "hydra.sweep.dir"
         )
-    if there.folder != plan.folder and there.folder and Path(there.folder).is_dir():  # else it was moved
+    if there.folder != plan.folder and _other_study(Path(there.folder), Path(plan.folder)):
         raise KdError(
             f"{directory} belongs to the study in {there.folder}, not to the one in {plan.folder}: choose another "
             "hydra.sweep.dir, or another name for the folder"
         )
     return replace(there, jobs={**there.jobs, **plan.jobs}, folder=plan.folder)
+
+
+def _other_study(there: Path, here: Path) -> bool:
+    """Whether two folders hold two studies: not the same one, that was moved or checked out twice."""
+    one, other = there / STUDY, here / STUDY
+    return one.is_file() and not (other.is_file() and one.read_bytes() == other.read_bytes())
 
 
 @contextmanager

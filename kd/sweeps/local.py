@@ -165,7 +165,8 @@ def said(run_dir: Path) -> str:
         return f"{label}: {found['status']}: {found['error']} (see {run_dir / 'train.log'})"
     selected, last = found["student"]["selected"], found["student"]["last"]
     name = found["protocol"]["monitor"]
-    chosen = f"{name} {selected['val'][name.partition('/')[2]]:.4f}  " if name else ""
+    value = selected["val"][name.partition("/")[2]] if name else None
+    chosen = f"{name} {value:.4f}  " if value is not None else ""
     other = "" if selected["epoch"] == last["epoch"] else f"; last epoch {100 * last['test']['acc1']:.2f} %"
     epoch = f"epoch {selected['epoch'] + 1}, which val selected{other}"
     return (

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd import manifest
+from kd import manifest, weight_files
 from kd.errors import KdError
 from kd.manifest import Job
 from kd.sweeps import storage
@@ -40,9 +40,9 @@ def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list
     if url is not None:
         storage.opened(engine.directory, url)  # refused before anything is written
     with engine.locked("optuna", engine.directory.name):
+        found = Search(engine, where, measures, replace(settings, storage=url), chooses)
         there = manifest.read(engine.directory)
         manifest.write(engine.directory, replace(there, objectives=tuple(measures)))  # what orders the report
-        found = Search(engine, where, measures, replace(settings, storage=url), chooses)
         found.run(at_once)
         outcomes = found.outcomes()
         found.conclude(outcomes)
@@ -89,11 +89,15 @@ class Search:
                 f"{directory} holds another search ({', '.join(differ) or 'in another order'}): choose another "
                 "hydra.sweep.dir"
             )
-        for number, trial in enumerate(t for t in self.trials() if t.state.is_finished()):
+        config = None
+        for trial in (t for t in self.trials() if t.state.is_finished()):
             name = str(job_of(trial))
-            job = Job(name, name, self.space.overrides(trial.params))
-            # the plan is the same: of the first trial also that its teacher still is
-            if look(directory / name, None if number else self.engine.compose(job)).status == MISSING:
+            state = look(directory / name)
+            if state.status in DONE and config is None:  # the plan is the same: whether its teacher is, one trial tells
+                config = self.engine.compose(Job(name, name, self.space.overrides(trial.params)))
+                if other := weight_files.changed(state.record or {}, config):
+                    raise KdError(f"{directory}: {other}: choose another hydra.sweep.dir")
+            if state.status == MISSING:
                 raise KdError(
                     f"{self.settings.storage or directory / storage.JOURNAL} knows {name}, but {directory} has no "
                     "such run: choose another hydra.sweep.dir"
@@ -166,7 +170,8 @@ class Search:
         leave_a_record(directory / job.name, job.overrides, FAILED, error)
 
     def _tell(self, trial: Any, silent: bool) -> None:
-        state = self._judged(look(self.engine.directory / str(job_of(trial))))
+        there = look(self.engine.directory / str(job_of(trial)))
+        state = self._judged(there)
         values: dict[str, Any] = {}
         if state.status == FINISHED:
             values = {name: measured(state.record, name) for name in self.objectives}
@@ -174,7 +179,9 @@ class Search:
         else:
             self.study.tell(trial.number, state=self.states.PRUNED if state.status == PRUNED else self.states.FAIL)
         count = sum(t.state.is_finished() for t in self.trials())
-        if not silent:
+        if state is there and state.status == FINISHED:  # the launcher's line has what picked the epoch, no more
+            silent = silent and [*self.objectives] == [state.record["protocol"]["monitor"]]  # type: ignore[index]
+        if not silent or state is not there:
             label, total = self.space.label(trial.params), self.settings.n_trials
             print(f"  {count:>{len(str(total))}}/{total}  {label}: {_shown(values) or state.status}", flush=True)
 

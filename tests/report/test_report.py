@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kd import manifest, report
+from kd import manifest, record, report
 from kd.errors import KdError
 from kd.manifest import Job, Manifest
 from kd.report import frame
@@ -265,15 +265,28 @@ def test_kd_report_of_runs(kd, write, tmp_path) -> None:
     assert Path("report/report.html").is_file()
 
 
+def taught(run_dir: Path, seed: int, path: str, weights: str, write) -> None:
+    about = {"name": "x", "config_hash": "1", "overrides": ["loss=[ce,kd]", f"seed={seed}"]}
+    write(run_dir, seed, 0.9, teacher=0.95, **about, weights_read={"teacher.checkpoint": [weights]})
+    found = record.read(run_dir)
+    record.write(run_dir, {**found, "teacher": {**found["teacher"], "checkpoint": path}})
+
+
+def rows_of(page: str) -> list[str]:
+    lines = [line.replace("*", "") for line in Path(page).read_text().split("## Results")[1].splitlines()]
+    return [line for line in lines if line.startswith("| x")]
+
+
 def test_students_of_a_teacher_that_was_replaced_are_another_row(kd, write, tmp_path) -> None:
-    told = ["loss=[ce,kd]", "teacher.checkpoint=runs/teacher"]
-    for seed, teacher in enumerate(("aaaaaaaaaaaa", "aaaaaaaaaaaa", "bbbbbbbbbbbb")):
-        about = {"name": "x", "config_hash": "1", "overrides": [*told, f"seed={seed}"]}
-        write(tmp_path / "a" / f"run{seed}", seed, 0.9, **about, weights_read={"teacher.checkpoint": [teacher]})
+    for seed, weights in enumerate(("aaaa", "aaaa", "bbbb")):
+        taught(tmp_path / "a" / f"run{seed}", seed, "runs/teacher", weights, write)
+        taught(tmp_path / "b" / f"run{seed}", seed, f"runs/teacher{seed}", f"{seed}", write)
     assert kd("report", "a").code == 0
-    lines = [line.replace("*", "") for line in Path("report/report.md").read_text().splitlines()]
-    assert any(line.startswith("| x teacher=sha256:aaaaaaaaaaaa | 2 |") for line in lines)
-    assert any(line.startswith("| x teacher=sha256:bbbbbbbbbbbb | 1 |") for line in lines)
+    found = rows_of("report/report.md")
+    assert found[0].startswith("| x teacher=sha256:aaaa | 2 |")
+    assert found[1].startswith("| x teacher=sha256:bbbb | 1 |")
+    assert kd("report", "b").code == 0
+    assert rows_of("report/report.md")[0].startswith("| x | 3 |"), "a teacher for each seed is one experiment"
 
 
 def test_runs_of_one_name_and_another_configuration_are_two_rows(kd, write, tmp_path) -> None:

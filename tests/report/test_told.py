@@ -10,11 +10,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from kd import record, weight_files
 from kd.report import frame, told
 from kd.studies import graph
 from kd.studies.spec import Study
 
-MADE = "these results were made with other overrides than study.yaml has now; without them, `kd study made_up`"
+MADE = (
+    "these results were made with other overrides than study.yaml has now; once their runs are removed, "
+    "`kd study made_up`"
+)
 
 
 @pytest.fixture
@@ -67,6 +71,39 @@ def test_what_was_added_on_the_command_line(read: Study, runs: Path) -> None:
     tell(read, runs, "shuffled", "hardware.threads=1", "recipe.epochs=1", "hydra.launcher.n_jobs=2")
     note = "the runs were also told recipe.epochs=1, which study.yaml does not say"
     assert told.notes(read, frame.of_study(read, runs)) == [note]
+
+
+def test_what_does_not_change_a_result_is_not_told(read: Study, runs: Path) -> None:
+    tell(read, runs, "shuffled", "data.root=elsewhere", "protocol.keep_predictions=true", "hardware=gpu", "logger=[]")
+    assert told.notes(read, frame.of_study(read, runs)) == []
+    tell(read, runs, "shuffled", "hardware.precision=bf16-mixed", "data.split_seed=7")
+    (note,) = told.notes(read, frame.of_study(read, runs))
+    assert "told data.split_seed=7, hardware.precision=bf16-mixed, which" in note
+
+
+def test_a_row_may_read_a_run_of_another_study(read: Study, runs: Path) -> None:
+    own = ("loss=[kd]", "teacher.checkpoint='/runs/study_other/teacher/seed0'")
+    study = replace(read, rows={**read.rows, "alone": replace(read.rows["alone"], overrides=own)})
+    tell(study, runs, "alone")
+    assert told.notes(study, frame.of_study(study, runs)) == []
+
+
+def test_a_student_of_a_teacher_that_was_trained_anew_does_not_count(read: Study, runs: Path) -> None:
+    teacher, student = runs / "teacher" / "seed0", runs / "distilled" / "seed0"
+    (teacher / weight_files.SELECTED).write_bytes(b"weights")
+    about = json.loads((student / "result.json").read_text())
+    about["teacher"]["checkpoint"] = str(teacher)
+    about["weights_read"] = weight_files.read_by({"student": {"checkpoint": None}, "teacher": about["teacher"]})
+    record.write(student, about)
+
+    def status() -> tuple[str, str | None]:
+        found = frame.of_study(read, runs).set_index(["row", "seed"])
+        return tuple(found.loc[("distilled", 0), ["status", "error"]])
+
+    assert status() == ("finished", None)
+    (teacher / weight_files.SELECTED).write_bytes(b"others")
+    assert status()[0] == "outdated"
+    assert "holds other weights than when the run began: remove this run" in str(status()[1])
 
 
 def test_runs_may_be_moved(read: Study, runs: Path, tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def test_a_search_is_ordered_by_its_first_objective(kd, sweep) -> None:
     )
 
 
+def test_a_sweep_without_a_finished_run_is_one_sentence(kd, sweep) -> None:
+    for run_dir in sweep.glob("lr-*"):
+        overrides = record.read(run_dir)["overrides"]
+        record.write(run_dir, {"schema": 1, "status": "failed", "error": "why", "name": "x", "overrides": overrides})
+    said = kd("report", "sweep")
+    assert (said.code, "Traceback" in said.err) == (1, False)
+    assert "no run is finished" in said.err
+
+
 def test_the_author_of_a_study_names_its_measure(study, runs) -> None:
     found = frame.of_study(study, runs)
     assert [m.column for m in measures(study, found)][:2] == ["last/test/acc1", "selected/test/acc1"]

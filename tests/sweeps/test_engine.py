@@ -147,7 +147,9 @@ def test_a_directory_of_another_sweep(engine) -> None:
 
 
 def test_a_directory_of_another_study_of_the_same_name(engine, tmp_path) -> None:
-    (tmp_path / "here" / "tiny").mkdir(parents=True)
+    for place in ("here", "there"):
+        (tmp_path / place / "tiny").mkdir(parents=True)
+        (tmp_path / place / "tiny" / "study.yaml").write_text(f"question: {place}?")
     engine.run("study", "tiny", jobs(a=()), folder=str(tmp_path / "here" / "tiny"))
     there = str(tmp_path / "there" / "tiny")
     with pytest.raises(KdError, match=r"belongs to the study in .*here/tiny, not to the one in .*there/tiny: choose"):

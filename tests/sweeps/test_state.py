@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from kd import record, weight_files
 from kd.app import checked
@@ -70,3 +72,13 @@ def test_a_teacher_that_is_gone_is_said_to_be_gone(tmp_path: Path, monkeypatch: 
     gone = r"^teacher.checkpoint = teacher does not exist: whether \S+student is a run of it"
     with pytest.raises(KdError, match=gone):
         look(student, checked(["loss=[ce,kd]", "teacher.checkpoint=teacher"]))
+
+
+def test_weights_are_known_by_their_tensors(tmp_path: Path) -> None:
+    """What a file says of itself, such as the name of the data, is not what a student learns from."""
+
+    def read(metadata: dict[str, str], value: float) -> Any:
+        save_file({"a": torch.full((3,), value)}, tmp_path / weight_files.SELECTED, metadata=metadata)
+        return weight_files.read_by({"student": {"checkpoint": None}, "teacher": {"checkpoint": str(tmp_path)}})
+
+    assert read({"kd": "MNIST"}, 1.0) == read({"kd": "Fashion-MNIST", "seed": "1"}, 1.0) != read({"kd": "MNIST"}, 2.0)
