@@ -76,13 +76,17 @@ def _split_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The config of a run with some keys changed. ``KdError`` for keys that it does not have."""
+    return changed(record.read_config(run), overrides)
+
+
+def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A run's resolved config with some keys changed. ``KdError`` for keys that it does not have."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from kd.config import check
     from kd.schema import Root
 
-    config = record.read_config(run)
     known = set(flat(config))
     for override in overrides:
         key = override.partition("=")[0]

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kd import manifest, record
 from kd.errors import KdError
-from kd.report import gather, swept, tables, told, vocabulary
+from kd.report import gather, swept, tables, vocabulary
 from kd.report.frame import FINISHED, RESULTS, of_study, read_results
 from kd.report.report import Report, build
 from kd.report.validation import by_validation, order
@@ -41,8 +41,6 @@ def main(argv: Sequence[str]) -> int:
     study, frame, runs_dir = given.study, given.frame, given.runs_dir
     print(f"from {runs_dir or study.folder / RESULTS}")
     say(study, build(study, frame, runs_dir, out or given.out, given.about))
-    for note in told.notes(study, frame):
-        print(note)
     return 0
 
 
@@ -74,7 +72,10 @@ def _gathered(targets: Sequence[str]) -> Given:
     first = Path(targets[0])
     if len(targets) == 1:
         if (first / spec.STUDY).is_file() or not first.exists():
-            return _of_study(targets[0])
+            try:
+                return _of_study(targets[0])
+            except spec.NoStudy as error:
+                raise KdError(f"{error}; nor is there a run or a sweep of that name") from None
         if (first / manifest.FILE).is_file():
             given = manifest.read(first)
             if given.kind == "study":
@@ -102,7 +103,10 @@ def _of_study(name: str, runs_dir: Path | None = None) -> Given:
     vocabulary.check(study)
     directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
     file = study.folder / RESULTS
-    if any(directory.glob(f"*/seed*/{record.FILE}")):
+    there = manifest.read(directory).folder if (directory / manifest.FILE).is_file() else ""
+    if there and spec.another(Path(there), study.folder):
+        print(f"{directory} holds the runs of the study in {there}: they are left out")
+    elif any(directory.glob(f"*/seed*/{record.FILE}")):
         frame, kept = of_study(study, directory), None
         lacking = int((frame["status"] != FINISHED).sum())
         if runs_dir is None and lacking and file.is_file():
@@ -139,5 +143,7 @@ def say(study: Study, report: Report) -> None:
         print(f"The claim: {study.claim}\n{report.verdict}:")
         for reason in report.reasons:
             print(f"  {reason}")
+    for note in report.notes:
+        print(note)
     for path in report.paths.values():
         print(path)

@@ -109,8 +109,11 @@ def of_protocol(study: Study, table: pd.DataFrame, shown: Sequence[Measure], int
     }[study.epoch]
     points = [f"{picked} The test split chooses nothing; it is used once for each student that is reported."]
     words = {
-        "Gap recovered: (distilled − alone) ÷ (teacher − alone) of the first measure.": "gap recovered" in table,
-        "Retention: student ÷ teacher, test top-1.": "retention" in table,
+        "Gap recovered: (distilled − alone) ÷ (teacher − alone) of the first measure, of the rows of this page.": (
+            "gap recovered" in table
+        ),
+        "Retention: test top-1, student ÷ teacher with the weights that taught, mostly those that its validation "
+        "picked; its own row may be of the last epoch.": "retention" in table,
         "Agreement: student and teacher choose the same class.": any(m.name == "agreement" for m in shown),
     }
     points += [" ".join(found)] if (found := [text for text, there in words.items() if there]) else []

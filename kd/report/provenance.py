@@ -24,10 +24,10 @@ def durations(seconds: Iterable[float]) -> tuple[str, list[str]]:
 
 
 def total(frame: pd.DataFrame) -> str:
-    """``40 finished runs, 6.2 minutes of training in all.``"""
+    """``40 finished runs, 6.2 minutes in all, start and tests included.``"""
     done = finished(frame)
     word, (time,) = durations([float(done["wall_clock_s"].sum())])
-    return f"{len(done)} finished run{'' if len(done) == 1 else 's'}, {time} {word} of training in all."
+    return f"{len(done)} finished run{'' if len(done) == 1 else 's'}, {time} {word} in all, start and tests included."
 
 
 def grid(study: Study, frame: pd.DataFrame) -> tuple[Grid, list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import cost, curves, figures, sections, style, tables
+from kd.report import cost, curves, figures, sections, style, tables, told
 from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
 from kd.report.frame import FINISHED, check_protocol, finished
 from kd.report.measures import Measure
@@ -35,6 +35,7 @@ class Report:
     compared: Mapping[str, Compared]
     figures: Mapping[str, Path]
     paths: Mapping[str, Path]
+    notes: Sequence[str] = ()  # what a reader must know beside the verdict
 
 
 def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path, about: Sequence[str] = ()) -> Report:
@@ -52,14 +53,15 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path, a
     state, reasons = verdict(study, compared, frame)
     table, shown = tables.numbers(study, frame), tables.measures(study, frame)
     drawn = draw(study, frame, runs_dir)
+    notes = [f"{figures.capital(note)}." for note in told.notes(study, frame)]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
             temporary = Path(folder)
             pictures = {n: Picture(style.save(f, temporary / f"{n}.png"), text) for n, (f, text) in drawn.items()}
             parts = sections.of_page(study, frame, compared, table, pictures)
-            pages = render(_context(study, about, state, reasons, frame, parts))
-            return Report(state, reasons, table, shown, compared, *_put(out, temporary, pages, list(drawn)))
+            pages = render(_context(study, [*about, *notes], state, reasons, frame, parts))
+            return Report(state, reasons, table, shown, compared, *_put(out, temporary, pages, list(drawn)), notes)
     except OSError as error:
         raise KdError(f"out = {out} cannot be written: {error.strerror}") from None
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from kd.report import notes, provenance, ranks, tables, told
+from kd.report import notes, provenance, ranks, tables
 from kd.report.claims import Compared
-from kd.report.figures import capital
 from kd.report.frame import finished
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section
@@ -119,7 +118,6 @@ def _provenance(study: Study, frame: pd.DataFrame) -> Section:
     points = [provenance.total(frame), f"Commit: {commits}.", f"Versions: {made}."]
     grid, same = provenance.grid(study, frame)
     points += same
-    points += [f"{capital(note)}." for note in told.notes(study, frame)]
     points += [f"Expected cost: {study.cost}"] if study.cost else []
     mixed = [name for name, part in done.groupby("row") if part["config_hash"].nunique() > 1]
     if mixed:

@@ -37,7 +37,8 @@ def paragraphs(frame: pd.DataFrame, runs_dir: Path, differ: str) -> list[str]:
     fixed += [f"{name} {value}" for name, value in same.items()]
     fixed += [f"seed {seeds[0]}"] if len(seeds) == 1 else []
     said = [f"{differ}: {'; '.join(swept)}."] if swept else []
-    return said + ([f"The same in all runs: {'; '.join(fixed)}."] if fixed else [])
+    which = "all runs" if len(ended) == len(records) else "all finished runs"
+    return said + ([f"The same in {which}: {'; '.join(fixed)}."] if fixed else [])
 
 
 def _told(overrides: Sequence[str]) -> dict[str, str]:

@@ -19,7 +19,12 @@ from kd.studies.file import check, listed, make, named, read, typed
 STUDY = "study.yaml"
 PUBLISHED = "published.yaml"
 EPOCHS = ("last", "selected")
+LEFT = re.compile(r"\{(\w+)\}")  # of a label whose variables have been put in
 ROW_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class NoStudy(KdError):
+    """There is no study of that name."""
 
 
 @dataclass(frozen=True)
@@ -175,10 +180,18 @@ def _folder(name_or_folder: str | Path) -> Path:
     if not (folder / STUDY).is_file():
         there = names()
         known = f"; studies: {', '.join(there)}" if there else ""
-        raise KdError(
+        raise NoStudy(
             f"there is no study {name_or_folder}{near(str(name_or_folder), there)}: no {folder / STUDY}{known}"
         )
     return folder
+
+
+def another(there: Path, here: Path) -> bool:
+    """Whether two folders hold two studies: not the same one, that was moved or checked out twice."""
+    one, other = there / STUDY, here / STUDY
+    if not one.is_file() or one.resolve() == other.resolve():
+        return False
+    return not (other.is_file() and one.read_bytes() == other.read_bytes())
 
 
 def names() -> list[str]:
@@ -209,6 +222,9 @@ def _rows(node: Mapping[str, Any], seeds: tuple[int, ...], file: Path) -> dict[s
         own = line.get("seeds")
         line["seeds"] = seeds if own is None else _seeds(own, f"{what}: seeds")
         row = make(Row, line, what, name=name, template=template)
+        if left := LEFT.search(row.label):
+            known = f"{near(left[1], map(str, row.values))}; variables: {', '.join(map(str, row.values)) or 'none'}"
+            raise KdError(f"{what}: label = {row.label} is not allowed: there is no variable {left[1]}{known}")
         rows[name] = replace(row, overrides=(*common, *row.overrides))
     return rows
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from kd import explain, manifest, weight_files
 from kd.errors import KdError
 from kd.manifest import Job, Manifest
-from kd.studies.spec import STUDY
+from kd.studies import spec
 from kd.sweeps.job import checked, leave_a_record
 from kd.sweeps.refusals import (
     advice,
@@ -110,10 +110,10 @@ class Engine:
         missing = self._missing(jobs, configs, plan)
         self.begun, self.total = part or (0, len(missing))
         self._check_room(ordered, missing)
+        refuse_unbuildable(missing, self.directory)
         if opening is not None:
             count = f"{len(jobs) - len(missing)} finished, {len(missing)} to run"
             print(f"{opening} in {self.directory}: {count}", flush=True)
-        refuse_unbuildable(missing, self.directory)
         with ExitStack() as own:
             (held or own).enter_context(self.locked(kind, name, folder))
             manifest.write(self.directory, _joined(self.directory, plan))
@@ -247,18 +247,12 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             f"{directory} belongs to the {there.kind} {there.name}, not to the {plan.kind} {plan.name}: choose another "
             "hydra.sweep.dir"
         )
-    if there.folder != plan.folder and _other_study(Path(there.folder), Path(plan.folder)):
+    if there.folder != plan.folder and spec.another(Path(there.folder), Path(plan.folder)):
         raise KdError(
             f"{directory} belongs to the study in {there.folder}, not to the one in {plan.folder}: choose another "
             "hydra.sweep.dir, or another name for the folder"
         )
     return replace(there, jobs={**there.jobs, **plan.jobs}, folder=plan.folder)
-
-
-def _other_study(there: Path, here: Path) -> bool:
-    """Whether two folders hold two studies: not the same one, that was moved or checked out twice."""
-    one, other = there / STUDY, here / STUDY
-    return one.is_file() and not (other.is_file() and one.read_bytes() == other.read_bytes())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import numpy as np
 
 from kd import record
 from kd.errors import KdError
+from kd.evaluate import changed
 from kd.hardware import settings
+from kd.manifest import Job
 from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
-from kd.studies.spec import Evaluation, Study
-from kd.sweeps.engine import Outcome
+from kd.studies.spec import STUDY, Evaluation, Study
+from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.local import Share, shares
-from kd.sweeps.pool import forked, warm_up
+from kd.sweeps.pool import ask, forked, warm_up
+from kd.sweeps.state import FINISHED, look
 
 
 def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[str]:
@@ -32,7 +35,8 @@ def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[s
     todo = [(run_dir, names) for run_dir, names in todo if names]
     if not todo:
         return []
-    print(f"evaluations of {len(todo)} runs: {', '.join(study.evaluations)}", flush=True)
+    made_now = dict.fromkeys(evaluation.name for _, names in todo for evaluation in names)
+    print(f"evaluations of {len(todo)} {'run' if len(todo) == 1 else 'runs'}: {', '.join(made_now)}", flush=True)
     warm_up()
     hardware = [{**settings(record.read_config(run_dir)), "devices": 1} for run_dir, _ in todo]
     slots = shares(hardware, getattr(launcher, "n_jobs", 1), getattr(launcher, "jobs_per_gpu", 1))
@@ -42,6 +46,35 @@ def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[s
         f"{run_dir.parent.name}/{run_dir.name} could not be evaluated (see {run_dir / 'train.log'})"
         for run_dir in failed
     ]
+
+
+def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
+    """``KdError`` for an evaluation that will not work: before the first run, not after the last."""
+    wanted = []
+    for evaluation in study.evaluations.values():
+        own = [job for job in jobs if evaluation.rows is None or job.name.partition("/")[0] in evaluation.rows]
+        if own:
+            where = f"{study.folder / STUDY}: evaluations: {evaluation.name}"
+            try:
+                wanted.append((where, changed(engine.compose(own[0]), evaluation.eval), evaluation.bias))
+            except KdError as error:
+                raise KdError(f"{where}: {error}") from None
+    if wanted and any(look(engine.directory / job.name).status != FINISHED for job in jobs):
+        warm_up()
+        ask(functools.partial(_check_data, wanted))
+
+
+def _check_data(wanted: Sequence[tuple[str, Mapping[str, Any], Sequence[int]]]) -> None:
+    from kd import build
+
+    for where, config, bias in wanted:
+        try:
+            data = build.make(config["data"], "data")
+        except KdError as error:
+            raise KdError(f"{where}: {error}") from None
+        classes = getattr(data, "num_classes", None)  # of some sets not known before their files are read
+        if classes and max(bias, default=0) >= classes:
+            raise KdError(f"{where}: bias = {list(bias)} is not allowed: the classes are 0 to {classes - 1}")
 
 
 def lacking(study: Study, outcome: Outcome) -> list[Evaluation]:

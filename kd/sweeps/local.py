@@ -22,6 +22,7 @@ from kd.hardware import cores
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.pool import forked, warm_up
 from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, PRUNED
+from kd.sweeps.table import measured, number
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,10 @@ def launch(
     """
     setup_globals()
     configs = []
-    for number, overrides in enumerate(jobs, start=first):
+    for place, overrides in enumerate(jobs, start=first):
         config = context.config_loader.load_sweep_config(master, list(overrides))
         with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = number
+            config.hydra.job.id = config.hydra.job.num = place
         configs.append(config)
     slots = shares([OmegaConf.to_container(c.hardware) for c in configs], n_jobs, jobs_per_gpu)  # type: ignore[misc]
     warm_up()
@@ -164,9 +165,8 @@ def said(run_dir: Path) -> str:
     if found["status"] != FINISHED:
         return f"{label}: {found['status']}: {found['error']} (see {run_dir / 'train.log'})"
     selected, last = found["student"]["selected"], found["student"]["last"]
-    name = found["protocol"]["monitor"]
-    value = selected["val"][name.partition("/")[2]] if name else None
-    chosen = f"{name} {value:.4f}  " if value is not None else ""
+    names = (belongs[0].objectives if belongs else ()) or [n for n in [found["protocol"]["monitor"]] if n]
+    chosen = "".join(f"{name} {number(measured(found, name))}  " for name in names)
     other = "" if selected["epoch"] == last["epoch"] else f"; last epoch {100 * last['test']['acc1']:.2f} %"
     epoch = f"epoch {selected['epoch'] + 1}, which val selected{other}"
     return (

@@ -179,9 +179,7 @@ class Search:
         else:
             self.study.tell(trial.number, state=self.states.PRUNED if state.status == PRUNED else self.states.FAIL)
         count = sum(t.state.is_finished() for t in self.trials())
-        if state is there and state.status == FINISHED:  # the launcher's line has what picked the epoch, no more
-            silent = silent and [*self.objectives] == [state.record["protocol"]["monitor"]]  # type: ignore[index]
-        if not silent or state is not there:
+        if not silent or state is not there:  # it trained to its end, but has no number
             label, total = self.space.label(trial.params), self.settings.n_trials
             print(f"  {count:>{len(str(total))}}/{total}  {label}: {_shown(values) or state.status}", flush=True)
 

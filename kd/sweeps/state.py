@@ -71,7 +71,9 @@ def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, A
     if same_run(there, here):
         return
     if gone := weight_files.absent(here):
-        raise KdError(f"{gone} does not exist: whether {run_dir} is a run of it cannot be told")
+        raise KdError(
+            f"{gone} does not exist: whether {run_dir} is a run of it cannot be told (its results: kd report)"
+        )
     old, new = flat(there), flat(here)
     ignored = tuple(f"{section}." for section in record.NOT_THE_EXPERIMENT)
     differ = [

@@ -39,6 +39,7 @@ def sweep(
     if kept.is_file():
         read_results(kept, spec.load(name))  # of another protocol: not found out after hours
     refuse_unwritable(engine.directory)
+    evaluations.check(study, engine, jobs)
     if dry_run:
         estimate.show(engine, study, jobs)
         return []
@@ -152,7 +153,7 @@ def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: P
     if not finished(frame).empty:
         check_protocol(frame)
         write_results(engine.directory / RESULTS, study, frame)
-        report = build(study, frame, engine.directory, engine.directory)
+        report = build(study, frame, engine.directory, engine.directory, _left_out(study, engine.directory))
         say(study, report)
         print(engine.directory / RESULTS)
         missing = int((frame["status"] != FINISHED).sum())
@@ -162,6 +163,18 @@ def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: P
             write_results(kept, study, frame)
             print(kept)
         _to_wandb(study, engine, report, outcomes)
+
+
+def _left_out(study: Study, directory: Path) -> list[str]:
+    """A sentence on finished runs of the study's own seeds that are not in the report, because of ``--seeds``."""
+    own, here = spec.load(study.folder), {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
+    every = [(name, seed) for name, row in own.rows.items() for seed in row.seeds if (name, seed) not in here]
+    others = [pair for pair in every if look(directory / pair[0] / f"seed{pair[1]}").status == FINISHED]
+    if not others:
+        return []
+    said = f"Seeds {', '.join(map(str, study.seeds))} only, as asked (--seeds)"
+    print(said := f"{said}: {len(others)} finished runs of other seeds are left out.")
+    return [said]
 
 
 def _to_wandb(study: Study, engine: Engine, report: Report, outcomes: Sequence[Outcome]) -> None:

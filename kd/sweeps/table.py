@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd.config import better
 from kd.errors import KdError
-from kd.sweeps.engine import Outcome
 from kd.sweeps.state import DONE, FINISHED, PRUNED
+
+if TYPE_CHECKING:
+    from kd.sweeps.engine import Outcome
 
 
 def conclude(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
@@ -46,7 +48,7 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
         table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
     for outcome in ended:
         own = objectives or {monitor(outcome): ""}
-        values = [_number(measured(_record(outcome), c)) if c in own else "" for c in columns]
+        values = [number(measured(_record(outcome), c)) if c in own else "" for c in columns]
         test = _record(outcome)["student"]["selected"]["test"]
         agreement = f"{test['agreement']:.4f}" if "agreement" in test else ""
         seconds = f"{_record(outcome)['wall_clock_s']:.1f}"
@@ -65,7 +67,8 @@ def _ending(outcome: Outcome) -> str:
     return f"{status} at epoch {_record(outcome)['pruned']['epoch'] + 1}" if status == PRUNED else status
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A measure for people."""
     if value is None:
         return "none"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

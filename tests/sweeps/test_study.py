@@ -21,6 +21,7 @@ from kd.cli import main
 from kd.errors import KdError
 from kd.report import vocabulary
 from kd.studies import graph, spec
+from kd.sweeps import evaluations
 from kd.sweeps.evaluations import best_bias
 from kd.sweeps.study import _refuse_swept, _same_experiments, plan
 
@@ -449,3 +450,26 @@ def test_every_row_says_whether_the_study_is_still_itself(make_engine, tmp_path:
     engine = make_engine()
     jobs = plan(study, engine.directory, (), None, [argument])
     assert _same_experiments(study, engine, jobs, [argument]) is same
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "sentence"),
+    [
+        ({"eval": ["data.test_shfit=1"]}, r"evaluations: x: data\.test_shfit=1: the run has no key .*data\.test_shift"),
+        ({"eval": ["data.test_shift=-1"]}, r"evaluations: x: .*test_shift = -1 is not allowed"),
+        ({"bias": [12]}, r"evaluations: x: bias = \[12\] is not allowed: the classes are 0 to 9"),
+    ],
+)
+def test_an_evaluation_that_cannot_work_is_refused_before_the_first_run(make_engine, tmp_path, evaluation, sentence):
+    folder = write(tmp_path / "tiny", evaluations={"x": evaluation})
+    study, engine = spec.load(folder), make_engine()
+    with pytest.raises(KdError, match=sentence):
+        evaluations.check(study, engine, plan(study, engine.directory, (), None, ()))
+
+
+def test_two_studies_of_one_name(tmp_path: Path) -> None:
+    here, there = write(tmp_path / "here" / "tiny"), write(tmp_path / "there" / "tiny")
+    assert not spec.another(there, here), "checked out twice"
+    write(there, question="Another?")
+    assert spec.another(there, here)
+    assert not spec.another(tmp_path / "gone" / "tiny", here), "moved"
