@@ -13,19 +13,13 @@ import pandas as pd
 from kd import manifest, record
 from kd.errors import KdError
 from kd.report.frame import finished, of_run, seed_told, table
-from kd.report.validation import monitored
+from kd.report.validation import EPOCH, TEST, monitored
 from kd.studies.spec import Figure, Row, Study
 
-MEASURE, EPOCH = "test/acc1", "selected"
 SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")  # YAML takes 1e-05 for a word
-PLACES = (
-    "hydra.",
-    "paths.",
-    "name=",
-    "teacher.checkpoint=",
-    "student.checkpoint=",
-)  # differ without being the question
+# differ without being the question
+PLACES = ("hydra.", "paths.", "name=", "teacher.checkpoint=", "student.checkpoint=")
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
         question="",
         paper="",
         cost="",
-        measure=MEASURE,
+        measure=TEST,
         epoch=EPOCH,
         rows=rows,
         seeds=seeds,
@@ -185,5 +179,5 @@ def _figures(values: Sequence[Mapping[str, Any]]) -> tuple[Figure, ...]:
     if not keys or len(keys) > 2:
         return ()
     if len(keys) == 1:
-        return (Figure("lines", MEASURE, keys[0]),)
-    return Figure("lines", MEASURE, keys[0], group=keys[1]), Figure("map", MEASURE, keys[0], y=keys[1])
+        return (Figure("lines", TEST, keys[0]),)
+    return Figure("lines", TEST, keys[0], group=keys[1]), Figure("map", TEST, keys[0], y=keys[1])

@@ -25,7 +25,8 @@ Tables, intervals and figures of runs: report.html (one file, opens offline), re
 
   kd report hinton_mnist           a study of experiments/, by name or folder: the claim, its verdict, the published
                                    numbers; from its runs (runs/study_NAME), else from its results.csv
-  kd report runs/sweep_HASH        a sweep: what differs between its jobs, best validation first
+  kd report runs/sweep_HASH        a sweep: what differs between its jobs, best validation first; or a study that ran
+                                   in that directory
   kd report runs/a runs/b          runs, or folders of runs; the same experiment with several seeds is one row
 
   out=DIR    where it goes (default: runs/study_NAME of a study, the sweep's own directory, ./report of other runs)"""

@@ -142,9 +142,8 @@ def trained(run_dir: Path, found: Mapping[str, Any]) -> float:
     longest = max(10 * median(pauses), 5.0)  # so long may a validation be
     epochs = fmean(min(pause, longest) for pause in pauses) * found["protocol"]["epochs"]
     stopped = sum(max(0.0, pause - longest) for pause in pauses)
-    return max(
-        epochs, found["wall_clock_s"] - stopped
-    )  # a killed run's record lacks the time after its last checkpoint
+    # a killed run's record lacks the time after its last checkpoint; of one that was resumed, not all pauses are in it
+    return max(epochs, found["wall_clock_s"] - stopped)
 
 
 class Clock:

@@ -46,7 +46,8 @@ def sweep(
     refuse_mixed(study, engine, jobs, arguments)
     own = seeds is None and _same_experiments(study, engine, jobs, arguments)
     with ExitStack() as held:
-        opening, folder = f"study {study.name}: {len(jobs)} runs", str(study.folder.resolve())
+        count = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"
+        opening, folder = f"study {study.name}: {count}", str(study.folder.resolve())
         outcomes = engine.run("study", study.name, jobs, opening, held, folder)
         problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
         try:
