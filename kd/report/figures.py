@@ -203,15 +203,21 @@ def grid_lines(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measu
         means = _line(axes, [place[x] for x in at], [cells[(x, *line)] for x in at], ink, measure.lower_is_better)
         label = f"{words(wanted.group)} {line[0]}" if wanted.group else capital(measure.title)
         ends.append((means[-1], label, ink))
-        if (dashed := alone[number]) is not None and (not shared or number == 0):
+        if (level := alone[number]) is not None and (not shared or number == 0):
             ink = SOFT if shared else ink
-            axes.axhline(dashed, color=ink, linestyle=(0, (4, 3)), linewidth=1.2)
-            ends.append((dashed, f"{label}, alone" if wanted.group and not shared else "alone", ink))
+            axes.axhline(level, color=ink, linestyle=(0, (4, 3)), linewidth=1.2)
+            ends.append((level, f"{label}, alone" if wanted.group and not shared else "alone", ink))
     _x_axis(axes, xs, numeric)
     axes.set(xlabel=words(wanted.x), ylabel=measure.label)
     axes.set_title(wanted.title or f"{capital(measure.title)} against {words(wanted.x)}")
     style.end_labels(axes, *zip(*ends, strict=True))
     return figure
+
+
+def dashed(figure: Canvas | None) -> bool:
+    """Whether a figure has a dashed line."""
+    axes = figure.axes if figure is not None else ()
+    return any(line.get_linestyle() == "--" for part in axes for line in part.lines)
 
 
 def _line(axes: Any, at: Sequence[float], found: Sequence[np.ndarray], ink: str, lower_is_better: bool) -> list[float]:

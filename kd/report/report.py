@@ -94,10 +94,9 @@ def draw(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, 
     if "/val/" in measure.column and tested != measure:  # validation chose: what it came to on test stands beside it
         drawn["bars_test"] = (figures.study_bars(study, frame, tested), BARS + roles)
     for number, wanted in enumerate(study.figures, start=1):
-        caption = (
-            MAP if wanted.kind == "map" else LINES + (DASHED if any(row.alone for row in study.rows.values()) else "")
-        )
-        drawn[f"{wanted.kind}_{number}"] = (figures.of_grid(study, frame, wanted), caption)
+        figure = figures.of_grid(study, frame, wanted)
+        caption = MAP if wanted.kind == "map" else LINES + (DASHED if figures.dashed(figure) else "")
+        drawn[f"{wanted.kind}_{number}"] = (figure, caption)
     front = cost.pareto(study, frame, measure)
     drawn["pareto"] = (front, cost.caption(front, measure) + roles if front is not None else "")
     if runs_dir is not None:

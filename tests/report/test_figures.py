@@ -78,7 +78,10 @@ def test_a_map_frames_the_best_of_each_line(study, found) -> None:
 def test_lines_over_a_grid_with_the_student_alone(study, found) -> None:
     rows = {n: replace(r, alone="alone") if r.values.get("width") == 6 else r for n, r in study.rows.items()}
     wanted = Figure("lines", "test/errors", "temperature", group="width")
-    axes = figures.of_grid(replace(study, rows=rows), found, wanted).axes[0]
+    none = {n: replace(r, alone=None) for n, r in study.rows.items()}
+    drawn = [figures.of_grid(replace(study, rows=r), found, wanted) for r in (rows, none)]
+    assert [figures.dashed(figure) for figure in drawn] == [True, False]
+    axes = drawn[0].axes[0]
     assert axes.get_xscale() == "log"
     lines = [line for line in axes.lines if len(line.get_xdata()) == 5]
     assert [line.get_ydata()[0] for line in lines] == [
