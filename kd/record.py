@@ -44,7 +44,7 @@ def changes_results(override: str) -> bool:
     key = override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
     section, _, rest = key.partition(".")
     if section == "hardware":
-        return rest.partition(".")[0] in (*RESULTS_OF_HARDWARE, "sync_batchnorm")
+        return not rest or rest.partition(".")[0] in (*RESULTS_OF_HARDWARE, "sync_batchnorm")  # a group has a precision
     aside = (*(f"data.{k}" for k in PLACES_OF_DATA), "protocol.keep_predictions", "teacher.cache")
     return section not in (*NOT_THE_EXPERIMENT, "hydra") and key not in aside
 

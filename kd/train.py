@@ -83,8 +83,9 @@ def train(
         if checkpoint is not None:
             from kd import weights
 
+            result["started"] = before.get("started", result["started"])
             earlier = max(earlier, weights.progress(checkpoint).seconds)  # of a sitting that was killed
-            result.update(started=before.get("started", result["started"]), wall_clock_s=earlier)
+            result["wall_clock_s"] = earlier
         else:
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             record.write_text(run_dir / "config.yaml", text)

@@ -27,7 +27,7 @@ def test_more_than_the_machine_has_is_refused(monkeypatch) -> None:
     for legal in ({"devices": 2}, {"devices": [1]}, {"accelerator": "cuda", "devices": "auto"}):
         needs(2, **legal)
     needs(0, cluster="slurm", accelerator="gpu", devices=8)  # its tasks may be anywhere
-    processes = r"devices = 5 is not allowed on the CPU, where it is the number of processes: there are 4 cores"
+    processes = r"devices = 5 is not allowed on the CPU, where it is the number of processes: it must be 1 to 4"
     for given in ({}, {"accelerator": "cpu"}):
         with pytest.raises(KdError, match=processes):
             needs(0, devices=5, **given)

@@ -164,16 +164,28 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
             run_dir = runs_dir / name / f"seed{seed}"
             if (run_dir / record.FILE).is_file():
                 line = {**of_run(run_dir, name, runs_dir), "seed": seed, **told.by(study, row, seed, run_dir)}
-                rows.append(line | _outdated(run_dir, line["status"]))
+                rows.append(line | (_outdated(run_dir, runs_dir) if line["status"] == FINISHED else {}))
             else:
                 rows.append({"row": name, "seed": seed, "status": "missing"})
     return table(rows)
 
 
-def _outdated(run_dir: Path, status: str) -> dict[str, str]:
-    """The status of a student whose teacher was trained anew since: it does not count as finished."""
+def _outdated(run_dir: Path, runs_dir: Path) -> dict[str, str]:
+    """The status of a run that has read weights which were trained anew since: it does not count as finished.
+
+    A study may have been moved: what a run has read of it is looked for beside the run.
+    """
     found = record.read(run_dir)
-    other = weight_files.changed(found, {"teacher": found.get("teacher") or {}}) if status == FINISHED else ""
+    if not found.get("weights_read") or not (run_dir / "config.yaml").is_file():
+        return {}
+    config = record.read_config(run_dir)
+    beside: dict[str, Any] = {}
+    for role in ("student", "teacher"):
+        given = [Path(path) for path in weight_files.paths(config[role]["checkpoint"])]
+        moved = [runs_dir / path.parent.name / path.name for path in given]
+        there = [str(m if (m / record.FILE).is_file() else path) for m, path in zip(moved, given, strict=True)]
+        beside[role] = {"checkpoint": there}
+    other = weight_files.changed(found, beside)
     return {"status": OUTDATED, "error": f"{other}: remove this run, `kd study` trains it anew"} if other else {}
 
 

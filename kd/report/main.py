@@ -105,7 +105,8 @@ def _of_study(name: str, runs_dir: Path | None = None) -> Given:
     directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
     file = study.folder / RESULTS
     there = manifest.read(directory).folder if (directory / manifest.FILE).is_file() else ""
-    if there and spec.another(Path(there), study.folder):
+    strangers = bool(there) and spec.another(Path(there), study.folder)
+    if strangers:
         print(f"{directory} holds the runs of the study in {there}: they are left out")
     elif any(directory.glob(f"*/seed*/{record.FILE}")):
         frame, kept = of_study(study, directory), None
@@ -117,7 +118,8 @@ def _of_study(name: str, runs_dir: Path | None = None) -> Given:
         print(f"{lacking} of {len(frame)} runs are not finished in {directory} (their report: kd report {directory})")
         return Given(study, kept, None, directory)
     if not file.is_file():
-        raise KdError(f"{study.name} has no results: no runs in {directory}, no {RESULTS} in {study.folder}")
+        whose = " of it" if strangers else ""
+        raise KdError(f"{study.name} has no results: no runs{whose} in {directory}, no {RESULTS} in {study.folder}")
     return Given(study, read_results(file, study), None, directory)
 
 

@@ -19,7 +19,7 @@ from kd.studies.file import check, listed, make, named, read, typed
 STUDY = "study.yaml"
 PUBLISHED = "published.yaml"
 EPOCHS = ("last", "selected")
-LEFT = re.compile(r"\{(\w+)\}")  # of a label whose variables have been put in
+LEFT = re.compile(r"(?<![\w\\$^}])\{([A-Za-z]\w*)\}")  # of a label whose variables have been put in; not of mathtext
 ROW_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -188,10 +188,12 @@ def _folder(name_or_folder: str | Path) -> Path:
 
 def another(there: Path, here: Path) -> bool:
     """Whether two folders hold two studies: not the same one, that was moved or checked out twice."""
-    one, other = there / STUDY, here / STUDY
-    if not one.is_file() or one.resolve() == other.resolve():
+    if not (there / STUDY).is_file() or there.resolve() == here.resolve():
         return False
-    return not (other.is_file() and one.read_bytes() == other.read_bytes())
+    try:
+        return read(there / STUDY) != read(here / STUDY)
+    except KdError:
+        return True
 
 
 def names() -> list[str]:
@@ -222,7 +224,7 @@ def _rows(node: Mapping[str, Any], seeds: tuple[int, ...], file: Path) -> dict[s
         own = line.get("seeds")
         line["seeds"] = seeds if own is None else _seeds(own, f"{what}: seeds")
         row = make(Row, line, what, name=name, template=template)
-        if left := LEFT.search(row.label):
+        if left := LEFT.search(row.label) if template else None:
             known = f"{near(left[1], map(str, row.values))}; variables: {', '.join(map(str, row.values)) or 'none'}"
             raise KdError(f"{what}: label = {row.label} is not allowed: there is no variable {left[1]}{known}")
         rows[name] = replace(row, overrides=(*common, *row.overrides))

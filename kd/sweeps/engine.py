@@ -77,7 +77,11 @@ class Engine:
                     wrong.setdefault(complaint, []).append(job)
         if wrong:
             everyone = len(jobs) if kind != "study" else 0  # what all jobs of a sweep share needs no name
-            lines = [w if len(some) == everyone else f"{whose(some, kind)}: {w}" for w, some in wrong.items()]
+            lines = []
+            for complaint, some in wrong.items():
+                known = kind != "study" and complaint.startswith(some[0].overrides)  # it names what was swept
+                named = known or len(some) == everyone
+                lines.append(complaint if named else f"{whose(some, kind)}: {complaint}")
             raise KdError("\n".join(lines))
         return configs
 
@@ -247,7 +251,7 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             f"{directory} belongs to the {there.kind} {there.name}, not to the {plan.kind} {plan.name}: choose another "
             "hydra.sweep.dir"
         )
-    if there.folder != plan.folder and spec.another(Path(there.folder), Path(plan.folder)):
+    if there.folder and there.folder != plan.folder and spec.another(Path(there.folder), Path(plan.folder)):
         raise KdError(
             f"{directory} belongs to the study in {there.folder}, not to the one in {plan.folder}: choose another "
             "hydra.sweep.dir, or another name for the folder"

@@ -50,16 +50,21 @@ def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[s
 
 def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
     """``KdError`` for an evaluation that will not work: before the first run, not after the last."""
+    if all(look(engine.directory / job.name).status == FINISHED for job in jobs):
+        return
+    firsts: dict[str, Job] = {}
+    for job in jobs:
+        firsts.setdefault(job.name.partition("/")[0], job)
+    configs = engine.compose_all(list(firsts.values()), "study")
     wanted = []
     for evaluation in study.evaluations.values():
-        own = [job for job in jobs if evaluation.rows is None or job.name.partition("/")[0] in evaluation.rows]
-        if own:
-            where = f"{study.folder / STUDY}: evaluations: {evaluation.name}"
+        where = f"{study.folder / STUDY}: evaluations: {evaluation.name}"
+        for row in firsts if evaluation.rows is None else [row for row in evaluation.rows if row in firsts]:
             try:
-                wanted.append((where, changed(engine.compose(own[0]), evaluation.eval), evaluation.bias))
+                wanted.append((where, changed(configs[firsts[row].name], evaluation.eval), evaluation.bias))
             except KdError as error:
-                raise KdError(f"{where}: {error}") from None
-    if wanted and any(look(engine.directory / job.name).status != FINISHED for job in jobs):
+                raise KdError(f"{where} (row {row}): {error}") from None
+    if wanted:
         warm_up()
         ask(functools.partial(_check_data, wanted))
 
@@ -73,8 +78,10 @@ def _check_data(wanted: Sequence[tuple[str, Mapping[str, Any], Sequence[int]]]) 
         except KdError as error:
             raise KdError(f"{where}: {error}") from None
         classes = getattr(data, "num_classes", None)  # of some sets not known before their files are read
-        if classes and max(bias, default=0) >= classes:
-            raise KdError(f"{where}: bias = {list(bias)} is not allowed: the classes are 0 to {classes - 1}")
+        if classes and (max(bias, default=0) >= classes or len(set(bias)) == classes):
+            raise KdError(
+                f"{where}: bias = {list(bias)} is not allowed: some of the classes 0 to {classes - 1}, not all"
+            )
 
 
 def lacking(study: Study, outcome: Outcome) -> list[Evaluation]:

@@ -51,15 +51,17 @@ def sweep(
         outcomes = engine.run("study", study.name, jobs, opening, held, folder)
         problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
         try:
-            _conclude(study, engine, outcomes, kept if own and not problems else None)
+            complete = not problems and all(o.state.status == FINISHED for o in outcomes)
+            _conclude(study, engine, outcomes, kept if own and complete else None)
         except KdError as error:
             if not problems:
                 raise
             problems.append(str(error))
     failed = [f"{o.job.label}: {o.state.status}: {o.state.reason}" for o in outcomes if o.state.status != FINISHED]
     if failed:
-        again = "the same command again runs what is missing"
-        problems = [f"{len(failed)} of {len(outcomes)} jobs have no result ({again}):", *failed, *problems]
+        kept_back = any(line.endswith("hydra.sweep.dir") for line in failed)  # a run must be removed first
+        again = "" if kept_back else " (the same command again runs what is missing)"
+        problems = [f"{len(failed)} of {len(outcomes)} jobs have no result{again}:", *failed, *problems]
     if problems:
         raise KdError("\n".join(problems))
     return outcomes
@@ -170,12 +172,19 @@ def _left_out(study: Study, directory: Path) -> list[str]:
     """A sentence on finished runs of the study's own seeds that are not in the report, because of ``--seeds``."""
     own, here = spec.load(study.folder), {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
     every = [(name, seed) for name, row in own.rows.items() for seed in row.seeds if (name, seed) not in here]
-    others = [pair for pair in every if look(directory / pair[0] / f"seed{pair[1]}").status == FINISHED]
+    others = [pair for pair in every if _finished(directory / pair[0] / f"seed{pair[1]}")]
     if not others:
         return []
     said = f"Seeds {', '.join(map(str, study.seeds))} only, as asked (--seeds)"
     print(said := f"{said}: {len(others)} finished runs of other seeds are left out.")
     return [said]
+
+
+def _finished(run_dir: Path) -> bool:
+    try:
+        return look(run_dir).status == FINISHED
+    except KdError:  # a record that cannot be read
+        return False
 
 
 def _to_wandb(study: Study, engine: Engine, report: Report, outcomes: Sequence[Outcome]) -> None:

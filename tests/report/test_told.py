@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from kd import record, weight_files
 from kd.report import frame, told
@@ -74,11 +75,19 @@ def test_what_was_added_on_the_command_line(read: Study, runs: Path) -> None:
 
 
 def test_what_does_not_change_a_result_is_not_told(read: Study, runs: Path) -> None:
-    tell(read, runs, "shuffled", "data.root=elsewhere", "protocol.keep_predictions=true", "hardware=gpu", "logger=[]")
+    tell(
+        read,
+        runs,
+        "shuffled",
+        "data.root=elsewhere",
+        "protocol.keep_predictions=true",
+        "hardware.threads=1",
+        "logger=[]",
+    )
     assert told.notes(read, frame.of_study(read, runs)) == []
-    tell(read, runs, "shuffled", "hardware.precision=bf16-mixed", "data.split_seed=7")
+    tell(read, runs, "shuffled", "hardware=gpu", "hardware.precision=bf16-mixed", "data.split_seed=7")
     (note,) = told.notes(read, frame.of_study(read, runs))
-    assert "told data.split_seed=7, hardware.precision=bf16-mixed, which" in note
+    assert "told data.split_seed=7, hardware.precision=bf16-mixed, hardware=gpu, which" in note
 
 
 def test_a_row_may_read_a_run_of_another_study(read: Study, runs: Path) -> None:
@@ -88,22 +97,25 @@ def test_a_row_may_read_a_run_of_another_study(read: Study, runs: Path) -> None:
     assert told.notes(study, frame.of_study(study, runs)) == []
 
 
-def test_a_student_of_a_teacher_that_was_trained_anew_does_not_count(read: Study, runs: Path) -> None:
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_what_has_read_weights_that_were_trained_anew_does_not_count(read, runs, tmp_path, role) -> None:
     teacher, student = runs / "teacher" / "seed0", runs / "distilled" / "seed0"
     (teacher / weight_files.SELECTED).write_bytes(b"weights")
-    about = json.loads((student / "result.json").read_text())
-    about["teacher"]["checkpoint"] = str(teacher)
-    about["weights_read"] = weight_files.read_by({"student": {"checkpoint": None}, "teacher": about["teacher"]})
-    record.write(student, about)
+    config = {r: {"checkpoint": str(teacher) if r == role else None} for r in ("student", "teacher")}
+    (student / "config.yaml").write_text(yaml.safe_dump(config))
+    found = json.loads((student / "result.json").read_text())
+    record.write(student, {**found, "weights_read": weight_files.read_by(config)})
 
-    def status() -> tuple[str, str | None]:
-        found = frame.of_study(read, runs).set_index(["row", "seed"])
-        return tuple(found.loc[("distilled", 0), ["status", "error"]])
+    def status(runs_dir: Path) -> tuple[str, str]:
+        here = frame.of_study(read, runs_dir).set_index(["row", "seed"])
+        return here.loc[("distilled", 0), "status"], str(here.loc[("distilled", 0), "error"])
 
-    assert status() == ("finished", None)
+    assert status(runs)[0] == "finished"
+    shutil.copytree(runs, tmp_path / "moved")
     (teacher / weight_files.SELECTED).write_bytes(b"others")
-    assert status()[0] == "outdated"
-    assert "holds other weights than when the run began: remove this run" in str(status()[1])
+    assert status(runs)[0] == "outdated"
+    assert f"{role}.checkpoint = {teacher} holds other weights than when the run began: remove" in status(runs)[1]
+    assert status(tmp_path / "moved")[0] == "finished", "its teacher was moved with it"
 
 
 def test_runs_may_be_moved(read: Study, runs: Path, tmp_path: Path) -> None:

@@ -455,9 +455,12 @@ def test_every_row_says_whether_the_study_is_still_itself(make_engine, tmp_path:
 @pytest.mark.parametrize(
     ("evaluation", "sentence"),
     [
-        ({"eval": ["data.test_shfit=1"]}, r"evaluations: x: data\.test_shfit=1: the run has no key .*data\.test_shift"),
+        (
+            {"eval": ["data.test_shfit=1"]},
+            r"evaluations: x \(row teacher\): data\.test_shfit=1: .* no key .*data\.test_shift",
+        ),
         ({"eval": ["data.test_shift=-1"]}, r"evaluations: x: .*test_shift = -1 is not allowed"),
-        ({"bias": [12]}, r"evaluations: x: bias = \[12\] is not allowed: the classes are 0 to 9"),
+        ({"bias": [12]}, r"evaluations: x: bias = \[12\] is not allowed: some of the classes 0 to 9"),
     ],
 )
 def test_an_evaluation_that_cannot_work_is_refused_before_the_first_run(make_engine, tmp_path, evaluation, sentence):
