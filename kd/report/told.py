@@ -21,12 +21,18 @@ def by(study: Study, row: Row, seed: int, run_dir: Path) -> dict[str, str | None
     A run that was told what the study says has the hash that its row has now, whatever was added.
     """
     told, own = _told(study, row, run_dir)
-    added = told[len(own) :] if own == _said(study, row, seed) else []
+    added = told[len(own) :] if _same(own, _said(study, row, seed)) else []
     return {"overrides_hash": _hash(study, row, seed, run_dir.parents[1]), "added_overrides": "; ".join(added) or None}
 
 
 def _said(study: Study, row: Row, seed: int) -> list[str]:
     return [_anywhere(o) for o in graph.resolved(study, row, seed, HERE)]
+
+
+def _same(told: list[str], said: list[str]) -> bool:
+    """Whether these are the same overrides; a record has the value of what is written as ``${recipe.epochs}``."""
+    pairs = zip(told, said, strict=False)
+    return len(told) == len(said) and all(t == s or ("${" in s and t.startswith(s.split("${")[0])) for t, s in pairs)
 
 
 def _anywhere(override: str) -> str:
@@ -45,7 +51,7 @@ def _hash(study: Study, row: Row, seed: int, runs_dir: Path) -> str:
     run_dir = runs_dir / row.name / f"seed{seed}"
     read = [_hash(study, study.rows[name], number, runs_dir) for name, number in graph.needs(study, row, seed)]
     own = _told(study, row, run_dir)[1] if (run_dir / record.FILE).is_file() else _said(study, row, seed)
-    return graph.hashed(row.overrides if own == _said(study, row, seed) else own, read)
+    return graph.hashed(row.overrides if _same(own, _said(study, row, seed)) else own, read)
 
 
 def notes(study: Study, frame: pd.DataFrame) -> list[str]:

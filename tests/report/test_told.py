@@ -90,6 +90,16 @@ def test_what_does_not_change_a_result_is_not_told(read: Study, runs: Path) -> N
     assert "told data.split_seed=7, hardware.precision=bf16-mixed, hardware=gpu, which" in note
 
 
+def test_what_is_interpolated_has_its_value_in_a_record(read: Study, runs: Path) -> None:
+    def with_overrides(*own: str) -> Study:
+        return replace(read, rows={**read.rows, "alone": replace(read.rows["alone"], overrides=own)})
+
+    tell(with_overrides("recipe.epochs=40", "protocol.val_every=40"), runs, "alone")
+    for said, count in (("protocol.val_every=${recipe.epochs}", 0), ("protocol.monitor=${x}", 1)):
+        study = with_overrides("recipe.epochs=40", said)
+        assert len(told.notes(study, frame.of_study(study, runs))) == count
+
+
 def test_a_row_may_read_a_run_of_another_study(read: Study, runs: Path) -> None:
     own = ("loss=[kd]", "teacher.checkpoint='/runs/study_other/teacher/seed0'")
     study = replace(read, rows={**read.rows, "alone": replace(read.rows["alone"], overrides=own)})
