@@ -16,12 +16,14 @@ HERE = Path("/")  # runs may be moved: which one was read counts, not where it l
 
 
 def by(study: Study, row: Row, seed: int, run_dir: Path) -> dict[str, str | None]:
-    """Two columns of a run: the ``overrides_hash`` of what it was told, and what was ``added`` to the study's own.
+    """Two columns of a run: ``overrides_hash`` of what it was told, ``added_overrides`` that the study does not have.
 
-    A run that was told what the study says has the hash that its row has now, whatever was added.
+    A run that was told what the study says has the hash that its row has now, whatever was added. Of what was added,
+    places and loggers are left out: they are of the machine, not of the result.
     """
     told, own = _told(study, row, run_dir)
-    added = told[len(own) :] if _same(own, _said(study, row, seed)) else []
+    more = told[len(own) :] if _same(own, _said(study, row, seed)) else []
+    added = [word for word in more if record.changes_results(word)]
     return {"overrides_hash": _hash(study, row, seed, run_dir.parents[1]), "added_overrides": "; ".join(added) or None}
 
 
@@ -66,7 +68,7 @@ def notes(study: Study, frame: pd.DataFrame) -> list[str]:
             f"study.yaml has now; once their runs are removed, `kd study {_called(study)}` makes them anew"
         )
     added = {word for text in frame["added_overrides"].dropna() for word in text.split("; ")}
-    if words := ", ".join(word for word in sorted(added) if record.changes_results(word)):
+    if words := ", ".join(sorted(added)):
         found.append(f"the runs were also told {words}, which study.yaml does not say")
     return found
 
