@@ -33,7 +33,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(evaluations, "evaluate", note)
     monkeypatch.setattr(local, "cores", lambda: 4)
 
-    def complete(hardware: dict, **launcher) -> tuple[list[int], list[int]]:
+    def complete(hardware: dict, **launcher) -> tuple[set[int], list[int]]:
         outcomes = []
         for seed in range(4):
             run_dir = tmp_path / "runs" / "a" / f"seed{seed}"
@@ -42,21 +42,21 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             outcomes.append(Outcome(Job(f"a/seed{seed}", "", ()), run_dir, State(FINISHED)))
         assert evaluations.complete(spec.load(str(folder)), outcomes, SimpleNamespace(**launcher)) == []
         found = [read_evaluations(o.run_dir)["moved"]["metrics"] for o in outcomes]
-        return sorted(f["gpu"] for f in found), [f["threads"] for f in found]
+        return {f["gpu"] for f in found}, [f["threads"] for f in found]  # which takes more of them is chance
 
     return complete
 
 
 def test_each_has_a_gpu(given, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert given({"accelerator": "gpu", "devices": 2}, n_jobs="auto", jobs_per_gpu=1) == ([4, 4, 6, 6], [2] * 4)
+    assert given({"accelerator": "gpu", "devices": 2}, n_jobs="auto", jobs_per_gpu=1) == ({4, 6}, [2] * 4)
 
 
 def test_on_the_cpu_they_share_the_cores(given, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert given({"accelerator": "cpu", "devices": 2}, n_jobs=2, jobs_per_gpu=1) == ([-1] * 4, [2] * 4)
+    assert given({"accelerator": "cpu", "devices": 2}, n_jobs=2, jobs_per_gpu=1) == ({-1}, [2] * 4)
 
 
 def test_beside_a_cluster_they_run_one_after_another(given, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert given({"accelerator": "cpu", "devices": 1}) == ([-1] * 4, [4] * 4)
+    assert given({"accelerator": "cpu", "devices": 1}) == ({-1}, [4] * 4)
