@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from torch import nn
 
-from kd import distributed, fits, hardware, weights
+from kd import distributed, fits, hardware, weight_files, weights
 from kd.config import OBJECTIVE_KEYS
 from kd.distiller import Distiller
 from kd.errors import KdError
@@ -63,6 +63,8 @@ def facts(data: Any) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "split": dict(data.split_facts),
+        "content": getattr(data, "content", None),  # of a data module of the user's own: not known
+        "seen": getattr(data, "seen", None),
     }
 
 
@@ -94,7 +96,7 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
     section = config["student"]
     net = network(section["model"], "student.model", data.num_classes, data.input_shape)
     if section["checkpoint"] is not None:
-        state, about = weights.read(section["checkpoint"])
+        state, about = weights.read(section["checkpoint"], section.get("epoch"))
         same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
         weights.load(net, state, section["checkpoint"], "student")
     elif section["model"].get("pretrained"):
@@ -122,7 +124,9 @@ def teacher(config: Mapping[str, Any], data: Any) -> Teacher | None:
     checkpoints += [None] * (count - len(checkpoints))
     members = [_member(m, c, section, data) for m, c in zip(models, checkpoints, strict=True)]
     networks, maps = [n for n, _ in members], [i for _, i in members]
-    return Teacher(networks, maps, section["combine"], section["weights"], bool(section.get("cache")))
+    built = Teacher(networks, maps, section["combine"], section["weights"], bool(section.get("cache")))
+    built.sources = [weight_files.source_of(c, section.get("epoch")) for c in checkpoints if c is not None]
+    return built
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -132,7 +136,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _member(model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any) -> tuple[nn.Module, InputMap]:
-    state, about = weights.read(checkpoint) if checkpoint is not None else (None, {})
+    state, about = weights.read(checkpoint, section.get("epoch")) if checkpoint is not None else (None, {})
     spec = model if model is not None else about.get("model")
     if spec is None:
         raise KdError(
@@ -199,12 +203,37 @@ def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
         raise KdError(f"{source} was trained on other classes: {differ}")
     split, here = dict(recorded.get("split") or {}), dict(data.split_facts)
     there, same = (str(facts.pop("set", "")).rpartition(" ")[2] for facts in (split, here))  # a set is its digest
-    if there != same or split == here:
-        return
-    differ = ", ".join(f"data.{k} {split.get(k)} there and {v} here" for k, v in here.items() if split.get(k) != v)
-    if here["test_fraction"]:
+    moved = there == same and split != here
+    differ = ", ".join(f"data.{k} {split.get(k)} there and {here.get(k)} here" for k in _unequal(split, here))
+    if moved and here["test_fraction"]:
         raise KdError(f"{source} may have been trained on this run's test images: {differ}")
-    log.warning("%s may have been trained on this run's validation images: %s", source, differ)
+    if moved:
+        log.warning("%s may have been trained on this run's validation images: %s", source, differ)
+    _same_images(recorded, data, source)
+
+
+def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**other, **one} if one.get(key) != other.get(key)]
+
+
+def _same_images(recorded: Mapping[str, Any], data: Any, source: str) -> None:
+    """Refuse weights that have seen images which are test images now; say when they were trained on other ones.
+
+    Files may have been renamed, added or exchanged since. Weights that do not say on which images they were trained
+    (of other programs) are left to the user, and so is a data module that cannot tell.
+    """
+    content = recorded.get("content")
+    if content is None or getattr(data, "content", None) in (None, content):
+        return
+    if known := data.seen_in_test(recorded["seen"]) if recorded.get("seen") else ():
+        some = f"{', '.join(known[:3])}{' …' if len(known) > 3 else ''}"
+        raise KdError(
+            f"{source} was trained on images that are test images now (at least {len(known)}: {some}): the data has "
+            "changed since. Train it anew on the data as it is, or take these images out of the test set"
+        )
+    log.warning(
+        "%s was trained on other images than this run's data: content %s there, %s here", source, content, data.content
+    )
 
 
 def _resize(asked: Any, expected: Any, given: Any) -> int | None:

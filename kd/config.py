@@ -63,6 +63,8 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
     protocol["mode"] = protocol["mode"] or better(protocol["monitor"])
     for section in ("student", "teacher"):
         values[section]["checkpoint"] = _absolute(values[section]["checkpoint"])
+        if values[section]["epoch"] == "selected":  # the same weights, so the same experiment
+            values[section]["epoch"] = None
     if "root" in values["data"]:
         values["data"]["root"] = _absolute(values["data"]["root"])
     return values
@@ -199,15 +201,20 @@ def _check_numbers(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _check_choices(values: dict[str, Any]) -> Iterator[str]:
-    allowed = {
+    allowed: dict[str, tuple[str | None, ...]] = {
         "teacher.combine": ("probabilities", "logits"),
+        "teacher.epoch": ("selected", "last", None),
+        "student.epoch": ("selected", "last", None),
         "recipe.scheduler_interval": ("epoch", "step"),
     }
     for path, choices in allowed.items():
         section, key = path.split(".")
-        value = values[section][key]
+        value = values[section].get(key)
         if value not in choices:
-            yield f"{path} = {value} is not allowed: it must be {' or '.join(choices)}"
+            names = [choice or "null" for choice in choices]
+            yield f"{path} = {value} is not allowed: it must be {', '.join(names[:-1])} or {names[-1]}"
+        elif key == "epoch" and value and values[section]["checkpoint"] is None:
+            yield f"{path} = {value} needs {section}.checkpoint: the run directory whose epoch it chooses"
 
     mode, monitor = values["protocol"]["mode"], values["protocol"]["monitor"]
     if mode is not None and mode != better(monitor):

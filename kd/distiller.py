@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -212,6 +212,9 @@ class Distiller(Evaluated):
             )
             said = ", ".join(f"val/{k} {v:.4f}" for k, v in self.teacher_metrics["val"].items())
             log.info("teacher: %s", said)
+            recorded = teacher.sources[0].get("val", {}) if len(teacher.sources) == 1 else {}
+            if doubt := self.task.doubt(self.teacher_metrics["val"], recorded, self.num_classes):
+                log.warning("the teacher %s", doubt)
         if self.teacher is not None and self.teacher.cache and self._teacher_logits_wanted:
             loader = self.trainer.datamodule.answering_dataloader()  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():  # as in the training step
@@ -280,8 +283,18 @@ class Distiller(Evaluated):
         checkpoint["kd"] = {"history": self.history, "epoch_means": self.epoch_means, "about": self.about}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the teacher back, so that loading stays strict."""
+        """Put the teacher back, so that loading stays strict. ``KdError`` when the data is not what it was."""
+        self._refuse_other_data(checkpoint["kd"]["about"].get("data", {}))
         if not self.sharded:
             own = self.state_dict()
             checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
         self.history, self.epoch_means = (dict(checkpoint["kd"][name]) for name in ("history", "epoch_means"))
+
+    def _refuse_other_data(self, before: Mapping[str, Any]) -> None:
+        now = self.about.get("data", {})
+        for key, what in {"content": "the images are others", "split": "they are split otherwise"}.items():
+            if before.get(key) is not None and before[key] != now.get(key):
+                raise KdError(
+                    f"the data is not what it was when the run began: {what} (data.{key} {before[key]} then, "
+                    f"{now.get(key)} now); a run goes on with the data that it began with: put it back, or start anew"
+                )

@@ -63,7 +63,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     if stopper and stopper.epoch is not None:
         return stopper.outcome(module.history)
     weights.save(module.student, run_dir / weight_files.LAST, {**about, "epoch": trainer.current_epoch - 1})
-    facts = {**about["data"], "sizes": data.sizes}
+    facts = {k: v for k, v in about["data"].items() if k != "seen"} | {"sizes": data.sizes}
     used = {"protocol": {**protocol, "epochs": config["recipe"]["epochs"]}}
     outcome: dict[str, Any] = {"data": facts, **used, **close(config, run_dir, trainer, module, data, hooks[0])}
     outcome["processes"] = distributed.world_size()
@@ -199,8 +199,14 @@ def close(
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
     if module.teacher is not None:
         teacher = {"checkpoint": config["teacher"]["checkpoint"], "val": module.teacher_metrics["val"]}
-        outcome["teacher"] = {**teacher, **module.teacher_tested}
+        outcome["teacher"] = {**teacher, **_which(module.teacher.sources), **module.teacher_tested}
     return outcome
+
+
+def _which(sources: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which weights taught: ``weights`` and ``epoch`` of the teacher's run, lists of several."""
+    kept = {key: [source.get(key) for source in sources] for key in ("weights", "epoch") if any(sources)}
+    return {key: found[0] if len(found) == 1 else found for key, found in kept.items()}
 
 
 def _test(trainer: L.Trainer, module: Distiller, data: Any, name: str, keep_in: Path | None = None) -> dict[str, Any]:

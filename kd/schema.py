@@ -16,6 +16,7 @@ class Student:
 
     model: Any = MISSING  # _target_ and its arguments
     checkpoint: str | None = None  # weights to start from; null: random
+    epoch: str | None = None  # of a run directory: selected (by validation; null: the same) or last
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Teacher:
 
     model: Any = None  # null: no teacher, or the network recorded in the run directory given as checkpoint
     checkpoint: Any = None  # a run directory, .ckpt, .safetensors or state dict; a list: several teachers
+    epoch: str | None = None  # of run directories: selected (by validation; null: the same) or last
     allow_random: bool = False  # a teacher without trained weights must be asked for
     combine: str = "probabilities"  # several teachers: mean of "probabilities" or of "logits"
     weights: list[float] | None = None  # several teachers: one weight each; null: equal

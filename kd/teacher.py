@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.cache = cache
+        self.sources: list[dict[str, Any]] = []  # of each run directory: see weight_files.source_of
         self.remembered: Tensor | None = None  # (positions, classes) float32, NaN where nothing was asked
         if weights is not None and (len(weights) != len(networks) or min(weights) < 0 or sum(weights) <= 0):
             raise KdError(

@@ -9,24 +9,52 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kd import record
 from kd.errors import KdError
 
 SELECTED = "student.safetensors"  # of a run directory: the weights that the validation split picked
 LAST = "student_last.safetensors"
+FILES = {"selected": SELECTED, "last": LAST}
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
-def locate(path: str | Path) -> Path:
-    """The file that holds the weights: the path itself, or the selected student of a run directory."""
+def locate(path: str | Path, epoch: str | None = None) -> Path:
+    """Find the file that holds the weights: the path itself, or in a run directory the student of an epoch.
+
+    ``epoch``: "selected" (by validation) or "last"; null: selected, or what there is of a run that did not end.
+    Raises ``KdError`` when there is none.
+    """
     given = Path(path).expanduser()
     if given.is_dir():
-        for candidate in (given / SELECTED, given / LAST, given / CHECKPOINT):
+        for candidate in [given / LAST] if epoch == "last" else [given / SELECTED, given / LAST, given / CHECKPOINT]:
             if candidate.is_file():
                 return candidate
-        raise KdError(f"{given} holds no weights: there is no {SELECTED} in it (did that run finish an epoch?)")
+        name = LAST if epoch == "last" else SELECTED
+        raise KdError(f"{given} holds no weights: there is no {name} in it (did that run finish an epoch?)")
     if not given.is_file():
         raise KdError(f"{given} does not exist: give a run directory, a .ckpt, a .safetensors or a state dict")
+    if epoch is not None and given.name != FILES[epoch]:
+        raise KdError(f"{given} is one file: the {epoch} epoch can be chosen of a run directory only")
     return given
+
+
+def epoch_of(file: Path) -> str | None:
+    """Name the epoch whose student a file of a run directory holds: "selected", "last", or null for other files."""
+    return next((epoch for epoch, name in FILES.items() if file.name == name), None)
+
+
+def source_of(checkpoint: str | Path, epoch: str | None) -> dict[str, Any]:
+    """Say which weights of a run these are: ``{"weights": "selected" | "last", "epoch": 99, "val": {…}}``.
+
+    ``epoch`` of the result counts from 0, ``val`` are the metrics that the run recorded for it. Empty for other files.
+    """
+    file = locate(checkpoint, epoch)
+    which = epoch_of(file)
+    try:
+        part = record.read(file.parent)["student"][which]
+        return {"weights": which, "epoch": int(part["epoch"]), "val": dict(part["val"])}
+    except (KdError, KeyError, TypeError, ValueError):  # no run, or one that has not ended
+        return {}
 
 
 def paths(checkpoint: Any) -> list[str]:
@@ -36,23 +64,27 @@ def paths(checkpoint: Any) -> list[str]:
 
 def read_by(config: Mapping[str, Any]) -> dict[str, list[str | None]]:
     """Which weights a run of this config reads: key → fingerprints, None for a file that is not there (yet)."""
-    found = {f"{role}.checkpoint": paths(config[role]["checkpoint"]) for role in ("student", "teacher")}
-    return {key: [_fingerprint_at(path) for path in given] for key, given in found.items() if given}
+    found = {f"{role}.checkpoint": _fingerprints(config[role]) for role in ("student", "teacher")}
+    return {key: given for key, given in found.items() if given}
 
 
 def changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """A sentence when the weights that a run of this record has read are others now; "" when not, or not known.
 
-    ``config``: of the run, or as much of it as says ``{role: {checkpoint: …}}``.
+    ``config``: of the run, or as much of it as says ``{role: {checkpoint: …, epoch: …}}``.
     """
     there = record.get("weights_read") or {}
     for key, old in there.items():
-        given = paths((config.get(key.partition(".")[0]) or {}).get("checkpoint"))
-        for path, before in zip(given, old, strict=False):
-            now = _fingerprint_at(path)
+        section = config.get(key.partition(".")[0]) or {}
+        given = zip(paths(section.get("checkpoint")), old, _fingerprints(section), strict=False)
+        for path, before, now in given:
             if before and now and before != now:
                 return f"{key} = {path} holds other weights than when the run began"
     return ""
+
+
+def _fingerprints(section: Mapping[str, Any]) -> list[str | None]:
+    return [_fingerprint_at(path, section.get("epoch")) for path in paths(section.get("checkpoint"))]
 
 
 def absent(config: Mapping[str, Any]) -> str:
@@ -61,9 +93,9 @@ def absent(config: Mapping[str, Any]) -> str:
     return next((f"{role}.checkpoint = {path}" for role, path in given if not Path(path).exists()), "")
 
 
-def _fingerprint_at(path: str) -> str | None:
+def _fingerprint_at(path: str, epoch: str | None) -> str | None:
     try:
-        file = locate(path)
+        file = locate(path, epoch)
         about = file.stat()
     except (KdError, OSError):
         return None

@@ -37,13 +37,13 @@ def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in a file (or run directory), and what was recorded with it (empty when nothing was).
+def read(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict in a file (or run directory, of an epoch), and what was recorded with it (empty when nothing was).
 
     Files are read without running code: a pickle that needs more than tensors and plain containers is refused.
     Raises ``KdError`` for files that are missing, truncated, or no checkpoints.
     """
-    file = locate(path)
+    file = locate(path, epoch)
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
     content = read_pickle(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,9 @@ import lightning
 import torch
 from torch import Tensor
 
+from kd.data import content
 from kd.data.augment import Augment, augment_problems, shifted
+from kd.data.content import ArrayContent, Content, Rows
 from kd.data.loader import Loader, TensorLoader
 from kd.data.options import common_problems, view_problems
 from kd.data.split import round_half_up, stratified
@@ -25,6 +27,7 @@ class Samples(NamedTuple):
 
     inputs: Tensor | list[Path]  # (n, C, H, W) uint8, or image files
     targets: Tensor  # (n,) int64
+    content: Content | None = None  # of files; null: the array
 
 
 class Source(NamedTuple):
@@ -42,10 +45,16 @@ class Part:
     inputs: Tensor | list[Path]
     targets: Tensor
     index: Tensor
+    content: Content
 
     def take(self, rows: Tensor) -> Part:
         """The part made of these rows."""
-        return Part(self.inputs, self.targets[rows], self.index[rows])
+        return replace(self, targets=self.targets[rows], index=self.index[rows])
+
+    @property
+    def rows(self) -> Rows:
+        """Its samples as they lie on disk, whatever was done to ``inputs``."""
+        return Rows(self.content, self.index)
 
 
 class DataModule(lightning.LightningDataModule):
@@ -132,9 +141,10 @@ class DataModule(lightning.LightningDataModule):
         self._check_shape()
         if self.num_classes < 2:
             raise KdError(f"the data has {self.num_classes} class ({', '.join(self.class_names)}): it needs 2 or more")
-        parts = [source.train, *(p for p in (source.val, source.test) if p is not None)]
-        content = b"".join(p.targets.numpy().tobytes() for p in parts) + "|".join(self.class_names).encode()
-        self.digest = hashlib.sha256(content).hexdigest()[:12]
+        every = [part for part in (source.train, source.val, source.test) if part is not None]
+        labels = b"".join(part.targets.numpy().tobytes() for part in every) + "|".join(self.class_names).encode()
+        self.digest = hashlib.sha256(labels).hexdigest()[:12]
+        self.content = content.digest([_content(part) for part in every], labels)
         train, val, test = self._split(source)
         self.parts = {"train": self._withhold(self._shrink(train)), "val": val, "test": self._shifted(test)}
 
@@ -152,14 +162,17 @@ class DataModule(lightning.LightningDataModule):
 
     def _carve(self, part: Part, name: str) -> tuple[Part, Part]:
         fraction, count = getattr(self, f"{name}_fraction"), len(part.targets)
-        total = round_half_up(fraction * count)
-        if not 0 < total < count:
-            where = (
-                f"no image for {'validation' if name == 'val' else 'the test set'}" if total < 1 else "none to train on"
-            )
-            raise KdError(f"data.{name}_fraction = {fraction} leaves {where}: the training set has {count:,} images")
-        chosen, rest = stratified(part.targets, total, self.split_seed, name)
+        chosen, rest = self.cut(part, fraction, name)
+        if not len(chosen) or not len(rest):
+            lacking = f"no image for {'validation' if name == 'val' else 'the test set'}"
+            left = "none to train on" if len(chosen) else lacking
+            raise KdError(f"data.{name}_fraction = {fraction} leaves {left}: the training set has {count:,} images")
         return part.take(chosen), part.take(rest)
+
+    def cut(self, part: Part, fraction: float, name: str) -> tuple[Tensor, Tensor]:
+        """Choose the rows of ``part`` that become the split ``name``, and those that stay; stratified."""
+        total = min(round_half_up(fraction * len(part.targets)), len(part.targets))
+        return stratified(part.targets, total, self.split_seed, name)
 
     def _shrink(self, train: Part) -> Part:
         """Without the dropped classes, and no more than ``train_size``."""
@@ -185,7 +198,7 @@ class DataModule(lightning.LightningDataModule):
             if not self.keep_unlabelled:
                 train = train.take(labelled)
             else:
-                train = Part(train.inputs, train.targets.index_fill(0, rest, UNLABELLED), train.index)
+                train = replace(train, targets=train.targets.index_fill(0, rest, UNLABELLED))
         if self.drop_last and len(train.targets) < self.batch_size:
             raise KdError(
                 f"data.drop_last = true leaves no batch: {len(train.targets):,} training images are fewer than "
@@ -198,7 +211,7 @@ class DataModule(lightning.LightningDataModule):
             return test
         if not isinstance(test.inputs, Tensor):
             raise KdError(f"data.test_shift = {self.test_shift} needs images in memory: set data.in_memory=true")
-        return Part(shifted(test.inputs, self.test_shift), test.targets, test.index)
+        return replace(test, inputs=shifted(test.inputs, self.test_shift))
 
     def _check_shape(self) -> None:
         channels, height, width = self.input_shape
@@ -231,6 +244,17 @@ class DataModule(lightning.LightningDataModule):
         self.setup()
         fractions = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
         return {"set": f"{self.title} {self.digest}", "split_seed": self.split_seed, **fractions}
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What weights record of the images of train and val, see :func:`kd.data.content.seen`."""
+        self.setup()
+        return content.seen([self.parts["train"].rows, self.parts["val"].rows])
+
+    def seen_in_test(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Name the test images that are among those of another run's :attr:`seen`."""
+        self.setup()
+        return content.overlap(recorded, self.parts["test"].rows, [self.parts["train"].rows, self.parts["val"].rows])
 
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented; the batches of several ranks together are those of one process."""
@@ -298,4 +322,11 @@ def folder_of(root: str | None) -> Path:
 
 
 def _whole(samples: Samples) -> Part:
-    return Part(samples.inputs, samples.targets, torch.arange(len(samples.targets)))
+    return Part(samples.inputs, samples.targets, torch.arange(len(samples.targets)), _content(samples))
+
+
+def _content(samples: Samples) -> Content:
+    if samples.content is not None:
+        return samples.content
+    assert isinstance(samples.inputs, Tensor), "files come with their content"
+    return ArrayContent(samples.inputs)

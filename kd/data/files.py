@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,33 @@ from kd.losses.base import Batch
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def list_images(folder: Path) -> tuple[list[str], list[Path], Tensor]:
-    """Class names, files and targets (n,) int64 of ``folder/CLASS/**/*.png`` (jpg, …), in sorted order."""
+def list_images(folder: Path) -> tuple[list[str], list[Path], Tensor, list[int]]:
+    """List ``folder/CLASS/**/*.png`` (jpg, …): class names, files in sorted order, targets (n,) int64, bytes of each.
+
+    Raises ``KdError`` where there is no image.
+    """
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files: list[Path] = []
     targets: list[int] = []
+    sizes: list[int] = []
     for label, name in enumerate(names):
-        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        files += found
+        found = sorted(_images(os.path.join(folder, name)), key=lambda image: image[0].split(os.sep))
+        files += [Path(path) for path, _ in found]
+        sizes += [size for _, size in found]
         targets += [label] * len(found)
     if not files:
         raise KdError(f"there is no image in {folder}: it must hold CLASS/*{{{','.join(EXTENSIONS[:3])},…}}")
-    return names, files, torch.tensor(targets, dtype=torch.int64)
+    return names, files, torch.tensor(targets, dtype=torch.int64), sizes
+
+
+def _images(folder: str) -> Iterator[tuple[str, int]]:
+    """Path and bytes of every image below a folder; one call to the system a file."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _images(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                yield entry.path, entry.stat().st_size
 
 
 def decode(path: Path, transform: Callable[[Any], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 
 from kd.data.base import DataModule, Part, Samples, Source, folder_of
+from kd.data.content import FileContent
 from kd.data.files import FileLoader, decode, eval_transform, list_images, train_transform
 from kd.data.loader import Loader
 from kd.data.options import number, whole
+from kd.data.split import hashed
 from kd.errors import KdError
+
+log = logging.getLogger(__name__)
 
 SMALL = 2000  # images; below it `in_memory: auto` decodes once
 
@@ -25,7 +30,10 @@ class ImageFolder(DataModule):
     ``in_memory``: decode everything once, as for evaluation, and augment by ``augment.pad`` and ``augment.flip``; from
     files training images get a random resized crop (``augment.scale``) and ``augment.flip``. "auto": below 2,000 images
     ``num_workers``: processes that decode files; 0: the training process
-    ``test_fraction``: cut a test set from train/, stratified, where there is no test/; null: that is an error
+    ``test_fraction``: cut a test set from train/ where there is no test/; null: that is an error
+
+    What is cut (val, where there is no val/, and test) is chosen by a hash of each file's name and ``split_seed``: a
+    class gets about its share, and a file that is renamed or added moves no other between train, val and test.
 
     ``num_classes`` and ``class_names`` (the class folders, sorted) are known after ``setup``. ``index`` is the position
     in the sorted listing of the folder that the image lies in.
@@ -53,6 +61,7 @@ class ImageFolder(DataModule):
         self.in_memory, self.num_workers = in_memory, num_workers
         self.test_fraction = test_fraction or 0.0
         self.input_shape = (3, image_size, image_size)
+        self.cut_by_name = False  # whether val or test was cut from train
 
     def load(self) -> Source:
         """List the folders, and decode them if they are to stay in memory."""
@@ -67,14 +76,38 @@ class ImageFolder(DataModule):
         parts: dict[str, Samples] = {}
         for part in ("train", "val", "test"):
             if (path / part).is_dir():
-                names, files, targets = list_images(path / part)
+                names, files, targets, sizes = list_images(path / part)
                 if part == "train":
                     self.class_names, self.num_classes = names, len(names)
                 self._check_classes(path, part, names)
-                parts[part] = Samples(files, targets)
+                parts[part] = Samples(files, targets, FileContent(path / part, files, sizes))
         if self.in_memory is True or (self.in_memory == "auto" and sum(len(p.targets) for p in parts.values()) < SMALL):
-            parts = {part: Samples(self._decode(samples.inputs), samples.targets) for part, samples in parts.items()}
+            parts = {part: samples._replace(inputs=self._decode(samples.inputs)) for part, samples in parts.items()}
         return Source(parts["train"], val=parts.get("val"), test=parts.get("test"))
+
+    def cut(self, part: Part, fraction: float, name: str) -> tuple[Tensor, Tensor]:
+        """Choose by a hash of each file's name (``CLASS/file.png``): one that is renamed or added moves no other.
+
+        Raises ``KdError`` when a class would have no image to train on.
+        """
+        names = map(part.content.name, part.index.tolist())
+        chosen = torch.tensor([hashed(self.split_seed, name, file) < fraction for file in names])
+        classes = set(part.targets.tolist())
+        lost = classes - set(part.targets[~chosen].tolist())
+        if lost and not chosen.all():
+            raise KdError(
+                f"data.{name}_fraction = {fraction} and data.split_seed = {self.split_seed} leave no image of "
+                f"{self.class_names[min(lost)]} to train on: take a smaller fraction or another split_seed"
+            )
+        if absent := sorted(classes - set(part.targets[chosen].tolist())):
+            log.warning("no image of %s in %s: few images, and their names decide", self.class_names[absent[0]], name)
+        self.cut_by_name = True
+        return chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+
+    @property
+    def split_facts(self) -> dict[str, Any]:
+        """As of every set, and that files were divided by their names: not so in runs of before."""
+        return {**super().split_facts, **({"cut_by": "name"} if self.cut_by_name else {})}
 
     def _check_test(self, path: Path) -> None:
         if (path / "test").is_dir() and self.test_fraction:

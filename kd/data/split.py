@@ -14,6 +14,11 @@ def mix(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def hashed(*parts: object) -> float:
+    """A number in [0, 1) that looks drawn by chance and depends on ``parts`` alone."""
+    return mix(*parts) / 2**63
+
+
 def generator(*parts: object) -> torch.Generator:
     """A CPU generator seeded with :func:`mix` of ``parts``."""
     return torch.Generator().manual_seed(mix(*parts))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import stats
+from kd.report import stats, taught
 from kd.report.frame import FINISHED, finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval, OverImages
@@ -177,6 +177,9 @@ def gap_closed(
 ) -> stats.Interval:
     """The share of the gap between a second and a third row that a first one closes; (row, column) of the three."""
     found = aligned(study, frame, wanted)
+    if taught.by_others(study, frame, wanted[0][0], wanted[2][0]):
+        label = label_of(study, wanted[2][0])
+        return Interval(np.nan, len(found[0]), note=f"it learned from other weights of “{label}” than those shown")
     if n := len(found[0]):
         gap = float((found[2] - found[1]).mean())
         if gap >= 0 if measure.lower_is_better else gap <= 0:

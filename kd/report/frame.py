@@ -184,7 +184,7 @@ def _outdated(run_dir: Path, runs_dir: Path) -> dict[str, str]:
         given = [Path(path) for path in weight_files.paths(config[role]["checkpoint"])]
         moved = [runs_dir / path.parent.name / path.name for path in given]
         there = [str(m if (m / record.FILE).is_file() else path) for m, path in zip(moved, given, strict=True)]
-        beside[role] = {"checkpoint": there}
+        beside[role] = {"checkpoint": there, "epoch": config[role].get("epoch")}
     other = weight_files.changed(found, beside)
     return {"status": OUTDATED, "error": f"{other}: remove this run, `kd study` trains it anew"} if other else {}
 

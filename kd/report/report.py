@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import cost, curves, figures, sections, style, tables, told
+from kd.report import cost, curves, figures, sections, style, tables, taught, told
 from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
 from kd.report.frame import FINISHED, check_protocol, finished
 from kd.report.measures import Measure
@@ -53,7 +53,7 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path, a
     state, reasons = verdict(study, compared, frame)
     table, shown = tables.numbers(study, frame), tables.measures(study, frame)
     drawn = draw(study, frame, runs_dir)
-    notes = [f"{figures.capital(note)}." for note in told.notes(study, frame)]
+    notes = [f"{figures.capital(note)}." for note in [*told.notes(study, frame), *taught.notes(study, frame)]]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:

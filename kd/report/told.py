@@ -21,7 +21,7 @@ def by(study: Study, row: Row, seed: int, run_dir: Path) -> dict[str, str | None
     A run that was told what the study says has the hash that its row has now, whatever was added. Of what was added,
     places and loggers are left out: they are of the machine, not of the result.
     """
-    told, own = _told(study, row, run_dir)
+    told, own = _told(study, row, seed, run_dir)
     more = told[len(own) :] if _same(own, _said(study, row, seed)) else []
     added = [word for word in more if record.changes_results(word)]
     return {"overrides_hash": _hash(study, row, seed, run_dir.parents[1]), "added_overrides": "; ".join(added) or None}
@@ -41,18 +41,18 @@ def _anywhere(override: str) -> str:
     return RUN.sub(rf"'{HERE}\1'", override)
 
 
-def _told(study: Study, row: Row, run_dir: Path) -> tuple[list[str], list[str]]:
+def _told(study: Study, row: Row, seed: int, run_dir: Path) -> tuple[list[str], list[str]]:
     """The overrides in a run's record without its seed and name, and as many of them as the study has for the row."""
     found = record.read(run_dir).get("overrides") or []
     told = [_anywhere(o) for o in found if o != f"name={row.name}"][1:]
-    return told, told[: len(row.overrides)]
+    return told, told[: len(_said(study, row, seed))]
 
 
 def _hash(study: Study, row: Row, seed: int, runs_dir: Path) -> str:
     """As :func:`kd.studies.graph.overrides_hash`, of what the run and those that it reads were told."""
     run_dir = runs_dir / row.name / f"seed{seed}"
     read = [_hash(study, study.rows[name], number, runs_dir) for name, number in graph.needs(study, row, seed)]
-    own = _told(study, row, run_dir)[1] if (run_dir / record.FILE).is_file() else _said(study, row, seed)
+    own = _told(study, row, seed, run_dir)[1] if (run_dir / record.FILE).is_file() else _said(study, row, seed)
     return graph.hashed(row.overrides if _same(own, _said(study, row, seed)) else own, read)
 
 

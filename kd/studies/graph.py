@@ -77,7 +77,10 @@ def run_of(study: Study, row: Row, name: str, seed: int, exact: bool) -> int:
 
 
 def resolved(study: Study, row: Row, seed: int, directory: Path) -> tuple[str, ...]:
-    """The overrides of one run, ``{…}`` replaced: by quoted run directories below ``directory``, and by the seed."""
+    """The overrides of one run, ``{…}`` replaced: by quoted run directories below ``directory``, and by the seed.
+
+    The weights that are read are those that are reported: of a study that reports the last epoch, the last ones.
+    """
 
     def value(found: re.Match[str]) -> str:
         if found[1] == SEED:
@@ -87,4 +90,13 @@ def resolved(study: Study, row: Row, seed: int, directory: Path) -> tuple[str, .
         path = str(directory / found[1] / f"seed{number}").replace("'", r"\'")
         return f"'{path}'"
 
-    return tuple(PLACEHOLDER.sub(value, override) for override in row.overrides)
+    own = [PLACEHOLDER.sub(value, override) for override in row.overrides]
+    return (*own, *_epochs(study, row))
+
+
+def _epochs(study: Study, row: Row) -> list[str]:
+    """``teacher.epoch=last`` for a row that reads runs of a study which reports the last epoch."""
+    keys = {override.lstrip("+").partition("=")[0] for override in row.overrides}
+    read = {o.lstrip("+").partition("=")[0] for o in row.overrides if PLACEHOLDER.search(o.replace(f"{{{SEED}}}", ""))}
+    roles = [role for role in ("student", "teacher") if f"{role}.checkpoint" in read and f"{role}.epoch" not in keys]
+    return [f"{role}.epoch=last" for role in roles] if study.epoch == "last" else []

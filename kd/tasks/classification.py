@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,21 @@ class Classification:
     def metric_names(self, with_teacher: bool) -> list[str]:
         """The names of the metrics of a split."""
         return ["acc1", "acc5", "nll", "ece", *(["agreement", "kl"] if with_teacher else [])]
+
+    def doubt(self, measured: Mapping[str, float], recorded: Mapping[str, float], num_classes: int) -> str:
+        """Say what is wrong with a teacher whose accuracy is near chance, or far below what its own run ``recorded``.
+
+        Returns the end of a sentence, "" when nothing is: labels in another order, other images, other statistics.
+        """
+        found, before = measured["acc1"], recorded.get("acc1")
+        if found < 1.5 / num_classes:
+            return f"is right on {found:.1%} of the validation images, near chance (1 in {num_classes}): is it trained?"
+        if before is not None and found < before - 0.05:
+            return (
+                f"is right on {found:.1%} of the validation images, {before:.1%} in its own run: are the images, the "
+                "labels and the statistics of its input (teacher.mean, teacher.std) those that it was trained with?"
+            )
+        return ""
 
     def metrics(self, num_classes: int) -> ClassificationMetrics:
         """A fresh metric object for one pass over a split."""

@@ -1,0 +1,159 @@
+"""What samples are, whatever they are called: a digest of a data set, and which of its images weights have seen.
+
+A data set of a million files is not read for it: names and sizes are taken from the listing, and of the contents a
+sample is read. Folders of up to ``CONTENTS`` files, and arrays in memory, count to the last byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CONTENTS = 1000  # files of a folder whose bytes go into its digest, evenly spaced in the listing
+SEEN = 512  # images whose contents are recorded with weights: of up to so many, all
+READ = 4096  # test images that are compared with them, at most
+DIGITS = 12  # hexadecimal digits of a content that are kept
+
+
+class Content(Protocol):
+    """The samples of one array or folder, by position."""
+
+    def __len__(self) -> int: ...
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """Give what a digest is made of."""
+
+    def sizes(self) -> np.ndarray:
+        """Give a number a sample, (n,) int64, that is found without reading it and does not depend on its name."""
+
+    def read(self, position: int) -> bytes:
+        """Read one sample."""
+
+    def name(self, position: int) -> str:
+        """Name one sample for people."""
+
+
+class ArrayContent:
+    """Images (n, C, H, W) uint8 in memory."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """Give all bytes."""
+        yield str(tuple(self.images.shape)).encode()
+        yield self.images.contiguous().numpy().data
+
+    def sizes(self) -> np.ndarray:
+        """Give the sum of the bytes of each image."""
+        return self.images.flatten(1).sum(1, dtype=torch.int64).numpy()
+
+    def read(self, position: int) -> bytes:
+        """Give the bytes of one image."""
+        return self.images[position].numpy().tobytes()
+
+    def name(self, position: int) -> str:
+        """Give its position."""
+        return f"number {position}"
+
+
+class FileContent:
+    """Files below ``folder``; ``bytes_each``: their sizes."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], bytes_each: Sequence[int]) -> None:
+        self.folder, self.files = folder, files
+        self.bytes_each = np.asarray(bytes_each, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """Give the names below the folder, the sizes, and the bytes of up to ``CONTENTS`` files."""
+        yield "\n".join(map(self.name, range(len(self)))).encode("utf-8", "surrogateescape")
+        yield self.bytes_each.tobytes()
+        for position in np.linspace(0, len(self) - 1, min(len(self), CONTENTS)).astype(int) if len(self) else ():
+            yield self.read(int(position))
+
+    def sizes(self) -> np.ndarray:
+        """Give the bytes of each file."""
+        return self.bytes_each
+
+    def read(self, position: int) -> bytes:
+        """Read one file."""
+        return self.files[position].read_bytes()
+
+    def name(self, position: int) -> str:
+        """Give its path below the folder: ``CLASS/file.png``."""
+        return str(self.files[position])[len(str(self.folder)) + 1 :].replace(os.sep, "/")
+
+
+class Rows(NamedTuple):
+    """Some samples of an array or folder: positions (n,) int64."""
+
+    content: Content
+    positions: Tensor
+
+
+def digest(contents: Sequence[Content], more: bytes) -> str:
+    """Twelve hexadecimal digits of contents and of ``more`` (labels, class names), the same wherever the data lies."""
+    found = hashlib.blake2b(more)
+    for content in contents:
+        for part in content.parts():
+            found.update(part)
+    return found.hexdigest()[:DIGITS]
+
+
+def seen(rows: Sequence[Rows]) -> dict[str, Any]:
+    """Describe which images these are, so that others can be compared with them without the data: a few kilobytes.
+
+    The images are put in an order that depends on their sizes alone, so that a file is found again under any name;
+    of the first ``SEEN`` the contents are hashed (a bottom-k sketch). ``until`` is the place of the last of them.
+    """
+    keys = np.concatenate([_keys(one) for one in rows])
+    order = np.argsort(keys, kind="stable")[:SEEN]
+    where = [(one.content, int(position)) for one in rows for position in one.positions]
+    samples = {_hash(*where[place]) for place in order}
+    return {"until": int(keys[order[-1]]) if len(order) else 0, "samples": sorted(samples)}
+
+
+def overlap(recorded: Mapping[str, Any], test: Rows, own: Sequence[Rows]) -> list[str]:
+    """Name the ``test`` images that are among those :func:`seen`; what is twice in ``own`` and test counts as known.
+
+    Every image that was seen is found where all were recorded, up to ``SEEN`` of them; in larger sets as many as fall
+    below ``until``. Data sets that hold an image twice (CIFAR does) have it in their own training set as well.
+    """
+    until, samples = int(recorded["until"]), set(recorded["samples"])
+    found = _below(test, until, samples)
+    if found:
+        twice = {image for part in own for image in _below(part, until, samples)}
+        found = {image: name for image, name in found.items() if image not in twice}
+    return list(found.values())
+
+
+def _below(rows: Rows, until: int, samples: set[str]) -> dict[str, str]:
+    """Content → name of the rows that come no later than ``until`` and have one of these contents."""
+    places = np.flatnonzero(_keys(rows) <= until)[:READ]
+    named = ((_hash(rows.content, p), p) for p in (int(rows.positions[place]) for place in places))
+    return {image: rows.content.name(p) for image, p in named if image in samples}
+
+
+def _keys(rows: Rows) -> np.ndarray:
+    """The place of each row in the order by size, 0 to 2^53: sizes that lie close together are far apart in it."""
+    mixed = rows.content.sizes()[rows.positions.numpy()].astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finaliser
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)
+
+
+def _hash(content: Content, position: int) -> str:
+    return hashlib.blake2b(content.read(position)).hexdigest()[:DIGITS]
