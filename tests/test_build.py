@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from kd import build
+from kd import build, weight_files
 from kd.app import checked
 from kd.errors import KdError
 from kd.losses.base import Term
+from kd.tasks.classification import Classification
 
 FAKE = ["data=fake", "data.train_images=64", "data.test_images=16", "hardware=cpu", "recipe.batch_size=8"]
 
@@ -65,6 +69,75 @@ def test_a_set_is_known_by_its_content_not_its_name() -> None:
     renamed = {**facts, "set": facts["set"].replace("Digits", "Optdigits"), "test_fraction": 0.9}
     with pytest.raises(KdError, match=r"on this run's test images: data\.test_fraction 0\.9 there and 0\.4 here"):
         build.same_data({"split": renamed}, data, "teacher")
+
+
+def test_weights_that_saw_test_images_are_refused_and_other_images_are_said(caplog) -> None:
+    logging.getLogger("kd").propagate = True
+    data = build.datamodule(checked(["data=digits"]))
+    other = build.datamodule(checked(["data=digits", "data.split_seed=1"]))
+    facts = build.facts(data)
+    build.same_data(facts, data, "teacher")
+    build.same_data({**facts, "content": None}, data, "teacher")
+    assert not caplog.records
+    changed = {**facts, "content": "0" * 12}
+    build.same_data(changed, data, "teacher.checkpoint = t")
+    assert f"teacher.checkpoint = t was trained on other images than this run's data: content {'0' * 12}" in caplog.text
+    with pytest.raises(KdError, match=r"t was trained on images that are test images now \(at least \d+: number \d+, "):
+        build.same_data({**changed, "seen": build.facts(other)["seen"]}, data, "teacher.checkpoint = t")
+
+
+def test_a_run_goes_on_with_the_images_and_the_split_that_it_began_with() -> None:
+    distiller, data = module("loss=[ce]")
+    distiller.about = {"data": build.facts(data)}
+    checkpoint: dict = {}
+    checkpoint["state_dict"] = dict(distiller.state_dict())
+    distiller.on_save_checkpoint(checkpoint)
+    distiller.on_load_checkpoint(checkpoint)
+    for key, value in {"content": "0" * 12, "split": {"set": "Fake 0"}}.items():
+        about = {"data": {**build.facts(data), key: value}}
+        with pytest.raises(KdError, match=rf"is not what it was when the run began: .*data\.{key} .* then"):
+            distiller.on_load_checkpoint({**checkpoint, "kd": {**checkpoint["kd"], "about": about}})
+
+
+@pytest.mark.parametrize(
+    ("measured", "recorded", "words"),
+    [
+        (0.95, {"acc1": 0.96}, ""),
+        (0.95, {}, ""),
+        (0.12, {}, "near chance (1 in 10)"),
+        (0.48, {"acc1": 0.96}, "48.0% of the validation images, 96.0% in its own run"),
+    ],
+)
+def test_a_teacher_that_is_not_what_it_was_is_doubted(measured, recorded, words) -> None:
+    doubt = Classification().doubt({"acc1": measured}, recorded, 10)
+    assert words in doubt
+    assert bool(doubt) == bool(words)
+
+
+def test_the_last_epoch_teaches_when_it_is_asked_to(tmp_path, teacher_run) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(teacher_run, run)
+    state = {name: tensor + 1 for name, tensor in load_file(run / "student_last.safetensors").items()}
+    save_file(state, run / "student_last.safetensors", metadata=safe_open(run / "student.safetensors", "pt").metadata())
+    built, read = {}, {}
+    for epoch in (None, "selected", "last"):
+        config = checked([f"teacher.checkpoint={run}", *([f"teacher.epoch={epoch}"] if epoch else []), "hardware=cpu"])
+        built[epoch] = build.teacher(config, build.datamodule(config))
+        read[epoch] = weight_files.read_by(config)["teacher.checkpoint"]
+    assert read[None] == read["selected"] != read["last"]
+    weight = {epoch: next(teacher.parameters()) for epoch, teacher in built.items()}
+    assert torch.equal(weight[None], weight["selected"])
+    torch.testing.assert_close(weight["last"], state[next(iter(built["last"].networks[0].state_dict()))])
+    assert {epoch: teacher.sources[0]["weights"] for epoch, teacher in built.items()} == {
+        None: "selected", "selected": "selected", "last": "last"
+    }  # fmt: skip
+    assert built["last"].sources[0]["epoch"] == 3
+    with pytest.raises(KdError, match="the last epoch can be chosen of a run directory only"):
+        weight_files.locate(run / "student.safetensors", "last")
+    with pytest.raises(KdError, match=r"teacher\.epoch = best is not allowed: it must be selected, last or null"):
+        checked([f"teacher.checkpoint={run}", "teacher.epoch=best"])
+    with pytest.raises(KdError, match=r"student\.epoch = last needs student\.checkpoint"):
+        checked(["student.epoch=last"])
 
 
 def test_weights_without_recorded_statistics_are_told(tmp_path, caplog) -> None:

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from kd import record
+from kd.data.base import Source
+from kd.data.digits import Digits
 
 FAST = ["recipe.epochs=2", "hardware=cpu"]
 
@@ -157,7 +159,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> None:
+def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run, monkeypatch) -> None:
     """Killed in the middle of training, with dropout and augmentation, and resumed: equal weights and metrics."""
     # one thread everywhere: sums over another number of threads differ in their last bits
     arguments = [
@@ -188,6 +190,11 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run) -> 
     assert kept["callbacks"]["WallClock"]["seconds"] > 0
     kept["callbacks"]["WallClock"]["seconds"] += 1000  # as if it had been slow
     torch.save(kept, checkpoint)
+    with monkeypatch.context() as patched:
+        load = Digits.load
+        inverted = lambda self: Source(load(self).train._replace(inputs=255 - load(self).train.inputs))  # noqa: E731
+        patched.setattr(Digits, "load", inverted)
+        fails(kd("train", "resume=killed"), "the data is not what it was when the run began: the images are others")
     said = kd("train", "resume=killed")
     assert said.code == 0, said.err
     assert "epoch 1/" not in said.out

@@ -133,18 +133,20 @@ def overlap(recorded: Mapping[str, Any], test: Rows, own: Sequence[Rows]) -> lis
     below ``until``. Data sets that hold an image twice (CIFAR does) have it in their own training set as well.
     """
     until, samples = int(recorded["until"]), set(recorded["samples"])
-    found = _below(test, until, samples)
-    if found:
-        twice = {image for part in own for image in _below(part, until, samples)}
-        found = {image: name for image, name in found.items() if image not in twice}
-    return list(found.values())
+    keys = _keys(test)
+    leaked = _among(test, np.flatnonzero(keys <= until)[:READ], samples)
+    if leaked:
+        sizes = np.unique([keys[place] for place in leaked])
+        for part in own:
+            twice = _among(part, np.flatnonzero(np.isin(_keys(part), sizes))[:READ], set(leaked.values())).values()
+            leaked = {place: image for place, image in leaked.items() if image not in twice}
+    return [test.content.name(int(test.positions[place])) for place in leaked]
 
 
-def _below(rows: Rows, until: int, samples: set[str]) -> dict[str, str]:
-    """Content → name of the rows that come no later than ``until`` and have one of these contents."""
-    places = np.flatnonzero(_keys(rows) <= until)[:READ]
-    named = ((_hash(rows.content, p), p) for p in (int(rows.positions[place]) for place in places))
-    return {image: rows.content.name(p) for image, p in named if image in samples}
+def _among(rows: Rows, places: np.ndarray, samples: set[str]) -> dict[int, str]:
+    """Place → content of those ``rows`` whose content is one of ``samples``."""
+    read = ((int(place), _hash(rows.content, int(rows.positions[place]))) for place in places)
+    return {place: image for place, image in read if image in samples}
 
 
 def _keys(rows: Rows) -> np.ndarray:

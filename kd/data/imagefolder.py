@@ -100,7 +100,8 @@ class ImageFolder(DataModule):
                 f"{self.class_names[min(lost)]} to train on: take a smaller fraction or another split_seed"
             )
         if absent := sorted(classes - set(part.targets[chosen].tolist())):
-            log.warning("no image of %s in %s: few images, and their names decide", self.class_names[absent[0]], name)
+            missed = ", ".join(self.class_names[c] for c in absent[:10])
+            log.warning("no image of %s in %s: there are few, and their names decide", missed, name)
         self.cut_by_name = True
         return chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
 

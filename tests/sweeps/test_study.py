@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,13 @@ def test_placeholders_become_quoted_run_directories(tmp_path: Path) -> None:
     )
     found = graph.resolved(study, study.rows["b"], 0, Path("/runs/it's"))
     first, second = (rf"'/runs/it\'s/a/seed{n}'" for n in (0, 1))
-    assert found == (f"teacher.checkpoint=[{first},{second}]", "data.split_seed=0", overrides[2])
+    own = (f"teacher.checkpoint=[{first},{second}]", "data.split_seed=0", overrides[2])
+    assert found == (*own, "teacher.epoch=last"), "what is reported teaches"
+    selected = replace(study, epoch="selected")
+    assert graph.resolved(selected, study.rows["b"], 0, Path("/runs/it's")) == own
+    chosen = replace(study.rows["b"], overrides=("teacher.epoch=selected", *overrides))
+    assert graph.resolved(study, chosen, 0, Path("/runs/it's"))[0] == "teacher.epoch=selected"
+    assert len(graph.resolved(study, chosen, 0, Path("/runs/it's"))) == 4
     assert list(graph.needs(study, study.rows["b"], 0)) == [("a", 0), ("a", 1)]
 
 
