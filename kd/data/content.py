@@ -121,8 +121,11 @@ def seen(rows: Sequence[Rows]) -> dict[str, Any]:
     """
     keys = np.concatenate([_keys(one) for one in rows])
     order = np.argsort(keys, kind="stable")[:SEEN]
-    where = [(one.content, int(position)) for one in rows for position in one.positions]
-    samples = {_hash(*where[place]) for place in order}
+    starts = np.cumsum([0, *(len(one.positions) for one in rows)])
+    samples = set()
+    for place in order:
+        part = int(np.searchsorted(starts, place, side="right")) - 1
+        samples.add(_hash(rows[part].content, int(rows[part].positions[place - starts[part]])))
     return {"until": int(keys[order[-1]]) if len(order) else 0, "samples": sorted(samples)}
 
 
