@@ -12,7 +12,10 @@ KEYS = ("weights_read", "code_read")  # in the record of a run
 
 def read_by(config: Mapping[str, Any]) -> dict[str, Any]:
     """Which weights and which own code a run of this config reads, as its record says it."""
-    return {"weights_read": weight_files.read_by(config), "code_read": sources.read_by(config)}
+    teacher = config["teacher"]  # without a network in the config its weights bring theirs along
+    paths = weight_files.paths(teacher["checkpoint"]) if teacher.get("model") is None else ()
+    code = sources.read_by(config, [weight_files.network(path) for path in paths])
+    return {"weights_read": weight_files.read_by(config), "code_read": code}
 
 
 def changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -41,12 +41,6 @@ def arguments(target: str) -> Arguments:
     raise LookupError(f"there is no module {parts[0]!r}" if find(parts[0]) is None else f"{target!r} was not found")
 
 
-def module_of(target: str) -> ModuleSpec | None:
-    """The spec of the module of a dotted path: of its longest part that is one; None when not even the first is."""
-    parts = target.split(".")
-    return next((s for cut in range(len(parts), 0, -1) if (s := find(".".join(parts[:cut]))) is not None), None)
-
-
 def find(module: str) -> ModuleSpec | None:
     """The spec of a module, found by path: no parent package is imported on the way."""
     search: list[str] | None = None

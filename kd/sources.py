@@ -13,13 +13,14 @@ import json
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
 from kd.record import changes_results
-from kd.signature import find, module_of
+from kd.signature import find
 
 INSTALLED = {"site-packages", "dist-packages"}  # folders of this name hold what was installed
 STANDARD = {Path(os.path.realpath(sysconfig.get_path(name))) for name in ("stdlib", "platstdlib")}
@@ -28,14 +29,18 @@ Code = dict[str, str | None]
 """Module → twelve hex digits of its source; None for a file that cannot be read."""
 
 
-def read_by(config: Mapping[str, Any]) -> dict[str, Code | None]:
+def read_by(config: Mapping[str, Any], networks: Sequence[Any] = ()) -> dict[str, Code | None]:
     """Which own code a run of this config runs: ``_target_`` → modules, None where there is no such module.
 
-    Left out are targets without own code, and those of sections that change no result, as loggers.
+    ``networks``: further ones, that the config does not name. Left out are targets without own code, and those of
+    sections that change no result, as loggers.
     """
     from kd.config import targets  # here, as omegaconf comes with it: a report only compares
 
-    named = {str(node["_target_"]) for path, node in targets(config) if changes_results(path)}
+    nodes = [node for path, node in targets(config) if changes_results(path)]
+    with suppress(RecursionError):  # a stranger's file may be nested as deep as it likes
+        nodes += [node for _, node in targets(list(networks))]
+    named = {str(node["_target_"]) for node in nodes}
     found = {target: code_of(target) for target in sorted(named)}
     return {target: code for target, code in found.items() if code != {}}
 
@@ -67,21 +72,28 @@ def code_of(target: str) -> Code | None:
     Imports are followed wherever they stand in a file, those inside of functions too, by their names alone.
     None when there is no such module; empty when it is no own code.
     """
-    if not _installed(target) and module_of(target) is None:
+    look = functools.cache(find)  # of this moment: files come and go while a sweep runs
+    if look(target.partition(".")[0]) is None:
         return None
     found: Code = {}
     waiting = [target]
     while waiting:
         name = waiting.pop()
-        spec = None if _installed(name) else module_of(name)
-        parts = spec.name.split(".") if spec else []
-        for module in {".".join(parts[:count]) for count in range(1, len(parts) + 1)} - found.keys():
-            spec = find(module)
-            if spec is None or not spec.has_location or not spec.origin or _below_installed(spec.origin):
-                continue
-            found[module], imports = _read(spec.origin)
-            package = module if spec.submodule_search_locations is not None else module.rpartition(".")[0]
-            waiting += [n for level, imported in imports if (n := _absolute(level, imported, package))]
+        parts = name.split(".")
+        if _installed(parts[0]):
+            continue
+        for count in range(1, len(parts) + 1):
+            module = ".".join(parts[:count])
+            spec = look(module)
+            if spec is None:
+                break
+            package = spec.submodule_search_locations is not None
+            if module not in found and spec.has_location and spec.origin and not _below_installed(spec.origin):
+                found[module], imports = _read(spec.origin)
+                base = module if package else module.rpartition(".")[0]
+                waiting += [n for level, imported in imports if (n := _absolute(level, imported, base))]
+            if not package:  # what follows are names in it
+                break
     return dict(sorted(found.items()))
 
 
@@ -93,12 +105,11 @@ def _absolute(level: int, name: str, package: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _installed(name: str) -> bool:
-    """Whether the outermost package of a dotted name is no own code; False as well for one that does not exist."""
-    top = name.partition(".")[0]
-    spec = find(top)
-    if top == "kd" or spec is None or spec.origin is None:
-        return top == "kd"
+def _installed(package: str) -> bool:
+    """Whether an outermost package is no own code; False as well for one that does not exist or has no file."""
+    spec = find(package)
+    if package == "kd" or spec is None or spec.origin is None:
+        return package == "kd"
     return not spec.has_location or _below_installed(spec.origin)
 
 
@@ -133,7 +144,7 @@ def _read(file: str) -> tuple[str | None, Imports]:
         return None, ()
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _parsed(file: str, changed: int, size: int) -> tuple[str, Imports]:
     """Read again only when the file has changed. What is no Python, or does not parse, counts by its bytes."""
     content = Path(file).read_bytes()

@@ -10,9 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
-from kd import record, sources
+from kd import inputs, record, sources
 from kd.app import checked
 from kd.errors import KdError
 from kd.train import resume
@@ -113,6 +115,22 @@ def test_a_section_that_changes_no_result_is_left_out(own: Path) -> None:
     assert list(sources.read_by({"logger": {"_target_": "dkd.DKD"}, "data": [{"_target_": "distances.squared"}]})) == [
         "distances.squared"
     ]
+
+
+def test_the_network_of_a_teacher_comes_with_its_weights(own: Path) -> None:
+    def read(about: str, model: str | None = None) -> list[str]:
+        save_file({"a": torch.zeros(1)}, own / "teacher.safetensors", metadata={"kd": about})
+        teacher = {"checkpoint": str(own / "teacher.safetensors"), "model": model and {"_target_": model}}
+        return list(inputs.read_by({"student": {"checkpoint": None}, "teacher": teacher})["code_read"])
+
+    assert read('{"model": {"_target_": "dkd.DKD", "inner": {"_target_": "distances.squared"}}}') == [
+        "distances.squared",
+        "dkd.DKD",
+    ]
+    assert read('{"model": {"_target_": "dkd.DKD"}}', "distances.squared") == ["distances.squared"]
+    for about in ("{}", "[]", "no JSON", '{"model": 3}', "[" * 9999, '{"model": ' + "[" * 930 + "]" * 930 + "}"):
+        assert read(about) == []
+    assert inputs.read_by(checked(["teacher.checkpoint=nowhere"]))["code_read"] == {}
 
 
 def test_where_own_code_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
