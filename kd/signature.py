@@ -48,14 +48,14 @@ def find(module: str) -> ModuleSpec | None:
     name = ""
     for part in module.split("."):
         name = f"{name}.{part}" if name else part
-        spec = _find_in(name, search)
+        spec = _editable_or_path(name, search)
         if spec is None:
             return None
         search = list(spec.submodule_search_locations or [])
     return spec
 
 
-def _find_in(name: str, search: list[str] | None) -> ModuleSpec | None:
+def _editable_or_path(name: str, search: list[str] | None) -> ModuleSpec | None:
     if search is None:  # a top-level name: ask every finder, so that editable installs are found too
         for finder in sys.meta_path:
             spec = finder.find_spec(name, None, None) if hasattr(finder, "find_spec") else None

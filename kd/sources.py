@@ -13,7 +13,7 @@ import json
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import resolve_name
 from pathlib import Path
@@ -64,6 +64,15 @@ def fingerprint(record: Mapping[str, Any]) -> str:
     """Twelve hex digits of all own code that a run of this record ran; "" when there was none, or it is not known."""
     there = record.get("code_read")
     return hashlib.sha256(json.dumps(there, sort_keys=True).encode()).hexdigest()[:12] if there else ""
+
+
+def mixed(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The targets that runs of these records ran with different code."""
+    seen: dict[str, set[str]] = {}
+    for record in records:
+        for target, code in (record.get("code_read") or {}).items():
+            seen.setdefault(target, set()).add(json.dumps(code, sort_keys=True))
+    return [target for target, codes in seen.items() if len(codes) > 1]
 
 
 def code_of(target: str) -> Code | None:
