@@ -81,9 +81,9 @@ def _tree(path: str) -> ast.Module | None:
     if not path.endswith(".py"):
         return None
     try:
-        return ast.parse(Path(path).read_text(encoding="utf-8", errors="replace"))
-    except SyntaxError as error:
-        raise LookupError(f"{path} has no valid syntax in line {error.lineno}: {error.msg}") from None
+        return ast.parse(Path(path).read_text(encoding="utf-8", errors="replace"), Path(path).name)
+    except (SyntaxError, ValueError) as error:  # ValueError: null bytes
+        raise LookupError(f"{path} does not parse: {error}") from None
 
 
 def _in_module(spec: ModuleSpec, names: list[str], depth: int) -> Arguments:

@@ -58,8 +58,11 @@ def test_folders_without_an_init_are_packages(tmp_path, monkeypatch) -> None:
 def test_a_module_that_does_not_parse_is_a_sentence(tmp_path, monkeypatch) -> None:
     (tmp_path / "outside_broken.py").write_text("class Own:\n    def __init__(self, a:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(LookupError, match=r"outside_broken.py has no valid syntax in line 2: "):
+    with pytest.raises(LookupError, match=r"outside_broken.py does not parse: .* \(outside_broken.py, line 2\)"):
         arguments("outside_broken.Own")
+    (tmp_path / "outside_null.py").write_bytes(b"a = 1\0\n")
+    with pytest.raises(LookupError, match=r"outside_null.py does not parse: .*null bytes"):
+        arguments("outside_null.Own")
 
 
 def test_a_subclass_inherits_its_base_arguments(tmp_path, monkeypatch) -> None:
