@@ -9,9 +9,10 @@ import ast
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import resolve_name
 from pathlib import Path
+from pkgutil import get_importer
 
 from kd.errors import near
 
@@ -34,13 +35,13 @@ def arguments(target: str) -> Arguments:
     """
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
-        spec = _find(".".join(parts[:cut]))
-        if spec is not None:
+        spec = find(".".join(parts[:cut]))
+        if spec is not None and spec.loader is not None:  # a folder without an __init__.py has no names of its own
             return _in_module(spec, parts[cut:], depth=0)
-    raise LookupError(f"there is no module {parts[0]!r}" if _find(parts[0]) is None else f"{target!r} was not found")
+    raise LookupError(f"there is no module {parts[0]!r}" if find(parts[0]) is None else f"{target!r} was not found")
 
 
-def _find(module: str) -> ModuleSpec | None:
+def find(module: str) -> ModuleSpec | None:
     """The spec of a module, found by path: no parent package is imported on the way."""
     search: list[str] | None = None
     spec = None
@@ -61,14 +62,28 @@ def _editable_or_path(name: str, search: list[str] | None) -> ModuleSpec | None:
             if spec is not None:
                 return spec
         return None
-    return PathFinder.find_spec(name, search)
+    folders: list[str] = []  # of a package without an __init__.py: PathFinder wants its parent to be imported
+    for folder in search:
+        importer = get_importer(folder)
+        spec = importer.find_spec(name) if importer is not None else None
+        if spec is not None and spec.loader is not None:
+            return spec
+        folders += (spec.submodule_search_locations or ()) if spec is not None else ()
+    if not folders:
+        return None
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = folders
+    return spec
 
 
 @lru_cache(maxsize=256)
 def _tree(path: str) -> ast.Module | None:
     if not path.endswith(".py"):
         return None
-    return ast.parse(Path(path).read_text(encoding="utf-8", errors="replace"))
+    try:
+        return ast.parse(Path(path).read_text(encoding="utf-8", errors="replace"), Path(path).name)
+    except (SyntaxError, ValueError) as error:  # ValueError: null bytes
+        raise LookupError(f"{path} does not parse: {error}") from None
 
 
 def _in_module(spec: ModuleSpec, names: list[str], depth: int) -> Arguments:
@@ -124,10 +139,10 @@ def _follow(spec: ModuleSpec, node: ast.ImportFrom, name: str, rest: list[str], 
     package = spec.name if spec.submodule_search_locations else spec.name.rpartition(".")[0]
     module = resolve_name("." * node.level + (node.module or ""), package) if node.level else (node.module or "")
     original = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
-    inner = _find(module)
+    inner = find(module)
     if inner is None:
         return UNKNOWN
-    submodule = _find(f"{module}.{original}")
+    submodule = find(f"{module}.{original}")
     if submodule is not None and rest:
         return _in_module(submodule, rest, depth + 1)
     return _in_module(inner, [original, *rest], depth + 1)

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kd import hardware, record, weight_files
+from kd import hardware, inputs, record
 from kd.errors import KdError
 from kd.weight_files import CHECKPOINT
 
@@ -49,7 +49,7 @@ def resume(run_dir: Path) -> dict[str, Any]:
         raise KdError(f"resume={run_dir}: that run is finished")
     if not (run_dir / CHECKPOINT).is_file():
         raise KdError(f"resume={run_dir}: there is no {CHECKPOINT} in it, the run ended before its first validation")
-    if other := weight_files.changed(before, config):
+    if other := inputs.changed(before, config):
         raise KdError(f"resume={run_dir}: {other}; a run goes on as it began")
     return train(config, run_dir, before["overrides"], checkpoint=run_dir / CHECKPOINT)
 
@@ -84,6 +84,7 @@ def train(
             from kd import weights
 
             result["started"] = before.get("started", result["started"])
+            result.update({key: before.get(key) for key in inputs.KEYS})  # of a run of before this is not known
             earlier = max(earlier, weights.progress(checkpoint).seconds)  # of a sitting that was killed
             result["wall_clock_s"] = earlier
         else:
@@ -145,7 +146,7 @@ def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         "config_hash": record.config_hash(config),
         "commit": record.commit(Path(__file__).parent),
         "project_commit": record.commit("."),
-        "weights_read": weight_files.read_by(config),
+        **inputs.read_by(config),
         "seed": config["seed"],
         "tags": config["tags"],
         "protocol": {**config["protocol"], "epochs": config["recipe"]["epochs"]},

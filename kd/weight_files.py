@@ -93,6 +93,16 @@ def absent(config: Mapping[str, Any]) -> str:
     return next((f"{role}.checkpoint = {path}" for role, path in given if not Path(path).exists()), "")
 
 
+def network(path: str) -> Any:
+    """The network that a safetensors file says it belongs to, a node with a ``_target_``; None where it says none."""
+    try:
+        with locate(path).open("rb") as content:
+            metadata = json.loads(content.read(int.from_bytes(content.read(8), "little")))["__metadata__"]
+        return json.loads(metadata["kd"])["model"]
+    except (KdError, OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError, RecursionError):
+        return None
+
+
 def _fingerprint_at(path: str, epoch: str | None) -> str | None:
     try:
         file = locate(path, epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -91,6 +92,8 @@ def test_a_term_a_model_and_a_data_set_from_outside_train(kd, importable) -> Non
     assert result["data"]["class_names"] == ["dark", "bright"]
     assert result["student"]["parameters"] == 16 * 8 + 8 + 8 * 2 + 2
     assert result["teacher"]["parameters"] == 16 * 16 + 16 + 16 * 2 + 2
+    assert list(result["code_read"]) == ["mymodule.MyData", "mymodule.MyTerm", "mymodule.my_net"]
+    assert all(re.fullmatch("[0-9a-f]{12}", code["mymodule"]) for code in result["code_read"].values())
     with open(file.parent / "metrics.csv", newline="") as lines:
         values = [float(row["train/mine"]) for row in csv.DictReader(lines) if row["train/mine"]]
     assert len(values) == 2  # one an epoch: its two batches are fewer than log_every

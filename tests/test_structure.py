@@ -23,7 +23,9 @@ ALLOWED = {
     "objective": {"objective", "distributed", "losses", "errors"},
     "bookkeeping": {"bookkeeping"},
     "weights": {"weights", "weight_files", "distributed", "errors"},
-    "weight_files": {"errors"},
+    "weight_files": {"record", "errors"},
+    "sources": {"config", "record", "signature"},
+    "inputs": {"sources", "weight_files"},
     "measure": {"measure", "losses"},
     "evaluated": {"evaluated", "teacher", "losses", "distributed", "errors"},
     "distiller": {
@@ -50,7 +52,7 @@ ALLOWED = {
     "pruning": {"pruning", "manifest", "sweeps", "distributed"},  # of the sweeps the next one alone
     "sweeps/storage": {"record", "build", "errors"},
     "studies": {"studies", "errors"},
-    "report": {"report", "studies", "manifest", "record", "weight_files", "errors"},
+    "report": {"report", "studies", "manifest", "record", "inputs", "sources", "weight_files", "errors"},
     "errors": set(),
 }
 NO_TORCH = (
@@ -67,6 +69,8 @@ NO_TORCH = (
     "hardware.py",
     "manifest.py",
     "weight_files.py",
+    "sources.py",
+    "inputs.py",
     "wandb_run.py",
     "wandb_sync.py",
 )

@@ -184,7 +184,8 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run, mon
     about = json.loads((killed / "result.json").read_text())
     record.write(killed, {**about, "weights_read": {"teacher.checkpoint": ["0" * 12]}})
     fails(kd("train", "resume=killed"), f"teacher.checkpoint = {teacher_run} holds other weights than when the run")
-    record.write(killed, about)
+    assert about.pop("code_read") == {}
+    record.write(killed, about)  # as before there was that key
     checkpoint = killed / "checkpoints" / "last.ckpt"
     kept = torch.load(checkpoint, weights_only=True)
     assert kept["callbacks"]["WallClock"]["seconds"] > 0
@@ -207,6 +208,8 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run, mon
         assert result["student"].pop("latency_ms") > 0  # a measurement, never twice the same
     assert a["student"] == b["student"]
     assert b["status"] == "finished"
+    assert b["code_read"] is None, "what it ran before it was killed is not known"
+    assert b["weights_read"] == a["weights_read"] == about["weights_read"]
     assert a["wall_clock_s"] < 1000 < b["wall_clock_s"] < 1200
     assert torch.load(checkpoint, weights_only=True)["callbacks"]["WallClock"]["seconds"] > 1000  # for a third sitting
     rows = (killed / "metrics.csv").read_text().splitlines()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from kd import record, weight_files
+from kd import inputs, record, weight_files
 from kd.errors import KdError
 from kd.report import told
 from kd.report.measures import EPOCHS, Measure
@@ -18,7 +18,7 @@ from kd.studies.spec import Study
 SCHEMA = 1  # of results.csv
 RESULTS = "results.csv"  # in the folder of a study, and beside its runs
 FINISHED = "finished"
-OUTDATED = "outdated"  # its teacher is another one now
+OUTDATED = "outdated"  # its teacher, or the user's own code that it ran, is another one now
 EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
@@ -171,12 +171,12 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
 
 
 def _outdated(run_dir: Path, runs_dir: Path) -> dict[str, str]:
-    """The status of a run that has read weights which were trained anew since: it does not count as finished.
+    """The status of a run whose weights read were trained anew since, or whose code is other now: it does not count.
 
     A study may have been moved: what a run has read of it is looked for beside the run.
     """
     found = record.read(run_dir)
-    if not found.get("weights_read") or not (run_dir / "config.yaml").is_file():
+    if not any(map(found.get, inputs.KEYS)) or not (run_dir / "config.yaml").is_file():
         return {}
     config = record.read_config(run_dir)
     beside: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def _outdated(run_dir: Path, runs_dir: Path) -> dict[str, str]:
         moved = [runs_dir / path.parent.name / path.name for path in given]
         there = [str(m if (m / record.FILE).is_file() else path) for m, path in zip(moved, given, strict=True)]
         beside[role] = {"checkpoint": there, "epoch": config[role].get("epoch")}
-    other = weight_files.changed(found, beside)
+    other = inputs.changed(found, beside)
     return {"status": OUTDATED, "error": f"{other}: remove this run, `kd study` trains it anew"} if other else {}
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from kd import manifest, record
+from kd import manifest, record, sources
 from kd.errors import KdError
 from kd.report.frame import finished, of_run, seed_told, table
 from kd.report.validation import EPOCH, TEST, monitored
@@ -34,7 +34,7 @@ class Found:
 
 def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.DataFrame]:
     """A study with a row for each group, best first, and the frame of its runs; paths relative to ``base``."""
-    found = _by_teacher(found)
+    found = _apart(_apart(found, _teacher), _code)
     labels = _labels(found)
     lines = []
     for run in found:
@@ -109,26 +109,34 @@ def of_run_dir(run_dir: Path) -> Found:
         raise record.broken(run_dir) from None
 
 
-def _by_teacher(found: Sequence[Found]) -> list[Found]:
-    """Students of a teacher that was replaced at its path are others: they get a row of their own."""
-    taught = [_teacher(run.run_dir) for run in found]
+def _apart(found: Sequence[Found], read: Callable[[Mapping[str, Any]], tuple[str, str]]) -> list[Found]:
+    """Runs of one group that have read other things from the same place are others: they get a row of their own.
+
+    ``read``: of a record, the place and what was there; "" for what is not known.
+    """
+    there = [record.read(run.run_dir) if (run.run_dir / record.FILE).is_file() else {} for run in found]
     seen: dict[tuple[str, str], set[str]] = {}
-    for run, (path, weights) in zip(found, taught, strict=True):
-        seen.setdefault((run.group, path), set()).add(weights)
+    for run, (place, what) in zip(found, map(read, there), strict=True):
+        seen.setdefault((run.group, place), set()).add(what)
     return [
-        replace(run, group=f"{run.group} {weights}", overrides=(*run.overrides, f"teacher={weights}"))
-        if weights and len(seen[run.group, path] - {""}) > 1
+        replace(run, group=f"{run.group} {what}", overrides=(*run.overrides, what))
+        if what and len(seen[run.group, place] - {""}) > 1
         else run
-        for run, (path, weights) in zip(found, taught, strict=True)
+        for run, (place, what) in zip(found, map(read, there), strict=True)
     ]
 
 
-def _teacher(run_dir: Path) -> tuple[str, str]:
-    """Where the teacher of a finished run lay, and the fingerprint of its weights; "" for what is not known."""
-    there = record.read(run_dir) if (run_dir / record.FILE).is_file() else {}
+def _teacher(there: Mapping[str, Any]) -> tuple[str, str]:
+    """Where the teacher of a finished run lay, and the fingerprint of its weights."""
     known = (there.get("weights_read") or {}).get("teacher.checkpoint") or ()
     path = str((there.get("teacher") or {}).get("checkpoint", ""))
-    return path, "sha256:" + "+".join(map(str, known)) if known and path else ""
+    return path, "teacher=sha256:" + "+".join(map(str, known)) if known and path else ""
+
+
+def _code(there: Mapping[str, Any]) -> tuple[str, str]:
+    """The fingerprint of the user's own code that a run ran."""
+    known = sources.fingerprint(there)
+    return "", f"code=sha256:{known}" if known else ""
 
 
 def _told(overrides: Sequence[str]) -> list[str]:

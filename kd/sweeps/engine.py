@@ -14,7 +14,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from kd import explain, manifest, weight_files
+from kd import explain, inputs, manifest
 from kd.errors import KdError
 from kd.manifest import Job, Manifest
 from kd.studies import spec
@@ -190,7 +190,7 @@ class Engine:
                     state = State(FAILED, str(error))
                 else:
                     todo += [job] if state.status not in (*DONE, RUNNING) else []
-                    weight_files.read_by(configs[job.name])  # once for all jobs: they are forked with what is known
+                    inputs.read_by(configs[job.name])  # once for all jobs: they are forked with what is known
             outcomes[job.name] = Outcome(job, run_dir, state)
         if todo:
             self._launch(todo)

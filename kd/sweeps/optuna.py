@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd import manifest, weight_files
+from kd import inputs, manifest, sources
 from kd.errors import KdError
 from kd.manifest import Job
 from kd.sweeps import storage
@@ -93,10 +93,12 @@ class Search:
         for trial in (t for t in self.trials() if t.state.is_finished()):
             name = str(job_of(trial))
             state = look(directory / name)
+            other = sources.changed(state.record or {}) if state.status in DONE else ""  # not every trial runs it
             if state.status in DONE and config is None:  # the plan is the same: whether its teacher is, one trial tells
                 config = self.engine.compose(Job(name, name, self.space.overrides(trial.params)))
-                if other := weight_files.changed(state.record or {}, config):
-                    raise KdError(f"{directory}: {other}: choose another hydra.sweep.dir")
+                other = inputs.changed(state.record or {}, config)
+            if other:
+                raise KdError(f"{directory}: {other}: choose another hydra.sweep.dir")
             if state.status == MISSING:
                 raise KdError(
                     f"{self.settings.storage or directory / storage.JOURNAL} knows {name}, but {directory} has no "

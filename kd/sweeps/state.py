@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd import record, weight_files
+from kd import inputs, record, weight_files
 from kd.config import flat
 from kd.errors import KdError
 
@@ -37,7 +37,7 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
     # a run that never began has no config yet, and one that failed is started anew in any case
     if config is not None and found["status"] != FAILED and (run_dir / "config.yaml").is_file():
         refuse_another(run_dir, record.read_config(run_dir), config)
-        if other := weight_files.changed(found, config):
+        if other := inputs.changed(found, config):
             raise KdError(f"{run_dir}: {other}: remove that run, or choose another hydra.sweep.dir")
     if found["status"] in (*DONE, FAILED):
         return State(found["status"], found.get("error") or "", found)

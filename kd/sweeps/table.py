@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd import sources
 from kd.config import better
 from kd.errors import KdError
 from kd.sweeps.state import DONE, FINISHED, PRUNED
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 def conclude(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
     """Print the table; ``KdError`` that lists the jobs without a result, if there are any."""
     show(outcomes, objectives)
+    if targets := sources.mixed(_record(o) for o in outcomes if o.state.status in DONE):
+        print(f"_target_ = {', '.join(targets)} was changed while the jobs ran: not all of them are of the same code")
     print(f"{directory}: kd report {_near(directory)} makes tables and figures of it", flush=True)
     failed = [o for o in outcomes if o.state.status not in DONE]
     if failed:

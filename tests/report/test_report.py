@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kd import manifest, record, report
+from kd import manifest, record, report, sources
 from kd.errors import KdError
 from kd.manifest import Job, Manifest
 from kd.report import frame
@@ -287,6 +287,22 @@ def test_students_of_a_teacher_that_was_replaced_are_another_row(kd, write, tmp_
     assert found[1].startswith("| x teacher=sha256:bbbb | 1 |")
     assert kd("report", "b").code == 0
     assert rows_of("report/report.md")[0].startswith("| x | 3 |"), "a teacher for each seed is one experiment"
+
+
+def test_runs_by_different_code_are_two_rows(kd, write, tmp_path) -> None:
+    about = {"name": "x", "config_hash": "1"}
+    for seed, code in enumerate(({"own": "aaaa"}, {"own": "aaaa"}, {"own": "aaaa", "beside": "cccc"}, None)):
+        read = {"code_read": {"own.Term": code}} if code else {}
+        write(tmp_path / "a" / f"run{seed}", seed, 0.9, overrides=["loss=[ce]", f"seed={seed}"], **about, **read)
+    assert kd("report", "a").code == 0
+    marks = [sources.fingerprint(record.read(tmp_path / "a" / f"run{seed}")) for seed in (0, 2)]
+    assert {tuple(row.split(" | ")[:2]) for row in rows_of("report/report.md")[:3]} == {
+        (f"| x code=sha256:{marks[0]}", "2"),
+        (f"| x code=sha256:{marks[1]}", "1"),
+        ("| x", "1"),  # of before: by which code is not known
+    }
+    assert kd("report", "a/run0", "a/run1", "a/run3").code == 0
+    assert rows_of("report/report.md")[0].startswith("| x | 3 |"), "one code is one experiment"
 
 
 def test_runs_of_one_name_and_another_configuration_are_two_rows(kd, write, tmp_path) -> None:

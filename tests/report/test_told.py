@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from kd import record, weight_files
+from kd import record, sources, weight_files
 from kd.report import frame, told
 from kd.studies import graph
 from kd.studies.spec import Study
@@ -126,6 +126,31 @@ def test_what_has_read_weights_that_were_trained_anew_does_not_count(read, runs,
     assert status(runs)[0] == "outdated"
     assert f"{role}.checkpoint = {teacher} holds other weights than when the run began: remove" in status(runs)[1]
     assert status(tmp_path / "moved")[0] == "finished", "its teacher was moved with it"
+
+
+def test_what_was_made_by_other_code_does_not_count(read, runs, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("own_term.py").write_text("def own(): return 1.0\n")
+    run_dir = runs / "distilled" / "seed0"
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({r: {"checkpoint": None} for r in ("student", "teacher")}))
+    record.write(run_dir, {**record.read(run_dir), "code_read": {"own_term.own": sources.code_of("own_term.own")}})
+
+    def of(runs_dir: Path) -> pd.DataFrame:
+        return frame.of_study(read, runs_dir).set_index(["row", "seed"])[["status", "error"]]
+
+    before = of(runs)
+    assert before.loc[("distilled", 0), "status"] == "finished"
+    shutil.copytree(runs, tmp_path / "moved")
+    Path("own_term.py").write_text("def own(): return 0.01\n")
+    for runs_dir in (runs, tmp_path / "moved"):
+        after = of(runs_dir)
+        status, error = after.loc[("distilled", 0)]
+        assert status == "outdated"
+        assert error.startswith(
+            "_target_ = own_term.own is other code than when the run began (changed: own_term.py): remove this run"
+        )
+        assert after.drop(("distilled", 0)).equals(before.drop(("distilled", 0)))
 
 
 def test_runs_may_be_moved(read: Study, runs: Path, tmp_path: Path) -> None:

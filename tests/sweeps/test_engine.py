@@ -11,7 +11,7 @@ import pytest
 import yaml
 from bare_records import write
 
-from kd import manifest
+from kd import inputs, manifest
 from kd.errors import KdError
 from kd.manifest import Job
 from kd.sweeps import study
@@ -204,6 +204,31 @@ def test_a_directory_with_a_run_of_another_configuration(engine) -> None:
     refuses(engine, "; seed = 5 there and 0 here): remove it, or choose another hydra.sweep.dir", jobs(a=()))
     write(Path("sweep/a"), "failed")  # this is started anew anyway
     assert statuses(engine.run("sweep", "sweep", jobs(a=()))) == {"a": "finished"}
+
+
+def test_a_sweep_of_other_code_is_not_finished(engine, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(Path.cwd())
+    term = Path("own_term.py")
+    term.write_text(
+        "from kd.losses.logits.ce import CrossEntropy\n\n"
+        "class Own(CrossEntropy):\n    def forward(self, *a): return 1.0 * super().forward(*a)\n"
+    )
+    own = ("loss=[ce]", "+loss.own={_target_: own_term.Own, weight: 1}")
+    some = [Job("a", "a", ("seed=0", *own)), Job("b", "b", ("seed=1", *own)), Job("c", "c", ("seed=2",))]
+    engine.run("sweep", "sweep", some)
+    for job in some:
+        config = engine.compose(job)
+        Path("sweep", job.name, "config.yaml").write_text(yaml.safe_dump(config))
+        write(Path("sweep", job.name), "finished", **inputs.read_by(config))
+    engine.launcher.launched.clear()
+    capsys.readouterr()
+    engine.run("sweep", "sweep", some, opening="sweep")
+    assert "3 finished, 0 to run" in capsys.readouterr().out
+    term.write_text(term.read_text().replace("1.0", "0.01"))
+    refuses(engine, "_target_ = own_term.Own is other code than when the run began (changed: own_term.py)", some)
+    with pytest.raises(KdError, match=r"^2 of 3 runs cannot go on: "):
+        engine.run("sweep", "sweep", some, opening="sweep")
+    assert "finished" not in capsys.readouterr().out
 
 
 def test_how_many_runs_differ_and_what_helps_in_a_study(engine) -> None:

@@ -14,15 +14,17 @@ from typing import Any
 
 import optuna
 import pytest
+from bare_records import write
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd import manifest, record
+from kd import manifest, record, sources
 from kd.cli import main
 from kd.errors import KdError
 from kd.pruning import StopWhenPruned, Trial, callback
 from kd.report import gather
 from kd.sweeps import options, storage
 from kd.sweeps.options import Settings
+from kd.sweeps.optuna import Search
 from kd.sweeps.space import Space, space
 
 TINY = ["data=fake", "data.train_images=64", "recipe.epochs=3", "protocol.val_every=1", "hardware=cpu"]
@@ -230,6 +232,30 @@ def test_a_storage_that_is_away_stops_no_run(tmp_path: Path, caplog: pytest.LogC
 
 def test_a_run_of_its_own_has_no_callback(tmp_path: Path) -> None:
     assert callback(tmp_path / "run") is None
+
+
+def test_a_search_of_other_code_is_refused(make_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its first trial does not run that code."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("own_term.py").write_text("def own(): return 1.0\n")
+    engine, where = make_engine(), parsed("recipe.epochs=1,2")
+    engine.directory.mkdir()
+
+    def search() -> Search:
+        chooses = options.sampler("tpe", 0, 0)
+        return Search(engine, where, {"val/acc1": "maximize"}, Settings(2), chooses)
+
+    study = search().study
+    for number, code in enumerate(({}, {"own_term.own": sources.code_of("own_term.own")})):
+        job = {"job": f"trial-{number:04d}"}
+        epochs = {"params": {"recipe.epochs": str(number + 1)}, "distributions": dict(where.axes)}
+        study.add_trial(optuna.trial.create_trial(value=0.5, user_attrs=job, **epochs))
+        write(engine.directory / job["job"], "finished", code_read=code)
+    search()
+    Path("own_term.py").write_text("def own(): return 0.01\n")
+    sentence = r"_target_ = own_term.own is other code than when the run began \(changed: own_term.py\): choose another"
+    with pytest.raises(KdError, match=sentence):
+        search()
 
 
 # ---------------------------------------------------------------------- searches

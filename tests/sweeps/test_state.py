@@ -12,10 +12,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from kd import record, weight_files
+from kd import inputs, record, weight_files
 from kd.app import checked
 from kd.errors import KdError
-from kd.sweeps.state import FINISHED, INTERRUPTED, look, refuse_another
+from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, PRUNED, look, refuse_another
 
 
 def test_the_same_experiment_of_another_teacher_seed_is_another_run(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def trained(run_dir: Path, config: dict[str, Any], status: str = FINISHED, weigh
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     (run_dir / weight_files.SELECTED).write_bytes(weights)
     about = {"schema": 1, "status": status, "seed": 0, "config_hash": record.config_hash(config)}
-    record.write(run_dir, {**about, "weights_read": weight_files.read_by(config)})
+    record.write(run_dir, {**about, **inputs.read_by(config)})
     return run_dir
 
 
@@ -62,6 +62,33 @@ def test_a_teacher_replaced_at_its_path_is_another_one(tmp_path: Path, status: s
     assert look(student, config).status == status
     (teacher / weight_files.SELECTED).unlink()
     assert look(student, config).status == status, "a finished teacher may be made small"
+
+
+OWN = ["loss=[ce]", "+loss.own={_target_: own_term.Own, weight: 1}"]
+
+
+@pytest.mark.parametrize("status", [FINISHED, INTERRUPTED, PRUNED])
+def test_a_run_by_other_code_of_ones_own_is_another_one(tmp_path: Path, monkeypatch, status: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    term = Path("own_term.py")
+    term.write_text("class Own:\n    def __init__(self): ...\n    def forward(self): return 1.0\n")
+    teacher = trained(tmp_path / "teacher", checked(OWN), status)
+    reads = checked(["loss=[ce,kd]", f"teacher.checkpoint={teacher}"])
+    student = trained(tmp_path / "student", reads, status)
+    assert look(teacher, checked(OWN)).status == status
+    term.write_text(term.read_text().replace("return 1.0", "return 0.01 * 1.0"))
+    sentence = (
+        r"teacher: _target_ = own_term.Own is other code than when the run began \(changed: own_term.py\): remove"
+    )
+    with pytest.raises(KdError, match=sentence):
+        look(teacher, checked(OWN))
+    assert look(student, reads).status == status, "it has read the same weights"
+    found = record.read(teacher)
+    record.write(teacher, {**found, "status": FAILED})
+    assert look(teacher, checked(OWN)).status == FAILED, "it is started anew anyway"
+    record.write(teacher, {key: value for key, value in found.items() if key != "code_read"})
+    assert look(teacher, checked(OWN)).status == status, "of a record of before this is not known"
 
 
 def test_a_teacher_that_is_gone_is_said_to_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,17 @@ def test_the_best_comes_first(capsys) -> None:
     assert "kd report sweep" in said
 
 
+def test_jobs_of_different_code_are_told(capsys) -> None:
+    some = [outcome("job_a", 0.9), outcome("job_b", 0.7), outcome("job_c", 0.5)]
+    for job, code in zip(some, ("aaaa", "aaaa", None), strict=True):
+        job.state.record.update({"code_read": {"own.Term": {"own": code}}} if code else {})
+    conclude(Path("sweep"), some)
+    assert "own.Term" not in capsys.readouterr().out
+    some[1].state.record["code_read"]["own.Term"]["own"] = "bbbb"
+    conclude(Path("sweep"), some)
+    assert "_target_ = own.Term was changed while the jobs ran" in capsys.readouterr().out
+
+
 def test_the_best_loss_is_the_smallest(capsys) -> None:
     conclude(Path("sweep"), [outcome("job_b", 0.5, "val/nll"), outcome("job_a", 0.9, "val/nll")])
     assert names(capsys.readouterr().out) == ["job_b", "job_a"]
