@@ -14,6 +14,7 @@ from kd.errors import KdError
 SELECTED = "student.safetensors"  # of a run directory: the weights that the validation split picked
 LAST = "student_last.safetensors"
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+TRAINED_ALONG = "trained along, not kept"  # in a record: of a teacher whose weights the run changed
 
 
 def locate(path: str | Path) -> Path:

@@ -24,8 +24,8 @@ ALLOWED = {
     "bookkeeping": {"bookkeeping"},
     "weights": {"weights", "weight_files", "distributed", "errors"},
     "weight_files": {"errors"},
-    "measure": {"measure", "losses"},
-    "evaluated": {"evaluated", "teacher", "losses", "distributed", "errors"},
+    "measure": {"measure", "losses", "errors"},
+    "evaluated": {"evaluated", "measure", "teacher", "losses", "distributed", "errors"},
     "distiller": {
         *(
             "distiller",
