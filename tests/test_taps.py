@@ -144,11 +144,11 @@ def test_fused_attention_is_named_with_a_cure_that_works(tap) -> None:
     def attention(fused: bool) -> torch.Tensor:
         set_fused_attn(fused)  # what TIMM_FUSED_ATTN=0 does
         try:
-            net = timm.create_model("test_vit", num_classes=3).eval()
+            net = timm.create_model("test_vit", img_size=32, num_classes=3).eval()
         finally:
             set_fused_attn(True)
         taps = Taps(net, [tap], "teacher")
-        run(taps, net, torch.randn(2, 3, 160, 160))
+        run(taps, net, torch.randn(2, 3, 32, 32))
         return taps.take()[tap]
 
     with pytest.raises(KdError, match=rf"teacher tap {tap} did not fire: blocks\.\d\.attn .*TIMM_FUSED_ATTN=0"):

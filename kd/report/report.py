@@ -71,7 +71,7 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path, a
 def _not_finite(frame: pd.DataFrame) -> list[str]:
     """A sentence for each run that ended, and is left out because a metric of its predictions is no number."""
     bad = frame[frame["status"] == NOT_FINITE]
-    return [f"{run} is left out: {error}" for run, error in zip(bad["run"], bad["error"], strict=True)]
+    return [f"run {run} is left out: {error}" for run, error in zip(bad["run"], bad["error"], strict=True)]
 
 
 def _put(
