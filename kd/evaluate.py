@@ -36,7 +36,7 @@ Measures top-1/5, NLL, expected calibration error, accuracy per class, and besid
   kd eval student.checkpoint=FILE model@student=mlp   a checkpoint, with the groups and keys of kd train
   kd eval who=teacher teacher.checkpoint=RUN          a teacher alone
 
-out=FILE also writes the numbers as JSON."""
+A run's config.yaml is a configuration: it names code, as a script does. out=FILE also writes the numbers as JSON."""
 
 
 def main(argv: Sequence[str]) -> int:
