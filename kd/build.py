@@ -6,24 +6,33 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
+from lightning import LightningDataModule
 from torch import nn
 
-from kd import distributed, fits, hardware, weight_files, weights
-from kd.config import OBJECTIVE_KEYS
+from kd import described, distributed, fits, hardware, weight_files, weights
+from kd.config import OBJECTIVE_KEYS, targets
+from kd.data.base import DataModule
 from kd.distiller import Distiller
 from kd.errors import KdError
-from kd.losses.base import Term
+from kd.losses.base import Batch, Term
 from kd.objective import Objective
 from kd.teacher import InputMap, Teacher
 
 log = logging.getLogger(__name__)
+
+# what a run reads of its data beside the loaders; the descriptions are those of kd.data.base.DataModule
+READ_OF_DATA = (
+    *("num_classes", "input_shape", "class_names", "mean", "std", "sizes", "split_facts"),
+    *("drop_last", "mixup", "random_view"),
+)
+MISSING = object()
 
 
 def make(node: Mapping[str, Any], path: str, **extra: Any) -> Any:
@@ -47,11 +56,34 @@ def _first_line(error: BaseException) -> str:
 def datamodule(config: Mapping[str, Any]) -> Any:
     """The data module, set up for all splits. Of several processes one a node downloads."""
     data = make(config["data"], "data")
+    if not isinstance(data, LightningDataModule):
+        raise KdError(f"{_whose(config)} makes a {type(data).__name__}, not a LightningDataModule")
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not distributed.joined():
         data.prepare_data()
     distributed.barrier()
     data.setup("fit")
+    if not isinstance(data, DataModule):
+        _check_foreign(data, _whose(config))
     return data
+
+
+def _whose(config: Mapping[str, Any]) -> str:
+    return f"data._target_ = {config['data']['_target_']}"
+
+
+def _check_foreign(data: Any, whose: str) -> None:
+    """Name in one sentence all that a ``LightningDataModule`` from elsewhere lacks of what a run reads."""
+    lacking = [name for name in READ_OF_DATA if getattr(data, name, MISSING) is MISSING]
+    loaders = [f"{split}_dataloader" for split in ("train", "val", "test")]
+    unmade = [n for n in loaders if getattr(getattr(data, n), "__func__", None) is getattr(LightningDataModule, n)]
+    lacking += unmade
+    if "train_dataloader" not in unmade and not isinstance(batch := next(iter(data.train_dataloader())), Batch):
+        lacking.append(f"batches that are kd.losses.base.Batch(inputs, targets, index), not {type(batch).__name__}")
+    if lacking:
+        raise KdError(
+            f"{whose} lacks {', '.join(lacking)}: a run reads them; set them, or derive the class from "
+            "kd.data.base.DataModule, which needs load(), num_classes, input_shape and class_names alone"
+        )
 
 
 def facts(data: Any) -> dict[str, Any]:
@@ -112,21 +144,28 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
 def teacher(config: Mapping[str, Any], data: Any) -> Teacher | None:
     """The frozen teacher (or several), or None when neither a model nor a checkpoint is given."""
     section = config["teacher"]
-    models, checkpoints = _as_list(section["model"]), _as_list(section["checkpoint"])
-    if not models and not checkpoints:
+    pairs = teacher_members(section)
+    if not pairs:
         if section.get("cache"):
             raise KdError("teacher.cache = true needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
         return None
+    named = {node["_target_"] for role in ("student", "teacher") for _, node in targets(config[role]["model"])}
+    members = [_member(model, checkpoint, section, data, named) for model, checkpoint in pairs]
+    networks, maps = [n for n, _ in members], [i for _, i in members]
+    built = Teacher(networks, maps, section["combine"], section["weights"], bool(section.get("cache")))
+    built.sources = [weight_files.source_of(c, section.get("epoch")) for _, c in pairs if c is not None]
+    return built
+
+
+def teacher_members(section: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Model and checkpoint of each teacher of a config, None for what is not given; [] without a teacher."""
+    models, checkpoints = _as_list(section["model"]), _as_list(section["checkpoint"])
     if len(checkpoints) > 1 and len(models) == 1:
         models = models * len(checkpoints)
     count = max(len(models), len(checkpoints))
     models += [None] * (count - len(models))
     checkpoints += [None] * (count - len(checkpoints))
-    members = [_member(m, c, section, data) for m, c in zip(models, checkpoints, strict=True)]
-    networks, maps = [n for n, _ in members], [i for _, i in members]
-    built = Teacher(networks, maps, section["combine"], section["weights"], bool(section.get("cache")))
-    built.sources = [weight_files.source_of(c, section.get("epoch")) for c in checkpoints if c is not None]
-    return built
+    return list(zip(models, checkpoints, strict=True))
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -135,12 +174,18 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _member(model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any) -> tuple[nn.Module, InputMap]:
+def _member(
+    model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any, named: Collection[str]
+) -> tuple[nn.Module, InputMap]:
     state, about = weights.read(checkpoint, section.get("epoch")) if checkpoint is not None else (None, {})
-    spec = model if model is not None else about.get("model")
-    if spec is None:
+    if model is None and about.get("model") is None:
         raise KdError(
             f"teacher.checkpoint = {checkpoint} does not say which network it belongs to: add model@teacher=NAME"
+        )
+    spec = model
+    if spec is None:
+        spec = described.network(
+            about["model"], f"teacher.checkpoint = {checkpoint}", named, bool(section.get("trust"))
         )
     recorded = about.get("data", {})
     same_data(recorded, data, f"teacher.checkpoint = {checkpoint}")
@@ -205,7 +250,7 @@ def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
     there, same = (str(facts.pop("set", "")).rpartition(" ")[2] for facts in (split, here))  # a set is its digest
     moved = there == same and split != here
     differ = ", ".join(f"data.{k} {split.get(k)} there and {here.get(k)} here" for k in _unequal(split, here))
-    if moved and here["test_fraction"]:
+    if moved and here.get("test_fraction"):
         raise KdError(f"{source} may have been trained on this run's test images: {differ}")
     if moved:
         log.warning("%s may have been trained on this run's validation images: %s", source, differ)

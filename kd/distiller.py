@@ -56,7 +56,6 @@ class Distiller(Evaluated):
         self.objective, self.seed, self.log_every = objective, seed, log_every
         self._make_optimizer, self._make_scheduler, self._interval = optimizer, scheduler, scheduler_interval
         self.epoch_means: dict[str, float] = {}  # of the last training epoch
-        self.teacher_metrics: dict[str, dict[str, float]] = {}  # split → metrics, measured once
         self.about: dict[str, Any] = {}  # what is recorded with the weights: model, data facts
         self.unreached: list[str] = []  # see find_unreached
         self.sharded = False  # whether each process holds a part of every parameter only
@@ -204,16 +203,20 @@ class Distiller(Evaluated):
         """Measure the teacher with the student's metrics, once, and say so before the first epoch."""
         names, few = ["loss", *self.objective.names], self.objective.needs("labels")
         self._buffer = StepBuffer(names, self.log_every, self.device, over_labelled=few, counts=self.task.counts)
+        self.watch_teacher()
         if self.teacher is not None and "val" not in self.teacher_metrics:
             teacher, loader = self.teacher, self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
             dtype = next(self.student.parameters()).dtype  # of a precision like bf16-true, as in the steps
-            self.teacher_metrics["val"], _ = measure(
-                self.task, self.num_classes, lambda x: teacher(x.to(dtype)).rows, loader, self.device
+            found, _ = measure(
+                *(self.task, self.num_classes, lambda x: teacher(x.to(dtype)).rows, loader, self.device),
+                whose="the teacher",
+                split="val",
             )
-            said = ", ".join(f"val/{k} {v:.4f}" for k, v in self.teacher_metrics["val"].items())
-            log.info("teacher: %s", said)
+            self.teacher_metrics["val"] = found  # of one that is trained along, each validation's take its place
+            said = ", ".join(f"val/{k} {v:.4f}" for k, v in found.items())
+            log.info("teacher%s: %s", ", before it is trained along" if self.teacher_trained else "", said)
             recorded = teacher.sources[0].get("val", {}) if len(teacher.sources) == 1 else {}
-            if doubt := self.task.doubt(self.teacher_metrics["val"], recorded, self.num_classes):
+            if doubt := self.task.doubt(found, recorded, self.num_classes):
                 log.warning("the teacher %s", doubt)
         if self.teacher is not None and self.teacher.cache and self._teacher_logits_wanted:
             loader = self.trainer.datamodule.answering_dataloader()  # type: ignore[attr-defined]
@@ -277,15 +280,18 @@ class Distiller(Evaluated):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self._interval}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teacher out: it is furniture, and half as large again."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
+        """Leave a frozen teacher out: it is furniture, and half as large again. One that is trained along is kept."""
+        if not self.teacher_trained:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
         checkpoint["kd"] = {"history": self.history, "epoch_means": self.epoch_means, "about": self.about}
+        checkpoint["kd"]["teacher_trained"] = self.teacher_trained
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the teacher back, so that loading stays strict. ``KdError`` when the data is not what it was."""
+        """Put a teacher that was left out back, so that loading stays strict. ``KdError`` when the data is another."""
         self._refuse_other_data(checkpoint["kd"]["about"].get("data", {}))
-        if not self.sharded:
+        self._teacher_changed = checkpoint["kd"].get("teacher_trained", False)
+        if not self.sharded and not self._teacher_changed:
             own = self.state_dict()
             checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
         self.history, self.epoch_means = (dict(checkpoint["kd"][name]) for name in ("history", "epoch_means"))

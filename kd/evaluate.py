@@ -6,12 +6,14 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kd import record
 from kd.config import flat
 from kd.errors import KdError, near
+from kd.weight_files import TRAINED_ALONG
 
 OWN = {"run": None, "split": "test", "who": "student", "weights": "selected", "out": None}
 CHOICES = {"split": ("val", "test"), "who": ("student", "teacher"), "weights": ("selected", "last")}
@@ -21,6 +23,8 @@ RESOLVED = {
     "paths.data": "set data.root",
     "student.checkpoint": "leave out run= to measure a checkpoint",
 }
+
+TYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}  # precision → that of the weights
 
 USAGE = """kd eval [run=RUN] [split=val|test] [who=student|teacher] [weights=selected|last] [out=FILE] [KEY=VALUE ...]
 
@@ -32,7 +36,7 @@ Measures top-1/5, NLL, expected calibration error, accuracy per class, and besid
   kd eval student.checkpoint=FILE model@student=mlp   a checkpoint, with the groups and keys of kd train
   kd eval who=teacher teacher.checkpoint=RUN          a teacher alone
 
-out=FILE also writes the numbers as JSON."""
+A run's config.yaml is a configuration: it names code, as a script does. out=FILE also writes the numbers as JSON."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
         config = checked(overrides)
     file = _weights_file(own) if own["run"] and own["who"] == "student" else None
-    result = evaluate(config, own["who"], own["split"], file)
+    result = evaluate(config, own["who"], own["split"], file, run=own["run"])
     _print(result)
     if own["out"]:
         record.write_text(Path(own["out"]), json.dumps(result, indent=2) + "\n")
@@ -85,9 +89,9 @@ def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     from omegaconf.errors import OmegaConfBaseException
 
     from kd.config import check
-    from kd.schema import Root
+    from kd.schema import Root, Teacher
 
-    known = set(flat(config))
+    known = set(flat({**config, "teacher": {**asdict(Teacher()), **config["teacher"]}}))  # runs of before an option
     for override in overrides:
         key = override.partition("=")[0]
         if key not in known:
@@ -116,11 +120,13 @@ def evaluate(
     split: str = "test",
     weights_file: Path | None = None,
     keep: dict[str, Any] | None = None,
+    run: str | Path | None = None,
 ) -> dict[str, Any]:
     """Metrics of a config's student or teacher on one split.
 
     ``weights_file``: the student's weights, else ``student.checkpoint``; a student without weights is refused.
-    ``keep`` collects index, target and logits of every row.
+    ``keep`` collects index, target and logits of every row. ``run``: whose config it is. A teacher whose weights are
+    nowhere is refused, and beside a student left out: ``without`` says so.
     """
     import torch
 
@@ -134,17 +140,22 @@ def evaluate(
         raise KdError("the student has no weights: give run=RUN or student.checkpoint=FILE")
     data = build.datamodule(config)
     data.setup("test")
-    teacher = build.teacher(config, data)
+    without = unkept_teacher(config, run)
+    if without and who == "teacher":
+        raise KdError(f"{without}: there is nothing to measure (teacher.checkpoint=RUN measures another one)")
+    teacher = None if without else build.teacher(config, data)
     task = build.make(config["task"], "task")
     device = torch.device("cuda" if torch.cuda.is_available() and config["hardware"]["accelerator"] != "cpu" else "cpu")
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    dtype = TYPES.get(config["hardware"]["precision"], "float32")  # of the weights, as in the run
+    like_run = {"device": device, "dtype": getattr(torch, dtype)}
     if teacher is not None:
-        teacher.to(device)
+        teacher.to(**like_run)
     if who == "teacher":
         if teacher is None:
             raise KdError("there is no teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
-        metrics, per_class = measure(task, data.num_classes, lambda x: teacher(x).rows, loader, device, keep=keep)
         source = config["teacher"]["checkpoint"]
+        network, beside, whose = (lambda x: teacher(x.to(**like_run)).rows), None, f"the teacher ({source})"
     else:
         student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
         state, about = weights.read(source)
@@ -152,13 +163,12 @@ def evaluate(
         build.same_data(recorded, data, str(source))
         if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):
             raise KdError(f"{source} was trained on images of shape {recorded['input_shape']}, not {data.input_shape}")
-        prepare = InputMap(data.mean, data.std, recorded.get("mean"), recorded.get("std")).to(device)
+        prepare = InputMap(data.mean, data.std, recorded.get("mean"), recorded.get("std")).to(**like_run)
         weights.load(student, state, source, "student")
-        student.to(device).eval()
-        beside = (lambda x: teacher(x).rows) if teacher is not None else None
-        metrics, per_class = measure(
-            task, data.num_classes, lambda x: student(prepare(x)), loader, device, beside, keep
-        )
+        student.to(**like_run).eval()
+        network, whose = (lambda x: student(prepare(x.to(**like_run)))), f"the student ({source})"
+        beside = (lambda x: teacher(x.to(**like_run)).rows) if teacher is not None else None
+    metrics, per_class = measure(task, data.num_classes, network, loader, device, beside, keep, whose, split)
     if not math.isfinite(metrics["nll"]):
         raise KdError(f"{source}: its answers are not finite on {split} (nll = {metrics['nll']})")
     return {
@@ -168,7 +178,22 @@ def evaluate(
         "rows": data.sizes[split],
         "metrics": metrics,
         "per_class": dict(zip(data.class_names, per_class, strict=True)),
+        **({"without": without} if without else {}),
     }
+
+
+def unkept_teacher(config: Mapping[str, Any], run: str | Path | None = None) -> str:
+    """Why the network that taught cannot be had: its weights were random, or the run changed them; else ""."""
+    from kd.build import teacher_members
+
+    if run is not None and (Path(run) / record.FILE).is_file():
+        about = record.read(run).get("teacher") or {}
+        if about.get("weights") == TRAINED_ALONG and about.get("checkpoint") == config["teacher"]["checkpoint"]:
+            return f"the teacher of {run} was trained along with the student and was not kept"
+    for model, checkpoint in teacher_members(config["teacher"]):
+        if checkpoint is None and not model.get("pretrained"):
+            return "the teacher has random weights, which were not kept"
+    return ""
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -184,3 +209,5 @@ def _print(result: dict[str, Any]) -> None:
         for name, value in result["per_class"].items():
             table.add_row(f"accuracy of class {name}", f"{value:.4f}")
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110).print(table)
+    if "without" in result:
+        print(f"no agreement and KL: {result['without']}")

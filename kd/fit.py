@@ -39,6 +39,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     data = build.datamodule(config)
     module = build.distiller(config, data)
     check_monitor(config["protocol"]["monitor"], module)
+    check_steps(config["recipe"], module)
     about = {"model": config["student"]["model"], "data": build.facts(data), "seed": config["seed"]}
     module.about = about
     protocol = config["protocol"]
@@ -130,6 +131,19 @@ def check_monitor(monitor: str, module: Distiller) -> None:
         raise KdError(f"protocol.monitor = {monitor} is not measured; measured: {', '.join(known)}")
 
 
+def check_steps(recipe: dict[str, Any], module: Distiller) -> None:
+    """Refuse what Lightning cannot do for a distiller that steps its optimisers itself, two of them for example."""
+    if module.automatic_optimization:
+        return
+    for key, idle in (("gradient_clip", None), ("accumulate", 1)):
+        if recipe[key] not in (idle, 0):
+            raise KdError(
+                f"recipe.{key} = {recipe[key]} is not allowed with {type(module).__name__}, which steps its optimisers "
+                f"itself (manual optimisation): set recipe.{key}={'null' if idle is None else idle}, and do it in "
+                "its training_step"
+            )
+
+
 # ---------------------------------------------------------------------- sizes
 
 
@@ -193,6 +207,7 @@ def close(
     selected.update(_test(trainer, module, data, "test", run_dir if keep else None))
     last = {**selected, **last}  # the same student is tested once
     if keep:
+        trainer.loggers = []  # this pass is for the file: it is no point of the curves
         module.predictions = {}
         trainer.validate(module, datamodule=data, verbose=False)
         _save_predictions(run_dir / "predictions_val.npz", module)
@@ -200,6 +215,11 @@ def close(
     if module.teacher is not None:
         teacher = {"checkpoint": config["teacher"]["checkpoint"], "val": module.teacher_metrics["val"]}
         outcome["teacher"] = {**teacher, **_which(module.teacher.sources), **module.teacher_tested}
+        if module.teacher_trained:
+            outcome["teacher"]["weights"] = weight_files.TRAINED_ALONG
+            if best.epoch != last_epoch:  # the teacher of that epoch is gone: nothing to agree with
+                beside = {*module.task.metric_names(True)} - {*module.task.metric_names(False)}
+                selected["test"] = {k: v for k, v in selected["test"].items() if k not in beside}
     return outcome
 
 
@@ -250,10 +270,11 @@ def five_lines(outcome: dict[str, Any], run_dir: Path) -> str:
     """The end of a run: student last and selected, teacher, retention, and where everything is."""
     student, teacher = outcome["student"], outcome.get("teacher")
     last, selected = student["last"], student["selected"]
+    along = ", trained along" if (teacher or {}).get("weights") == weight_files.TRAINED_ALONG else ""
     lines = {
         f"student, last epoch ({last['epoch'] + 1})": _metrics(last),
         f"student, selected by val ({selected['epoch'] + 1})": _metrics(selected),
-        "teacher": "none" if teacher is None else _metrics(teacher),
+        f"teacher{along}": "none" if teacher is None else _metrics(teacher),
     }
     if teacher is None:
         lines["size"] = _size(student)

@@ -34,7 +34,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
     kept["protocol"] = {k: v for k, v in config["protocol"].items() if k != "keep_predictions"}
     for role in ("student", "teacher"):
         kept[role] = {**config[role], "checkpoint": _experiment_of(config[role]["checkpoint"])}
-    kept["teacher"].pop("cache", None)  # the same answers, sooner
+    for key in ("cache", "trust"):  # the same answers, sooner, or from a file that is allowed to name code
+        kept["teacher"].pop(key, None)
     text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -45,7 +46,7 @@ def changes_results(override: str) -> bool:
     section, _, rest = key.partition(".")
     if section == "hardware":
         return not rest or rest.partition(".")[0] in (*RESULTS_OF_HARDWARE, "sync_batchnorm")  # a group has a precision
-    aside = (*(f"data.{k}" for k in PLACES_OF_DATA), "protocol.keep_predictions", "teacher.cache")
+    aside = (*(f"data.{k}" for k in PLACES_OF_DATA), "protocol.keep_predictions", "teacher.cache", "teacher.trust")
     return section not in (*NOT_THE_EXPERIMENT, "hydra") and key not in aside
 
 

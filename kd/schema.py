@@ -32,6 +32,7 @@ class Teacher:
     mean: list[float] | None = None  # statistics of its input; null: recorded with it, else those of the data
     std: list[float] | None = None
     cache: bool | None = None  # true: answer each training image once, before the first epoch
+    trust: bool | None = None  # true: build what the checkpoint's own file names, also code from outside the libraries
     resize: Any = None  # an edge in pixels, or false: feed as is; null: refuse when the sizes differ
 
 

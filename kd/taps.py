@@ -65,6 +65,7 @@ class Taps:
     def __init__(self, network: nn.Module, names: Sequence[str], side: str) -> None:
         self.names = list(dict.fromkeys(names))
         self.side = side
+        self._network = network
         self.active = False  # hooks do nothing while the network runs for another purpose (validation, say)
         self.stop = False  # end the forward pass (AllTapped) as soon as every tap has fired
         self._recorded: dict[str, Tensor] = {}
@@ -109,10 +110,22 @@ class Taps:
         """The tensors of the last forward pass by name; forgets them. ``KdError`` when one did not fire."""
         silent = [name for name in self.names if name not in self._recorded]
         if silent:
-            raise KdError(f"{self.side} tap {silent[0]} did not fire: its module does not run in the forward pass")
+            raise KdError(f"{self.side} tap {silent[0]} did not fire: {self._why(silent[0])}")
         self._compare_versions()
         recorded, self._recorded = self._recorded, {}
         return recorded
+
+    def _why(self, name: str) -> str:
+        """Why a module does not run: most likely a fused attention, which has no map of weights to show."""
+        module = name.partition(":")[0]
+        while module:
+            if getattr(self._network.get_submodule(module), "fused_attn", False):
+                return (
+                    f"{module} uses fused attention, which does not run that module; timm computes the attention map "
+                    "step by step where it is started with the environment variable TIMM_FUSED_ATTN=0"
+                )
+            module = module.rpartition(".")[0]
+        return "its module does not run in the forward pass"
 
     def _compare_versions(self) -> None:
         self._overwritten |= {n for n, tensor in self._recorded.items() if tensor._version != self._versions[n]}

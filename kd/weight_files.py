@@ -16,6 +16,7 @@ SELECTED = "student.safetensors"  # of a run directory: the weights that the val
 LAST = "student_last.safetensors"
 FILES = {"selected": SELECTED, "last": LAST}
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+TRAINED_ALONG = "trained along, not kept"  # in a record: of a teacher whose weights the run changed
 
 
 def locate(path: str | Path, epoch: str | None = None) -> Path:

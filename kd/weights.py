@@ -45,10 +45,16 @@ def read(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor],
     """
     file = locate(path, epoch)
     if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    content = read_pickle(file)
-    own = content.get("kd") if isinstance(content, dict) else None
-    return _state_dict(content, file), own.get("about", {}) if isinstance(own, dict) else {}
+        state, about = _read_safetensors(file)
+    else:
+        content = read_pickle(file)
+        own = content.get("kd") if isinstance(content, dict) else None
+        state, about = _state_dict(content, file), own.get("about", {}) if isinstance(own, dict) else {}
+    facts = about.get("data", {}) if isinstance(about, dict) else None
+    shape = facts.get("input_shape", [1, 1, 1]) if isinstance(facts, dict) else None
+    if not isinstance(shape, (list, tuple)) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+        raise KdError(f"{file} cannot be read: what it says of its network and data is not what kd writes")
+    return state, about
 
 
 def read_pickle(file: Path) -> Any:
@@ -84,7 +90,7 @@ def progress(checkpoint: Path) -> Progress:
         raise KdError(f"{checkpoint} cannot be read: it is not a checkpoint of a run") from None
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Any]:
     try:
         with safe_open(str(file), framework="pt") as handle:
             about = json.loads((handle.metadata() or {}).get("kd", "{}"))

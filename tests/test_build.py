@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 
+import lightning
 import pytest
 import torch
 from safetensors import safe_open
@@ -242,3 +243,34 @@ def test_adapters_are_trained_and_the_teacher_is_not() -> None:
     assert not {id(p) for p in distiller.teacher.parameters()} & wanted
     optimizer = distiller.configure_optimizers()["optimizer"]
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == wanted
+
+
+class Foreign(lightning.LightningDataModule):
+    """A data module as one writes it for Lightning alone."""
+
+    num_classes, input_shape = 10, (1, 8, 8)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(8, 1, 8, 8), torch.arange(8)), 4)
+
+    val_dataloader = train_dataloader
+
+
+def test_a_data_module_from_elsewhere_is_told_all_that_it_lacks() -> None:
+    with pytest.raises(KdError) as refused:
+        build.datamodule({"data": {"_target_": "tests.test_build.Foreign"}})
+    said = str(refused.value)
+    assert "\n" not in said
+    for word in (
+        "data._target_ = tests.test_build.Foreign lacks ",
+        "kd.data.base.DataModule",
+        "Batch(inputs, targets, ",
+    ):
+        assert word in said
+    for name in ("class_names", "mean", "std", "sizes", "split_facts", "drop_last", "mixup", "random_view"):
+        assert f" {name}," in said
+    assert "test_dataloader" in said
+    for given in ("num_classes, input", "train_dataloader", "val_dataloader"):
+        assert given not in said.partition(":")[0]
+    with pytest.raises(KdError, match=r"data\._target_ = torch\.nn\.Flatten makes a Flatten, not a Lightning"):
+        build.datamodule({"data": {"_target_": "torch.nn.Flatten"}})

@@ -1,4 +1,4 @@
-"""The metrics of image classification, against scikit-learn and by hand; ties and NaN score nothing."""
+"""The metrics of image classification, against scikit-learn and by hand; ties go to the first class, NaN scores 0."""
 
 from __future__ import annotations
 
@@ -41,14 +41,42 @@ def test_against_other_implementations() -> None:
     assert found["ece"] == pytest.approx(ece, rel=1e-4)
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan])
-def test_a_dead_network_scores_nothing(value) -> None:
-    logits, targets = torch.full((10, 8), value), torch.arange(10) % 8
-    found = measured(logits, targets)
-    assert found["acc1"] == found["acc5"] == 0
-    correct, labelled = Classification().count(logits, targets)
-    assert [int(c) for c in correct] == [0, 0]
-    assert int(labelled) == 10
+def test_a_dead_network_scores_by_chance_and_nan_scores_nothing() -> None:
+    """Of equal logits the first class is the answer, as for argmax: 2 of 10 targets are 0."""
+    targets = torch.arange(10) % 8
+    for value, wanted in ((0.0, [2, 2]), (math.nan, [0, 0])):
+        logits = torch.full((10, 8), value)
+        found = measured(logits, targets)
+        assert [found["acc1"], found["acc5"]] == pytest.approx([w / 10 for w in wanted])
+        correct, labelled = Classification().count(logits, targets)
+        assert [int(c) for c in correct] == wanted
+        assert int(labelled) == 10
+
+
+def test_one_definition_of_a_right_answer_in_all_metrics() -> None:
+    """With the many ties of bfloat16: top-1, top-5, per class, agreement and calibration are those of argmax."""
+    torch.manual_seed(0)
+    logits, targets = (torch.randn(4000, 8) * 0.3 + 8).bfloat16(), torch.randint(0, 8, (4000,))
+    assert (logits.sort(1).values.diff(dim=1)[:, -1] == 0).sum() > 400  # the two highest are equal
+    answer, exact = logits.argmax(1), logits.float()
+    metrics = Classification().metrics(8)
+    metrics.update(logits, targets, logits)
+    found = metrics.compute(True)
+    assert found["acc1"] == pytest.approx((answer == targets).float().mean().item())
+    assert (exact.numpy().argmax(1) == answer.numpy()).all()
+    below = (exact < exact.gather(1, targets[:, None])).sum(1)
+    assert found["acc5"] == pytest.approx(((below >= 8 - 5) | (answer == targets)).float().mean().item())
+    recall = [(answer[targets == c] == c).float().mean().item() for c in range(8)]
+    assert metrics.accuracy_per_class() == pytest.approx(recall)
+    assert found["agreement"] == 1
+    assert found["kl"] == 0
+    sure = exact.softmax(1).amax(1)
+    bins = (sure * 15).long().clamp(max=14)
+    right = (answer == targets).float()
+    ece = sum(abs(float(right[bins == b].mean() - sure[bins == b].mean())) * (bins == b).sum() for b in bins.unique())
+    assert found["ece"] == pytest.approx(float(ece) / 4000, rel=1e-4)
+    correct, _ = Classification().count(logits, targets)
+    assert [int(c) / 4000 for c in correct] == pytest.approx([found["acc1"], found["acc5"]])
 
 
 def test_unlabelled_rows_are_not_counted() -> None:

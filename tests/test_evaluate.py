@@ -73,6 +73,16 @@ def test_a_student_is_fed_with_the_statistics_it_was_trained_on(kd, tmp_path) ->
     )
 
 
+def test_a_run_of_before_an_option_takes_it(kd, tmp_path, teacher_run) -> None:
+    import shutil
+
+    shutil.copytree(teacher_run, tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("  trust: null\n", ""))
+    assert "trust" not in (tmp_path / "run" / "config.yaml").read_text()
+    assert kd("eval", "run=run", "teacher.trust=true").code == 0
+
+
 def test_eval_does_not_need_the_code_of_the_loss(kd, tmp_path, teacher_run) -> None:
     import shutil
 

@@ -26,8 +26,8 @@ ALLOWED = {
     "weight_files": {"record", "errors"},
     "sources": {"config", "record", "signature"},
     "inputs": {"sources", "weight_files"},
-    "measure": {"measure", "losses"},
-    "evaluated": {"evaluated", "teacher", "losses", "distributed", "errors"},
+    "measure": {"measure", "losses", "errors"},
+    "evaluated": {"evaluated", "measure", "teacher", "losses", "distributed", "errors"},
     "distiller": {
         *(
             "distiller",

@@ -133,3 +133,26 @@ def test_wrong_names_list_near_ones(name, sentence) -> None:
 def test_a_network_without_stages_says_so() -> None:
     with pytest.raises(KdError, match="teacher: "):
         resolve(None, nn.Sequential(nn.Linear(2, 2)), "teacher")
+
+
+@pytest.mark.parametrize("tap", ["blocks.0.attn.attn_drop", "blocks.1.attn.attn_drop:input"])
+def test_fused_attention_is_named_with_a_cure_that_works(tap) -> None:
+    """The cure is timm's own switch, in the environment: it is read where timm is imported."""
+    import timm
+    from timm.layers import set_fused_attn
+
+    def attention(fused: bool) -> torch.Tensor:
+        set_fused_attn(fused)  # what TIMM_FUSED_ATTN=0 does
+        try:
+            net = timm.create_model("test_vit", img_size=32, num_classes=3).eval()
+        finally:
+            set_fused_attn(True)
+        taps = Taps(net, [tap], "teacher")
+        run(taps, net, torch.randn(2, 3, 32, 32))
+        return taps.take()[tap]
+
+    with pytest.raises(KdError, match=rf"teacher tap {tap} did not fire: blocks\.\d\.attn .*TIMM_FUSED_ATTN=0"):
+        attention(fused=True)
+    maps = attention(fused=False)
+    assert maps.shape[0] == 2
+    assert torch.allclose(maps.sum(-1), torch.ones(()))

@@ -210,15 +210,25 @@ def _predictions(frame: pd.DataFrame, row: str, runs_dir: Path) -> dict[int, tup
 
 
 def predictions(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Index, target and logits (rows × classes) of a run's test images, sorted by index; None if they were not kept."""
+    """Index, target and logits (rows × classes) of a run's test images, sorted by index; None if they were not kept.
+
+    ``KdError`` when the file cannot be read, or holds logits that are not finite.
+    """
     file = run_dir / PREDICTIONS
     if not file.is_file():
         return None
     try:
         with np.load(file) as kept:
-            return kept["index"], kept["target"], kept["logits"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            index, target, logits = (kept[name] for name in ("index", "target", "logits"))
+            bad = np.flatnonzero(~np.isfinite(logits).all(1))
+            if not bad.size:
+                return index, target, logits
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile):
         raise KdError(f"{file} cannot be read: it is not what kd writes") from None
+    raise KdError(
+        f"{file}: the student's answer is not finite for {bad.size} image(s) of test (NaN or infinity; index "
+        f"{index[bad[0]]}): remove the run and train it anew"
+    )
 
 
 # ---------------------------------------------------------------------- the claim

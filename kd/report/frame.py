@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ SCHEMA = 1  # of results.csv
 RESULTS = "results.csv"  # in the folder of a study, and beside its runs
 FINISHED = "finished"
 OUTDATED = "outdated"  # its teacher, or the user's own code that it ran, is another one now
+NOT_FINITE = "not finite"  # its predictions hold NaN or infinity: they would spoil every mean
 EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
@@ -33,7 +35,8 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
 
     ``{last,selected}/test/errors`` counts wrong test images; ``retention`` is student ÷ teacher on test; ``last/gap``
     is training minus test accuracy; ``NAME/metric`` comes from the run's further evaluations. A failed run has
-    fewer columns. ``base``: what the path of the run is written relative to.
+    fewer columns, and a run whose predictions were not finite does not count as finished. ``base``: what the path of
+    the run is written relative to.
     """
     found = record.read(run_dir)
     try:
@@ -43,11 +46,26 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
         ):  # a job of a sweep that could not begin
             about = {"seed": seed_told(found["overrides"]), "status": found["status"], "error": found["error"]}
             return {"row": row, **about, "run": path}
+        if lacking := _not_finite(found):
+            error = f"{lacking} is not finite (null in {record.FILE}): the predictions are no numbers; train it anew"
+            return {"row": row, **_about(found), "run": path, "status": NOT_FINITE, "error": error}
         rows = found.get("data", {}).get("sizes", {}).get("test")
         numbers = {**_student(found, rows), **_teacher(found), **_evaluations(run_dir, rows)}
         return {"row": row, **_about(found), "run": path, **numbers}
     except (KeyError, TypeError, AttributeError, ValueError):
         raise record.broken(run_dir) from None
+
+
+def _not_finite(found: Mapping[str, Any]) -> str:
+    """The first metric of student or teacher that is null, as JSON writes NaN and infinity; "" when none is."""
+    student, teacher = found.get("student", {}), found.get("teacher", {})
+    parts = {**{f"student/{epoch}": student.get(epoch, {}) for epoch in EPOCHS}, "teacher": teacher}
+    for name, part in parts.items():
+        for split in ("val", "test"):
+            bad = [metric for metric, value in part.get(split, {}).items() if value is None]
+            if bad:
+                return f"{name}/{split}/{bad[0]}"
+    return ""
 
 
 def seed_told(overrides: Sequence[str]) -> int:
@@ -146,7 +164,9 @@ def read_evaluations(run_dir: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         numbers = [v for entry in content.values() for v in entry["metrics"].values()]
-        if all(isinstance(v, (int, float)) for v in numbers) and all("made" in entry for entry in content.values()):
+        if all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers) and all(
+            "made" in entry for entry in content.values()
+        ):
             return content
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

@@ -13,7 +13,7 @@ import pandas as pd
 from kd.errors import KdError
 from kd.report import cost, curves, figures, sections, style, tables, taught, told
 from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
-from kd.report.frame import FINISHED, check_protocol, finished
+from kd.report.frame import FINISHED, NOT_FINITE, check_protocol, finished
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section, render
 from kd.report.style import Canvas
@@ -47,13 +47,16 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path, a
     """
     if finished(frame).empty:
         states = ", ".join(f"{count} {status}" for status, count in frame["status"].value_counts().items())
-        raise KdError(f"{study.name}: no run is finished{f' ({states})' if states else ''}: there is nothing to report")
+        why = "".join(f"; {note}" for note in _not_finite(frame)[:1])
+        found = f" ({states}{why})" if states else ""
+        raise KdError(f"{study.name}: no run is finished{found}: there is nothing to report")
     check_protocol(frame)
     compared = compare(study, frame, runs_dir)
     state, reasons = verdict(study, compared, frame)
     table, shown = tables.numbers(study, frame), tables.measures(study, frame)
     drawn = draw(study, frame, runs_dir)
-    notes = [f"{figures.capital(note)}." for note in [*told.notes(study, frame), *taught.notes(study, frame)]]
+    said = [*told.notes(study, frame), *taught.notes(study, frame), *_not_finite(frame)]
+    notes = [f"{figures.capital(note)}." for note in said]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
@@ -64,6 +67,12 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path, a
             return Report(state, reasons, table, shown, compared, *_put(out, temporary, pages, list(drawn)), notes)
     except OSError as error:
         raise KdError(f"out = {out} cannot be written: {error.strerror}") from None
+
+
+def _not_finite(frame: pd.DataFrame) -> list[str]:
+    """A sentence for each run that ended, and is left out because a metric of its predictions is no number."""
+    bad = frame[frame["status"] == NOT_FINITE]
+    return [f"run {run} is left out: {error}" for run, error in zip(bad["run"], bad["error"], strict=True)]
 
 
 def _put(

@@ -129,7 +129,7 @@ def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, flo
     kept: dict[str, dict[str, Any]] = {"val": {}, "test": {}}
     found: dict[str, Any] = {}
     for split in kept if evaluation.bias else ("test",):
-        found = measure(config, split=split, weights_file=weights, keep=kept[split])
+        found = measure(config, split=split, weights_file=weights, keep=kept[split], run=run_dir)
     if not evaluation.bias:
         return {**found["metrics"], **_classes(list(found["per_class"].values()))}
     val, test = ({k: np.concatenate([t.numpy() for t in v]) for k, v in part.items()} for part in kept.values())

@@ -91,6 +91,17 @@ def test_predictions_of_other_images_are_not_paired(study, runs, found) -> None:
         claims.compare(study, found, runs)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_kept_prediction_that_is_no_number_is_named(study, runs, found, value) -> None:
+    file = runs / "alone" / "seed2" / "predictions_test.npz"
+    kept = dict(np.load(file))
+    kept["logits"][17, 3] = value
+    np.savez(file, **kept)
+    index = kept["index"][17]
+    with pytest.raises(KdError, match=rf"alone/seed2/predictions_test\.npz: .* not finite .* index {index}\)"):
+        claims.compare(study, found, runs)
+
+
 def test_two_measures_of_one_row(study, found) -> None:
     between = Comparison("x", "distilled", "distilled", "selected/test/acc1", than_measure="last/test/acc1")
     other = replace(study, comparisons={"x": between})

@@ -67,7 +67,14 @@ def test_a_record_that_cannot_be_read(tmp_path, content, sentence) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[1]", '{"moved": 3}', '{"moved": {"made": {}, "metrics": {"acc1": "x"}}}', '{"moved": {"metrics": {}}}'],
+    [
+        "{",
+        "[1]",
+        '{"moved": 3}',
+        '{"moved": {"made": {}, "metrics": {"nll": NaN}}}',
+        '{"moved": {"made": {}, "metrics": {"acc1": "x"}}}',
+        '{"moved": {"metrics": {}}}',
+    ],
 )
 def test_evaluations_that_cannot_be_read(write, tmp_path, content) -> None:
     run = write(tmp_path / "kd" / "seed1", 1, 0.9)

@@ -265,6 +265,31 @@ def test_kd_report_of_runs(kd, write, tmp_path) -> None:
     assert Path("report/report.html").is_file()
 
 
+@pytest.mark.parametrize("place", [("student", "selected", "test", "nll"), ("teacher", "test", "acc1")])
+def test_a_run_whose_predictions_were_no_numbers_is_left_out_by_name(kd, write, tmp_path, place) -> None:
+    """A record with a null in place of a metric, as NaN is written, spoils no mean and is no traceback."""
+    for seed, accuracy in ((0, 0.9), (1, 0.92), (2, 0.3)):
+        write(tmp_path / "runs" / f"seed{seed}", seed, accuracy, teacher=0.95)
+    bad = tmp_path / "runs" / "seed2"
+    result = record.read(bad)
+    part = result
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = None
+    record.write(bad, result)
+    said = kd("report", "runs", "out=here")
+    assert said.code == 0, said.err
+    sentence = f"un seed2 is left out: {'/'.join(place)} is not finite"
+    text = Path("here/report.md").read_text()
+    assert sentence in said.out
+    assert sentence in text
+    assert "91.00 ± 1.41" in text
+    alone = kd("report", "runs/seed2")
+    assert alone.code == 1
+    assert sentence in alone.err
+    assert "Traceback" not in alone.err
+
+
 def taught(run_dir: Path, seed: int, path: str, weights: str, write) -> None:
     about = {"name": "x", "config_hash": "1", "overrides": ["loss=[ce,kd]", f"seed={seed}"]}
     write(run_dir, seed, 0.9, teacher=0.95, **about, weights_read={"teacher.checkpoint": [weights]})
