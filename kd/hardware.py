@@ -161,7 +161,8 @@ def _strategy(hardware: Mapping[str, Any], module: Any) -> Any:
     if hardware["strategy"] == "fsdp":
         size = distributed.world_size()
         return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
-    distributed.ignore_in_ddp(module, "teacher.")
+    if not module.teacher_trained:
+        distributed.ignore_in_ddp(module, "teacher.")
     return DDPStrategy(find_unused_parameters=bool(module.unreached))
 
 
