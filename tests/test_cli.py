@@ -64,8 +64,14 @@ TYPOS = [
     (["model=mlp"], "model is not a group here: write model@student or model@teacher"),
     (["experiment=nope"], "experiment=nope does not exist; options of experiment: "),
     (["loss.kd.temperature=3"], "kd is not among the chosen loss terms (ce); choose it with loss=[ce,kd]"),
-    (["loss=[ce,kd]", "loss.kd.temprature=3"], "there is no option loss.kd.temprature (near: loss.kd.temperature"),
-    (["student.model.hiden=[3]"], "there is no option student.model.hiden (near: student.model.hidden"),
+    (
+        ["loss=[ce,kd]", "loss.kd.temprature=3"],
+        "loss.kd.temprature is not an argument of kd.losses.logits.kd.KnowledgeDistillation (near: temperature)",
+    ),
+    (
+        ["student.model.hiden=[3]"],
+        "student.model.hiden is not an argument of kd.models.mlp.mlp (near: hidden) [command line: student.",
+    ),
     (["+recipe.optimizer.momentun=3"], "recipe.optimizer.momentun is not an argument of torch.optim.Adam"),
     (["+recipe.foo=3"], "there is no option recipe.foo"),
     (["+foo=3"], "there is no option foo"),
@@ -94,7 +100,10 @@ TYPOS = [
         ["+hardware.trainer.max_epoch=3"],
         "hardware.trainer.max_epoch is not an argument of lightning.Trainer (near: max_",
     ),
-    (["hardware.trainer={max_epoch:3}"], "there is no option hardware.trainer.max_epoch"),
+    (
+        ["hardware.trainer={max_epoch: 3}"],
+        "hardware.trainer.max_epoch is not an argument of lightning.Trainer (near: max_epochs",
+    ),
     (["--nonsense"], "the flags are not understood: unrecognized arguments: --nonsense"),
     (["resume=nowhere"], "nowhere is not a run directory: there is no config.yaml in it"),
     (["resume=nowhere", "seed=3"], "resume=nowhere takes no other arguments (given: seed=3)"),

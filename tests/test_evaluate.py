@@ -113,7 +113,10 @@ def test_the_table_is_printed(kd, teacher_run) -> None:
         (["run=RUN", "who=teacher"], "there is no teacher: give teacher.checkpoint=RUN"),
         (["run=RUN", "out=no/such/folder/x.json"], "cannot be written: its folder does not exist"),
         (["model@student=mlp"], "the student has no weights: give run=RUN or student.checkpoint=FILE"),
-        (["nonsense"], "nonsense cannot be read as KEY=VALUE"),
+        (["nonsense"], "nonsense is neither a run directory nor KEY=VALUE"),
+        (["splt"], "splt is neither a run directory nor KEY=VALUE (near: split)"),
+        (["run=RUN", "run=x"], "kd eval measures one run, given: RUN and x"),
+        (["run=RUN", "--force"], "--force is not understood: kd eval takes RUN, --config-dir DIR and KEY=VALUE"),
     ],
 )
 def test_bad_input(kd, teacher_run, arguments, sentence) -> None:

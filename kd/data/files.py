@@ -15,6 +15,7 @@ from kd.data.split import generator
 from kd.errors import KdError
 from kd.losses.base import Batch
 
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError)  # PIL raises all of these on damaged files
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -33,16 +34,22 @@ def list_images(folder: Path) -> tuple[list[str], list[Path], Tensor]:
 
 
 def decode(path: Path, transform: Callable[[Any], Tensor]) -> Tensor:
-    """The file as RGB through ``transform``: (3, H, W) uint8. Raises ``KdError`` naming a damaged file."""
+    """The file as RGB through ``transform``: (3, H, W) uint8. Raises ``KdError`` naming a damaged or huge file.
+
+    Huge is what PIL calls a possible decompression bomb: more than ``PIL.Image.MAX_IMAGE_PIXELS`` (89,478,485) pixels.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
+            pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if most is not None and pixels > most:
+                raise ValueError(f"{pixels:,} pixels, at most {most:,} are decoded: make it smaller")
             if image.mode.startswith(("I", "F")):  # PIL would clip these to white
                 raise ValueError(f"mode {image.mode}: more than 8 bits a channel, convert it first")
             opaque = image.convert("RGBA") if "transparency" in image.info else image
             return transform(opaque.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of these on damaged files
+    except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise KdError(
             f"{path} cannot be read as an image ({' '.join(str(error).split())}): replace or delete it"
         ) from None

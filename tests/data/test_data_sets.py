@@ -193,7 +193,7 @@ def test_a_damaged_cifar_file_is_named(small_cifar: Path) -> None:
         ({"augment": {"pad": -1}}, "data.augment.pad = -1 is not allowed"),
         (
             {"augment": {"pad": 8, "pad_mode": "reflect"}},
-            "data.augment.pad = 8 is not allowed: reflecting needs less than 8",
+            "data.augment.pad = 8 is not allowed: it must be less than 8, the images are 8 x 8",
         ),
         (
             {"augment": {"pad_mode": "wrap"}},
