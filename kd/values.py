@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-# of optimisers and schedulers: torch finds out late, or not at all, when these are no such numbers
+# of optimisers and schedulers, and the least that each may be: torch finds out late, or not at all, that a value is no
+# number, infinite, or a period of 0; that a rate is negative it says itself
 LEAST = {
-    **dict.fromkeys(("lr", "momentum", "weight_decay", "eps", "alpha", "dampening", "eta_min"), 0),
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "eps", "gamma", "eta_min"), -math.inf),
     **dict.fromkeys(("T_max", "T_0", "step_size", "total_iters"), 1),
-    **dict.fromkeys(("gamma",), -math.inf),
 }
 
 
