@@ -54,6 +54,10 @@ def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[st
     found = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if found:
         return f"{found[1]} has several values: add -m to run each of them, or write a list as KEY=[a,b]"
+    if text.startswith("Config group override must be a string or a list"):  # data=7, loss=null
+        groups = [o for o in overrides if re.fullmatch(r"[\w@/]+=([-+\d.]+|null|true|false)", o)]
+        typed = [o for o in groups if (CONF / o.partition("=")[0].partition("@")[0]).is_dir()]
+        return f"{' or '.join(typed or groups)} is not allowed: a group takes the name of an option, or [a,list]"
     if isinstance(error, (ValueError, AssertionError)):  # student.model.hidden.x=3, where hidden is a list
         deep = " or ".join(o for o in overrides if "." in o.partition("=")[0]) or "the config"
         return f"{deep} cannot be set: {_lower(text)}"
@@ -95,9 +99,9 @@ def _network_of_timm(option: str, overrides: Sequence[str]) -> str:
 
 
 def known_keys(overrides: Sequence[str], search: Sequence[str]) -> list[str]:
-    """The keys of the composed config, with as many of the overrides (the groups, above all) as compose."""
+    """The keys of the config that the groups among the overrides compose to, and the arguments of its targets."""
     running = GlobalHydra.instance().hydra  # of a sweep, which composes its jobs
-    groups = [o for o in overrides if "." not in o.split("=")[0]]
+    groups = [o for o in overrides if sources.key_of(o).partition("@")[0] in _groups(search)]
     for attempt in (groups, []):
         GlobalHydra.instance().clear()
         try:
@@ -110,11 +114,16 @@ def known_keys(overrides: Sequence[str], search: Sequence[str]) -> list[str]:
         values = sources.flat(OmegaConf.to_container(cfg, resolve=False))
         own = {k.rpartition(".")[2] for k, v in values.items() if not str(v).startswith("${")}
         # data.batch_size is ${recipe.batch_size}: only the latter is to be set
-        keys = [k for k, v in values.items() if not str(v).startswith("${") or k.rpartition(".")[2] not in own]
-        keys += [f"{path}.{name}" for path, name in _arguments(cfg)]
+        derived = {k for k, v in values.items() if str(v).startswith("${") and k.rpartition(".")[2] in own}
+        keys = {*values, *(f"{path}.{name}" for path, name in _arguments(cfg))} - derived
         parents = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
         return sorted({*keys, *parents})
     return []
+
+
+def _groups(search: Sequence[str]) -> set[str]:
+    roots = [CONF, *(Path(place.removeprefix("file://")) for place in search)]
+    return {folder.name for root in roots if root.is_dir() for folder in root.iterdir() if folder.is_dir()}
 
 
 def _arguments(cfg: DictConfig) -> Iterator[tuple[str, str]]:
@@ -137,15 +146,13 @@ def _not_an_option(key: str, text: str, cause: str, overrides: Sequence[str], se
     if groups:
         choices = [g.strip() for g in groups[1].rstrip("?").split(",")]
         return f"{where}{key} is not a group here: write {' or '.join(choices)}"
-    roots = [CONF, *(Path(place.removeprefix("file://")) for place in search)]
-    names = [g.name for root in roots if root.is_dir() for g in root.iterdir() if g.is_dir()]
     keys = known_keys(overrides, search)
     given = key
     deeper = re.search(r"full_key: (\S+)", cause)  # a mapping was given, and the mistake is inside it
     if deeper and deeper[1].startswith(f"{key}."):
         key = deeper[1]
     given = next((o for o in overrides if o.split("=")[0] in (key, given)), key)
-    return f"{where}{given}: there is no option {key}{near(key, {*keys, *names})}"
+    return f"{where}{given}: there is no option {key}{near(key, {*keys, *_groups(search)})}"
 
 
 def _key_or_value(text: str, search: Sequence[str]) -> str:

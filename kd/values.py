@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -13,6 +14,7 @@ LEAST = {
     **dict.fromkeys(("lr", "momentum", "weight_decay", "eps", "gamma", "eta_min"), -math.inf),
     **dict.fromkeys(("T_max", "T_0", "step_size", "total_iters"), 1),
 }
+THREADS = 1024
 
 
 def better(metric: str) -> str:
@@ -35,6 +37,9 @@ def of_every_use(config: Mapping[str, Any]) -> Iterator[str]:
     root = config["data"].get("root")
     if root is not None and not isinstance(root, str):
         yield f"data.root = {root} is not allowed: it must be the path of a folder, or null"
+    augment = config["data"].get("augment")
+    if not isinstance(augment, (Mapping, types.NoneType)) and str(config["data"].get("_target_")).startswith("kd."):
+        yield f"data.augment = {augment} is not allowed: it must be a mapping, such as {{pad: 2, flip: true}}, or null"
     teacher = config["teacher"]
     for checkpoint in c if isinstance(c := teacher["checkpoint"], list) else [c]:
         if checkpoint is not None and not isinstance(checkpoint, str):
@@ -53,8 +58,8 @@ def of_a_training(config: Mapping[str, Any]) -> Iterator[str]:
     if not 0 <= config["seed"] < 2**32:
         yield f"seed = {config['seed']} is not allowed: it must be 0 to {2**32 - 1}"
     threads, deterministic = config["hardware"]["threads"], config["hardware"]["deterministic"]
-    if threads is not None and threads < 1:
-        yield f"hardware.threads = {threads} is not allowed: it must be 1 or more, or null for torch's choice"
+    if threads is not None and not 1 <= threads <= THREADS:  # of 100,000 the memory does not suffice: a crash
+        yield f"hardware.threads = {threads} is not allowed: it must be 1 to {THREADS}, or null for torch's choice"
     if deterministic not in (True, False, "warn"):
         yield f"hardware.deterministic = {deterministic} is not allowed: it must be true, false or warn"
     every = config["distiller"].get("log_every", 1)

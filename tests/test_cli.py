@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kd import app
+from kd.errors import KdError
 
 
 def test_help_lists_the_verbs(kd) -> None:
@@ -143,6 +144,21 @@ YAML_TYPOS = [
     ("data:\n  val_fractoin: 0.1\n", ["data.val_fractoin is not an argument", "(near: val_fraction", "mine.yaml"]),
     ("loss:\n  kd:\n    temperature: 3\n", ["loss.kd = {'temperature': 3} has no _target_"]),
 ]
+
+
+def test_keys_of_a_term_that_the_command_line_leaves_out_do_not_matter(tmp_path) -> None:
+    """The experiment sets ``loss.kd.temperature``."""
+    assert app.checked(["experiment=digits_kd", "loss=[ce]"])["loss"] == {
+        "ce": {**app.checked(["loss=[ce]"])["loss"]["ce"], "weight": 0.1}
+    }
+    assert list(app.checked(["experiment=digits_kd"])["loss"]) == ["ce", "kd"]
+    with pytest.raises(
+        KdError, match=r"^loss\.kd\.temperature=2 cannot be set: kd is not among the chosen loss terms \(ce\)"
+    ):
+        app.checked(["experiment=digits_kd", "loss=[ce]", "loss.kd.temperature=2"])
+    folder, *flags = experiment(tmp_path, "loss:\n  kdd:\n    temperature: 3\n")[1:]
+    with pytest.raises(KdError, match=r"experiment/mine\.yaml: there is no option loss\.kdd \(near: loss\.kd"):
+        app.checked([*flags, "loss=[ce]"], folder)
 
 
 @pytest.mark.parametrize(("text", "parts"), YAML_TYPOS, ids=[t.replace("\n", " ") for t, _ in YAML_TYPOS])
