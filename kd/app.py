@@ -15,29 +15,44 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from kd import explain
-from kd.config import CONF
+from kd import explain, keys
+from kd.composition import CONF, command_line
 from kd.errors import KdError
 from kd.hardware import refuse_missing, settings
 from kd.sweeps import job as jobs
 
 log = logging.getLogger("kd.app")
 
+SEARCH = "hydra.searchpath="
 SAME_COMMAND = "finished runs are kept, the others go on from their last validation: give the same command again"
 Job = Callable[[dict[str, Any], Path, Sequence[str]], Any]
 
 
 def composed(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
     """The config of ``kd train`` for these overrides, with Hydra's own node. ``KdError`` when it does not compose."""
-    search = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
+    search = places(overrides, config_dir)
+    kept = [o for o in overrides if not o.startswith(SEARCH)]
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("train", overrides=[*overrides, *search], return_hydra_config=True)
+            cfg = hydra.compose("train", overrides=[*kept, *explain.searched(search)], return_hydra_config=True)
     except explain.KNOWN as error:
-        raise KdError(explain.explain(error, overrides)) from error
+        raise KdError(explain.explain(error, overrides, search)) from error
     return cfg
+
+
+def places(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """Where configuration files are beside the package's own: ``--config-dir`` and what ``hydra.searchpath`` lists."""
+    found = [f"file://{os.path.abspath(config_dir)}"] if config_dir else []
+    for override in (o for o in overrides if o.startswith(SEARCH)):
+        with contextlib.suppress(HydraException):  # a typo: Hydra says so
+            listed = OverridesParser.create().parse_override(override).value()
+            found += [str(place) for place in listed] if isinstance(listed, list) else []
+    return found
 
 
 def checked(overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
@@ -54,6 +69,10 @@ def run(argv: list[str], job: Job) -> int:
     """
     arguments = _parsed(argv)
     shows_only = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion))
+    if arguments.config_dir and not os.path.isdir(arguments.config_dir):
+        raise KdError(f"--config-dir {arguments.config_dir} is not a folder")
+    if arguments.cfg and not arguments.multirun:
+        _refuse_typos(arguments.overrides, arguments.config_dir)
     if not shows_only and not arguments.multirun:
         refuse_missing(settings(checked(arguments.overrides, arguments.config_dir)))
     failed: list[Exception] = []
@@ -78,7 +97,8 @@ def run(argv: list[str], job: Job) -> int:
                 raise KeyboardInterrupt(SAME_COMMAND) from None
             raise
         except explain.KNOWN as error:
-            raise KdError(explain.explain(error, arguments.overrides)) from error
+            search = places(arguments.overrides, arguments.config_dir)
+            raise KdError(explain.explain(error, arguments.overrides, search)) from error
         except OSError as error:
             if error.filename is None:
                 raise
@@ -89,6 +109,22 @@ def run(argv: list[str], job: Job) -> int:
     if failed:
         raise failed[0]
     return 0
+
+
+def _refuse_typos(overrides: Sequence[str], config_dir: str | None) -> None:
+    """``KdError`` for keys that there are not, before a config is shown; values may be missing or wrong."""
+    cfg = composed(overrides, config_dir)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        cfg.pop("hydra")
+    try:
+        values: Any = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:  # an interpolation that has no value yet
+        return
+    line = command_line()
+    keys.drop_left_out(values, line)
+    if problems := list(keys.problems(values, line)):
+        raise KdError("\n".join(problems))
 
 
 def _parsed(argv: list[str]) -> Any:

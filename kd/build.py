@@ -17,10 +17,10 @@ from lightning import LightningDataModule
 from torch import nn
 
 from kd import described, distributed, fits, hardware, weight_files, weights
-from kd.config import OBJECTIVE_KEYS, targets
 from kd.data.base import DataModule
 from kd.distiller import Distiller
 from kd.errors import KdError
+from kd.keys import OBJECTIVE_KEYS, targets
 from kd.losses.base import Batch, Term
 from kd.objective import Objective
 from kd.teacher import InputMap, Teacher

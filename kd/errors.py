@@ -10,12 +10,38 @@ class KdError(Exception):
     """Bad input. Its message is one plain sentence: the key, the value, and what is allowed."""
 
 
+# what a paper or another program calls it: what it is called here
+ALIASES = {
+    **dict.fromkeys(("T", "t", "tau", "temp"), "temperature"),
+    **dict.fromkeys(("alpha", "coef", "factor", "lam", "lambd", "lambda"), "weight"),
+    **dict.fromkeys(("max_epochs", "n_epochs", "num_epochs"), "epochs"),
+    **dict.fromkeys(("bs", "batchsize"), "batch_size"),
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+}
+
+
 def near(name: str, known: Iterable[str], count: int = 3) -> str:
-    """``" (near: a, b)"`` for the known names that look like ``name``, or an empty string."""
+    """``" (near: a, b)"`` for the known names that look like ``name``, or an empty string.
+
+    First those that end alike, or by what the last part is called here (:data:`ALIASES`), of the same section before
+    others; then those spelt alike, as a whole or in their last part.
+    """
     names = sorted(set(known))
-    matches = get_close_matches(name, names, n=count, cutoff=0.6)
-    matches += [n for n in names if n not in matches and n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    last = _last(name)
+    alike = [n for n in names if _last(n) in (last, ALIASES.get(last))]
+    section = name.rpartition(".")[0]
+    matches = sorted(alike, key=lambda n: n.rpartition(".")[0] != section)
+    matches += get_close_matches(name, names, n=count, cutoff=0.6)
+    if not matches:
+        ends = get_close_matches(last, {_last(n) for n in names}, n=count, cutoff=0.75)
+        matches = [n for end in ends for n in names if _last(n) == end]
+    matches = list(dict.fromkeys(matches))
     return f" (near: {', '.join(matches[:count])})" if matches else ""
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def yaml_problem(problem: str | None) -> str:

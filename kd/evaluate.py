@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -26,17 +27,18 @@ RESOLVED = {
 
 TYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}  # precision → that of the weights
 
-USAGE = """kd eval [run=RUN] [split=val|test] [who=student|teacher] [weights=selected|last] [out=FILE] [KEY=VALUE ...]
+USAGE = """kd eval [RUN] [split=val|test] [who=student|teacher] [weights=selected|last] [out=FILE] [KEY=VALUE ...]
 
 Measures top-1/5, NLL, expected calibration error, accuracy per class, and beside a teacher agreement and KL to it.
 
-  kd eval run=RUN                                     the student of a run on its test split
-  kd eval run=RUN who=teacher split=val               that run's teacher
-  kd eval run=RUN data.test_shift=1                   any key of the run's config can be changed
+  kd eval RUN                                         the student of a run on its test split (run=RUN is the same)
+  kd eval RUN who=teacher split=val                   that run's teacher
+  kd eval RUN data.test_shift=1                       any key of the run's config can be changed
   kd eval student.checkpoint=FILE model@student=mlp   a checkpoint, with the groups and keys of kd train
   kd eval who=teacher teacher.checkpoint=RUN          a teacher alone
 
-A run's config.yaml is a configuration: it names code, as a script does. out=FILE also writes the numbers as JSON."""
+A run's config.yaml is a configuration: it names code, as a script does. out=FILE also writes the numbers as JSON;
+--config-dir DIR as for kd train."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     if any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0
-    own, overrides = _split_arguments(argv)
+    own, overrides, config_dir = _split_arguments(argv)
     if own["out"] is not None and not Path(own["out"]).resolve().parent.is_dir():
         raise KdError(f"out = {own['out']} cannot be written: its folder does not exist")
     if own["run"]:
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         from kd.app import checked
 
-        config = checked(overrides)
+        config = checked(overrides, config_dir)
     file = _weights_file(own) if own["run"] and own["who"] == "student" else None
     result = evaluate(config, own["who"], own["split"], file, run=own["run"])
     _print(result)
@@ -61,13 +63,24 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _split_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _split_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], list[str], str | None]:
+    """The verb's own arguments, overrides of the config, and the folder of ``--config-dir``."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    try:
+        given, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise KdError(f"kd eval does not understand this: {error}") from None
     own: dict[str, Any] = dict(OWN)
     overrides = []
-    for argument in argv:
+    for argument in rest:
         key, equals, value = argument.partition("=")
-        if not equals:
-            raise KdError(f"{argument} cannot be read as KEY=VALUE")
+        if argument.startswith("-"):
+            raise KdError(f"{argument} is not understood: kd eval takes RUN, --config-dir DIR and KEY=VALUE")
+        if not equals or Path(argument).exists():
+            key, value = "run", _run_directory(argument)
+        if key == "run" and own["run"] is not None:
+            raise KdError(f"kd eval measures one run, given: {own['run']} and {value}")
         if key in own:
             own[key] = value
         else:
@@ -75,7 +88,17 @@ def _split_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     for key, allowed in CHOICES.items():
         if own[key] not in allowed:
             raise KdError(f"{key} = {own[key]} is not allowed: it must be {' or '.join(allowed)}")
-    return own, overrides
+    return own, overrides, given.config_dir
+
+
+def _run_directory(argument: str) -> str:
+    """An argument without a ``KEY=`` is a run directory. ``KdError`` for files and typos."""
+    if Path(argument).is_file():
+        raise KdError(f"{argument} is a file: kd eval takes a run directory, or student.checkpoint={argument}")
+    if not Path(argument).is_dir():
+        known = near(argument, OWN)
+        raise KdError(f"{argument} is neither a run directory nor KEY=VALUE{known}")
+    return argument
 
 
 def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Recipe:
     epochs: int = MISSING
     batch_size: int = MISSING
     optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] | None = None
+    scheduler: Any = None  # _target_ and its arguments; null: a constant rate
     scheduler_interval: str = "epoch"  # or "step"
     gradient_clip: float | None = None
     accumulate: int = 1
@@ -110,7 +110,15 @@ class Root:
     resume: str | None = None
 
 
-ConfigStore.instance().store(name="schema", node=Root)
+def opened() -> Any:
+    """The schema, open where a ``_target_`` may be: its arguments need no ``+``; :mod:`kd.keys` checks them."""
+    root = OmegaConf.structured(Root)
+    for name in ("student", "teacher", "task", "data", "loss", "recipe", "distiller", "hardware", "logger"):
+        OmegaConf.set_struct(root[name], False)
+    return root
+
+
+ConfigStore.instance().store(name="schema", node=opened())
 OmegaConf.register_new_resolver(
     "kd.digest", lambda value: hashlib.sha256("\n".join(map(str, value)).encode()).hexdigest()[:8], replace=True
 )

@@ -55,6 +55,12 @@ def find(module: str) -> ModuleSpec | None:
     return spec
 
 
+def folder(package: str) -> Path | None:
+    """The folder of a package, found without importing it; None if there is none."""
+    spec = find(package) if package else None
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
 def _editable_or_path(name: str, search: list[str] | None) -> ModuleSpec | None:
     if search is None:  # a top-level name: ask every finder, so that editable installs are found too
         for finder in sys.meta_path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kd.errors import KdError
 
-USAGE = """kd study NAME [--only ROW,...] [--seeds N,...] [--dry-run] [KEY=VALUE ...]
+USAGE = """kd study NAME [--only ROW,...] [--seeds N,...] [--dry-run] [--config-dir DIR] [KEY=VALUE ...]
 
 Runs what a study of experiments/ still lacks, teachers first, and writes results.csv and the report. The same command
 again goes on where it stopped.
@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     from kd.train import train
 
     study = spec.load(name, options["seeds"])  # bad input is found out before Hydra starts
-    return run(["-m", *_sweeper(name, study.name, options), *_launcher(overrides), *overrides], train)
+    own = ["--config-dir", options["config_dir"]] if options["config_dir"] else []
+    return run(["-m", *own, *_sweeper(name, study.name, options), *_launcher(overrides), *overrides], train)
 
 
 def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
@@ -44,13 +45,16 @@ def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     parser.add_argument("--only")
     parser.add_argument("--seeds", default=None)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--config-dir")
     try:
         given, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise KdError(f"kd study does not understand this: {error}") from None
     unknown = [a for a in rest if a.startswith("-")]
     if unknown:
-        raise KdError(f"{unknown[0]} is not understood: kd study takes --only, --seeds, --dry-run and KEY=VALUE")
+        raise KdError(
+            f"{unknown[0]} is not understood: kd study takes --only, --seeds, --dry-run, --config-dir and KEY=VALUE"
+        )
     overrides = [a for a in [given.name, *rest] if a and "=" in a]
     names = [a for a in [given.name, *rest] if a and "=" not in a]
     if len(names) != 1:
@@ -62,6 +66,7 @@ def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
         "only": [n for n in (given.only or "").split(",") if n],
         "seeds": _numbers(given.seeds),
         "dry_run": given.dry_run,
+        "config_dir": given.config_dir,
     }
     return names[0], options, overrides
 

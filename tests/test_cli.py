@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kd import app
+from kd.errors import KdError
 
 
 def test_help_lists_the_verbs(kd) -> None:
@@ -64,8 +65,14 @@ TYPOS = [
     (["model=mlp"], "model is not a group here: write model@student or model@teacher"),
     (["experiment=nope"], "experiment=nope does not exist; options of experiment: "),
     (["loss.kd.temperature=3"], "kd is not among the chosen loss terms (ce); choose it with loss=[ce,kd]"),
-    (["loss=[ce,kd]", "loss.kd.temprature=3"], "there is no option loss.kd.temprature (near: loss.kd.temperature"),
-    (["student.model.hiden=[3]"], "there is no option student.model.hiden (near: student.model.hidden"),
+    (
+        ["loss=[ce,kd]", "loss.kd.temprature=3"],
+        "loss.kd.temprature is not an argument of kd.losses.logits.kd.KnowledgeDistillation (near: temperature)",
+    ),
+    (
+        ["student.model.hiden=[3]"],
+        "student.model.hiden is not an argument of kd.models.mlp.mlp (near: hidden) [command line: student.",
+    ),
     (["+recipe.optimizer.momentun=3"], "recipe.optimizer.momentun is not an argument of torch.optim.Adam"),
     (["+recipe.foo=3"], "there is no option recipe.foo"),
     (["+foo=3"], "there is no option foo"),
@@ -94,7 +101,10 @@ TYPOS = [
         ["+hardware.trainer.max_epoch=3"],
         "hardware.trainer.max_epoch is not an argument of lightning.Trainer (near: max_",
     ),
-    (["hardware.trainer={max_epoch:3}"], "there is no option hardware.trainer.max_epoch"),
+    (
+        ["hardware.trainer={max_epoch: 3}"],
+        "hardware.trainer.max_epoch is not an argument of lightning.Trainer (near: max_epochs",
+    ),
     (["--nonsense"], "the flags are not understood: unrecognized arguments: --nonsense"),
     (["resume=nowhere"], "nowhere is not a run directory: there is no config.yaml in it"),
     (["resume=nowhere", "seed=3"], "resume=nowhere takes no other arguments (given: seed=3)"),
@@ -134,6 +144,21 @@ YAML_TYPOS = [
     ("data:\n  val_fractoin: 0.1\n", ["data.val_fractoin is not an argument", "(near: val_fraction", "mine.yaml"]),
     ("loss:\n  kd:\n    temperature: 3\n", ["loss.kd = {'temperature': 3} has no _target_"]),
 ]
+
+
+def test_keys_of_a_term_that_the_command_line_leaves_out_do_not_matter(tmp_path) -> None:
+    """The experiment sets ``loss.kd.temperature``."""
+    assert app.checked(["experiment=digits_kd", "loss=[ce]"])["loss"] == {
+        "ce": {**app.checked(["loss=[ce]"])["loss"]["ce"], "weight": 0.1}
+    }
+    assert list(app.checked(["experiment=digits_kd"])["loss"]) == ["ce", "kd"]
+    with pytest.raises(
+        KdError, match=r"^loss\.kd\.temperature=2 cannot be set: kd is not among the chosen loss terms \(ce\)"
+    ):
+        app.checked(["experiment=digits_kd", "loss=[ce]", "loss.kd.temperature=2"])
+    folder, *flags = experiment(tmp_path, "loss:\n  kdd:\n    temperature: 3\n")[1:]
+    with pytest.raises(KdError, match=r"experiment/mine\.yaml: there is no option loss\.kdd \(near: loss\.kd"):
+        app.checked([*flags, "loss=[ce]"], folder)
 
 
 @pytest.mark.parametrize(("text", "parts"), YAML_TYPOS, ids=[t.replace("\n", " ") for t, _ in YAML_TYPOS])

@@ -92,6 +92,17 @@ def test_eval_does_not_need_the_code_of_the_loss(kd, tmp_path, teacher_run) -> N
     assert kd("eval", "run=run").code == 0
 
 
+def test_a_run_needs_no_key(kd, tmp_path, teacher_run) -> None:
+    assert numbers(kd, tmp_path, str(teacher_run), "split=val") == numbers(
+        kd, tmp_path, f"run={teacher_run}", "split=val"
+    )
+    weights = teacher_run / "student.safetensors"
+    assert (
+        f"{weights} is a file: kd eval takes a run directory, or student.checkpoint={weights}"
+        in kd("eval", str(weights)).err
+    )
+
+
 def test_a_run_is_measured_from_another_directory(kd, tmp_path, monkeypatch, teacher_run) -> None:
     (tmp_path / "t").symlink_to(teacher_run)
     kd("train", "recipe.epochs=1", "hardware=cpu", "teacher.checkpoint=t", "loss=[kd]", "hydra.run.dir=run")
@@ -123,7 +134,10 @@ def test_the_table_is_printed(kd, teacher_run) -> None:
         (["run=RUN", "who=teacher"], "there is no teacher: give teacher.checkpoint=RUN"),
         (["run=RUN", "out=no/such/folder/x.json"], "cannot be written: its folder does not exist"),
         (["model@student=mlp"], "the student has no weights: give run=RUN or student.checkpoint=FILE"),
-        (["nonsense"], "nonsense cannot be read as KEY=VALUE"),
+        (["nonsense"], "nonsense is neither a run directory nor KEY=VALUE"),
+        (["splt"], "splt is neither a run directory nor KEY=VALUE (near: split)"),
+        (["run=RUN", "run=x"], "kd eval measures one run, given: "),
+        (["run=RUN", "--force"], "--force is not understood: kd eval takes RUN, --config-dir DIR and KEY=VALUE"),
     ],
 )
 def test_bad_input(kd, teacher_run, arguments, sentence) -> None:

@@ -221,8 +221,9 @@ class DataModule(lightning.LightningDataModule):
                 raise KdError(f"data.{key} = {values} is not allowed: the images have {channels} channel(s)")
             setattr(self, key, values * channels if len(values) == 1 else values)
         edge = min(height, width)
-        if self.augment.pad_mode == "reflect" and self.augment.pad >= edge:
-            raise KdError(f"data.augment.pad = {self.augment.pad} is not allowed: reflecting needs less than {edge}")
+        if self.augment.pad >= edge:  # a crop could hold nothing of the image; nor can that be mirrored
+            size = f"the images are {height} x {width}"
+            raise KdError(f"data.augment.pad = {self.augment.pad} is not allowed: it must be less than {edge}, {size}")
         if self.test_shift >= edge:
             raise KdError(f"data.test_shift = {self.test_shift} is not allowed: the images are {height} x {width}")
 

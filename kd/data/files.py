@@ -16,6 +16,7 @@ from kd.data.split import generator
 from kd.errors import KdError
 from kd.losses.base import Batch
 
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError)  # PIL raises all of these on damaged files
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -49,16 +50,22 @@ def _images(folder: str) -> Iterator[tuple[str, int]]:
 
 
 def decode(path: Path, transform: Callable[[Any], Tensor]) -> Tensor:
-    """The file as RGB through ``transform``: (3, H, W) uint8. Raises ``KdError`` naming a damaged file."""
+    """The file as RGB through ``transform``: (3, H, W) uint8. Raises ``KdError`` naming a damaged or huge file.
+
+    Huge is what PIL calls a possible decompression bomb: more than ``PIL.Image.MAX_IMAGE_PIXELS`` (89,478,485) pixels.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
+            pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if most is not None and pixels > most:
+                raise ValueError(f"{pixels:,} pixels, at most {most:,} are decoded: make it smaller")
             if image.mode.startswith(("I", "F")):  # PIL would clip these to white
                 raise ValueError(f"mode {image.mode}: more than 8 bits a channel, convert it first")
             opaque = image.convert("RGBA") if "transparency" in image.info else image
             return transform(opaque.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of these on damaged files
+    except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise KdError(
             f"{path} cannot be read as an image ({' '.join(str(error).split())}): replace or delete it"
         ) from None

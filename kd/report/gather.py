@@ -89,6 +89,8 @@ def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:
 def of_sweep(directory: Path) -> list[Found]:
     """The jobs of a sweep, also those without a result."""
     there = manifest.read(directory)
+    if not there.jobs:
+        raise KdError(f"{directory} is a {there.kind} without jobs: none has begun yet, so there is nothing to report")
     return [_of_job(directory / job.name, job, there.kind == "optuna") for job in there.jobs.values()]
 
 

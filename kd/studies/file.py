@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from kd import yaml_text
 from kd.errors import KdError, near, yaml_problem
 from kd.studies import graph
 
@@ -43,7 +44,7 @@ class _NoKeyTwice(yaml.SafeLoader):
 def read(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file. ``KdError`` if it is none, or lists a key twice."""
     try:
-        node = yaml.load(file.read_text(encoding="utf-8"), _NoKeyTwice)
+        node = yaml_text.load(file.read_text(encoding="utf-8"), _NoKeyTwice)
     except KdError as error:
         raise KdError(f"{file} {error}") from None
     except yaml.MarkedYAMLError as error:

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kd import explain, inputs, manifest
 from kd.errors import KdError
@@ -54,16 +54,26 @@ class Engine:
 
     def compose(self, job: Job) -> dict[str, Any]:
         """The checked config of a job. ``KdError`` when it does not compose or cannot work."""
-        overrides = list(job.overrides)
         before = HydraConfig.instance().cfg
         try:
-            cfg = self.context.config_loader.load_sweep_config(self.master, [*overrides, *self._place(job)])
+            cfg = self._composed([*job.overrides, *self._place(job)])
             HydraConfig.instance().set_config(cfg)
             return checked(cfg)
-        except explain.KNOWN as error:
-            raise KdError(explain.explain(error, overrides)) from error
         finally:
             HydraConfig.instance().cfg = before
+
+    def terms(self, overrides: Sequence[str]) -> frozenset[str]:
+        """The loss terms that these overrides choose. ``KdError`` when they do not compose."""
+        loss = OmegaConf.to_container(self._composed(overrides).loss, resolve=False)
+        return frozenset(n for n, node in loss.items() if isinstance(node, Mapping) and "_target_" in node)  # type: ignore[union-attr, misc]
+
+    def _composed(self, overrides: Sequence[str]) -> DictConfig:
+        try:
+            return self.context.config_loader.load_sweep_config(self.master, list(overrides))
+        except explain.KNOWN as error:
+            found = self.master.hydra.runtime.config_sources
+            search = [f"{s.schema}://{s.path}" for s in found if s.provider not in ("hydra", "main", "schema")]
+            raise KdError(explain.explain(error, overrides, search)) from error
 
     def compose_all(self, jobs: Sequence[Job], kind: str = "sweep") -> dict[str, dict[str, Any]]:
         """The checked config of every job by its name. ``KdError`` with each complaint once, and whose it is."""

@@ -15,38 +15,53 @@ from kd.errors import KdError
 from kd.manifest import Job
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.table import conclude
+from kd.sweeps.terms import Terms
 
 LONGEST = 120  # characters of a directory's name
 
 
 def sweep(engine: Engine, arguments: Sequence[str]) -> list[Outcome]:
     """Plan, run what is missing, print the table. ``KdError`` when a job did not finish."""
-    jobs = plan(engine, arguments)
+    every = plan(engine, arguments)
+    jobs = list(dict.fromkeys(every))
     opening = f"sweep of {len(jobs)} job{'s' if len(jobs) > 1 else ''}"
+    if len(every) > len(jobs):
+        opening += f" ({len(every)} combinations: a term's keys apply where it is chosen, equal jobs run once)"
     outcomes = engine.run("sweep", engine.directory.name, jobs, opening)
     conclude(engine.directory, outcomes)
     return outcomes
 
 
 def plan(engine: Engine, arguments: Sequence[str]) -> list[Job]:
-    """One job for each combination. ``KdError`` for an empty axis, a repeated value, two jobs of one directory."""
+    """One job for each combination; equal ones where they differ in keys of a term that they do not have.
+
+    ``KdError`` for an empty axis, a repeated value, two jobs of one directory.
+    """
     try:
         parser = OverridesParser.create(config_loader=engine.context.config_loader)
         axes = [axis(o) for o in parser.parse_overrides(list(arguments)) if not o.is_hydra_override()]
     except explain.KNOWN as error:
         raise KdError(explain.explain(error, arguments)) from error
-    swept = short_names([key for key, values in axes if len(values) > 1])
+    several = [key for key, values in axes if len(values) > 1]
+    swept = short_names(several)
+    combinations = [
+        [(key, value, key if value is None else f"{key}={value}") for (key, _), value in zip(axes, values, strict=True)]
+        for values in itertools.product(*(values for _, values in axes))
+    ]
+    terms = Terms(engine, [[o for *_, o in combination] for combination in combinations])
     jobs: dict[str, Job] = {}
-    for combination in itertools.product(*(values for _, values in axes)):
-        chosen = [(key, value, len(values) > 1) for (key, values), value in zip(axes, combination, strict=True)]
-        overrides = [key if value is None else f"{key}={value}" for key, value, _ in chosen]
-        differs = {key: value or "" for key, value, sweeps in chosen if sweeps}
+    every = []
+    for combination in combinations:
+        overrides = terms.applying([o for *_, o in combination])
+        differs = {key: value or "" for key, value, o in combination if key in several and o in overrides}
         name = directory_name({swept[key]: value for key, value in differs.items()}) or "job"
         label = " ".join(f"{swept[key]}={value}" for key, value in differs.items()) or "single job"
-        if name in jobs:
-            raise KdError(f"the jobs {jobs[name].label} and {label} would share the directory {name}: {overrides}")
-        jobs[name] = Job(name, label, tuple(overrides))
-    return list(jobs.values())
+        job = Job(name, label, overrides)
+        if jobs.setdefault(name, job).overrides != overrides:
+            other = jobs[name].label
+            raise KdError(f"the jobs {other} and {label} would share the directory {name}: {list(overrides)}")
+        every.append(job)
+    return every
 
 
 def axis(override: Override) -> tuple[str, list[str | None]]:

@@ -25,6 +25,7 @@ from kd.sweeps.space import Space, space
 from kd.sweeps.state import DONE, FAILED, FINISHED, MISSING, PRUNED, State, look
 from kd.sweeps.storage import job_of
 from kd.sweeps.table import conclude, measured
+from kd.sweeps.terms import Terms
 
 
 def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list[Outcome]:
@@ -32,6 +33,7 @@ def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list
     storage.installed()
     parser = OverridesParser.create(config_loader=engine.context.config_loader)
     where = space(parser, [*(f"{k}={v}" for k, v in (settings.params or {}).items()), *arguments])
+    where = replace(where, applying=Terms(engine, [where.overrides(params) for params in where.corners()]).applying)
     base = _try_out(engine, where)
     measures = objectives(settings, base)
     at_once = _batch(settings.batch, engine, base)
@@ -140,7 +142,8 @@ class Search:
             self.study.sampler = sampler(self.settings.sampler, self.settings.seed, len(earlier))
         trial = self.study.ask(fixed_distributions=dict(self.space.axes))
         if job_of(trial) is None:
-            twins = [job_of(t) for t in earlier if t.params == trial.params]
+            told = self.space.overrides(trial.params)  # without the keys of a term that is not chosen
+            twins = [job_of(t) for t in earlier if self.space.overrides(t.params) == told]
             trial.set_user_attr("job", twins[0] if twins else f"trial-{len(earlier):04d}")
         return trial
 

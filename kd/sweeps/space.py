@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,27 +11,33 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from kd import explain
+from kd.composition import key_of
 from kd.errors import KdError, near
 from kd.sweeps.grid import axis, short_names
 
 
 @dataclass(frozen=True)
 class Space:
-    """``fixed``: overrides of every trial; ``axes``: key → Optuna's distribution; ``spelling``: key → as written."""
+    """``fixed``: overrides of every trial; ``axes``: key → Optuna's distribution; ``spelling``: key → as written.
+
+    ``applying``: of all overrides of a trial those that mean something in it (:class:`kd.sweeps.terms.Terms`).
+    """
 
     fixed: tuple[str, ...]
     axes: Mapping[str, Any]
     spelling: Mapping[str, str]
+    applying: Callable[[Sequence[str]], tuple[str, ...]] = tuple
 
     def overrides(self, params: Mapping[str, Any]) -> tuple[str, ...]:
         """The command line of one trial, complete."""
-        return (*self.fixed, *(f"{key}={text(params[key])}" for key in self.axes))
+        return self.applying([*self.fixed, *(f"{key}={text(params[key])}" for key in self.axes)])
 
     def label(self, params: Mapping[str, Any]) -> str:
         """Its values for people: short names, four digits."""
         names = short_names(list(self.axes))
         values = {k: f"{v:.4g}" if isinstance(v, float) else f"{v}" for k, v in params.items()}
-        return " ".join(f"{names[key]}={values[key]}" for key in self.axes)
+        told = {key_of(override) for override in self.overrides(params)}
+        return " ".join(f"{names[key]}={values[key]}" for key in self.axes if key.lstrip("+") in told)
 
     def corners(self) -> list[dict[str, Any]]:
         """The first value of every axis, then each end (or each choice) of one axis after the other."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.data.files import FileLoader
+from kd.data.files import FileLoader, decode
 from kd.data.imagefolder import ImageFolder
 from kd.data.loader import TensorLoader
 from kd.errors import KdError
@@ -111,6 +114,26 @@ def test_a_damaged_file_is_named(image_folder: Write, workers: int, content: byt
     data = files(folder, num_workers=workers)
     with pytest.raises(KdError, match=pattern):
         list(data.train_dataloader()) + list(data.val_dataloader())
+
+
+def claims(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says to be this large."""
+    out = io.BytesIO()
+    Image.new("L", (1, 1)).save(out, "png")
+    head = b"IHDR" + struct.pack(">II", width, height) + out.getvalue()[24:29]
+    return out.getvalue()[:12] + head + struct.pack(">I", zlib.crc32(head)) + out.getvalue()[33:]
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize(
+    ("edge", "why"), [(10_000, "100,000,000 pixels, at most 89,478,485"), (100_000, "10000000000 pixels")]
+)
+def test_a_decompression_bomb_is_named(tmp_path: Path, edge: int, why: str) -> None:
+    (tmp_path / "bomb.png").write_bytes(claims(edge, edge))
+    with pytest.raises(KdError) as caught:
+        decode(tmp_path / "bomb.png", lambda image: torch.zeros(1))
+    assert str(caught.value).startswith(f"{tmp_path / 'bomb.png'} cannot be read as an image (")
+    assert why in str(caught.value)
 
 
 def test_grey_and_transparent_images_become_rgb(image_folder: Write) -> None:

@@ -191,9 +191,10 @@ def test_a_damaged_cifar_file_is_named(small_cifar: Path) -> None:
         ({"test_shift": -1}, "data.test_shift = -1 is not allowed"),
         ({"test_shift": 8}, "data.test_shift = 8 is not allowed: the images are 8 x 8"),
         ({"augment": {"pad": -1}}, "data.augment.pad = -1 is not allowed"),
+        ({"augment": {"pad": 900}}, "data.augment.pad = 900 is not allowed: it must be less than 8"),
         (
             {"augment": {"pad": 8, "pad_mode": "reflect"}},
-            "data.augment.pad = 8 is not allowed: reflecting needs less than 8",
+            "data.augment.pad = 8 is not allowed: it must be less than 8, the images are 8 x 8",
         ),
         (
             {"augment": {"pad_mode": "wrap"}},

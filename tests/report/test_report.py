@@ -355,13 +355,15 @@ def test_runs_of_one_name_and_another_configuration_are_two_rows(kd, write, tmp_
         (["runs/newer"], "result.json was written by a newer version of kd (schema 7, known: 1)"),
         (["runs/twice"], "there are two runs of seed 0; give one of them"),
         (["sweep"], "sweep.json cannot be read: it is not what kd writes"),
+        (["begun"], "begun is a sweep without jobs: none has begun yet"),
     ],
 )
 def test_bad_input(kd, write, tmp_path, arguments, sentence) -> None:
-    for name in ("empty", "sweep", "runs/broken", "runs/newer", "runs/twice/a", "runs/twice/b"):
+    for name in ("empty", "sweep", "begun", "runs/broken", "runs/newer", "runs/twice/a", "runs/twice/b"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "file").write_text("")
     (tmp_path / "sweep" / "sweep.json").write_text("{")
+    (tmp_path / "begun" / "sweep.json").write_text('{"schema": 1, "kind": "sweep", "name": "x", "jobs": {}}')
     (tmp_path / "runs" / "broken" / "result.json").write_text('{"schema": 1, "stat')
     (tmp_path / "runs" / "newer" / "result.json").write_text(json.dumps({"schema": 7}))
     for name in "ab":

@@ -60,6 +60,44 @@ def test_the_line_that_is_no_yaml_is_named(tmp_path: Path) -> None:
         study(tmp_path / "tab", "\tagain: {}")
 
 
+BOMB = "".join(f"  x{i}: &x{i} [{', '.join([f'*x{i - 1}' if i else 'lol'] * 10)}]\n" for i in range(12))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rows:\n  a:\n    grid: {n: [1, 2]}\n    values:\n" + BOMB.replace("  x", "      x"),
+        f"notes:\n{BOMB}",
+        "rows: &a {a: *a}",
+        "rows: {a: &a {}, b: &b {<<: [*a, *a], k: 1}, "
+        + ", ".join(f"c{i}: &c{i} {{<<: [{', '.join([f'*c{i - 1}' if i else '*b'] * 9)}]}}" for i in range(9))
+        + "}",
+    ],
+    ids=["row with a grid", "elsewhere", "in itself", "merged"],
+)
+@pytest.mark.parametrize("file", ["study.yaml", "published.yaml"])
+def test_aliases_that_stand_for_too_much_are_refused(tmp_path: Path, file: str, text: str) -> None:
+    (tmp_path / "study.yaml").write_text("rows: {a: {}}\n")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(KdError) as caught:
+        spec.load(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / file} cannot be read: its aliases (*name) stand for more than")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("rows: " + "[" * 5000 + "]" * 5000, "cannot be read: its values are nested too deeply"),
+        ("cost: 2024-13-45", "cannot be read: month must be in 1..12"),
+    ],
+)
+def test_what_the_reader_itself_cannot_take_is_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(KdError) as caught:
+        spec.load(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'study.yaml'} {sentence}")
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [

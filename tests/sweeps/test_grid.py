@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kd.errors import KdError
-from kd.sweeps.grid import LONGEST, directory_name, plan, short_names
+from kd.sweeps import grid
+from kd.sweeps.grid import LONGEST, directory_name, plan, short_names, sweep
 
 
 def test_every_combination_is_a_job_named_by_what_differs(engine) -> None:
@@ -33,6 +34,55 @@ def test_nothing_swept_is_one_job(engine) -> None:
     (job,) = plan(engine, ["recipe.epochs=3", "~loss.ce", "+tags=[a]"])
     assert (job.name, job.label) == ("job", "single job")
     assert job.overrides == ("recipe.epochs=3", "~loss.ce", "+tags=[a]")
+
+
+def test_the_keys_of_a_term_belong_to_the_jobs_that_have_it(engine, capsys, monkeypatch) -> None:
+    every = plan(engine, ["loss=[ce],[ce,kd]", "loss.kd.temperature=1,4", "loss.kd.weight=0.5", "seed=0"])
+    assert [(job.name, job.label, job.overrides) for job in dict.fromkeys(every)] == [
+        ("loss-ce", "loss=[ce]", ("loss=[ce]", "seed=0")),
+        *(
+            (
+                f"loss-ce+kd_temperature-{t}",
+                f"loss=[ce,kd] temperature={t}",
+                ("loss=[ce,kd]", f"loss.kd.temperature={t}", "loss.kd.weight=0.5", "seed=0"),
+            )
+            for t in (1, 4)
+        ),
+    ]
+    assert len(every) == 4
+    teacher = ["model@teacher=mlp", "teacher.allow_random=true"]
+    monkeypatch.setattr(grid, "conclude", lambda *_: None)  # the records are bare
+    sweep(engine, ["loss=[ce],[ce,kd]", "loss.kd.temperature=1,4", *teacher])
+    assert "sweep of 3 jobs (4 combinations: " in capsys.readouterr().out
+    assert engine.launcher.launched == [["loss-ce", "loss-ce+kd_temperature-1", "loss-ce+kd_temperature-4"]]
+
+
+def test_an_experiment_chooses_terms_as_well(engine) -> None:
+    every = plan(engine, ["experiment=digits_alone,digits_kd", "loss.kd.temperature=1,4", "seed=0,1"])
+    assert [job.label for job in dict.fromkeys(every)] == [
+        *("experiment=digits_alone seed=0", "experiment=digits_alone seed=1"),
+        *(f"experiment=digits_kd temperature={t} seed={s}" for t in (1, 4) for s in (0, 1)),
+    ]
+    named = plan(engine, ["experiment=digits_kd", "loss=[ce],[ce,kd]"])
+    assert [list(engine.compose(job)["loss"]) for job in named] == [["ce"], ["ce", "kd"]]
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("loss.hint.weight=1,2", "loss.hint.weight=1 cannot be set: hint is not among the chosen loss terms (ce)"),
+        ("loss.kdd.weight=1,2", "loss.kdd.weight=1: there is no option loss.kdd (near: loss.kd"),
+        (
+            "loss.kd.temprature=1,2",
+            "loss.kd.temprature is not an argument of kd.losses.logits.kd.KnowledgeDistillation",
+        ),
+    ],
+)
+def test_a_key_of_a_term_that_no_job_has_is_a_mistake(engine, tmp_path, key, sentence) -> None:
+    with pytest.raises(KdError) as raised:
+        sweep(engine, ["loss=[ce],[ce,kd]", key, "model@teacher=mlp", "teacher.allow_random=true"])
+    assert sentence in str(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 BAD = [

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kd.sweeps import options, storage
 from kd.sweeps.options import Settings
 from kd.sweeps.optuna import Search
 from kd.sweeps.space import Space, space
+from kd.sweeps.terms import Terms
 
 TINY = ["data=fake", "data.train_images=64", "recipe.epochs=3", "protocol.val_every=1", "hardware=cpu"]
 LR = "recipe.optimizer.lr=tag(log,interval(1e-4,1e-1))"
@@ -331,6 +333,17 @@ def test_two_objectives_and_failures(said: tuple[Path, Any]) -> None:
     assert re.findall(r"^  (./.)  ", again, re.MULTILINE)[-1] == "5/5"
     assert changed_code == 1
     assert re.search("two holds another search .*data.batch_size=16 only here", changed)
+
+
+def test_the_keys_of_a_term_belong_to_the_trials_that_have_it(engine) -> None:
+    where = parsed("loss=[ce],[ce,kd]", "loss.kd.temperature=interval(1,8)", "seed=0")
+    where = replace(where, applying=Terms(engine, [where.overrides(c) for c in where.corners()]).applying)
+    without, other, having = (
+        {"loss": loss, "loss.kd.temperature": t} for loss, t in (("[ce]", 2.0), ("[ce]", 3.0), ("[ce,kd]", 2.0))
+    )
+    assert where.overrides(without) == where.overrides(other) == ("seed=0", "loss=[ce]")
+    assert where.overrides(having) == ("seed=0", "loss=[ce,kd]", "loss.kd.temperature=2.0")
+    assert [where.label(p) for p in (without, having)] == ["loss=[ce]", "loss=[ce,kd] temperature=2"]
 
 
 def test_a_report_lists_a_trial_that_could_not_begin(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Values that are not allowed: refused before torch is imported, with the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from kd.app import checked
+from kd.errors import KdError
+
+WRONG = {
+    "name=../../x": "name = ../../x is not allowed: the run would lie outside of paths.runs",
+    "name=a/../../x": "name = a/../../x is not allowed: the run would lie outside of paths.runs",
+    "name=/tmp/x": "name = /tmp/x is not allowed: the run would lie outside of paths.runs",
+    "name='a\nb'": r"name = 'a\nb' is not allowed: a text on one line",
+    "name=": "name = '' is not allowed: a text on one line",
+    "model@student=[mlp,resnet8]": "model@student=[mlp,resnet8] is not allowed: choose one option",
+    "data=[digits,fake]": "data=[digits,fake] is not allowed: choose one option",
+    "experiment=[digits_kd,digits_alone]": "experiment=[digits_kd,digits_alone] is not allowed: choose one option",
+    "data.root=7": "data.root = 7 is not allowed: it must be the path of a folder",
+    "data.augment=3": "data.augment = 3 is not allowed: it must be a mapping",
+    "logger.wandb.timeout=-1": "logger.wandb.timeout = -1 is not allowed: it must be a number of seconds, above 0",
+    "logger.wandb.timeout=soon": "logger.wandb.timeout = soon is not allowed",
+    "hardware.threads=0": "hardware.threads = 0 is not allowed: it must be 1 to 1024",
+    "hardware.threads=-2": "hardware.threads = -2 is not allowed",
+    "hardware.threads=100000": "hardware.threads = 100000 is not allowed",
+    "hardware.deterministic=maybe": "hardware.deterministic = maybe is not allowed: it must be true, false or warn",
+    "distiller.log_every=0": "distiller.log_every = 0 is not allowed: it must be a whole number, 1 or more",
+    "teacher.checkpoint=7": "teacher.checkpoint = 7 is not allowed: it must be a path",
+    "teacher.checkpoint=[runs,7]": "teacher.checkpoint = ['runs', 7] is not allowed",
+    "teacher.std=[0]": "teacher.std = [0.0] is not allowed: it must be a list of numbers above 0",
+    "teacher.mean=[nan]": "teacher.mean = [nan] is not allowed: it must be a list of finite numbers",
+    "teacher.weights=[-1,2]": "teacher.weights = [-1.0, 2.0] is not allowed: it must be a list of numbers, 0 or more",
+    "recipe.accumulate=0": "recipe.accumulate = 0 is not allowed: it must be 1 or more",
+    "recipe.gradient_clip=inf": "recipe.gradient_clip = inf is not allowed: it must be a finite number above 0",
+    "recipe.optimizer.lr=nan": "recipe.optimizer.lr = nan is not allowed: it must be a finite number",
+    "recipe.optimizer.lr=inf": "recipe.optimizer.lr = inf is not allowed: it must be a finite number",
+    "recipe.scheduler.T_max=0": "recipe.scheduler.T_max = 0 is not allowed: it must be a finite number, 1 or more",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_value_is_one_sentence(override: str) -> None:
+    with pytest.raises(KdError) as caught:
+        checked([*(["logger=[wandb]"] if override.startswith("logger") else []), override])
+    assert WRONG[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+FINE = ["name=a/b.c", "model@student=[resnet8]", "hardware.threads=2", "teacher.weights=[0,1]", "data.root=null"]
+
+
+@pytest.mark.parametrize("override", FINE)
+def test_what_is_near_it_is_allowed(override: str) -> None:
+    checked([override])
+
+
+def test_no_number_beside_one_that_follows_from_it() -> None:
+    with pytest.raises(KdError) as caught:
+        checked(["recipe.epochs=0"])
+    assert str(caught.value) == "recipe.epochs = 0 is not allowed: it must be 1 or more"
