@@ -21,9 +21,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from kd import explain, keys
+from kd.composition import CONF, command_line, key_of
 from kd.errors import KdError
 from kd.hardware import refuse_missing, settings
-from kd.sources import CONF, command_line, key_of
 from kd.sweeps import job as jobs
 
 log = logging.getLogger("kd.app")

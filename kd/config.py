@@ -7,11 +7,11 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kd import hardware, keys, sources, values
+from kd import composition, hardware, keys, values
+from kd.composition import CONF as CONF
+from kd.composition import flat as flat
 from kd.errors import KdError
 from kd.keys import OBJECTIVE_KEYS as OBJECTIVE_KEYS
-from kd.sources import CONF as CONF
-from kd.sources import flat as flat
 from kd.values import better as better
 
 # sections that do not matter when a finished run is measured
@@ -36,7 +36,7 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
         config: dict[str, Any] = plain(cfg)
     except Exception as error:
         raise KdError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from None
-    line = sources.command_line() if training else {}  # a run that is measured was not composed here
+    line = composition.command_line() if training else {}  # a run that is measured was not composed here
     if training:
         keys.drop_left_out(config, line)
     problems = [*keys.problems(config, line, () if training else TRAINING), *values.of_every_use(config)]

@@ -14,11 +14,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kd import sources, timm_source
+from kd import composition, timm_source
+from kd.composition import CONF
 from kd.errors import near, yaml_problem
 from kd.keys import targets
 from kd.signature import arguments
-from kd.sources import CONF
 
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launchers that come with an extra
 KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -77,7 +77,7 @@ def _missing_file(text: str, overrides: Sequence[str]) -> str:
         return text.splitlines()[0]
     group, _, option = found[2].rpartition("/")
     there = [CONF, *(Path(root) for root in re.findall(r"path=file://(.+)", text))]
-    options = sources.options(group, there)
+    options = composition.options(group, there)
     if not group:
         return f"there is no configuration file {found[2]}.yaml"
     if not options:
@@ -103,7 +103,7 @@ def _network_of_timm(option: str, overrides: Sequence[str]) -> str:
 def known_keys(overrides: Sequence[str], search: Sequence[str]) -> list[str]:
     """The keys of the config that the groups among the overrides compose to, and the arguments of its targets."""
     running = GlobalHydra.instance().hydra  # of a sweep, which composes its jobs
-    groups = [o for o in overrides if sources.key_of(o).partition("@")[0] in _groups(search)]
+    groups = [o for o in overrides if composition.key_of(o).partition("@")[0] in _groups(search)]
     for attempt in (groups, []):
         GlobalHydra.instance().clear()
         try:
@@ -113,7 +113,7 @@ def known_keys(overrides: Sequence[str], search: Sequence[str]) -> list[str]:
             continue
         finally:
             GlobalHydra.instance().hydra = running
-        values = sources.flat(OmegaConf.to_container(cfg, resolve=False))
+        values = composition.flat(OmegaConf.to_container(cfg, resolve=False))
         own = {k.rpartition(".")[2] for k, v in values.items() if not str(v).startswith("${")}
         # data.batch_size is ${recipe.batch_size}: only the latter is to be set
         derived = {k for k, v in values.items() if str(v).startswith("${") and k.rpartition(".")[2] in own}

@@ -12,11 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kd import sources, timm_source
+from kd import composition, timm_source
+from kd.composition import flat
 from kd.errors import near
 from kd.schema import Hardware, Paths, Protocol, Recipe, Root, Student, Teacher
 from kd.signature import arguments
-from kd.sources import flat
 
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
 OBJECTIVE_KEYS = ("weight", "schedule")  # of every term: read by the objective, not by the term
@@ -43,7 +43,7 @@ MADE = {
 def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...] = ()) -> Iterator[str]:
     """One sentence for each key that there is not, or that has no effect.
 
-    ``line``: what the command line sets, see :func:`kd.sources.command_line`; ``skip``: sections that do not matter.
+    ``line``: what the command line sets, see :func:`kd.composition.command_line`; ``skip``: sections that do not matter.
     """
     if several := list(_several_options(line)):
         yield from several
@@ -75,7 +75,7 @@ def drop_left_out(values: dict[str, Any], line: Mapping[str, str]) -> None:
     """
     typed = {".".join(key.split(".")[:2]) for key in line}
     for group in ("loss", "logger") if "loss" in line else ("logger",):
-        nodes, known = values[group], sources.options(group)
+        nodes, known = values[group], composition.options(group)
         left_out = {n for n in nodes if n in known and not _made(nodes[n]) and f"{group}.{n}" not in typed}
         values[group] = {name: node for name, node in nodes.items() if name not in left_out}
 
@@ -95,7 +95,7 @@ def _several_options(line: Mapping[str, str]) -> Iterator[str]:
 
 def _unknown(path: str, line: Mapping[str, str], known: Iterable[str]) -> str:
     """``recipe.epocs=3: there is no option recipe.epocs (near: recipe.epochs)``, or with the file that has the key."""
-    files = sources.files_with(path.rpartition(".")[2])
+    files = composition.files_with(path.rpartition(".")[2])
     where = next(_typed(path, line), "") or ", ".join(str(f) for f in files[:2])
     others = {key for key in known if key != path and not key.startswith(f"{path}.")}
     return f"{f'{where}: ' if where else ''}there is no option {path}{near(path, others)}"
@@ -151,7 +151,7 @@ def _of_the_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tu
 def _mistyped(path: str, names: Iterable[str], line: Mapping[str, str]) -> str:
     """The argument that a typed key is nearly equal to, where the target takes any; "" if a ``+`` or a file has it."""
     key = path.rpartition(".")[2]
-    if line.get(path, "+").startswith("+") or sources.files_with(key):
+    if line.get(path, "+").startswith("+") or composition.files_with(key):
         return ""
     return next(iter(get_close_matches(key, names, 1, cutoff=0.8)), "")
 
@@ -161,7 +161,7 @@ def _where(path: str, key: str, line: Mapping[str, str]) -> str:
     if override := line.get(f"{path}.{key}"):
         return f" [command line: {override}]"
     group, name, *_ = [*path.split("."), ""]  # Hydra does not list the options of groups chosen as lists
-    files = sources.files_with(key, Path(group) / f"{name}.yaml")
+    files = composition.files_with(key, Path(group) / f"{name}.yaml")
     return f" [{', '.join(str(f) for f in dict.fromkeys(files[:2]))}]" if files else ""
 
 
@@ -190,8 +190,8 @@ def _below_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tup
             continue
         if len(nodes) <= len(parents) or isinstance(nodes[-1].get(key), Mapping):
             continue
-        every = every or [file for root in sources.roots() for file in root.rglob("*.yaml")]
-        if not any(sources.spells(file, key) for file in every):
+        every = every or [file for root in composition.roots() for file in root.rglob("*.yaml")]
+        if not any(composition.spells(file, key) for file in every):
             known = {f"{'.'.join(parents)}.{other}" for other in nodes[-1]} - {path}
             yield f"{override}: there is no option {path}{near(path, known)}"
 
@@ -229,10 +229,10 @@ def _not_chosen(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[
 def _option_not_chosen(group: str, kind: str, name: str, nodes: Mapping[str, Any], line: Mapping[str, str]) -> str:
     path = f"{group}.{name}"
     typed = list(_typed(path, line))
-    known, chosen = sources.options(group), [n for n, node in nodes.items() if n != name and _made(node)]
+    known, chosen = composition.options(group), [n for n, node in nodes.items() if n != name and _made(node)]
     list_ = f"{group}=[{','.join([*chosen, name])}]"
     if name not in known:
-        where = typed[0] if typed else ", ".join(str(f) for f in sources.files_with(name)[:2]) or path
+        where = typed[0] if typed else ", ".join(str(f) for f in composition.files_with(name)[:2]) or path
         return f"{where}: there is no option {path}{near(path, {f'{group}.{n}' for n in (*known, *chosen)})}"
     if typed:
         return (

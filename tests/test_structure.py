@@ -42,9 +42,9 @@ ALLOWED = {
         "errors",
     },
     "fits": {"fits", "distiller", "distributed", "errors"},
-    "config": {"config", "keys", "values", "sources", "hardware", "errors"},
-    "keys": {"schema", "signature", "sources", "timm_source", "errors"},
-    "sources": {"signature"},
+    "config": {"config", "keys", "values", "composition", "hardware", "errors"},
+    "keys": {"schema", "signature", "composition", "timm_source", "errors"},
+    "composition": {"signature"},
     "timm_source": {"signature"},
     "values": set(),
     "yaml_text": {"errors"},
@@ -58,11 +58,11 @@ ALLOWED = {
     "report": {"report", "studies", "manifest", "record", "weight_files", "errors"},
     "errors": set(),
 }
-COMPOSING = ("config", "schema", "sources", "keys")  # read what Hydra composed
+COMPOSING = ("config", "schema", "composition", "keys")  # read what Hydra composed
 NO_TORCH = (
     "config.py",
     "keys.py",
-    "sources.py",
+    "composition.py",
     "timm_source.py",
     "values.py",
     "yaml_text.py",

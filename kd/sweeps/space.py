@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from kd import explain
+from kd.composition import key_of
 from kd.errors import KdError, near
-from kd.sources import key_of
 from kd.sweeps.grid import axis, short_names
 
 
