@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from kd import explain, keys
-from kd.composition import CONF, command_line
+from kd.composition import CONF, command_line, key_of
 from kd.errors import KdError
 from kd.hardware import refuse_missing, settings
 from kd.sweeps import job as jobs
@@ -40,7 +40,7 @@ def composed(overrides: Sequence[str], config_dir: str | None = None) -> DictCon
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose("train", overrides=[*kept, *explain.searched(search)], return_hydra_config=True)
-    except explain.KNOWN as error:
+    except explain.COMPOSING as error:
         raise KdError(explain.explain(error, overrides, search)) from error
     return cfg
 
@@ -71,7 +71,7 @@ def run(argv: list[str], job: Job) -> int:
     shows_only = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion))
     if arguments.config_dir and not os.path.isdir(arguments.config_dir):
         raise KdError(f"--config-dir {arguments.config_dir} is not a folder")
-    if arguments.cfg and not arguments.multirun:
+    if arguments.cfg and not arguments.multirun and any("." in key_of(o) for o in arguments.overrides):
         _refuse_typos(arguments.overrides, arguments.config_dir)
     if not shows_only and not arguments.multirun:
         refuse_missing(settings(checked(arguments.overrides, arguments.config_dir)))

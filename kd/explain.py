@@ -21,8 +21,10 @@ from kd.keys import targets
 from kd.signature import arguments
 
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launchers that come with an extra
-KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)
-"""The exceptions of composing, which :func:`explain` can say in a sentence; the last two are OmegaConf's as well."""
+KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+"""The exceptions that :func:`explain` can say in a sentence."""
+COMPOSING = (*KNOWN, ValueError, AssertionError)
+"""The same while a config is composed and nothing else runs: Hydra and OmegaConf raise these two for some overrides."""
 
 
 def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[str] = ()) -> str:

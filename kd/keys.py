@@ -43,7 +43,7 @@ MADE = {
 def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...] = ()) -> Iterator[str]:
     """One sentence for each key that there is not, or that has no effect.
 
-    ``line``: what the command line sets, of :func:`kd.composition.command_line`; ``skip``: sections that do not matter.
+    ``line``: what the command line sets (:func:`kd.composition.command_line`); ``skip``: sections without effect here.
     """
     if several := list(_several_options(line)):
         yield from several

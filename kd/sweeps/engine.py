@@ -70,7 +70,7 @@ class Engine:
     def _composed(self, overrides: Sequence[str]) -> DictConfig:
         try:
             return self.context.config_loader.load_sweep_config(self.master, list(overrides))
-        except explain.KNOWN as error:
+        except explain.COMPOSING as error:
             found = self.master.hydra.runtime.config_sources
             search = [f"{s.schema}://{s.path}" for s in found if s.provider not in ("hydra", "main", "schema")]
             raise KdError(explain.explain(error, overrides, search)) from error
