@@ -24,19 +24,18 @@ ALIASES = {
 def near(name: str, known: Iterable[str], count: int = 3) -> str:
     """``" (near: a, b)"`` for the known names that look like ``name``, or an empty string.
 
-    First those that end alike, or by what the last part is called here (:data:`ALIASES`), of the same section before
-    others; then those spelt alike, as a whole or in their last part.
+    Those of the same section come first; in a section those that end alike, or by what the last part is called here
+    (:data:`ALIASES`), before those spelt alike, as a whole or in their last part.
     """
     names = sorted(set(known))
     last = _last(name)
     alike = [n for n in names if _last(n) in (last, ALIASES.get(last))]
     section = name.rpartition(".")[0]
-    matches = sorted(alike, key=lambda n: n.rpartition(".")[0] != section)
-    matches += get_close_matches(name, names, n=count, cutoff=0.6)
+    matches = [*alike, *get_close_matches(name, names, n=count, cutoff=0.6)]
     if not matches:
         ends = get_close_matches(last, {_last(n) for n in names}, n=count, cutoff=0.75)
         matches = [n for end in ends for n in names if _last(n) == end]
-    matches = list(dict.fromkeys(matches))
+    matches = sorted(dict.fromkeys(matches), key=lambda n: n.rpartition(".")[0] != section)
     return f" (near: {', '.join(matches[:count])})" if matches else ""
 
 
