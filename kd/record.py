@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd.durable import replacing
 from kd.errors import KdError
 
 FILE = "result.json"
@@ -37,6 +38,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
     kept["teacher"].pop("cache", None)  # the same answers, sooner
     text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def data_seeds(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The seeds of the data: :func:`config_hash` leaves them out."""
+    return {key: config["data"].get(key) for key in ("seed", "split_seed")}
 
 
 def changes_results(override: str) -> bool:
@@ -89,10 +95,9 @@ def write(run_dir: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Replace a text file atomically. ``MachineFailure`` when it cannot be written."""
+    with replacing(path, f".{os.getpid()}") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:

@@ -250,17 +250,17 @@ def pretend(monkeypatch: pytest.MonkeyPatch, zero: str, one: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
 
 
-FAILS = "pipe.send({'error': 'the loss is not finite', 'expected': %s, 'traceback': 'where it was'}); os._exit(1)"
+FAILS = "pipe.send({'error': 'the loss is not finite', 'kind': '%s', 'traceback': 'where it was'}); os._exit(1)"
 HANGS = "time.sleep(100)"
 
 
 @pytest.mark.parametrize(
     ("zero", "one", "kind", "sentence"),
     [
-        (HANGS, FAILS % True, KdError, "^the loss is not finite$"),
-        (HANGS, FAILS % False, RuntimeError, "^the loss is not finite$"),
+        (HANGS, FAILS % "run", KdError, "^the loss is not finite$"),
+        (HANGS, FAILS % "unexpected", RuntimeError, "^the loss is not finite$"),
         (HANGS, "os.kill(os.getpid(), 9)", KdError, "^process 1 of the run was killed by SIGKILL$"),
-        ("time.sleep(0.5);" + FAILS % False, "os.kill(os.getpid(), 9)", KdError, "process 1 .* by SIGKILL"),
+        ("time.sleep(0.5);" + FAILS % "unexpected", "os.kill(os.getpid(), 9)", KdError, "process 1 .* by SIGKILL"),
         ("os._exit(3)", HANGS, KdError, "process 0 of the run ended without a result .exit code 3."),
     ],
 )

@@ -137,9 +137,13 @@ def launch(
     for done, (position, code) in enumerate(forked(calls, len(slots)), start=first + 1):
         run_dir = directory(configs[position])
         overrides = [str(o) for o in configs[position].hydra.overrides.task]
-        if code:
-            leave_a_record(run_dir, overrides, *death(code))
-        print(f"  {done:>{len(str(total))}}/{total}  {said(run_dir)}", flush=True)
+        try:
+            if code:
+                leave_a_record(run_dir, overrides, *death(code))
+            line = said(run_dir)
+        except KdError as error:  # it has no record: one job does not stop the others
+            line = f"{run_dir.name}: {FAILED}: {error}"
+        print(f"  {done:>{len(str(total))}}/{total}  {line}", flush=True)
     return [JobReturn(overrides=list(overrides)) for overrides in jobs]
 
 
@@ -181,10 +185,14 @@ def _call(
 
     def call(slot: int) -> None:
         run_dir, share = directory(config), slots[slot]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "train.log").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with (run_dir / "train.log").open("a") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+        except OSError as error:
+            print(f"kd: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+            sys.exit(1)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         share.take()
         if config.hardware.threads is None:
