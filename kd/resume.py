@@ -57,11 +57,14 @@ def check_files(run_dir: Path) -> Progress:
     from kd import weights
 
     checkpoint = run_dir / CHECKPOINT
-    if not intact(checkpoint):
-        why = "it is truncated or not a checkpoint, or some of its bytes have changed"
-        raise Refused(f"{checkpoint} cannot be read: {why}; {_anew(run_dir)}")
-    there = weights.read_pickle(checkpoint)
-    progress = weights.progress_of(there, checkpoint)
+    try:
+        if not intact(checkpoint):
+            why = "it is truncated or not a checkpoint, or some of its bytes have changed"
+            raise KdError(f"{checkpoint} cannot be read: {why}")
+        there = weights.read_pickle(checkpoint)
+        progress = weights.progress_of(there, checkpoint)
+    except KdError as error:
+        raise Refused(f"{error}; {_anew(run_dir)}") from None
     best = there["callbacks"].get("SelectedWeights", {})
     epoch, digest = best.get("epoch"), best.get("digest")
     if epoch is None:
