@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,16 @@ from kd.durable import replacing
 from kd.errors import MachineFailure
 
 
-class Answered:
+def answered() -> Any:
     """A module that has kept predictions."""
-
-    predictions = {name: [torch.zeros(2)] for name in ("index", "target", "logits")}
+    return SimpleNamespace(predictions={name: [torch.zeros(2)] for name in ("index", "target", "logits")})
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "result.json": lambda file: record.write(file.parent, {"schema": 1, "status": "running"}),
     "student.safetensors": lambda file: weights.save(nn.Linear(1, 1), file, {}),
     "checkpoints/last.ckpt": lambda file: WholeCheckpoints().save_checkpoint({"epoch": 0}, file),
-    "predictions_test.npz": lambda file: fit._save_predictions(file, Answered()),  # type: ignore[arg-type]
+    "predictions_test.npz": lambda file: fit._save_predictions(file, answered()),
 }
 
 
@@ -59,10 +59,15 @@ def test_a_file_and_its_name_are_flushed(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_error_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("old")
-    for error, expected in ((OSError(28, "No space left on device"), MachineFailure), (ValueError("x"), ValueError)):
-        with pytest.raises(expected) as failure, replacing(file) as temporary:
+
+    def fail(error: Exception) -> None:
+        with replacing(file) as temporary:
             temporary.write_text("half")
             raise error
+
+    for error, expected in ((OSError(28, "No space left on device"), MachineFailure), (ValueError("x"), ValueError)):
+        with pytest.raises(expected) as failure:
+            fail(error)
         assert [f.read_text() for f in tmp_path.iterdir()] == ["old"]
         if expected is MachineFailure:
             assert str(failure.value) == f"{file} cannot be written: No space left on device"

@@ -23,7 +23,8 @@ from kd.sweeps.job import work
 from kd.sweeps.pool import forked, warm_up
 
 OVERRIDES = ["data=fake", "data.shape=[1,4,4]", "data.train_images=40", "data.test_images=16", "recipe.epochs=2"]
-OVERRIDES += ["protocol.monitor=val/nll", "protocol.val_every=1", "hardware=cpu", "hardware.threads=1", "protocol.keep_predictions=true"]
+OVERRIDES += ["protocol.monitor=val/nll", "protocol.val_every=1"]
+OVERRIDES += ["hardware=cpu", "hardware.threads=1", "protocol.keep_predictions=true"]
 
 def job(run_dir, kill_at, slot):
     '''Train; SIGKILL before the write number kill_at below the run directory. Notes every write.'''
