@@ -102,13 +102,14 @@ def make_trainer(
     """Lightning's trainer for the recipe, protocol and hardware of the config."""
     recipe = config["recipe"]
     machine = hardware.trainer_arguments(config, module)
+    selected = next((h for h in hooks if isinstance(h, callbacks.SelectedWeights)), None)
     arguments: dict[str, Any] = {
         "max_epochs": recipe["epochs"],
         "accumulate_grad_batches": recipe["accumulate"],
         "gradient_clip_val": recipe["gradient_clip"],
         "check_val_every_n_epoch": config["protocol"]["val_every"],
         **machine,
-        "plugins": [*machine["plugins"], callbacks.WholeCheckpoints(hooks[0])],
+        "plugins": [*machine["plugins"], callbacks.WholeCheckpoints(selected)],
         "logger": run_loggers,
         "callbacks": hooks,
         "default_root_dir": str(run_dir),

@@ -59,14 +59,14 @@ def work(config: Mapping[str, Any], run_dir: Path, overrides: Sequence[str]) -> 
     state = look(run_dir, config)
     if state.status in (*DONE, RUNNING):
         return state.status
-    if state.record is not None and resume.possible(run_dir, state.record):
+    if state.record is not None:
         try:
-            return str(go_on(run_dir)["status"])
+            if resume.possible(run_dir, state.record):
+                return str(go_on(run_dir)["status"])
+            clear(run_dir)
         except resume.Refused as error:  # nothing was written; whoever reads the table must know why
             record.write(run_dir, {**state.record, "status": state.status, "error": str(error)})
             raise
-    if state.record is not None:
-        clear(run_dir)
     return str(train(dict(config), run_dir, overrides)["status"])
 
 
@@ -74,7 +74,7 @@ def clear(run_dir: Path) -> None:
     """Remove what an attempt without a result has written; its log stays, and so does what others put there."""
     folder = (run_dir / CHECKPOINT).parent
     if folder.is_symlink():
-        raise KdError(f"{folder} is a link, and nothing behind it is removed: remove it to train the run anew")
+        raise resume.Refused(f"{folder} is a link, and nothing behind it is removed: remove it to train the run anew")
     for name in LOGGED:
         _set_aside(run_dir / name)
     for name in WRITTEN:
@@ -82,8 +82,8 @@ def clear(run_dir: Path) -> None:
         for old in (*file.parent.glob(f".{file.name}*.tmp"), file):  # a killed process leaves temporary files
             if old.is_file() or old.is_symlink():
                 old.unlink()
-        if file.parent == folder and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    with suppress(OSError):  # not there, or not empty
+        folder.rmdir()
 
 
 def _set_aside(folder: Path) -> None:

@@ -138,11 +138,12 @@ def launch(
         run_dir = directory(configs[position])
         overrides = [str(o) for o in configs[position].hydra.overrides.task]
         try:
-            if code:
+            if code or not (run_dir / record.FILE).exists():
                 leave_a_record(run_dir, overrides, *death(code))
             line = said(run_dir)
-        except KdError as error:  # it has no record: one job does not stop the others
-            line = f"{run_dir.name}: {FAILED}: {error}"
+        except KdError as error:  # there is no room for one: a job does not stop the others
+            belongs = manifest.find(run_dir)
+            line = f"{belongs[1].label if belongs else run_dir.name}: {FAILED}: {error}"
         print(f"  {done:>{len(str(total))}}/{total}  {line}", flush=True)
     return [JobReturn(overrides=list(overrides)) for overrides in jobs]
 
@@ -154,7 +155,7 @@ def directory(config: DictConfig) -> Path:
 
 def death(code: int) -> tuple[str, str]:
     """Status and reason for a child that ended without a word of its own."""
-    if code > 0:
+    if code >= 0:
         return (INTERRUPTED, "interrupted") if code == 130 else (FAILED, f"the process ended with exit code {code}")
     name = signal.Signals(-code).name
     return INTERRUPTED, f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
