@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import time
@@ -17,6 +16,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import CSVLogger
 
 from kd import distributed, weight_files, weights
+from kd.durable import replacing
+from kd.errors import KdError
 
 log = logging.getLogger(__name__)
 
@@ -26,43 +27,70 @@ class SelectedWeights(Callback):
 
     ``monitor``: a metric of the validation split; ``mode``: "max" or "min". Ties go to the earlier epoch. Without a
     ``monitor`` the last validation stands.
+
+    The checkpoint of that epoch is written first and knows the digest of the weights, which are among its own: a run
+    that is killed between the two writes finds them there (:mod:`kd.resume`).
     """
 
     def __init__(self, run_dir: Path, monitor: str | None, mode: str, about: dict[str, Any]) -> None:
         self.run_dir, self.monitor, self.mode, self.about = run_dir, monitor, mode, about
         self.best: float | None = None
         self.epoch: int | None = None
+        self.digest: str | None = None
+        self.unwritten: dict[str, torch.Tensor] = {}
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Save when this validation beats all before it."""
+        """Keep the weights when this validation beats all before it, until :meth:`write`."""
         if trainer.state.fn != "fit":
             return
         value = float(trainer.callback_metrics[self.monitor]) if self.monitor is not None else None
         if value is None or self.best is None or (value > self.best if self.mode == "max" else value < self.best):
             self.best, self.epoch = value, trainer.current_epoch
-            weights.save(module.student, self.run_dir / weight_files.SELECTED, {**self.about, "epoch": self.epoch})
+            self.unwritten = weights.whole_state(module.student)
+            self.digest = weights.digest(self.unwritten)
+
+    def write(self) -> None:
+        """Write what was kept; once its checkpoint is there."""
+        if self.unwritten:
+            weights.write(self.unwritten, self.run_dir / weight_files.SELECTED, {**self.about, "epoch": self.epoch})
+            self.unwritten = {}
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """The selected weights from their file. ``KdError`` when it holds others."""
+        state = weights.read(self.run_dir / weight_files.SELECTED)[0]
+        if self.digest is not None and weights.digest(state) != self.digest:
+            raise KdError(f"{self.run_dir / weight_files.SELECTED} was replaced while the run trained: start it anew")
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: a resumed run must not forget its best."""
-        return {"best": self.best, "epoch": self.epoch}
+        return {"best": self.best, "epoch": self.epoch, "digest": self.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self.best, self.epoch = state["best"], state["epoch"]
+        self.best, self.epoch, self.digest = state["best"], state["epoch"], state.get("digest")
 
 
 class WholeCheckpoints(TorchCheckpointIO):
     """A checkpoint is there or not, never half of it, whenever the process is killed.
 
     Lightning writes it to ``/tmp`` and moves it; where the run directory is on another disk, that is a slow copy.
+    ``selected``: whose weights are written next.
     """
+
+    def __init__(self, selected: SelectedWeights | None = None) -> None:
+        super().__init__()
+        self.selected = selected
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write beside ``path``, then replace it."""
-        temporary = Path(f"{path}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, path)
+        path = Path(path)
+        if path.parent.parent.is_dir():  # a run directory that was deleted is not made again
+            path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+        if self.selected is not None:
+            self.selected.write()
 
 
 class EpochLine(Callback):

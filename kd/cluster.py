@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kd.errors import KdError
+from kd.errors import KdError, MachineFailure, kind, named, of_kind
 from kd.hardware import settings
 
 WORKER = "KD_WORKER"  # set for the processes that kd starts: the number of their end of the pipe to the parent
@@ -42,7 +42,7 @@ def join(config: Mapping[str, Any]) -> int:
     if on_gpu:
         devices = hardware["devices"]
         torch.cuda.set_device(devices[cluster.local_rank()] if isinstance(devices, list) else cluster.local_rank())
-    distributed.join("nccl" if on_gpu else "gloo", cluster.global_rank(), cluster.world_size())
+    distributed.join("nccl" if on_gpu else "gloo", cluster.global_rank(), cluster.world_size(), hardware["timeout_s"])
     return distributed.rank()
 
 
@@ -94,10 +94,11 @@ def follow() -> dict[str, Any]:
         sys.exit(1)
     config, run_dir, checkpoint = task
     try:
-        with shared_fate():
+        with shared_fate(config, Path(run_dir)):
             fit(config, Path(run_dir), checkpoint and Path(checkpoint))
     except Exception as error:
-        if distributed.failed() == _sentence(error):  # it is ours, not the echo of another's
+        said = distributed.failed()
+        if said is None or said[1] == _sentence(error):  # it is ours, not the echo of another's
             print(f"kd: {_sentence(error)}", file=sys.stderr)
             if not isinstance(error, KdError):
                 traceback.print_exc()
@@ -108,8 +109,11 @@ def follow() -> dict[str, Any]:
 
 
 @contextmanager
-def shared_fate() -> Iterator[None]:
-    """A failure here is told to the others; a connection that broke because another failed becomes its sentence."""
+def shared_fate(config: Mapping[str, Any], run_dir: Path) -> Iterator[None]:
+    """A failure here is told to the others; a connection that broke because another failed becomes its sentence.
+
+    So does a process that does not answer in time.
+    """
     from kd import distributed
 
     try:
@@ -117,10 +121,25 @@ def shared_fate() -> Iterator[None]:
     except BaseException as error:
         said = distributed.failed()
         if said is not None and distributed.rank() == 0:
-            raise KdError(said) from error
-        if isinstance(error, Exception):
-            distributed.say_failed(_sentence(error))
-        raise
+            raise of_kind(said[1], said[0]) from error
+        if not isinstance(error, Exception):
+            raise
+        shown = named(error, run_dir)
+        if said is None and distributed.timed_out(error):
+            shown = MachineFailure(unanswered(distributed.silent(), settings(config)["timeout_s"]))
+        distributed.say_failed(_sentence(shown), kind(shown))
+        if shown is error:
+            raise
+        raise shown from error
+
+
+def unanswered(silent: Sequence[int], timeout: float) -> str:
+    """The sentence on processes that have not answered in time; none: it is not known which."""
+    who = f"process {', '.join(map(str, silent))}" if silent else "another process"
+    return (
+        f"{who} of the run did not answer within {timeout} s (hardware.timeout_s): stopped, hanging, or its machine is "
+        "gone; the run goes on from its checkpoint"
+    )
 
 
 def _sentence(error: BaseException) -> str:

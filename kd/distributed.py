@@ -5,6 +5,11 @@ Everything here does nothing, or answers for one process, where no process group
 
 from __future__ import annotations
 
+import re
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,6 +20,8 @@ from kd.errors import KdError
 
 T = TypeVar("T")
 FAILED = "kd_failed"  # key of the store: what the first process that failed had to say
+WAITS = "kd_waits"  # keys of the store: the processes that have waited for another one in vain
+PATIENCE = 3.0  # seconds between the first and the last process to find out that another does not answer
 
 _control: Any = None  # the group for Python objects, always gloo: NCCL would move them through GPU memory
 
@@ -34,13 +41,17 @@ def rank() -> int:
     return dist.get_rank() if joined() else 0
 
 
-def join(backend: str, rank: int, world_size: int) -> None:
-    """Meet the other processes at ``MASTER_ADDR:MASTER_PORT``; ``backend``: gloo or nccl. Once a process."""
+def join(backend: str, rank: int, world_size: int, timeout: float) -> None:
+    """Meet the other processes at ``MASTER_ADDR:MASTER_PORT``; ``backend``: gloo or nccl. Once a process.
+
+    ``timeout``: seconds that a process waits for the others, here and in everything that they do together.
+    """
     global _control
     if joined():
         return
-    dist.init_process_group(backend, rank=rank, world_size=world_size)
-    _control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit)
+    _control = dist.new_group(backend="gloo", timeout=limit) if backend != "gloo" else dist.group.WORLD
 
 
 def leave() -> None:
@@ -74,21 +85,61 @@ def gather(value: T) -> list[T] | None:
     return values
 
 
-def say_failed(sentence: str) -> None:
+def say_failed(sentence: str, kind: str) -> None:
     """Leave word of the failure of this process: the others only see a broken connection."""
     if joined() and not failed():
-        dist.distributed_c10d._get_default_store().set(FAILED, sentence)
+        _stored(lambda store: store.set(FAILED, f"{kind}\n{sentence}"))
 
 
-def failed() -> str | None:
-    """What a process that failed had to say, or None."""
-    if not joined():
-        return None
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.get(FAILED).decode() if store.check([FAILED]) else None
-    except RuntimeError:  # the process that kept the store is gone
-        return None
+def failed() -> tuple[str, str] | None:
+    """The kind of failure of a process that failed, and what it had to say, or None."""
+
+    def find(store: Any) -> tuple[str, str] | None:
+        if not store.check([FAILED]):
+            return None
+        kind, _, sentence = store.get(FAILED).decode().partition("\n")
+        return kind, sentence
+
+    return _stored(find) if joined() else None
+
+
+def timed_out(error: BaseException | None) -> bool:
+    """Whether an error, or what it comes from, is that another process did not answer in time."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and re.search(r"timed out|timeout", str(error), re.IGNORECASE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def silent() -> list[int]:
+    """The processes that do not say, within ``PATIENCE``, that they have waited in vain as this one has.
+
+    All processes that wait call it. Empty: it is not known.
+    """
+
+    def find(store: Any) -> list[int]:
+        store.set(f"{WAITS}/{rank()}", "")
+        time.sleep(PATIENCE)
+        return [r for r in range(world_size()) if not store.check([f"{WAITS}/{r}"])]
+
+    return (_stored(find) or []) if joined() else []
+
+
+def _stored(call: Callable[[Any], T]) -> T | None:
+    """What ``call`` finds in the store of all processes; None when the process that keeps it is gone or hangs."""
+    found: list[T] = []
+
+    def ask() -> None:
+        try:
+            found.append(call(dist.distributed_c10d._get_default_store()))
+        except RuntimeError:
+            return
+
+    thread = threading.Thread(target=ask, daemon=True)  # a store that hangs has no timeout
+    thread.start()
+    thread.join(PATIENCE + 5)
+    return found[0] if found else None
 
 
 # ---------------------------------------------------------------------- means over the whole batch

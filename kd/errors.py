@@ -4,10 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class KdError(Exception):
-    """Bad input. Its message is one plain sentence: the key, the value, and what is allowed."""
+    """Bad input. Its message is one plain sentence: the key, the value, and what is allowed.
+
+    ``kind``: "run" where the same run would fail again, "machine" where it may go on, "unexpected" as of other errors.
+    """
+
+    kind = "run"
+
+
+class MachineFailure(KdError):
+    """The machine failed, not the run: no space, a killed or stopped process. The same run may go on later."""
+
+    kind = "machine"
+
+
+def named(error: Exception, where: Path) -> Exception:
+    """The sentence of an error that the operating system raised, with its path or else ``where``; others unchanged."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return MachineFailure(f"{error.filename or where}: {error.strerror}")
+    return error
+
+
+def kind(error: Exception) -> str:
+    """What failed, for the record: see :class:`KdError`."""
+    return error.kind if isinstance(error, KdError) else "unexpected"
+
+
+def of_kind(sentence: str, kind: str) -> KdError:
+    """The error of another process."""
+    error = KdError(sentence)
+    error.kind = kind
+    return error
 
 
 # what a paper or another program calls it: what it is called here
@@ -31,11 +62,12 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
     last = _last(name)
     alike = [n for n in names if _last(n) in (last, ALIASES.get(last))]
     section = name.rpartition(".")[0]
-    matches = [*alike, *get_close_matches(name, names, n=count, cutoff=0.6)]
+    matches = sorted(alike, key=lambda n: n.rpartition(".")[0] != section)
+    matches += get_close_matches(name, names, n=count, cutoff=0.6)
     if not matches:
         ends = get_close_matches(last, {_last(n) for n in names}, n=count, cutoff=0.75)
         matches = [n for end in ends for n in names if _last(n) == end]
-    matches = sorted(dict.fromkeys(matches), key=lambda n: n.rpartition(".")[0] != section)
+    matches = sorted(dict.fromkeys(matches), key=lambda n: n.partition(".")[0] != name.partition(".")[0])
     return f" (near: {', '.join(matches[:count])})" if matches else ""
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd import build, callbacks, distributed, hardware, loggers, pruning, record, weight_files, weights
 from kd.distiller import Distiller
+from kd.durable import replacing
 from kd.errors import KdError
 
 log = logging.getLogger(__name__)
@@ -102,13 +103,14 @@ def make_trainer(
     """Lightning's trainer for the recipe, protocol and hardware of the config."""
     recipe = config["recipe"]
     machine = hardware.trainer_arguments(config, module)
+    selected = next((h for h in hooks if isinstance(h, callbacks.SelectedWeights)), None)
     arguments: dict[str, Any] = {
         "max_epochs": recipe["epochs"],
         "accumulate_grad_batches": recipe["accumulate"],
         "gradient_clip_val": recipe["gradient_clip"],
         "check_val_every_n_epoch": config["protocol"]["val_every"],
         **machine,
-        "plugins": [*machine["plugins"], callbacks.WholeCheckpoints()],
+        "plugins": [*machine["plugins"], callbacks.WholeCheckpoints(selected)],
         "logger": run_loggers,
         "callbacks": hooks,
         "default_root_dir": str(run_dir),
@@ -199,11 +201,10 @@ def close(
     last = {"epoch": last_epoch, "train": train_means, "val": _split(module.history[last_epoch])}
     selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(module.history[best.epoch])}
     keep = config["protocol"]["keep_predictions"]
+    state = best.read() if distributed.rank() == 0 else {}
     if best.epoch != last_epoch:
         last.update(_test(trainer, module, data, "test_last"))
-        state = weights.read(run_dir / weight_files.SELECTED)[0] if distributed.rank() == 0 else {}
-        state = distributed.broadcast(state)
-        weights.load(module.student, state, run_dir, "student")
+        weights.load(module.student, distributed.broadcast(state), run_dir, "student")
     selected.update(_test(trainer, module, data, "test", run_dir if keep else None))
     last = {**selected, **last}  # the same student is tested once
     if keep:
@@ -245,7 +246,9 @@ def _save_predictions(path: Path, module: Distiller) -> None:
         return
     kept = {name: np.concatenate([s[name] for s in shards if s]) for name in shards[0]}
     order = np.argsort(kept["index"], kind="stable")
-    np.savez_compressed(path, index=kept["index"][order], target=kept["target"][order], logits=kept["logits"][order])
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        index, target, logits = (kept[name][order] for name in ("index", "target", "logits"))
+        np.savez_compressed(file, index=index, target=target, logits=logits)
 
 
 def _split(metrics: Any) -> dict[str, float]:

@@ -37,6 +37,8 @@ def problems(hardware: Mapping[str, Any], batch_size: int) -> Iterator[str]:
     for role in hardware["compiled"]:
         if role not in ("student", "teacher"):
             yield f"hardware.compiled = {hardware['compiled']} is not allowed: a list of student, teacher or both"
+    if hardware["timeout_s"] < 1:
+        yield f"hardware.timeout_s = {hardware['timeout_s']} is not allowed: it must be 1 second or more"
     yield from _device_problems(hardware, batch_size)
     yield from _pair_problems(hardware)
 

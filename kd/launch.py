@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from kd import record
-from kd.cluster import WORKER, join, quiet, shared_fate
-from kd.errors import KdError
+from kd.cluster import WORKER, join, quiet, shared_fate, unanswered
+from kd.errors import KdError, MachineFailure, kind, named, of_kind
 from kd.hardware import cores, settings
 
 COMMAND = [sys.executable, "-m", "kd.launch"]
@@ -62,7 +62,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         return fit(config, run_dir, checkpoint)
     _check_batch(config, distributed.world_size())
     distributed.broadcast((config, str(run_dir.resolve()), checkpoint and str(checkpoint.resolve())))
-    with shared_fate():
+    with shared_fate(config, run_dir):
         outcome = fit(config, run_dir, checkpoint)
     distributed.leave()
     return outcome
@@ -103,12 +103,16 @@ def _in_processes(config: dict[str, Any], run_dir: Path, checkpoint: Path | None
                 assert process.stdin is not None
                 process.stdin.write(task + "\n")
                 process.stdin.flush()  # and stays open: its end tells the process that we are gone
-            answers = _answers(pipes)
+            timeout = settings(config)["timeout_s"]
+            answers = _answers(pipes, timeout)
         except BaseException:
             _end(processes, signal.SIGINT)
             raise
+        for rank, process in enumerate(processes):
+            if rank not in answers:  # they have had their time
+                process.kill()
         _end(processes, None)
-    return _outcome(answers, processes)
+    return _outcome(answers, processes, timeout)
 
 
 def _start(environment: Mapping[str, str], pipe: int) -> subprocess.Popen[str]:
@@ -140,10 +144,11 @@ def _environments(hardware: Mapping[str, Any], number: int) -> Iterator[dict[str
         yield {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
-def _answers(pipes: Sequence[Connection]) -> dict[int, dict[str, Any]]:
+def _answers(pipes: Sequence[Connection], timeout: float) -> dict[int, dict[str, Any]]:
     """What the processes answer, in the order in which they do; an empty answer: it died.
 
-    After the first bad answer the others have ``GRACE`` seconds.
+    After the first bad answer the others have ``GRACE`` seconds, after the first good one ``timeout``: they have met
+    for the last time before it.
     """
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     answers: dict[int, dict[str, Any]] = {}
@@ -160,8 +165,8 @@ def _answers(pipes: Sequence[Connection]) -> dict[int, dict[str, Any]]:
             except (EOFError, OSError):
                 answer = {}
             answers[waiting.pop(pipe)] = answer
-            if "outcome" not in answer and deadline is None:
-                deadline = time.monotonic() + GRACE
+            limit = time.monotonic() + (timeout if "outcome" in answer else GRACE)
+            deadline = limit if deadline is None else min(deadline, limit)
     return answers
 
 
@@ -181,17 +186,29 @@ def _end(processes: Sequence[subprocess.Popen[str]], ask: signal.Signals | None)
         process.stdin.close()
 
 
-def _outcome(answers: Mapping[int, dict[str, Any]], processes: Sequence[subprocess.Popen[str]]) -> dict[str, Any]:
-    """The answer of process 0, or the failure that came first; a death by a signal explains all the others."""
+def _outcome(
+    answers: Mapping[int, dict[str, Any]], processes: Sequence[subprocess.Popen[str]], timeout: float
+) -> dict[str, Any]:
+    """The answer of process 0, or the failure that came first; a death by a signal explains all the others.
+
+    A process that waited in vain explains nothing: those that did not answer do. (NCCL aborts such a process.)
+    """
+    silent = [rank for rank in range(len(processes)) if rank not in answers]
+    vain = any(answer.get("timed_out") for answer in answers.values())
+    vain = vain or any(processes[rank].returncode == -signal.SIGABRT for rank in answers)
+    if silent and (vain or (0 in silent and all("outcome" in answer for answer in answers.values()))):
+        raise MachineFailure(unanswered(silent, timeout))
     for rank, answer in answers.items():
         code = processes[rank].returncode
         if not answer and code < 0:
-            raise KdError(f"process {rank} of the run was killed by {signal.Signals(-code).name}")
+            raise MachineFailure(f"process {rank} of the run was killed by {signal.Signals(-code).name}")
     for rank, answer in answers.items():
         if not answer:
-            raise KdError(f"process {rank} of the run ended without a result (exit code {processes[rank].returncode})")
+            code = processes[rank].returncode
+            raise MachineFailure(f"process {rank} of the run ended without a result (exit code {code})")
         if "error" in answer:
-            failure = KdError(answer["error"]) if answer["expected"] else RuntimeError(answer["error"])
+            text, what = answer["error"], answer["kind"]
+            failure = RuntimeError(text) if what == "unexpected" else of_kind(text, what)
             raise failure from _Remote(f"process {rank}: {answer['traceback']}")
     return answers[0]["outcome"]
 
@@ -222,7 +239,7 @@ def main() -> int:
         from kd.train import peak_memory, start_logging
 
         if join(config) == 0:
-            start_logging(Path(run_dir), lock=False)  # the parent has it
+            start_logging(Path(run_dir))  # the parent has the lock
         else:
             quiet()
         from kd import distributed
@@ -236,9 +253,13 @@ def main() -> int:
     except (KeyboardInterrupt, SystemExit):
         return 130
     except Exception as error:
-        expected = isinstance(error, KdError)
-        text = str(error) or type(error).__name__
-        pipe.send({"error": text, "expected": expected, "traceback": traceback.format_exc()})
+        from kd import distributed
+
+        shown, vain = named(error, Path(run_dir)), distributed.timed_out(error)
+        if vain:  # which one did not answer, the parent knows
+            shown = MachineFailure(unanswered([], settings(config)["timeout_s"]))
+        text = str(shown) or type(shown).__name__
+        pipe.send({"error": text, "kind": kind(shown), "traceback": traceback.format_exc(), "timed_out": vain})
         _close_loggers(run_dir, {"status": "failed", "error": text})
         sys.stdout.flush()
         os._exit(1)  # a thread or a collective that hangs must not keep the others waiting

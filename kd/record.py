@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd.durable import replacing
 from kd.errors import KdError
 
 FILE = "result.json"
@@ -38,6 +39,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
         kept["teacher"].pop(key, None)
     text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def data_seeds(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The seeds of the data: :func:`config_hash` leaves them out."""
+    return {key: config["data"].get(key) for key in ("seed", "split_seed")}
 
 
 def changes_results(override: str) -> bool:
@@ -90,10 +96,9 @@ def write(run_dir: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Replace a text file atomically. ``MachineFailure`` when it cannot be written."""
+    with replacing(path, f".{os.getpid()}") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
@@ -124,13 +129,17 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """The resolved config of a run."""
     import yaml
 
+    from kd import yaml_text  # here, as yaml: most commands read no config of a run
+
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
         raise KdError(f"{run_dir} is not a run directory: there is no config.yaml in it")
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast, where it is built
-        return yaml.load(file.read_text(encoding="utf-8"), loader)
-    except (OSError, yaml.YAMLError):
+        return yaml_text.load(file.read_text(encoding="utf-8"), loader)
+    except KdError as error:
+        raise KdError(f"{file} {error}") from None
+    except (OSError, ValueError, yaml.YAMLError):
         raise KdError(f"{file} cannot be read: it is not valid YAML") from None
 
 

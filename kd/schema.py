@@ -66,6 +66,7 @@ class Hardware:
     compiled: list[str] = field(default_factory=lambda: ["student", "teacher"])  # the networks that it compiles
     precision: str = "32-true"
     threads: int | None = None  # of torch on the CPU; null: torch's choice
+    timeout_s: int = 1800  # of several processes: how long each waits for the others before the run fails
     deterministic: Any = "warn"  # true, false, or "warn" where an operation has no deterministic form
     trainer: dict[str, Any] = field(default_factory=dict)
 

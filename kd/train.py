@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kd import hardware, inputs, record
-from kd.errors import KdError
+from kd import errors, hardware, inputs, lock, record
+from kd import resume as resuming
+from kd.errors import KdError, MachineFailure
 from kd.weight_files import CHECKPOINT
 
 log = logging.getLogger("kd.train")
@@ -49,8 +50,7 @@ def resume(run_dir: Path) -> dict[str, Any]:
         raise KdError(f"resume={run_dir}: that run is finished")
     if not (run_dir / CHECKPOINT).is_file():
         raise KdError(f"resume={run_dir}: there is no {CHECKPOINT} in it, the run ended before its first validation")
-    if other := inputs.changed(before, config):
-        raise KdError(f"resume={run_dir}: {other}; a run goes on as it began")
+    resuming.check_config(run_dir, config, before)
     return train(config, run_dir, before["overrides"], checkpoint=run_dir / CHECKPOINT)
 
 
@@ -61,31 +61,36 @@ def train(
 
     The record is written when the run starts, and again when it finishes, fails or is interrupted.
     """
-    from kd import cluster, launch
+    from kd import cluster
 
     if cluster.join(config) > 0:
         return cluster.follow()
     hardware.refuse_missing(hardware.settings(config))
-    start = time.perf_counter()
-    handlers = start_logging(run_dir)
-    try:
+    with _in_use(run_dir), _logging(run_dir):
         if checkpoint is None:
             _refuse_to_overwrite(run_dir)
-        before = record.read(run_dir) if checkpoint else {}
-    except KdError:
-        _stop_logging(handlers)
-        raise
+            return _train(config, run_dir, overrides, None, {})
+        before = record.read(run_dir)
+        # of a sitting that was killed the record does not know the time
+        seconds = max(before.get("wall_clock_s", 0.0), resuming.check_files(run_dir).seconds)
+        return _train(config, run_dir, overrides, checkpoint, {**before, "wall_clock_s": seconds})
+
+
+def _train(
+    config: dict[str, Any], run_dir: Path, overrides: Sequence[str], checkpoint: Path | None, before: dict[str, Any]
+) -> dict[str, Any]:
+    """The run of a directory that is this process's; ``before``: the record of an earlier sitting, if there was one."""
+    from kd import launch
+
+    start = time.perf_counter()
     result = _opening(config, overrides)
     earlier = before.get("wall_clock_s", 0.0)
     try:
         import yaml
 
         if checkpoint is not None:
-            from kd import weights
-
             result["started"] = before.get("started", result["started"])
             result.update({key: before.get(key) for key in inputs.KEYS})  # of a run of before this is not known
-            earlier = max(earlier, weights.progress(checkpoint).seconds)  # of a sitting that was killed
             result["wall_clock_s"] = earlier
         else:
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -96,16 +101,23 @@ def train(
         result.update(status="interrupted", error="interrupted")
         raise KeyboardInterrupt(_kept(run_dir)) from error
     except Exception as error:
-        result.update(status="failed", error=str(error) or type(error).__name__)
+        shown = errors.named(error, run_dir)
+        result.update(status="failed", error=str(shown) or type(shown).__name__, failure=errors.kind(shown))
         _log_failure(error)
-        raise
+        if shown is error:
+            raise
+        raise shown from error
     finally:
         result["wall_clock_s"] = round(earlier + time.perf_counter() - start, 3)
         result.setdefault("peak_memory_mb", peak_memory())
         result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        record.write(run_dir, result)
-        _close_loggers(result)
-        _stop_logging(handlers)
+        try:
+            record.write(run_dir, result)
+        except MachineFailure:
+            if result["status"] not in ("failed", "interrupted"):  # else there is an error already
+                raise
+        finally:
+            _close_loggers(result)
     return result
 
 
@@ -122,8 +134,24 @@ def _close_loggers(result: dict[str, Any]) -> None:
         loggers.finish_wandb(result)
 
 
+@contextmanager
+def _in_use(run_dir: Path) -> Iterator[None]:
+    """The directory is this process's until it ends, whatever happens to the other files in it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock.held(run_dir / lock.RUN, lock.PATIENCE))
+        except BlockingIOError:
+            raise KdError(f"{run_dir} is in use: another process trains in it") from None
+        except OSError as error:
+            raise _unwritable(error) from None
+        yield
+
+
 def _refuse_to_overwrite(run_dir: Path) -> None:
     """A directory may be used again when what it holds failed before it had anything to lose."""
+    folder = (run_dir / CHECKPOINT).parent
+    if folder.exists() and not folder.is_dir():
+        raise KdError(f"{folder} is a file: a run keeps its checkpoint in a directory of that name; move it away")
     if not (run_dir / record.FILE).exists():
         return
     if (run_dir / CHECKPOINT).exists():
@@ -148,6 +176,7 @@ def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         "project_commit": record.commit("."),
         **inputs.read_by(config),
         "seed": config["seed"],
+        "data_seeds": record.data_seeds(config),
         "tags": config["tags"],
         "protocol": {**config["protocol"], "epochs": config["recipe"]["epochs"]},
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -165,8 +194,8 @@ class _Console(logging.StreamHandler):
         logging.Handler.__init__(self)
 
     def handleError(self, log_record: logging.LogRecord) -> None:
-        """A reader that went away (``| head``) does not stop a run, nor fill the terminal."""
-        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+        """A reader that went away (``| head``) does not stop a run, nor fill the terminal; nor does a full disk."""
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(log_record)
 
     @property
@@ -178,19 +207,22 @@ class _Console(logging.StreamHandler):
         pass
 
 
-def start_logging(run_dir: Path, lock: bool = True) -> list[logging.Handler]:
-    """Log to the console and to ``train.log``; ``lock``: the directory is this process's until it ends."""
+class _File(logging.FileHandler):
+    """A line that does not fit on the disk is lost: the run fails where a file that counts does not fit."""
+
+    def handleError(self, log_record: logging.LogRecord) -> None:
+        """As of the console."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(log_record)
+
+
+def start_logging(run_dir: Path) -> list[logging.Handler]:
+    """Log to the console and to ``train.log``."""
     try:
-        file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+        file = _File(run_dir / "train.log", encoding="utf-8")
     except OSError as error:
-        raise KdError(f"the run directory cannot be written: {error.filename}: {error.strerror}") from None
+        raise _unwritable(error) from None
     assert file.stream is not None
-    try:  # the log is the run's lock as well: it falls with the process
-        if lock:
-            fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise KdError(f"{run_dir} is in use: another process trains in it") from None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [file] if _is_stdout(file.stream) else [_Console(), file]
     logger = logging.getLogger("kd")
@@ -209,10 +241,20 @@ def _is_stdout(stream: Any) -> bool:
         return False
 
 
-def _stop_logging(handlers: list[logging.Handler]) -> None:
-    for handler in handlers:
-        logging.getLogger("kd").removeHandler(handler)
-        handler.close()
+def _unwritable(error: OSError) -> KdError:
+    return KdError(f"the run directory cannot be written: {error.filename}: {error.strerror}")
+
+
+@contextmanager
+def _logging(run_dir: Path) -> Iterator[None]:
+    handlers = start_logging(run_dir)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logging.getLogger("kd").removeHandler(handler)
+            with suppress(OSError):  # what a full disk has not taken
+                handler.close()
 
 
 def _log_failure(error: Exception) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import pickle
 import warnings
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd import distributed
+from kd.durable import replacing
 from kd.errors import KdError
 from kd.weight_files import locate
 
@@ -25,16 +26,37 @@ def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
 
     Of several processes all call it, and the first one writes.
     """
+    state = whole_state(network)
+    if distributed.rank() == 0:
+        write(state, path, about)
+
+
+def whole_state(network: nn.Module) -> dict[str, Tensor]:
+    """Copy a network's plain state dict to the CPU. Of several processes all call it, and the first one gets it."""
     state = {}
     for name, tensor in network.state_dict().items():
         full = distributed.whole(tensor.detach())
         if distributed.rank() == 0:
             state[name] = full.cpu().contiguous().clone()
-    if distributed.rank() > 0:
-        return
-    temporary = path.with_suffix(".tmp")
-    save_file(state, str(temporary), metadata={"kd": json.dumps(about), "format": "pt"})
-    os.replace(temporary, path)
+    return state
+
+
+def write(state: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
+    """Write a state dict with ``about`` as metadata, atomically. ``MachineFailure`` when it cannot be written."""
+    with replacing(path) as temporary:
+        try:
+            save_file(state, str(temporary), metadata={"kd": json.dumps(about), "format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """Hexadecimal SHA-256 of the names, types, shapes and values of a state dict on the CPU."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def read(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -82,7 +104,11 @@ class Progress:
 
 def progress(checkpoint: Path) -> Progress:
     """What a checkpoint to resume from says of it. ``KdError`` as :func:`read`."""
-    there = read_pickle(checkpoint)
+    return progress_of(read_pickle(checkpoint), checkpoint)
+
+
+def progress_of(there: Any, checkpoint: Path) -> Progress:
+    """The same, of a checkpoint that was read already."""
     try:
         seconds = there["callbacks"].get("WallClock", {}).get("seconds", 0.0)
         return Progress(int(there["global_step"]), int(there["epoch"]) + 1, round(float(seconds), 3))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd import launch
+from kd import cluster, distributed, errors, launch
 from kd.app import checked
-from kd.errors import KdError
+from kd.errors import KdError, MachineFailure
 from tests import ranks
 
 ROOT = Path(__file__).parents[1]
@@ -250,18 +251,31 @@ def pretend(monkeypatch: pytest.MonkeyPatch, zero: str, one: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
 
 
-FAILS = "pipe.send({'error': 'the loss is not finite', 'expected': %s, 'traceback': 'where it was'}); os._exit(1)"
+FAILS = "pipe.send({'error': 'the loss is not finite', 'kind': '%s', 'traceback': 'where it was'%s}); os._exit(1)"
 HANGS = "time.sleep(100)"
 
 
 @pytest.mark.parametrize(
     ("zero", "one", "kind", "sentence"),
     [
-        (HANGS, FAILS % True, KdError, "^the loss is not finite$"),
-        (HANGS, FAILS % False, RuntimeError, "^the loss is not finite$"),
+        (HANGS, FAILS % ("run", ""), KdError, "^the loss is not finite$"),
+        (HANGS, FAILS % ("unexpected", ""), RuntimeError, "^the loss is not finite$"),
         (HANGS, "os.kill(os.getpid(), 9)", KdError, "^process 1 of the run was killed by SIGKILL$"),
-        ("time.sleep(0.5);" + FAILS % False, "os.kill(os.getpid(), 9)", KdError, "process 1 .* by SIGKILL"),
+        (
+            "time.sleep(0.5);" + FAILS % ("unexpected", ""),
+            "os.kill(os.getpid(), 9)",
+            KdError,
+            "process 1 .* by SIGKILL",
+        ),
         ("os._exit(3)", HANGS, KdError, "process 0 of the run ended without a result .exit code 3."),
+        (
+            FAILS % ("machine", ", 'timed_out': True"),
+            HANGS,
+            MachineFailure,
+            "^process 1 of the run did not answer within",
+        ),
+        ("os.abort()", HANGS, MachineFailure, "^process 1 of the run did not answer within 1 s .hardware.timeout_s."),
+        (HANGS, "pipe.send({'outcome': {}})", MachineFailure, "^process 0 of the run did not answer within 1 s"),
     ],
 )
 def test_one_failed_process_ends_them_all(monkeypatch, tmp_path, zero, one, kind, sentence) -> None:
@@ -269,11 +283,72 @@ def test_one_failed_process_ends_them_all(monkeypatch, tmp_path, zero, one, kind
     before = set(workers(os.getpid()))
     start = time.monotonic()
     with pytest.raises(kind, match=sentence) as failure:
-        launch.fit(checked(["hardware=ddp_cpu"]), tmp_path, None)
+        launch.fit(checked(["hardware=ddp_cpu", "hardware.timeout_s=1"]), tmp_path, None)
+    assert (errors.kind(failure.value) == "machine") == ("finite" not in sentence)
     assert time.monotonic() - start < 30
     assert set(workers(os.getpid())) <= before
     if "finite" in sentence:
         assert "where it was" in str(failure.value.__cause__)
+
+
+def test_a_process_that_hangs_after_the_result_loses_nothing(monkeypatch, tmp_path) -> None:
+    pretend(monkeypatch, "pipe.send({'outcome': {'done': 1}})", HANGS)
+    config = checked(["hardware=ddp_cpu", "hardware.timeout_s=1"])
+    assert launch.fit(config, tmp_path, None) == {"done": 1}
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are listed in /proc")
+def test_a_stopped_process_ends_the_run_with_a_sentence(tmp_path: Path, kd, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "GRACE", 1.0)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    before = set(workers(os.getpid()))
+    said = kd("train", *LONG, "hardware.timeout_s=6", "+loss.bad={_target_:tests.ranks.Stops,rank:1}")
+    assert said.code == 1
+    (line,) = said.err.splitlines()
+    assert line.startswith("kd: process 1 of the run did not answer within 6 s (hardware.timeout_s)")
+    assert set(workers(os.getpid())) <= before
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["failure"], result["error"]) == ("failed", "machine", line.removeprefix("kd: "))
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["epoch"] == 0
+
+
+def test_a_process_of_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch) -> None:
+    """What torchrun and Slurm started has no parent that could tell: the processes that wait find out by themselves."""
+    said: list[tuple[str, str]] = []
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "failed", lambda: said[0] if said else None)
+    monkeypatch.setattr(distributed, "say_failed", lambda sentence, kind: said.append((kind, sentence)))
+    monkeypatch.setattr(distributed, "silent", lambda: [2, 3])
+    config = checked(["hardware=torchrun", "hardware.timeout_s=7"])
+    text = "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 7000ms for recv operation to complete"
+    sentence = "process 2, 3 of the run did not answer within 7 s (hardware.timeout_s)"
+    with pytest.raises(MachineFailure) as failure, cluster.shared_fate(config, tmp_path):
+        raise RuntimeError(text)
+    assert str(failure.value).startswith(sentence)
+    assert said[0][0] == "machine"
+    assert said[0][1].startswith(f"process 0: {sentence}")
+    for kind in ("run", "unexpected"):
+        said[:] = [(kind, "process 1: this term breaks")]
+        with pytest.raises(KdError) as other, cluster.shared_fate(config, tmp_path):
+            raise RuntimeError("Connection closed by peer")
+        assert (str(other.value), errors.kind(other.value)) == ("process 1: this term breaks", kind)
+
+
+def test_a_store_that_hangs_is_not_waited_for(monkeypatch) -> None:
+    """It is kept by process 0, which may be the one that is stopped."""
+    monkeypatch.setattr(distributed, "PATIENCE", -4.9)
+    monkeypatch.setattr(distributed, "joined", lambda: True)
+    released = threading.Event()
+
+    def hang() -> None:
+        released.wait(20)
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", hang)
+    start = time.monotonic()
+    assert (distributed.failed(), distributed.silent()) == (None, [])
+    assert time.monotonic() - start < 10
+    released.set()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are listed in /proc")
@@ -370,6 +445,7 @@ def test_slurm_and_a_failure_of_the_second_task(tmp_path: Path) -> None:
         (["hardware.compiled=[pupil]"], "hardware.compiled = ['pupil'] is not allowed"),
         (["hardware=fsdp", "hardware.compile=default"], "hardware.compile = default is not allowed with"),
         (["hardware=cpu", "hardware.sync_batchnorm=true"], "hardware.sync_batchnorm = true is not allowed here"),
+        (["hardware.timeout_s=0"], "hardware.timeout_s = 0 is not allowed: it must be 1 second or more"),
         (["hardware.strategy=dp"], "hardware.strategy = dp is not allowed: it must be one of auto, ddp, fsdp"),
     ],
 )

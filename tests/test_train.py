@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -46,6 +47,7 @@ def test_the_default_trains_and_records(kd, tmp_path) -> None:
         "config.yaml",
         "metrics.csv",
         "result.json",
+        "run.lock",
         "student.safetensors",
         "student_last.safetensors",
         "train.log",
@@ -335,7 +337,54 @@ def test_a_loss_that_is_not_finite_stops_the_run(kd, tmp_path, monkeypatch, loss
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
     assert "term ce" in result["error"]
+    assert result["failure"] == "run"
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_file_where_the_checkpoints_should_be(kd, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("mine")
+    fails(kd("train", *FAST, "hydra.run.dir=run"), "run/checkpoints is a file: a run keeps its checkpoint in a direct")
+    assert (tmp_path / "run" / "checkpoints").read_text() == "mine"
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_directory_that_is_deleted_while_it_runs(kd, tmp_path, monkeypatch, epoch) -> None:
+    import shutil
+
+    from kd.distiller import Distiller
+
+    begin = Distiller.on_train_epoch_start
+
+    def delete(self) -> None:
+        if self.current_epoch == epoch:
+            shutil.rmtree(tmp_path / "run")
+        begin(self)
+
+    monkeypatch.setattr(Distiller, "on_train_epoch_start", delete)
+    fails(kd("train", *FAST, "hydra.run.dir=run"), f"{tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "result.json", "last.ckpt", "student.safetensors", "metrics.csv"])
+def test_no_room_is_one_sentence_with_the_path(kd, tmp_path, monkeypatch, name) -> None:
+    from kd import durable
+
+    flush = durable._flush
+
+    def full(path: Path) -> None:
+        if path.name.startswith(f".{name}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(path)
+
+    monkeypatch.setattr(durable, "_flush", full)
+    said = kd("train", *FAST, "hydra.run.dir=run")
+    fails(said, f"{name} cannot be written: No space left on device")
+    assert len(said.err.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+    if name != "result.json":
+        assert record.read(tmp_path / "run")["failure"] == "machine"
 
 
 def test_an_unwritable_run_directory(kd, tmp_path) -> None:
@@ -350,12 +399,12 @@ def test_a_second_run_does_not_overwrite_the_first(kd, tmp_path) -> None:
     assert (tmp_path / "run" / "result.json").read_bytes() == before
 
 
-def test_two_processes_do_not_train_in_one_directory(kd, tmp_path) -> None:
-    import fcntl
+def test_two_processes_do_not_train_in_one_directory(kd, tmp_path, monkeypatch) -> None:
+    from kd import lock
 
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
     (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / "train.log").open("w") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+    with lock.held(tmp_path / "run" / lock.RUN):
         fails(kd("train", *FAST, "hydra.run.dir=run"), "run is in use: another process trains in it")
     assert kd("train", *FAST, "hydra.run.dir=run").code == 0
 

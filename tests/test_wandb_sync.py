@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from pathlib import Path
 
 import pytest
 from wandb_server import WandbServer, serving
 
-from kd import wandb_run
+from kd import lock, wandb_run
 from kd.wandb_sync import sync
 
 
@@ -62,8 +61,7 @@ def test_all_runs_arrive_once(kd, server: WandbServer, runs: Path) -> None:
 
 
 def test_a_run_that_is_training_waits(kd, server: WandbServer, runs: Path) -> None:
-    with (runs / "study/kd/seed0/train.log").open("w") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+    with lock.held(runs / "study/kd/seed0" / lock.RUN):
         said = kd("wandb", "sync", "runs/study")
     assert said.out.strip() == "1 still training"
     assert not server.runs

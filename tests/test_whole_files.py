@@ -20,8 +20,8 @@ def test_a_checkpoint_that_is_cut_short_leaves_the_one_before(tmp_path: Path, mo
     file = tmp_path / "checkpoints" / "last.ckpt"
     WholeCheckpoints().save_checkpoint({"epoch": 1}, file)
 
-    def cut_short(checkpoint, path) -> None:
-        Path(path).write_bytes(b"PK")
+    def cut_short(checkpoint, file) -> None:
+        file.write(b"PK")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

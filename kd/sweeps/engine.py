@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,8 +13,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from kd import explain, inputs, manifest
-from kd.errors import KdError
+from kd import explain, inputs, lock, manifest
+from kd.errors import KdError, MachineFailure
 from kd.manifest import Job, Manifest
 from kd.studies import spec
 from kd.sweeps.job import checked, leave_a_record
@@ -225,7 +224,10 @@ class Engine:
     def _ended(self, job: Job) -> Outcome:
         run_dir = self.directory / job.name
         missing = look(run_dir).status == MISSING
-        self._leave(job, "the launcher did not run it" if missing else "it stopped without a word")
+        try:
+            self._leave(job, "the launcher did not run it" if missing else "it stopped without a word")
+        except MachineFailure as error:  # there is no room for a record
+            return Outcome(job, run_dir, State(FAILED, str(error)))
         return Outcome(job, run_dir, look(run_dir))
 
     def _leave(self, job: Job, reason: str) -> None:
@@ -272,14 +274,12 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """One process a sweep: the lock falls with the process."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / LOCK).open("w")
-    except OSError as error:
-        raise KdError(f"the sweep's directory cannot be written: {error.filename}: {error.strerror}") from None
-    with handle:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.held(directory / LOCK))
         except BlockingIOError:
             raise KdError(f"{directory} is in use: another process runs this sweep") from None
+        except OSError as error:
+            raise KdError(f"the sweep's directory cannot be written: {error.filename}: {error.strerror}") from None
         yield

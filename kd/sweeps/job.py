@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from kd import manifest, record
+from kd import manifest, record, resume
 from kd.config import check
-from kd.sweeps.state import DONE, FAILED, INTERRUPTED, RUNNING, look
-from kd.weight_files import CHECKPOINT
+from kd.errors import KdError, named
+from kd.sweeps.state import DONE, FAILED, RUNNING, look
+from kd.weight_files import CHECKPOINT, LAST, SELECTED
+
+# what a run writes into its directory beside its log and its lock, the record last
+WRITTEN = (
+    *("checkpoints/last.ckpt", SELECTED, LAST, "metrics.csv", ".metrics.csv", "predictions_val.npz"),
+    *("predictions_test.npz", "evaluations.json", "config.yaml", record.FILE),
+)
+LOGGED = ("wandb", "tensorboard")
 
 
 def task(cfg: DictConfig) -> str:
@@ -27,7 +36,8 @@ def task(cfg: DictConfig) -> str:
     try:
         return work(checked(cfg), run_dir, overrides)
     except Exception as error:
-        leave_a_record(run_dir, overrides, FAILED, f"{error}" or type(error).__name__)
+        with suppress(KdError, OSError):  # where there is no room, the sweep says it for the job
+            leave_a_record(run_dir, overrides, FAILED, f"{error}" or type(error).__name__)
         return FAILED
 
 
@@ -39,34 +49,59 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
 
 
 def work(config: Mapping[str, Any], run_dir: Path, overrides: Sequence[str]) -> str:
-    """Train unless the run is finished; on from its checkpoint if it was interrupted. Returns the status.
+    """Train unless the run is finished; on from its checkpoint if it has one. Returns the status.
 
     What failed by itself is started anew: the same weights would only fail again. Raises what the training raises.
     """
-    from kd.train import resume, train
+    from kd.train import resume as go_on
+    from kd.train import train
 
     state = look(run_dir, config)
     if state.status in (*DONE, RUNNING):
         return state.status
-    if state.status == INTERRUPTED and (run_dir / CHECKPOINT).is_file():
-        return str(resume(run_dir)["status"])
     if state.record is not None:
-        clear(run_dir)
+        try:
+            if resume.possible(run_dir, state.record):
+                return str(go_on(run_dir)["status"])
+            clear(run_dir)
+        except resume.Refused as error:  # nothing was written; whoever reads the table must know why
+            record.write(run_dir, {**state.record, "status": state.status, "error": str(error)})
+            raise
     return str(train(dict(config), run_dir, overrides)["status"])
 
 
 def clear(run_dir: Path) -> None:
-    """Remove what an attempt without a result has written; its log stays."""
-    for entry in sorted(run_dir.iterdir(), key=lambda entry: entry.name == record.FILE):  # the record last
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != "train.log":
-            entry.unlink()
+    """Remove what an attempt without a result has written; its log stays, and so does what others put there."""
+    folder = (run_dir / CHECKPOINT).parent
+    if folder.is_symlink():
+        raise resume.Refused(f"{folder} is a link, and nothing behind it is removed: remove it to train the run anew")
+    for name in LOGGED:
+        _set_aside(run_dir / name)
+    for name in WRITTEN:
+        file = run_dir / name
+        for old in (*file.parent.glob(f".{file.name}*.tmp"), file):  # a killed process leaves temporary files
+            if old.is_file() or old.is_symlink():
+                old.unlink()
+    with suppress(OSError):  # not there, or not empty
+        folder.rmdir()
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a logger's folder: what it holds is not all ours, and the next attempt must not go on with its curves."""
+    if folder.is_dir() and not folder.is_symlink():
+        number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}_{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}_{number}"))
 
 
 def leave_a_record(run_dir: Path, overrides: Sequence[str], status: str, error: str) -> None:
-    """See to it that the job has a record of why it did not finish; what is there already is kept."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    """See to it that the job has a record of why it did not finish; what is there already is kept.
+
+    ``MachineFailure`` where it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise named(failure, run_dir) from failure
     content: dict[str, Any] = {}
     if (run_dir / record.FILE).exists():
         content = record.read(run_dir)

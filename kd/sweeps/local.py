@@ -137,9 +137,14 @@ def launch(
     for done, (position, code) in enumerate(forked(calls, len(slots)), start=first + 1):
         run_dir = directory(configs[position])
         overrides = [str(o) for o in configs[position].hydra.overrides.task]
-        if code:
-            leave_a_record(run_dir, overrides, *death(code))
-        print(f"  {done:>{len(str(total))}}/{total}  {said(run_dir)}", flush=True)
+        try:
+            if code or not (run_dir / record.FILE).exists():
+                leave_a_record(run_dir, overrides, *death(code))
+            line = said(run_dir)
+        except KdError as error:  # there is no room for one: a job does not stop the others
+            belongs = manifest.find(run_dir)
+            line = f"{belongs[1].label if belongs else run_dir.name}: {FAILED}: {error}"
+        print(f"  {done:>{len(str(total))}}/{total}  {line}", flush=True)
     return [JobReturn(overrides=list(overrides)) for overrides in jobs]
 
 
@@ -150,7 +155,7 @@ def directory(config: DictConfig) -> Path:
 
 def death(code: int) -> tuple[str, str]:
     """Status and reason for a child that ended without a word of its own."""
-    if code > 0:
+    if code >= 0:
         return (INTERRUPTED, "interrupted") if code == 130 else (FAILED, f"the process ended with exit code {code}")
     name = signal.Signals(-code).name
     return INTERRUPTED, f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
@@ -181,10 +186,14 @@ def _call(
 
     def call(slot: int) -> None:
         run_dir, share = directory(config), slots[slot]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "train.log").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with (run_dir / "train.log").open("a") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+        except OSError as error:
+            print(f"kd: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+            sys.exit(1)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         share.take()
         if config.hardware.threads is None:

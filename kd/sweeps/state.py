@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd import inputs, record, weight_files
+from kd import inputs, lock, record, resume, weight_files
 from kd.config import flat
 from kd.errors import KdError
 
@@ -27,15 +26,16 @@ class State:
 
 
 def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
-    """The state of a job. A run that says "running" was killed, unless a process still holds the lock on its log.
+    """The state of a job. A run that says "running" was killed, unless a process still holds its lock.
 
     With ``config``: ``KdError`` when the directory holds a run of another configuration.
     """
     if not (run_dir / record.FILE).exists():
         return State(MISSING, "it did not start")
     found = record.read(run_dir)
-    # a run that never began has no config yet, and one that failed is started anew in any case
-    if config is not None and found["status"] != FAILED and (run_dir / "config.yaml").is_file():
+    # a run that never began has no config yet; one that failed by itself is started anew in any case
+    kept = found["status"] != FAILED or resume.possible(run_dir, found)
+    if config is not None and kept and (run_dir / "config.yaml").is_file():
         refuse_another(run_dir, record.read_config(run_dir), config)
         if other := inputs.changed(found, config):
             raise KdError(f"{run_dir}: {other}: remove that run, or choose another hydra.sweep.dir")
@@ -47,17 +47,9 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
 
 
 def busy(run_dir: Path) -> bool:
-    """Whether a process, perhaps on another node, holds the lock that a run keeps on its ``train.log``."""
-    try:
-        log = (run_dir / "train.log").open()
-    except OSError:
-        return False
-    with log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    """Whether a process, perhaps on another node, trains in a run directory; before version 0.1 it locked its log."""
+    file = run_dir / lock.RUN
+    return lock.busy(file if file.exists() else run_dir / "train.log")
 
 
 def same_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from bare_records import write
 
-from kd import inputs, manifest
+from kd import inputs, lock, manifest
 from kd.errors import KdError
 from kd.manifest import Job
 from kd.sweeps import study
@@ -321,15 +321,12 @@ def test_bad_input_to_the_launcher_is_said_as_it_is(make_engine) -> None:
 
 
 def test_a_run_of_another_process_is_left_alone(engine) -> None:
-    import fcntl
-
     write(Path("sweep/a"), "running")
     before = Path("sweep/a/result.json").read_bytes()
     engine.launcher.launch = lambda overrides, initial_job_idx: write(Path("sweep/b"), "finished")
     (Path("sweep") / manifest.FILE).unlink(missing_ok=True)
     manifest.write(Path("sweep"), manifest.Manifest("sweep", "sweep", {}))
-    with Path("sweep/a/train.log").open("a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+    with lock.held(Path("sweep/a") / lock.RUN):
         outcomes = engine.run("sweep", "sweep", jobs(a=(), b=()))
     assert [(o.state.status, o.state.reason) for o in outcomes] == [
         ("running", "another process trains in it"),

@@ -11,17 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 SCRIPT = """
-import functools, json, os, signal, sys
+import functools, json, os, shutil, signal, sys
 from pathlib import Path
 from kd.app import checked
 from kd.sweeps.job import work
 from kd.sweeps.pool import forked, warm_up
 
 OVERRIDES = ["data=fake", "data.shape=[1,4,4]", "data.train_images=40", "data.test_images=16", "recipe.epochs=2"]
-OVERRIDES += ["protocol.val_every=1", "hardware=cpu", "hardware.threads=1", "protocol.keep_predictions=true"]
+OVERRIDES += ["protocol.monitor=val/nll", "protocol.val_every=1"]
+OVERRIDES += ["hardware=cpu", "hardware.threads=1", "protocol.keep_predictions=true"]
 
 def job(run_dir, kill_at, slot):
     '''Train; SIGKILL before the write number kill_at below the run directory. Notes every write.'''
@@ -47,6 +50,8 @@ last = {name: len(seen) - seen[::-1].index(name) for name in KILLED_AT}
 for kill_at in (None, 0):  # once to be killed, once to go on
     calls = [functools.partial(job, f"at_{name}", at if kill_at is None else 0) for name, at in last.items()]
     print([code for _, code in forked(calls, 2)], flush=True)
+    for name in last if kill_at is None else ():
+        shutil.copytree(f"at_{name}", f"left_{name}")
 """
 KILLED_AT = [
     "student.safetensors",
@@ -82,6 +87,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole, killed, again = (set(json.loads(line)) for line in done.stdout.splitlines())
     assert (whole, killed, again) == ({0}, {-9}, {0})
     return folder
+
+
+@pytest.mark.parametrize("name", KILLED_AT)
+def test_the_selected_weights_are_those_of_the_checkpoint(runs: Path, name: str) -> None:
+    """In the file, or else, where it could not be written any more, in the checkpoint itself."""
+    assert json.loads((runs / "whole" / "result.json").read_text())["student"]["selected"]["epoch"] == 1
+    left = runs / f"left_{name}"
+    checkpoint = torch.load(left / "checkpoints" / "last.ckpt")
+    best = checkpoint["callbacks"]["SelectedWeights"]["epoch"]
+    with safe_open(left / "student.safetensors", "pt") as handle:
+        there = json.loads(handle.metadata()["kd"])["epoch"]
+    assert (there, best, checkpoint["epoch"]) in {
+        "student.safetensors": [(0, 1, 1)],
+        "last.ckpt": [(0, 0, 0)],
+    }.get(name, [(1, 1, 1)])
 
 
 @pytest.mark.parametrize("name", KILLED_AT)

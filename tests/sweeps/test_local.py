@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -162,6 +163,24 @@ def test_a_child_that_dies_has_a_record_and_a_reason(make_engine, monkeypatch) -
     monkeypatch.setattr(local, "run_job", lambda **_: os._exit(4))
     (outcome,) = make_engine().run("sweep", "sweep", [Job("b", "b", ("seed=1", "hardware=cpu"))])
     assert (outcome.state.status, outcome.state.reason) == ("failed", "the process ended with exit code 4")
+
+
+def test_a_job_without_room_does_not_stop_the_others(make_engine, noting, monkeypatch, capfd) -> None:
+    mkdir = Path.mkdir
+
+    def full(self: Path, *arguments: object, **more: object) -> None:
+        if self.name == "a":
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        mkdir(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    jobs = [Job(name, name, (f"seed={n}", "hardware=cpu")) for n, name in enumerate("ab")]
+    a, b = make_engine("hydra.launcher.n_jobs=1").run("sweep", "sweep", jobs)
+    assert (a.state.status, a.state.reason) == ("failed", f"{a.run_dir}: No space left on device")
+    assert (b.run_dir / "given.json").exists()
+    said = capfd.readouterr()
+    assert f"1/2  a: failed: {a.run_dir}: No space left on device" in said.out
+    assert "Traceback" not in said.err
 
 
 # ---------------------------------------------------------------------- what is said when a job has ended

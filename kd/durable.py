@@ -1,0 +1,66 @@
+"""Files that are there whole or not at all, also after a power failure. No torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kd.errors import MachineFailure
+
+
+@contextmanager
+def replacing(path: Path, mark: str = "") -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; what was written there is flushed to the disk and takes the name.
+
+    Where it cannot be written, ``path`` stays as it was, and a ``MachineFailure`` names it. The temporary file is
+    ``.NAME.tmp``, with ``mark`` before its ending, for files that several processes may write.
+    """
+    temporary = path.with_name(f".{path.name}{mark}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush_directory(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of an OSError
+        _remove(temporary)
+        raise MachineFailure(f"{path} cannot be written: {_reason(path, error)}") from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_directory(directory: Path) -> None:
+    """The new name as well; some file systems cannot, and do it by themselves."""
+    try:
+        _flush(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+
+
+def _remove(temporary: Path) -> None:
+    """Make room again; an error here would hide the first one."""
+    try:
+        temporary.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    if not path.parent.is_dir():
+        return f"there is no directory {path.parent} any more"
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return (found.strerror if isinstance(found, OSError) else None) or str(found or error).splitlines()[0]
