@@ -6,7 +6,6 @@ import fcntl
 import json
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -198,19 +197,26 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_reader_does_not_keep_a_run_from_starting(tmp_path: Path, monkeypatch, short: list[str]) -> None:
-    flock = fcntl.flock
+    """One that has the lock for a moment has it until the run has tried to take it."""
+    flock, taken, tried = fcntl.flock, threading.Event(), threading.Event()
 
     def slow(handle: Any, operation: int) -> None:
-        flock(handle, operation)
+        try:
+            flock(handle, operation)
+        except BlockingIOError:
+            tried.set()
+            raise
         if operation & fcntl.LOCK_SH:
-            time.sleep(0.2)
+            taken.set()
+            tried.wait(10)
 
     for name in ("run.lock", "train.log"):
         (tmp_path / name).touch()
     monkeypatch.setattr(fcntl, "flock", slow)
+    monkeypatch.setattr(lock, "PATIENCE", 10.0)
     reader = threading.Thread(target=state.busy, args=(tmp_path,))
     reader.start()
-    time.sleep(0.05)
+    assert taken.wait(10)
     assert train.train(checked(short), tmp_path, short)["status"] == "finished"
     reader.join()
 
