@@ -245,6 +245,6 @@ def test_real_stamps(kd_data: str) -> None:
     module = instantiate(config("stamps8", root=kd_data))
     batch = next(iter(module.train_dataloader()))
     assert batch.inputs.shape == (32, 3, 96, 96)
-    assert [len(module.parts[p].targets) for p in ("train", "val", "test")] == [146, 37, 56]
+    assert [len(module.parts[p].targets) for p in ("train", "val", "test")] == [145, 38, 56]
     assert (module.num_classes, module.class_names[0], module.mean) == (8, "bird", [0.5] * 3)
     assert -1 <= float(batch.inputs.min()) < float(batch.inputs.max()) <= 1

@@ -34,7 +34,7 @@ def test_jobs_through_submitit(tmp_path: Path) -> None:
     out, err = sweep.communicate(timeout=300)
     assert sweep.returncode == 1, err
     assert "2 jobs, best first" in out
-    assert "lr=1e+30: failed: the student" in err
+    assert "lr=1e+30: failed: the answer of the student" in err
     assert result(tmp_path, "lr-0.01")["status"] == "finished"
 
 
@@ -106,5 +106,5 @@ def test_jobs_through_ray(tmp_path: Path) -> None:
     sweep = start(tmp_path, "hydra/launcher=ray", "recipe.epochs=1", "recipe.optimizer.lr=0.01,1e30")
     _, err = sweep.communicate(timeout=300)
     assert sweep.returncode == 1
-    assert "lr=1e+30: failed: the student" in err
+    assert "lr=1e+30: failed: the answer of the student" in err
     assert result(tmp_path, "lr-0.01")["status"] == "finished"

@@ -392,7 +392,7 @@ def test_a_row_that_fails_stops_those_that_read_it_alone(tmp_path: Path) -> None
     done = kd(tmp_path, "tiny")
     assert done.returncode == 1
     assert "5 of 7 jobs have no result" in done.stderr
-    assert "kd: teacher seed=0: failed: the student" in done.stderr
+    assert "kd: teacher seed=0: failed: the answer of the student" in done.stderr
     assert "kd: T4 seed=1: missing: not started: teacher seed=0 did not finish" in done.stderr
     assert re.search(
         r"alone seed=1: val/acc1 0\.\d{4}  test top-1 \d+\.\d\d % \(epoch \d, which val selected", done.stdout
