@@ -125,7 +125,9 @@ def whole(logger: CSVLogger) -> CSVLogger:
 
 def report_row(result: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run as one flat row, ``student.selected.test.acc1`` …, and its retention; no nulls."""
-    row = {key: value for key, value in flat(result).items() if value is not None and not isinstance(value, (list, dict))}
+    row = {
+        key: value for key, value in flat(result).items() if value is not None and not isinstance(value, (list, dict))
+    }
     row["overrides"] = " ".join(result["overrides"])
     for epoch in ("selected", "last"):
         student, teacher = (row.get(f"{who}.test.acc1") for who in (f"student.{epoch}", "teacher"))
