@@ -37,6 +37,7 @@ MISSING = object()
 
 def make(node: Mapping[str, Any], path: str, **extra: Any) -> Any:
     """Instantiate a node; whatever it complains about becomes one sentence that begins with its path."""
+    described.refuse_system(node, path)
     try:
         return instantiate(dict(node), **extra)
     except InstantiationException as error:
@@ -57,7 +58,7 @@ def datamodule(config: Mapping[str, Any]) -> Any:
     """The data module, set up for all splits. Of several processes one a node downloads."""
     data = make(config["data"], "data")
     if not isinstance(data, LightningDataModule):
-        raise KdError(f"{_whose(config)} makes a {type(data).__name__}, not a LightningDataModule")
+        raise KdError(f"{_whose(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule")
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not distributed.joined():
         data.prepare_data()
     distributed.barrier()
@@ -249,6 +250,12 @@ def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
     split, here = dict(recorded.get("split") or {}), dict(data.split_facts)
     there, same = (str(facts.pop("set", "")).rpartition(" ")[2] for facts in (split, here))  # a set is its digest
     moved = there == same and split != here
+    cut = split.get("test_fraction") and here.get("test_fraction")
+    if cut and "cut_by" in here and "cut_by" not in split:  # whichever files were added since
+        raise KdError(
+            f"{source} may have been trained on this run's test images: it is of an older kd, which divided folders in "
+            "another way than by the names of the files; train it anew"
+        )
     differ = ", ".join(f"data.{k} {split.get(k)} there and {here.get(k)} here" for k in _unequal(split, here))
     if moved and here.get("test_fraction"):
         raise KdError(f"{source} may have been trained on this run's test images: {differ}")

@@ -28,6 +28,11 @@ FETCHING = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_backbone", "use_pretrained_backbone"),
     *("weights", "weights_backbone", "checkpoint_path", "cache_dir", "trust_remote_code", "auto_map", "hf_hub_id"),
 )
+# modules of which no node of a config is made
+SYSTEM = (
+    *("builtins.", "os.", "posix.", "nt.", "sys.", "subprocess.", "shutil.", "importlib.", "runpy.", "pty.", "socket."),
+    *("ctypes.", "pickle.", "_pickle.", "code.", "webbrowser.", "torch.hub.", "torch.serialization."),
+)
 HARMLESS = ("_target_", "_convert_", "_recursive_")  # keys of Hydra; _args_ would hide arguments from the checks
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 ALLOW = "set teacher.trust=true if you trust the file, or name the network yourself (model@teacher=NAME)"
@@ -62,6 +67,19 @@ def network(node: Any, source: str, named: Collection[str] = (), trust: bool = F
     if not trust:
         _refuse_fetching(description, source)
     return description
+
+
+def refuse_system(node: Any, path: str) -> None:
+    """Raise ``KdError`` when a node of a config, or one inside of it, is made by what runs or removes anything.
+
+    A config may lie in a run directory that somebody else has made: it names networks and data of its user's, but
+    nothing is made by ``builtins.open``.
+    """
+    for _, part in targets(node):
+        target = str(part["_target_"])
+        made = _found(target) if DOTTED.fullmatch(target) else None
+        if any(f"{name}.".startswith(SYSTEM) for name in (target, _module_of(made) if made is not None else "")):
+            raise KdError(f"{path}._target_ = {target} is refused: no setting allows it, it may run or remove anything")
 
 
 def _never(source: str, target: str) -> KdError:

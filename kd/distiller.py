@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd import distributed
 from kd.bookkeeping import StepBuffer, first_bad
-from kd.errors import KdError
+from kd.errors import KdError, RunFailure
 from kd.evaluated import Evaluated
 from kd.losses.base import Batch, Output
 from kd.measure import measure
@@ -216,8 +216,8 @@ class Distiller(Evaluated):
             said = ", ".join(f"val/{k} {v:.4f}" for k, v in found.items())
             log.info("teacher%s: %s", ", before it is trained along" if self.teacher_trained else "", said)
             recorded = teacher.sources[0].get("val", {}) if len(teacher.sources) == 1 else {}
-            if doubt := self.task.doubt(found, recorded, self.num_classes):
-                log.warning("the teacher %s", doubt)
+            if (doubt := getattr(self.task, "doubt", None)) and (words := doubt(found, recorded, self.num_classes)):
+                log.warning("the teacher %s", words)
         if self.teacher is not None and self.teacher.cache and self._teacher_logits_wanted:
             loader = self.trainer.datamodule.answering_dataloader()  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():  # as in the training step
@@ -248,7 +248,7 @@ class Distiller(Evaluated):
         names = [self._buffer.names[c] for c in columns]
         terms = [n for n in names if n in self.objective.names] or names[:1]
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
-        raise KdError(
+        raise RunFailure(
             f"the loss is not finite: term {', '.join(terms)} at step {batch_idx - steps + 2 + row} of epoch "
             f"{self.current_epoch + 1} (a lower recipe.optimizer.lr or recipe.gradient_clip may help); "
             f"last good checkpoint: {checkpoint}"
@@ -280,7 +280,7 @@ class Distiller(Evaluated):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self._interval}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave a frozen teacher out: it is furniture, and half as large again. One that is trained along is kept."""
+        """Leave a frozen teacher out: it is not trained, and half as large again. One that is trained along is kept."""
         if not self.teacher_trained:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
@@ -302,5 +302,6 @@ class Distiller(Evaluated):
             if before.get(key) is not None and before[key] != now.get(key):
                 raise KdError(
                     f"the data is not what it was when the run began: {what} (data.{key} {before[key]} then, "
-                    f"{now.get(key)} now); a run goes on with the data that it began with: put it back, or start anew"
+                    f"{now.get(key)} now). Put it back, or start a run of its own; an older kd "
+                    "divided folders otherwise"
                 )

@@ -20,6 +20,11 @@ from kd.errors import KdError
 
 T = TypeVar("T")
 FAILED = "kd_failed"  # key of the store: what the first process that failed had to say
+# what gloo, the store and NCCL say, and nobody else: a loader or a server times out as well
+WAITED = re.compile(
+    r"Timed out waiting|wait timeout after|[Ss]ocket [Tt]imeout|client socket has timed out|"
+    r"collective operation timeout"
+)
 WAITS = "kd_waits"  # keys of the store: the processes that have waited for another one in vain
 PATIENCE = 3.0  # seconds between the first and the last process to find out that another does not answer
 
@@ -106,7 +111,7 @@ def failed() -> tuple[str, str] | None:
 def timed_out(error: BaseException | None) -> bool:
     """Whether an error, or what it comes from, is that another process did not answer in time."""
     while error is not None:
-        if isinstance(error, RuntimeError) and re.search(r"timed out|timeout", str(error), re.IGNORECASE):
+        if isinstance(error, RuntimeError) and WAITED.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

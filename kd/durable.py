@@ -24,12 +24,24 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
         _flush_directory(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of an OSError
+    except (OSError, RuntimeError) as error:
         _remove(temporary)
+        if isinstance(error, RuntimeError) and not _of_writing(error):
+            raise
         raise MachineFailure(f"{path} cannot be written: {_reason(path, error)}") from error
     except BaseException:
         _remove(temporary)
         raise
+
+
+def _of_writing(error: RuntimeError) -> bool:
+    """Whether it is an error of writing: ``torch.save`` makes a RuntimeError of an OSError, and has its own."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) or "inline_container" in str(found) or "PytorchStreamWriter" in str(found):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def _flush(path: Path) -> None:

@@ -10,8 +10,15 @@ from pathlib import Path
 class KdError(Exception):
     """Bad input. Its message is one plain sentence: the key, the value, and what is allowed.
 
-    ``kind``: "run" where the same run would fail again, "machine" where it may go on, "unexpected" as of other errors.
+    ``kind``: what failed, for the record: "input" where something must be put right, "run" where the same run would
+    fail again, "machine" where it may go on as it is; "unexpected" for all other errors.
     """
+
+    kind = "input"
+
+
+class RunFailure(KdError):
+    """The run itself failed, by numbers that are not finite: with the same weights it would fail again."""
 
     kind = "run"
 

@@ -164,9 +164,10 @@ def evaluate(
     data = build.datamodule(config)
     data.setup("test")
     without = unkept_teacher(config, run)
+    teacher = _made_again(config, data, run) if without else build.teacher(config, data)
+    without = "" if teacher is not None else without
     if without and who == "teacher":
         raise KdError(f"{without}: there is nothing to measure (teacher.checkpoint=RUN measures another one)")
-    teacher = None if without else build.teacher(config, data)
     task = build.make(config["task"], "task")
     device = torch.device("cuda" if torch.cuda.is_available() and config["hardware"]["accelerator"] != "cpu" else "cpu")
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
@@ -181,7 +182,7 @@ def evaluate(
         network, beside, whose = (lambda x: teacher(x.to(**like_run)).rows), None, f"the teacher ({source})"
     else:
         student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
-        state, about = weights.read(source)
+        state, about = weights.read(source, None if weights_file else config["student"].get("epoch"))
         recorded = about.get("data", {})
         build.same_data(recorded, data, str(source))
         if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):
@@ -203,6 +204,17 @@ def evaluate(
         "per_class": dict(zip(data.class_names, per_class, strict=True)),
         **({"without": without} if without else {}),
     }
+
+
+def _made_again(config: Mapping[str, Any], data: Any, run: str | Path | None) -> Any:
+    """The teacher of ``run``, which has no checkpoint, where its own code makes it with the weights that taught."""
+    from kd import build, weights
+
+    there = record.read(run).get("teacher") or {} if run is not None and (Path(run) / record.FILE).is_file() else {}
+    if there.get("digest") is None or there.get("weights") == TRAINED_ALONG:
+        return None
+    made = build.teacher(config, data)
+    return made if made is not None and weights.digest(made.state_dict()) == there["digest"] else None
 
 
 def unkept_teacher(config: Mapping[str, Any], run: str | Path | None = None) -> str:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kd import distributed
-from kd.errors import KdError
+from kd.errors import RunFailure
 from kd.losses.base import Batch
 from kd.measure import NotFinite
 from kd.teacher import Teacher
+
+STATISTICS = ("running_mean", "running_var")
 
 
 class Evaluated(L.LightningModule):
@@ -51,12 +53,16 @@ class Evaluated(L.LightningModule):
 
     def watch_teacher(self) -> None:
         """Note whether the teacher's weights are others than at the last call. One synchronisation."""
-        tensors = [] if self.teacher is None else [*self.teacher.parameters(), *self.teacher.buffers()]
-        weights = [t.detach() for t in tensors if t.is_floating_point()]
+        # of the buffers batch statistics alone: counters and caches change in a frozen network, too
+        weights = [] if self.teacher is None else [p.detach() for p in self.teacher.parameters()]
+        for module in self.teacher.modules() if self.teacher is not None else ():
+            weights += [getattr(module, name) for name in STATISTICS if isinstance(getattr(module, name, None), Tensor)]
         if not weights:
             return
         sums = torch.stack([distributed.whole(t.abs().sum(dtype=torch.float64)) for t in weights]).cpu()
         before, self._teacher_sums = self._teacher_sums, sums
+        if before is not None and len(before) != len(sums):  # parameters that are made when they are first needed
+            return
         # a hair: sums over several processes need not be equal to the bit
         if before is not None and not torch.allclose(before, sums, rtol=1e-12, atol=0, equal_nan=True):
             self._teacher_changed = True
@@ -142,4 +148,4 @@ def _check_metrics(metrics: dict[str, float], more: str = "") -> None:
     """Logits may be finite, and so large that a metric is not."""
     bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
     if bad is not None:
-        raise KdError(f"{bad} = {metrics[bad]} is not finite{more}")
+        raise RunFailure(f"{bad} = {metrics[bad]} is not finite{more}")

@@ -216,6 +216,8 @@ def close(
     if module.teacher is not None:
         teacher = {"checkpoint": config["teacher"]["checkpoint"], "val": module.teacher_metrics["val"]}
         outcome["teacher"] = {**teacher, **_which(module.teacher.sources), **module.teacher_tested}
+        if config["teacher"]["checkpoint"] is None and not module.sharded:  # made by its own code, perhaps with weights
+            outcome["teacher"]["digest"] = weights.digest({k: v.cpu() for k, v in module.teacher.state_dict().items()})
         if module.teacher_trained:
             outcome["teacher"]["weights"] = weight_files.TRAINED_ALONG
             if best.epoch != last_epoch:  # the teacher of that epoch is gone: nothing to agree with

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from kd.errors import KdError
+from kd.errors import RunFailure
 from kd.losses.base import Batch
 
 
@@ -30,7 +30,7 @@ class NotFinite(Metric):
 
     def update(self, logits: Tensor, index: Tensor) -> None:
         """Logits (rows, classes) and the index (rows,) of their images."""
-        bad = ~logits.isfinite().all(1)
+        bad = ~logits.flatten(1).isfinite().all(1)
         self.rows += bad.sum()
         self.first = torch.minimum(self.first, torch.where(bad, index, self.first).min())
 
@@ -39,11 +39,11 @@ class NotFinite(Metric):
         return int(self.rows), int(self.first)
 
     def check(self, whose: str, split: str, more: str = "") -> None:
-        """``KdError`` that names network, split and row when there was one."""
+        """``RunFailure`` that names network, split and row when there was one."""
         rows, first = self.compute()
         if rows:
             count = "is not finite for 1 image" if rows == 1 else f"is not finite for {rows} images"
-            raise KdError(f"the answer of {whose} {count} of {split} (NaN or infinity; index {first}){more}")
+            raise RunFailure(f"the answer of {whose} {count} of {split} (NaN or infinity; index {first}){more}")
 
 
 @torch.no_grad()

@@ -65,7 +65,8 @@ def of_a_training(config: Mapping[str, Any]) -> Iterator[str]:
     every = config["distiller"].get("log_every", 1)
     if not number(every) or not isinstance(every, int) or every < 1:
         yield f"distiller.log_every = {every} is not allowed: it must be a whole number, 1 or more"
-    timeout = (config["logger"].get("wandb") or {}).get("timeout", 1)
+    wandb = config["logger"].get("wandb")
+    timeout = wandb.get("timeout", 1) if isinstance(wandb, Mapping) else 1
     if not number(timeout) or timeout <= 0:
         yield f"logger.wandb.timeout = {timeout} is not allowed: it must be a number of seconds, above 0"
     yield from _choices(config)

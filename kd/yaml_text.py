@@ -23,7 +23,7 @@ def load(text: str, loader: Any = yaml.SafeLoader) -> Any:
         if node is None:
             return None
         if _count(node, {}) > MOST:
-            raise KdError(f"cannot be read: its aliases (*name) stand for more than {MOST:,} values")
+            raise KdError(f"cannot be read: it holds more than {MOST:,} values, its aliases (*name) written out")
         return reader.construct_document(node)
     except RecursionError:
         raise KdError("cannot be read: its values are nested too deeply") from None

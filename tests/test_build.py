@@ -272,5 +272,5 @@ def test_a_data_module_from_elsewhere_is_told_all_that_it_lacks() -> None:
     assert "test_dataloader" in said
     for given in ("num_classes, input", "train_dataloader", "val_dataloader"):
         assert given not in said.partition(":")[0]
-    with pytest.raises(KdError, match=r"data\._target_ = torch\.nn\.Flatten makes a Flatten, not a Lightning"):
+    with pytest.raises(KdError, match=r"data\._target_ = torch\.nn\.Flatten makes a Flatten, not a lightning\.L"):
         build.datamodule({"data": {"_target_": "torch.nn.Flatten"}})

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -151,3 +154,50 @@ def test_a_student_of_a_test_split_seen_in_training_is_not_silent(kd, teacher_ru
     said = kd("eval", f"run={teacher_run}", "data.split_seed=3")
     assert said.code == 1
     assert "may have been trained on" in said.err
+
+
+def test_the_last_weights_are_measured_where_they_are_asked_for(kd, tmp_path, teacher_run) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(teacher_run, run)
+    last = {name: torch.zeros_like(tensor) for name, tensor in load_file(run / "student_last.safetensors").items()}
+    about = safe_open(run / "student.safetensors", "pt").metadata()
+    save_file(last, run / "student_last.safetensors", metadata=about)
+    asked = ["model@student=mlp_teacher", f"student.checkpoint={run}", "hardware=cpu"]
+    found = [kd("eval", *asked, *more, "out=found.json") for more in ([], ["student.epoch=last"])]
+    assert [said.code for said in found] == [0, 0], [said.err for said in found]
+    assert "acc1" in found[0].out
+    assert json.loads((tmp_path / "found.json").read_text())["metrics"]["acc1"] < 0.2
+
+
+def test_a_run_directory_makes_nothing_of_the_system(kd, tmp_path, teacher_run) -> None:
+    run, victim = tmp_path / "run", tmp_path / "victim.txt"
+    shutil.copytree(teacher_run, run)
+    victim.write_text("kept")
+    text = (run / "config.yaml").read_text()
+    for key in (
+        "student:\n  model:\n    _target_: kd.models.mlp.mlp",
+        "task:\n  _target_: kd.tasks.classification.Classification",
+    ):
+        assert key in text
+        before, _, target = key.rpartition("_target_: ")
+        indent = before.rpartition("\n")[2]
+        lines = f"{before}_target_: builtins.open\n{indent}file: {victim}\n{indent}mode: w"
+        (run / "config.yaml").write_text(text.replace(key, lines))
+        said = kd("eval", str(run))
+        assert said.code == 1
+        assert "builtins.open" in said.err
+        assert victim.read_text() == "kept"
+
+
+def test_a_teacher_that_brings_its_own_weights_can_be_measured_again(kd, tmp_path, monkeypatch) -> None:
+    (tmp_path / "own_net.py").write_text(
+        "import torch\nfrom kd.models.mlp import mlp\n\n\n"
+        "def made(num_classes, input_shape):\n    torch.manual_seed(5)\n"
+        "    return mlp(num_classes=num_classes, input_shape=input_shape, hidden=[16])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    teacher = ["+teacher.model={_target_: own_net.made}", "teacher.allow_random=true", "loss=[ce,kd]"]
+    assert kd("train", "recipe.epochs=1", "hardware=cpu", "hydra.run.dir=run", *teacher).code == 0
+    said = kd("eval", "run", "out=found.json")
+    assert said.code == 0, said.err
+    assert "agreement" in json.loads((tmp_path / "found.json").read_text())["metrics"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kd.data import content
 from kd.data.augment import Augment, augment_problems, shifted
-from kd.data.content import ArrayContent, Content, Rows
+from kd.data.content import ArrayContent, Content, FileContent, Rows
 from kd.data.loader import Loader, TensorLoader
 from kd.data.options import common_problems, view_problems
 from kd.data.split import round_half_up, stratified
@@ -329,5 +330,7 @@ def _whole(samples: Samples) -> Part:
 def _content(samples: Samples) -> Content:
     if samples.content is not None:
         return samples.content
-    assert isinstance(samples.inputs, Tensor), "files come with their content"
-    return ArrayContent(samples.inputs)
+    if isinstance(samples.inputs, Tensor):
+        return ArrayContent(samples.inputs)
+    files = [Path(file) for file in samples.inputs]
+    return FileContent(Path(os.path.commonpath(files)) if files else Path(), files, [f.stat().st_size for f in files])

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 CONTENTS = 1000  # files of a folder whose bytes go into its digest, evenly spaced in the listing
-SEEN = 512  # images whose contents are recorded with weights: of up to so many, all
+SEEN = 2048  # images whose contents are recorded with weights: of up to so many, all
 READ = 4096  # test images that are compared with them, at most
+HEAD = 1 << 14  # bytes of a file that tell it from others of its size, in that comparison
 DIGITS = 12  # hexadecimal digits of a content that are kept
 
 
@@ -35,6 +36,9 @@ class Content(Protocol):
 
     def read(self, position: int) -> bytes:
         """Read one sample."""
+
+    def head(self, position: int) -> bytes:
+        """Read what tells a sample from others of its size: its bytes, of a file the first ``HEAD``."""
 
     def name(self, position: int) -> str:
         """Name one sample for people."""
@@ -61,6 +65,8 @@ class ArrayContent:
     def read(self, position: int) -> bytes:
         """Give the bytes of one image."""
         return self.images[position].numpy().tobytes()
+
+    head = read
 
     def name(self, position: int) -> str:
         """Give its position."""
@@ -91,6 +97,11 @@ class FileContent:
     def read(self, position: int) -> bytes:
         """Read one file."""
         return self.files[position].read_bytes()
+
+    def head(self, position: int) -> bytes:
+        """Read its size and the beginning of one file."""
+        with self.files[position].open("rb") as file:
+            return str(self.bytes_each[position]).encode() + file.read(HEAD)
 
     def name(self, position: int) -> str:
         """Give its path below the folder: ``CLASS/file.png``."""
@@ -161,4 +172,4 @@ def _keys(rows: Rows) -> np.ndarray:
 
 
 def _hash(content: Content, position: int) -> str:
-    return hashlib.blake2b(content.read(position)).hexdigest()[:DIGITS]
+    return hashlib.blake2b(content.head(position)).hexdigest()[:DIGITS]

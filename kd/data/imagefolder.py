@@ -88,17 +88,15 @@ class ImageFolder(DataModule):
     def cut(self, part: Part, fraction: float, name: str) -> tuple[Tensor, Tensor]:
         """Choose by a hash of each file's name (``CLASS/file.png``): one that is renamed or added moves no other.
 
-        Raises ``KdError`` when a class would have no image to train on.
+        A class of few images, of which all would be chosen, keeps one to train on.
         """
         names = map(part.content.name, part.index.tolist())
-        chosen = torch.tensor([hashed(self.split_seed, name, file) < fraction for file in names])
+        place = torch.tensor([hashed(self.split_seed, name, file) for file in names], dtype=torch.float64)
+        chosen = place < fraction
         classes = set(part.targets.tolist())
-        lost = classes - set(part.targets[~chosen].tolist())
-        if lost and not chosen.all():
-            raise KdError(
-                f"data.{name}_fraction = {fraction} and data.split_seed = {self.split_seed} leave no image of "
-                f"{self.class_names[min(lost)]} to train on: take a smaller fraction or another split_seed"
-            )
+        for lost in classes - set(part.targets[~chosen].tolist()) if not chosen.all() else ():
+            own = (part.targets == lost).nonzero().flatten()
+            chosen[own[place[own].argmax()]] = False
         if absent := sorted(classes - set(part.targets[chosen].tolist())):
             missed = ", ".join(self.class_names[c] for c in absent[:10])
             log.warning("no image of %s in %s: there are few, and their names decide", missed, name)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from kd import record, wandb_run, weights
 from kd.app import checked
-from kd.errors import KdError, MachineFailure
+from kd.errors import KdError, MachineFailure, RunFailure
 from kd.sweeps import job
 from kd.sweeps.job import work
 from kd.sweeps.state import look
@@ -52,7 +52,8 @@ def test_stopped_goes_on_failed_begins_again_finished_stays(config, stop_at, tmp
         "full": (lambda _: OSError(errno.ENOSPC, "No space left", "x"), "failed", "machine"),
         "killed": (MachineFailure, "failed", "machine"),
         "broken": (ValueError, "failed", "unexpected"),
-        "failed": (KdError, "failed", "run"),
+        "put right": (KdError, "failed", "input"),  # a folder that was not mounted, images that were changed
+        "failed": (RunFailure, "failed", "run"),
     }
     for name, (error, *_) in ends.items():
         (tmp_path / name).mkdir()
@@ -74,7 +75,7 @@ def test_stopped_goes_on_failed_begins_again_finished_stays(config, stop_at, tmp
         logs[name] = (tmp_path / name / "train.log").read_text().removeprefix(before)
     assert logs["whole"] == ""
     assert (tmp_path / "whole" / "result.json").read_bytes() == kept
-    for name in ("stopped", "full", "killed", "broken"):
+    for name in ("stopped", "full", "killed", "broken", "put right"):
         assert "epoch 3/4" in logs[name]
         assert "epoch 2/4" not in logs[name]
     assert "epoch 1/4" in logs["failed"]
