@@ -179,7 +179,7 @@ def test_a_run_directory_makes_nothing_of_the_system(kd, tmp_path, teacher_run) 
         "task:\n  _target_: kd.tasks.classification.Classification",
     ):
         assert key in text
-        before, _, target = key.rpartition("_target_: ")
+        before = key.rpartition("_target_: ")[0]
         indent = before.rpartition("\n")[2]
         lines = f"{before}_target_: builtins.open\n{indent}file: {victim}\n{indent}mode: w"
         (run / "config.yaml").write_text(text.replace(key, lines))
