@@ -51,7 +51,8 @@ def make(node: Mapping[str, Any], path: str, **extra: Any) -> Any:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].replace(".__init__()", "()")
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # "Error loading 'own.Term':", and what went wrong
+    return said.replace(".__init__()", "()")
 
 
 def datamodule(config: Mapping[str, Any]) -> Any:
@@ -284,7 +285,8 @@ def _same_images(recorded: Mapping[str, Any], data: Any, source: str) -> None:
             "changed since. Train it anew on the data as it is, or take these images out of the test set"
         )
     log.warning(
-        "%s was trained on other images than this run's data: content %s there, %s here", source, content, data.content
+        "%s was trained on other images than this run's data, or files of other names: content %s there, %s here",
+        *(source, content, data.content),
     )
 
 

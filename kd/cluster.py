@@ -138,7 +138,7 @@ def unanswered(silent: Sequence[int], timeout: float) -> str:
     who = f"process {', '.join(map(str, silent))}" if silent else "another process"
     return (
         f"{who} of the run did not answer within {timeout} s (hardware.timeout_s): stopped, hanging, or its machine is "
-        "gone; the run goes on from its checkpoint"
+        "gone; kd train resume=RUN goes on from its checkpoint"
     )
 
 

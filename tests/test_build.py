@@ -82,7 +82,8 @@ def test_weights_that_saw_test_images_are_refused_and_other_images_are_said(capl
     assert "trained on" not in caplog.text
     changed = {**facts, "content": "0" * 12}
     build.same_data(changed, data, "teacher.checkpoint = t")
-    assert f"teacher.checkpoint = t was trained on other images than this run's data: content {'0' * 12}" in caplog.text
+    assert "teacher.checkpoint = t was trained on other images than this run's data, or files of" in caplog.text
+    assert f"content {'0' * 12} there, {data.content} here" in caplog.text
     with pytest.raises(KdError, match=r"t was trained on images that are test images now \(at least \d+: number \d+, "):
         build.same_data({**changed, "seen": build.facts(other)["seen"]}, data, "teacher.checkpoint = t")
 

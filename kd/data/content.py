@@ -34,6 +34,9 @@ class Content(Protocol):
     def sizes(self) -> np.ndarray:
         """Give a number a sample, (n,) int64, that is found without reading it and does not depend on its name."""
 
+    def marks(self, positions: np.ndarray) -> np.ndarray:
+        """Give a number (n,) int64 for each of these samples that depends on a few of its bytes."""
+
     def read(self, position: int) -> bytes:
         """Read one sample."""
 
@@ -61,6 +64,10 @@ class ArrayContent:
     def sizes(self) -> np.ndarray:
         """Give the sum of the bytes of each image."""
         return self.images.flatten(1).sum(1, dtype=torch.int64).numpy()
+
+    def marks(self, positions: np.ndarray) -> np.ndarray:
+        """Give a number made of all bytes of each image."""
+        return np.array([_number(self.read(int(p))) for p in positions], dtype=np.int64)
 
     def read(self, position: int) -> bytes:
         """Give the bytes of one image."""
@@ -93,6 +100,16 @@ class FileContent:
     def sizes(self) -> np.ndarray:
         """Give the bytes of each file."""
         return self.bytes_each
+
+    def marks(self, positions: np.ndarray) -> np.ndarray:
+        """Give a number made of the size and 64 bytes in the middle of each file."""
+        return np.array([_number(self._middle(int(p))) for p in positions], dtype=np.int64)
+
+    def _middle(self, position: int) -> bytes:
+        size = int(self.bytes_each[position])
+        with self.files[position].open("rb") as file:
+            file.seek(max(0, size // 2 - 32))
+            return str(size).encode() + file.read(64)
 
     def read(self, position: int) -> bytes:
         """Read one file."""
@@ -127,17 +144,20 @@ def digest(contents: Sequence[Content], more: bytes) -> str:
 def seen(rows: Sequence[Rows]) -> dict[str, Any]:
     """Describe which images these are, so that others can be compared with them without the data: a few kilobytes.
 
-    The images are put in an order that depends on their sizes alone, so that a file is found again under any name;
-    of the first ``SEEN`` the contents are hashed (a bottom-k sketch). ``until`` is the place of the last of them.
+    The images are put in an order that depends on their sizes alone (where many are of one size, on a few bytes of
+    each), so that a file is found again under any name; of the first ``SEEN`` the contents are hashed (a bottom-k
+    sketch). ``until`` is the place of the last of them.
     """
-    keys = np.concatenate([_keys(one) for one in rows])
+    sizes = np.concatenate([one.content.sizes()[one.positions.numpy()] for one in rows])
+    by = "size" if len(np.unique(sizes)) > len(sizes) / 4 else "mark"  # uncompressed files all have one size
+    keys = np.concatenate([_keys(one, by) for one in rows])
     order = np.argsort(keys, kind="stable")[:SEEN]
     starts = np.cumsum([0, *(len(one.positions) for one in rows)])
     samples = set()
     for place in order:
         part = int(np.searchsorted(starts, place, side="right")) - 1
         samples.add(_hash(rows[part].content, int(rows[part].positions[place - starts[part]])))
-    return {"until": int(keys[order[-1]]) if len(order) else 0, "samples": sorted(samples)}
+    return {"by": by, "until": int(keys[order[-1]]) if len(order) else 0, "samples": sorted(samples)}
 
 
 def overlap(recorded: Mapping[str, Any], test: Rows, own: Sequence[Rows]) -> list[str]:
@@ -146,13 +166,13 @@ def overlap(recorded: Mapping[str, Any], test: Rows, own: Sequence[Rows]) -> lis
     Every image that was seen is found where all were recorded, up to ``SEEN`` of them; in larger sets as many as fall
     below ``until``. Data sets that hold an image twice (CIFAR does) have it in their own training set as well.
     """
-    until, samples = int(recorded["until"]), set(recorded["samples"])
-    keys = _keys(test)
+    by, until, samples = recorded["by"], int(recorded["until"]), set(recorded["samples"])
+    keys = _keys(test, by)
     leaked = _among(test, np.flatnonzero(keys <= until)[:READ], samples)
     if leaked:
         sizes = np.unique([keys[place] for place in leaked])
         for part in own:
-            twice = _among(part, np.flatnonzero(np.isin(_keys(part), sizes))[:READ], set(leaked.values())).values()
+            twice = _among(part, np.flatnonzero(np.isin(_keys(part, by), sizes))[:READ], set(leaked.values())).values()
             leaked = {place: image for place, image in leaked.items() if image not in twice}
     return [test.content.name(int(test.positions[place])) for place in leaked]
 
@@ -163,12 +183,18 @@ def _among(rows: Rows, places: np.ndarray, samples: set[str]) -> dict[int, str]:
     return {place: image for place, image in read if image in samples}
 
 
-def _keys(rows: Rows) -> np.ndarray:
-    """The place of each row in the order by size, 0 to 2^53: sizes that lie close together are far apart in it."""
-    mixed = rows.content.sizes()[rows.positions.numpy()].astype(np.uint64)
+def _keys(rows: Rows, by: str) -> np.ndarray:
+    """The place of each row in the order, 0 to 2^53: sizes that lie close together are far apart in it."""
+    positions = rows.positions.numpy()
+    numbers = rows.content.sizes()[positions] if by == "size" else rows.content.marks(positions)
+    mixed = numbers.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finaliser
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def _hash(content: Content, position: int) -> str:

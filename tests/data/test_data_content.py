@@ -157,3 +157,22 @@ def test_a_class_must_keep_an_image_to_train_on(image_folder: Write, caplog: pyt
     logging.getLogger("kd").propagate = True
     folder(path, test_fraction=place - 0.01)
     assert "no image of dog in test" in caplog.text
+
+
+def test_files_of_one_size_are_told_apart_by_their_bytes(image_folder: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = image_folder(train=CLASSES)
+    for file in sorted((path / "train").rglob("*.png")):
+        Image.open(file).save(file.with_suffix(".bmp"))
+        file.unlink()
+    monkeypatch.setattr(content, "SEEN", 40)
+    before = folder(path)
+    seen, trained = before.seen, names(before, "train") | names(before, "val")
+    kept = {(path / "train" / file).read_bytes() for file in trained if file.startswith("fox")}
+    for i, file in enumerate(sorted((path / "train" / "fox").iterdir())):  # the last class of the listing
+        file.rename(file.with_name(f"renamed{i}.bmp"))
+    after = folder(path)
+    leaked = [n for n in names(after, "test") if (path / "train" / n).read_bytes() in kept]
+    assert leaked
+    found = after.seen_in_test(seen)
+    assert found
+    assert set(found) <= set(leaked)
