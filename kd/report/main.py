@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from kd import manifest, record
+from kd import manifest, record, sources
 from kd.errors import KdError
 from kd.report import gather, swept, tables, vocabulary
-from kd.report.frame import FINISHED, RESULTS, of_study, read_results
+from kd.report.frame import FINISHED, RESULTS, finished, of_study, read_results
 from kd.report.report import Report, build
 from kd.report.validation import by_validation, order
 from kd.studies import spec
@@ -96,7 +96,17 @@ def _of_runs(
     """A sweep, or other runs: ordered by validation, with a head that says what they are."""
     study = by_validation(study, frame, objectives)
     about = [*swept.paragraphs(frame, base, differ), *([order(study, frame)] if len(study.rows) > 1 else [])]
+    if other := _other_code(frame, base):
+        print(other)
+        about.append(other)
     return Given(study, frame, base, out, about)
+
+
+def _other_code(frame: pd.DataFrame, base: Path) -> str:
+    """Say how many of the runs were made by own code that is other code now; "" for none, or where it is not known."""
+    said = [sources.changed(record.read(base / str(run))) for run in finished(frame)["run"].dropna()]
+    found = [sentence for sentence in said if sentence]
+    return f"Outdated, {len(found)} of {len(said)} runs: {found[0]}." if found else ""
 
 
 def _of_study(name: str, runs_dir: Path | None = None) -> Given:

@@ -330,6 +330,19 @@ def test_runs_by_different_code_are_two_rows(kd, write, tmp_path) -> None:
     assert rows_of("report/report.md")[0].startswith("| x | 3 |"), "one code is one experiment"
 
 
+def test_runs_by_code_that_is_other_code_now_are_said(kd, write, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_of_report.py").write_text("SCALE = 1\n")
+    code = {"own_of_report.Term": sources.code_of("own_of_report.Term")}
+    for seed in (0, 1):
+        write(tmp_path / "a" / f"run{seed}", seed, 0.9, name="x", config_hash="1", code_read=code)
+    assert "Outdated" not in kd("report", "a").out
+    (tmp_path / "own_of_report.py").write_text("SCALE = 10\n")
+    said = kd("report", "a")
+    assert "Outdated, 2 of 2 runs: _target_ = own_of_report.Term is other code" in said.out
+    assert "Outdated, 2 of 2 runs" in Path("report/report.md").read_text()
+
+
 def test_runs_of_one_name_and_another_configuration_are_two_rows(kd, write, tmp_path) -> None:
     write(tmp_path / "a" / "run", 0, 0.9, name="x", config_hash="1", overrides=["loss=[ce]", "seed=0"])
     write(tmp_path / "b" / "run", 0, 0.8, name="x", config_hash="2", overrides=["loss=[ce,kd]", "seed=0"])
