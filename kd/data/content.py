@@ -148,10 +148,11 @@ def seen(rows: Sequence[Rows]) -> dict[str, Any]:
     each), so that a file is found again under any name; of the first ``SEEN`` the contents are hashed (a bottom-k
     sketch). ``until`` is the place of the last of them.
     """
-    sizes = np.concatenate([one.content.sizes()[one.positions.numpy()] for one in rows])
-    by = "size" if len(np.unique(sizes)) > len(sizes) / 4 else "mark"  # uncompressed files all have one size
-    keys = np.concatenate([_keys(one, by) for one in rows])
+    by, keys = "size", np.concatenate([_keys(one, "size") for one in rows])
     order = np.argsort(keys, kind="stable")[:SEEN]
+    if len(order) and np.count_nonzero(keys <= keys[order[-1]]) > 9 * SEEN // 8:  # uncompressed files: one size
+        by, keys = "mark", np.concatenate([_keys(one, "mark") for one in rows])
+        order = np.argsort(keys, kind="stable")[:SEEN]
     starts = np.cumsum([0, *(len(one.positions) for one in rows)])
     samples = set()
     for place in order:
