@@ -8,11 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from kd import composition, hardware, keys, values
-from kd.composition import CONF as CONF
-from kd.composition import flat as flat
 from kd.errors import KdError
-from kd.keys import OBJECTIVE_KEYS as OBJECTIVE_KEYS
-from kd.values import better as better
+from kd.values import better
 
 # sections that do not matter when a finished run is measured
 TRAINING = ("loss", "recipe", "distiller", "logger")

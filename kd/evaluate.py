@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kd import record
-from kd.config import flat
+from kd.composition import flat
 from kd.errors import KdError, near
 from kd.weight_files import TRAINED_ALONG
 

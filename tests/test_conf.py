@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kd import app
-from kd.config import CONF
+from kd.composition import CONF
 from kd.signature import arguments
 
 OPTIONS = [(f.parent.name, f.stem) for f in sorted(CONF.glob("*/*.yaml")) if not f.name.startswith("_")]

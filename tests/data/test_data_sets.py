@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from kd.config import CONF
+from kd.composition import CONF
 from kd.data.base import DataModule
 from kd.data.cifar import CIFAR
 from kd.data.digits import Digits
