@@ -20,10 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from kd import explain, keys
-from kd.composition import CONF, command_line, key_of
+from kd.config import explain, keys
+from kd.config.composition import CONF, command_line, key_of
+from kd.config.hardware import refuse_missing, settings
 from kd.errors import KdError
-from kd.hardware import refuse_missing, settings
 from kd.sweeps import job as jobs
 
 log = logging.getLogger("kd.app")

@@ -16,11 +16,12 @@ from hydra.utils import get_object, instantiate
 from lightning import LightningDataModule
 from torch import nn
 
-from kd import described, distributed, fits, hardware, weight_files, weights
+from kd import described, distributed, fits, weight_files, weights
+from kd.config import hardware
+from kd.config.keys import OBJECTIVE_KEYS, targets
 from kd.data.base import DataModule
 from kd.distiller import Distiller
 from kd.errors import KdError
-from kd.keys import OBJECTIVE_KEYS, targets
 from kd.losses.base import Batch, Term
 from kd.objective import Objective
 from kd.teacher import InputMap, Teacher

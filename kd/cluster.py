@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kd.config.hardware import settings
 from kd.errors import KdError, MachineFailure, kind, named, of_kind
-from kd.hardware import settings
 
 WORKER = "KD_WORKER"  # set for the processes that kd starts: the number of their end of the pipe to the parent
 

@@ -19,8 +19,8 @@ import torchvision
 from hydra.utils import get_object
 from torch import nn
 
+from kd.config.keys import targets
 from kd.errors import KdError
-from kd.keys import targets
 
 LIBRARIES = ("kd.models", "timm", "torchvision.models", "transformers")
 # arguments of their factories that fetch something, or read another file than the one with the weights

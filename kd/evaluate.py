@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kd import record
-from kd.composition import flat
+from kd.config.composition import flat
 from kd.errors import KdError, near
 from kd.weight_files import TRAINED_ALONG
 
@@ -111,8 +111,8 @@ def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from kd.config import check
-    from kd.schema import Root, Teacher
+    from kd.config.checks import check
+    from kd.config.schema import Root, Teacher
 
     known = set(flat({**config, "teacher": {**asdict(Teacher()), **config["teacher"]}}))  # runs of before an option
     for override in overrides:

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 
 from kd import manifest, record, wandb_run
-from kd.composition import flat
+from kd.config.composition import flat
 
 
 def complete(name: str, node: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:

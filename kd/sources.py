@@ -19,8 +19,8 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
+from kd.config.signature import find
 from kd.record import changes_results
-from kd.signature import find
 
 INSTALLED = {"site-packages", "dist-packages"}  # folders of this name hold what was installed
 STANDARD = {Path(os.path.realpath(sysconfig.get_path(name))) for name in ("stdlib", "platstdlib")}
@@ -35,7 +35,7 @@ def read_by(config: Mapping[str, Any], networks: Sequence[Any] = ()) -> dict[str
     ``networks``: further ones, that the config does not name. Left out are targets without own code, and those of
     sections that change no result, as loggers.
     """
-    from kd.keys import targets  # here, as omegaconf comes with it: a report only compares
+    from kd.config.keys import targets  # here, as omegaconf comes with it: a report only compares
 
     nodes = [node for path, node in targets(config) if changes_results(path)]
     with suppress(RecursionError):  # a stranger's file may be nested as deep as it likes

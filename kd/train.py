@@ -14,8 +14,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kd import errors, hardware, inputs, lock, record
+from kd import errors, inputs, lock, record
 from kd import resume as resuming
+from kd.config import hardware
 from kd.errors import KdError, MachineFailure
 from kd.weight_files import CHECKPOINT
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kd import app
-from kd.composition import CONF
-from kd.signature import arguments
+from kd.config.composition import CONF
+from kd.config.signature import arguments
 
 OPTIONS = [(f.parent.name, f.stem) for f in sorted(CONF.glob("*/*.yaml")) if not f.name.startswith("_")]
 LISTS = ("loss", "logger")  # groups of which several options are chosen at once

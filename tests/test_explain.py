@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 
-from kd import timm_source
 from kd.app import checked
+from kd.config import timm_source
+from kd.config.explain import explain, known_keys
 from kd.errors import KdError, near
-from kd.explain import explain, known_keys
 
 DKD = "from kd.losses.base import Term\n\n\nclass DKD(Term):\n    def __init__(self, beta: float = 8.0): ...\n"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd import hardware
 from kd.app import checked
+from kd.config import hardware
 from kd.errors import KdError
 
 GPUS = torch.cuda.device_count()

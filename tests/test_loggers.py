@@ -10,7 +10,7 @@ from wandb_disk import only, read_back
 
 from kd import manifest
 from kd.app import checked
-from kd.composition import flat
+from kd.config.composition import flat
 from kd.loggers import complete, csv_logger, describe, report_row
 from kd.manifest import Job, Manifest
 from kd.record import read, read_config

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from kd.signature import arguments
+from kd.config.signature import arguments
 
 
 @pytest.mark.parametrize(

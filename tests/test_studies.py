@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kd import app
-from kd.composition import CONF
+from kd.config.composition import CONF
 from kd.report import vocabulary
 from kd.report.frame import finished, read_results
 from kd.report.report import build

@@ -71,7 +71,7 @@ def test_the_wheel_holds_every_conf_file(installed) -> None:
 
 
 def test_the_package_and_its_configuration_are_the_installed_ones(installed) -> None:
-    code = "import kd, kd.composition; print(kd.__file__); print(kd.composition.CONF)"
+    code = "import kd, kd.config.composition; print(kd.__file__); print(kd.config.composition.CONF)"
     file, conf = map(Path, shell(installed.bin / "python", "-c", code, cwd=installed.elsewhere).splitlines())
     assert file == installed.site / "kd" / "__init__.py"
     assert conf == installed.site / "kd" / "conf"

@@ -13,7 +13,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from kd import explain, inputs, lock, manifest
+from kd import inputs, lock, manifest
+from kd.config import explain
 from kd.errors import KdError, MachineFailure
 from kd.manifest import Job, Manifest
 from kd.studies import spec

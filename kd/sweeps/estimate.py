@@ -20,8 +20,8 @@ from statistics import fmean, median
 from typing import Any
 
 from kd import launch, record
+from kd.config.hardware import settings
 from kd.errors import KdError
-from kd.hardware import settings
 from kd.manifest import Job
 from kd.report.console import print_table
 from kd.studies import graph

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from kd import record
+from kd.config.hardware import settings
 from kd.errors import KdError
 from kd.evaluate import changed
-from kd.hardware import settings
 from kd.manifest import Job
 from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
 from kd.studies.spec import STUDY, Evaluation, Study

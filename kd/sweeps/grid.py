@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from kd import explain
+from kd.config import explain
 from kd.errors import KdError
 from kd.manifest import Job
 from kd.sweeps.engine import Engine, Outcome

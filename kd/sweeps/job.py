@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from kd import manifest, record, resume
-from kd.config import check
+from kd.config.checks import check
 from kd.errors import KdError, named
 from kd.sweeps.state import DONE, FAILED, RUNNING, look
 from kd.weight_files import CHECKPOINT, LAST, SELECTED

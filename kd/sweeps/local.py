@@ -17,8 +17,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kd import manifest, record
+from kd.config.hardware import cores
 from kd.errors import KdError
-from kd.hardware import cores
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.pool import forked, warm_up
 from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, PRUNED

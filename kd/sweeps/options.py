@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kd.config.values import better
 from kd.errors import KdError, near
 from kd.sweeps import pool, storage
-from kd.values import better
 
 SAMPLERS: Mapping[str, Mapping[str, Any]] = {
     "tpe": {"_target_": "optuna.samplers.TPESampler"},

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kd import weight_files
+from kd.config.hardware import GPU, refuse_missing
 from kd.errors import KdError
-from kd.hardware import GPU, refuse_missing
 from kd.manifest import Job
 from kd.sweeps import pool
 from kd.sweeps.local import gpus

@@ -10,8 +10,8 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from kd import explain
-from kd.composition import key_of
+from kd.config import explain
+from kd.config.composition import key_of
 from kd.errors import KdError, near
 from kd.sweeps.grid import axis, short_names
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd import inputs, lock, record, resume, weight_files
-from kd.composition import flat
+from kd.config.composition import flat
 from kd.errors import KdError
 
 MISSING, FINISHED, FAILED, INTERRUPTED, PRUNED = "missing", "finished", "failed", "interrupted", "pruned"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd import sources
+from kd.config.values import better
 from kd.errors import KdError
 from kd.sweeps.state import DONE, FINISHED, PRUNED
-from kd.values import better
 
 if TYPE_CHECKING:
     from kd.sweeps.engine import Outcome

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
-from kd.composition import key_of
+from kd.config.composition import key_of
+from kd.config.schema import Root
 from kd.errors import KdError
-from kd.schema import Root
 from kd.sweeps.engine import Engine
 
 PLAIN = tuple(f.name for f in fields(Root) if f.type in ("str", "int", "str | None", "list[str]"))  # seed, name, …

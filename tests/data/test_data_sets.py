@@ -18,14 +18,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from kd.composition import CONF
+from kd.config.composition import CONF
+from kd.config.signature import arguments
 from kd.data.base import DataModule
 from kd.data.cifar import CIFAR
 from kd.data.digits import Digits
 from kd.data.fake import Fake
 from kd.data.mnist import FILES, MNIST
 from kd.errors import KdError
-from kd.signature import arguments
 
 OPTIONS = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if not path.stem.startswith("_"))
 

@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import HydraContext, RunMode
 
-from kd.composition import CONF
+from kd.config.composition import CONF
 from kd.sweeps.engine import Engine
 from kd.sweeps.job import task
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import MissingConfigException
 
-from kd.explain import explain
+from kd.config.explain import explain
 from tests.sweeps.slurm import FakeSlurm, wait_for
 
 TINY = ["data=fake", "data.train_images=64", "protocol.val_every=1", "hardware=cpu", "hydra.sweep.dir=runs/sweep"]

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from kd.config.schema import Hardware
 from kd.errors import KdError
-from kd.schema import Hardware
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from kd.signature import folder
+from kd.config.signature import folder
 
 TARGETS = ("kd.models.timm_model.timm_model", "timm.create_model")
 """The targets whose further arguments go to a network of timm."""

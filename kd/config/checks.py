@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kd import composition, hardware, keys, values
+from kd.config import composition, hardware, keys, values
+from kd.config.values import better
 from kd.errors import KdError
-from kd.values import better
 
 # sections that do not matter when a finished run is measured
 TRAINING = ("loss", "recipe", "distiller", "logger")

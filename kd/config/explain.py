@@ -14,11 +14,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kd import composition, timm_source
-from kd.composition import CONF
+from kd.config import composition, timm_source
+from kd.config.composition import CONF
+from kd.config.keys import targets
+from kd.config.signature import arguments
 from kd.errors import near, yaml_problem
-from kd.keys import targets
-from kd.signature import arguments
 
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launchers that come with an extra
 KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError)

@@ -112,7 +112,7 @@ class Root:
 
 
 def opened() -> Any:
-    """The schema, open where a ``_target_`` may be: its arguments need no ``+``; :mod:`kd.keys` checks them."""
+    """The schema, open where a ``_target_`` may be: its arguments need no ``+``; :mod:`kd.config.keys` checks them."""
     root = OmegaConf.structured(Root)
     for name in ("student", "teacher", "task", "data", "loss", "recipe", "distiller", "hardware", "logger"):
         OmegaConf.set_struct(root[name], False)

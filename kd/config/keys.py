@@ -1,6 +1,6 @@
 """Which keys a config may have: those of the schema and, below a ``_target_``, what that takes. No torch.
 
-Hydra leaves the sections with a ``_target_`` open (:mod:`kd.schema`), so that no argument needs a ``+``. What nobody
+Hydra leaves the sections with a ``_target_`` open (:mod:`kd.config.schema`), so that no argument needs a ``+``. What nobody
 takes, or belongs to an option that was not chosen, is refused here.
 """
 
@@ -12,11 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kd import composition, timm_source
-from kd.composition import flat
+from kd.config import composition, timm_source
+from kd.config.composition import flat
+from kd.config.schema import Hardware, Paths, Protocol, Recipe, Root, Student, Teacher
+from kd.config.signature import arguments
 from kd.errors import near
-from kd.schema import Hardware, Paths, Protocol, Recipe, Root, Student, Teacher
-from kd.signature import arguments
 
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
 OBJECTIVE_KEYS = ("weight", "schedule")  # of every term: read by the objective, not by the term
@@ -43,7 +43,7 @@ MADE = {
 def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...] = ()) -> Iterator[str]:
     """One sentence for each key that there is not, or that has no effect.
 
-    ``line``: what the command line sets (:func:`kd.composition.command_line`); ``skip``: sections without effect here.
+    ``line``: what the command line sets (:func:`kd.config.composition.command_line`); ``skip``: sections without effect here.
     """
     if several := list(_several_options(line)):
         yield from several
