@@ -16,7 +16,7 @@ from hydra.utils import get_object, instantiate
 from lightning import LightningDataModule
 from torch import nn
 
-from kd import described, distributed, fits, weight_files, weights
+from kd import described, distributed, fits, weights
 from kd.config import hardware
 from kd.config.keys import OBJECTIVE_KEYS, targets
 from kd.data.base import DataModule
@@ -24,6 +24,7 @@ from kd.distiller import Distiller
 from kd.errors import KdError
 from kd.losses.base import Batch, Term
 from kd.objective import Objective
+from kd.records import weight_files
 from kd.teacher import InputMap, Teacher
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from kd import distributed, weight_files, weights
-from kd.durable import replacing
+from kd import distributed, weights
 from kd.errors import KdError
+from kd.records import weight_files
+from kd.records.durable import replacing
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from kd import record
 from kd.errors import KdError
+from kd.records import record
+from kd.records.state import FAILED, FINISHED
 from kd.report.console import Row, Table
 from kd.sweeps.job import leave_a_record
-from kd.sweeps.state import FAILED, FINISHED
 
 SEEDS = 5
 UNSEEN = 3  # the class that the transfer set lacks
@@ -225,7 +225,7 @@ def bias_fixed(run_dir: Path) -> tuple[float, float]:
 def invariance(out: Path, seeds: int) -> Table:
     """Claim 3: what the teacher learnt from moved images reaches a student that never saw one."""
     from kd.evaluate import evaluate, run_config
-    from kd.weight_files import LAST
+    from kd.records.weight_files import LAST
 
     rows = []
     for name, label in (("teacher", "teacher"), ("full_hard", "hard labels"), ("full_soft", "soft targets")):

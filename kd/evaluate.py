@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kd import record
 from kd.config.composition import flat
 from kd.errors import KdError, near
-from kd.weight_files import TRAINED_ALONG
+from kd.records import record
+from kd.records.weight_files import TRAINED_ALONG
 
 OWN = {"run": None, "split": "test", "who": "student", "weights": "selected", "out": None}
 CHOICES = {"split": ("val", "test"), "who": ("student", "teacher"), "weights": ("selected", "last")}
@@ -129,7 +129,7 @@ def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
 
 
 def _weights_file(own: Mapping[str, Any]) -> Path:
-    from kd.weight_files import LAST, SELECTED
+    from kd.records.weight_files import LAST, SELECTED
 
     file = Path(own["run"]) / (SELECTED if own["weights"] == "selected" else LAST)
     if not file.is_file():

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, distributed, loggers, pruning, record, weight_files, weights
+from kd import build, callbacks, distributed, loggers, pruning, weights
 from kd.config import hardware
 from kd.distiller import Distiller
-from kd.durable import replacing
 from kd.errors import KdError
+from kd.records import record, weight_files
+from kd.records.durable import replacing
 
 log = logging.getLogger(__name__)
 

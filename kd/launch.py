@@ -22,10 +22,10 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from kd import record
 from kd.cluster import WORKER, join, quiet, shared_fate, unanswered
 from kd.config.hardware import cores, settings
 from kd.errors import KdError, MachineFailure, kind, named, of_kind
+from kd.records import record
 
 COMMAND = [sys.executable, "-m", "kd.launch"]
 GRACE = 20.0  # seconds for the others to end by themselves when one has failed, or on an interruption

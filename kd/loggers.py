@@ -12,8 +12,9 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from kd import manifest, record, wandb_run
+from kd import wandb_run
 from kd.config.composition import flat
+from kd.records import manifest, record
 
 
 def complete(name: str, node: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:

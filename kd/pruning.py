@@ -14,8 +14,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from kd import distributed, manifest
-from kd.sweeps.storage import installed, job_of, opened, pruner, read_settings
+from kd import distributed
+from kd.records import manifest
+from kd.records.search import installed, job_of, opened, pruner, read_settings
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd import inputs, record, sources, weight_files
 from kd.errors import KdError
-from kd.weight_files import CHECKPOINT, SELECTED
+from kd.records import inputs, record, sources, weight_files
+from kd.records.weight_files import CHECKPOINT, SELECTED
 
 if TYPE_CHECKING:
     from kd.weights import Progress

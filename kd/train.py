@@ -14,11 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kd import errors, inputs, lock, record
+from kd import errors
 from kd import resume as resuming
 from kd.config import hardware
 from kd.errors import KdError, MachineFailure
-from kd.weight_files import CHECKPOINT
+from kd.records import inputs, lock, record
+from kd.records.weight_files import CHECKPOINT
 
 log = logging.getLogger("kd.train")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kd import wandb_run
 from kd.errors import KdError, near
-from kd.sweeps.state import busy
+from kd.records.state import busy
 
 USAGE = """kd wandb sync [DIR ...]
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd import distributed
-from kd.durable import replacing
 from kd.errors import KdError
-from kd.weight_files import locate
+from kd.records.durable import replacing
+from kd.records.weight_files import locate
 
 
 def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from kd import fit, record, weights
+from kd import fit, weights
 from kd.callbacks import WholeCheckpoints
-from kd.durable import replacing
 from kd.errors import MachineFailure
+from kd.records import record
+from kd.records.durable import replacing
 
 
 def answered() -> Any:

@@ -16,7 +16,7 @@ from kd.distiller import Distiller
 from kd.errors import KdError
 from kd.losses.base import Batch
 from kd.losses.logits.kd import KnowledgeDistillation
-from kd.record import config_hash
+from kd.records.record import config_hash
 from kd.teacher import Teacher
 
 FAST = ["recipe.epochs=2", "hardware=cpu", "hardware.threads=1"]

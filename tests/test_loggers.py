@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from wandb_disk import only, read_back
 
-from kd import manifest
 from kd.app import checked
 from kd.config.composition import flat
 from kd.loggers import complete, csv_logger, describe, report_row
-from kd.manifest import Job, Manifest
-from kd.record import read, read_config
+from kd.records import manifest
+from kd.records.manifest import Job, Manifest
+from kd.records.record import read, read_config
 from kd.train import resume, train
 from kd.wandb_run import run_files
 

@@ -15,12 +15,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kd import fit, lock, record, resume, train, weights
+from kd import fit, resume, train, weights
 from kd.app import checked
 from kd.distiller import Distiller
 from kd.errors import KdError
-from kd.sweeps import state
-from kd.weight_files import CHECKPOINT, LAST, SELECTED
+from kd.records import lock, record, state
+from kd.records.weight_files import CHECKPOINT, LAST, SELECTED
 
 OVERRIDES = ["recipe.epochs=3", "protocol.val_every=1", "hardware=cpu", "hardware.threads=1"]
 

@@ -18,7 +18,7 @@ from kd.config.signature import arguments
         "kd.objective.Linear",
         "kd.distiller.Distiller",
         "kd.teacher.Teacher",
-        "kd.record.write",
+        "kd.records.record.write",
         "lightning.pytorch.callbacks.EarlyStopping",
     ],
 )

@@ -14,9 +14,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from kd import inputs, record, sources
 from kd.app import checked
 from kd.errors import KdError
+from kd.records import inputs, record, sources
 from kd.train import resume
 
 DKD = '''"""A method."""
@@ -50,7 +50,7 @@ FILES = {
     "terms/registry.py": "from .. import beyond\nfrom .deep.er import x\n",
     "terms/base.py": "import dkd\nimport not_there\n",
     "terms/late.py": "",
-    "terms/deep/er.py": "import kd.record, sklearn.svm\nx = 1\n",  # deep/ has no __init__.py
+    "terms/deep/er.py": "import kd.records.record, sklearn.svm\nx = 1\n",  # deep/ has no __init__.py
     "terms/unused.py": "",
 }
 MODULES = ["distances", "dkd", "terms", "terms.base", "terms.deep.er", "terms.late", "terms.registry"]

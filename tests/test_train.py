@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd import record
 from kd.data.base import Source
 from kd.data.digits import Digits
+from kd.records import record
 
 FAST = ["recipe.epochs=2", "hardware=cpu"]
 
@@ -369,7 +369,7 @@ def test_a_run_directory_that_is_deleted_while_it_runs(kd, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["config.yaml", "result.json", "last.ckpt", "student.safetensors", "metrics.csv"])
 def test_no_room_is_one_sentence_with_the_path(kd, tmp_path, monkeypatch, name) -> None:
-    from kd import durable
+    from kd.records import durable
 
     flush = durable._flush
 
@@ -400,7 +400,7 @@ def test_a_second_run_does_not_overwrite_the_first(kd, tmp_path) -> None:
 
 
 def test_two_processes_do_not_train_in_one_directory(kd, tmp_path, monkeypatch) -> None:
-    from kd import lock
+    from kd.records import lock
 
     monkeypatch.setattr(lock, "PATIENCE", 0.1)
     (tmp_path / "run").mkdir()

@@ -15,7 +15,7 @@ from wandb_server import WandbServer, serving
 
 from kd import wandb_run
 from kd.app import checked
-from kd.record import read
+from kd.records.record import read
 from kd.train import train
 
 QUICK = ["recipe.epochs=2", "hardware=cpu", "logger=wandb", "logger.wandb.timeout=2"]

@@ -12,7 +12,7 @@ import yaml
 from wandb_disk import only
 
 from kd.app import checked
-from kd.record import read
+from kd.records.record import read
 
 SWEEP = Path(__file__).parents[1] / "experiments" / "wandb_sweep.yaml"
 CHOSEN = {"loss.kd.temperature": 8, "loss.kd.weight": 0.5, "seed": 1}

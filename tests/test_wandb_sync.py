@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from wandb_server import WandbServer, serving
 
-from kd import lock, wandb_run
+from kd import wandb_run
+from kd.records import lock
 from kd.wandb_sync import sync
 
 

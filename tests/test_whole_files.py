@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd import record
 from kd.app import checked
 from kd.callbacks import WholeCheckpoints
 from kd.loggers import csv_logger, whole
+from kd.records import record
+from kd.records.weight_files import CHECKPOINT
 from kd.train import train
-from kd.weight_files import CHECKPOINT
 
 
 def test_a_checkpoint_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch) -> None:

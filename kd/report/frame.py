@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from kd import inputs, record, weight_files
 from kd.errors import KdError
+from kd.records import inputs, record, weight_files
 from kd.report import told
 from kd.report.measures import EPOCHS, Measure
 from kd.studies.spec import Study

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from kd import manifest, record, sources
 from kd.errors import KdError
+from kd.records import manifest, record, sources
 from kd.report.frame import finished, of_run, seed_told, table
 from kd.report.validation import EPOCH, TEST, monitored
 from kd.studies.spec import Figure, Row, Study

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from kd import manifest, record, sources
 from kd.errors import KdError
+from kd.records import manifest, record, sources
 from kd.report import gather, swept, tables, vocabulary
 from kd.report.frame import FINISHED, RESULTS, finished, of_study, read_results
 from kd.report.report import Report, build

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from kd import record
+from kd.records import record
 from kd.report.frame import FINISHED, finished
 
 MOST = 6  # values that are listed; of more, numbers have their range

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kd import record
+from kd.records import record
 from kd.studies import graph
 from kd.studies.spec import Row, Study
 

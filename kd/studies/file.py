@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from kd import yaml_text
 from kd.errors import KdError, near, yaml_problem
+from kd.records import yaml_text
 from kd.studies import graph
 
 if TYPE_CHECKING:

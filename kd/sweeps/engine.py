@@ -13,10 +13,11 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from kd import inputs, lock, manifest
 from kd.config import explain
 from kd.errors import KdError, MachineFailure
-from kd.manifest import Job, Manifest
+from kd.records import inputs, lock, manifest
+from kd.records.manifest import Job, Manifest
+from kd.records.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
 from kd.studies import spec
 from kd.sweeps.job import checked, leave_a_record
 from kd.sweeps.refusals import (
@@ -27,7 +28,6 @@ from kd.sweeps.refusals import (
     refuse_unwritable,
     whose,
 )
-from kd.sweeps.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
 
 LOCK = "sweep.lock"
 

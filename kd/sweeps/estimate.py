@@ -19,10 +19,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from kd import launch, record
+from kd import launch
 from kd.config.hardware import settings
 from kd.errors import KdError
-from kd.manifest import Job
+from kd.records import record
+from kd.records.manifest import Job
+from kd.records.state import FINISHED, State, look
 from kd.report.console import print_table
 from kd.studies import graph
 from kd.studies.spec import Study
@@ -30,7 +32,6 @@ from kd.sweeps.engine import Engine, waves
 from kd.sweeps.local import Share, cores, gpus, shares
 from kd.sweeps.pool import ask, warm_up
 from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
-from kd.sweeps.state import FINISHED, State, look
 
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones
 EPOCH = re.compile(r"^(\S+ \S+) INFO epoch \d+/\d+ ", re.MULTILINE)  # in train.log, when one has ended

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from kd import record
 from kd.config.hardware import settings
 from kd.errors import KdError
 from kd.evaluate import changed
-from kd.manifest import Job
+from kd.records import record
+from kd.records.manifest import Job
+from kd.records.state import FINISHED, look
 from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
 from kd.studies.spec import STUDY, Evaluation, Study
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.local import Share, shares
 from kd.sweeps.pool import ask, forked, warm_up
-from kd.sweeps.state import FINISHED, look
 
 
 def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[str]:
@@ -122,7 +122,7 @@ def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, flo
     """
     from kd.evaluate import evaluate as measure
     from kd.evaluate import run_config
-    from kd.weight_files import LAST, SELECTED
+    from kd.records.weight_files import LAST, SELECTED
 
     config = run_config(run_dir, evaluation.eval)
     weights = run_dir / (LAST if epoch == "last" else SELECTED)

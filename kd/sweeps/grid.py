@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override
 
 from kd.config import explain
 from kd.errors import KdError
-from kd.manifest import Job
+from kd.records.manifest import Job
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.table import conclude
 from kd.sweeps.terms import Terms

@@ -11,11 +11,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from kd import manifest, record, resume
+from kd import resume
 from kd.config.checks import check
 from kd.errors import KdError, named
-from kd.sweeps.state import DONE, FAILED, RUNNING, look
-from kd.weight_files import CHECKPOINT, LAST, SELECTED
+from kd.records import manifest, record
+from kd.records.state import DONE, FAILED, RUNNING, look
+from kd.records.weight_files import CHECKPOINT, LAST, SELECTED
 
 # what a run writes into its directory beside its log and its lock, the record last
 WRITTEN = (

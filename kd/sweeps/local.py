@@ -16,12 +16,12 @@ from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kd import manifest, record
 from kd.config.hardware import cores
 from kd.errors import KdError
+from kd.records import manifest, record
+from kd.records.state import FAILED, FINISHED, INTERRUPTED, PRUNED
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.pool import forked, warm_up
-from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, PRUNED
 from kd.sweeps.table import measured, number
 
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd import weight_files
 from kd.config.hardware import GPU, refuse_missing
 from kd.errors import KdError
-from kd.manifest import Job
+from kd.records import weight_files
+from kd.records.manifest import Job
 from kd.sweeps import pool
 from kd.sweeps.local import gpus
 

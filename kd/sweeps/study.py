@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from kd import record
 from kd.errors import KdError, near
-from kd.manifest import Job
+from kd.records import record
+from kd.records.manifest import Job
+from kd.records.state import FINISHED, look, same_run
 from kd.report import vocabulary
 from kd.report.frame import RESULTS, check_protocol, finished, of_study, read_results, write_results
 from kd.report.main import say
@@ -20,7 +21,6 @@ from kd.studies.spec import Row, Study
 from kd.sweeps import estimate, evaluations
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.refusals import advice, refuse_unwritable
-from kd.sweeps.state import FINISHED, look, same_run
 
 
 def sweep(

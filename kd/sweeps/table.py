@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd import sources
 from kd.config.values import better
 from kd.errors import KdError
-from kd.sweeps.state import DONE, FINISHED, PRUNED
+from kd.records import sources
+from kd.records.state import DONE, FINISHED, PRUNED
 
 if TYPE_CHECKING:
     from kd.sweeps.engine import Outcome

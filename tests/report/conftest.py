@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kd import record
+from kd.records import record
 from kd.studies.spec import Comparison, Condition, Figure, Published, Row, Study
 
 CLASSES, TEST = 10, 1000

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kd import record
 from kd.errors import KdError
+from kd.records import record
 from kd.report import frame
 
 

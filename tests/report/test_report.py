@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kd import manifest, record, report, sources
+from kd import report
 from kd.errors import KdError
-from kd.manifest import Job, Manifest
+from kd.records import manifest, record, sources
+from kd.records.manifest import Job, Manifest
 from kd.report import frame
 from kd.report.page import markdown, spread
 from kd.report.tables import Grid

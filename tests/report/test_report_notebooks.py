@@ -8,8 +8,8 @@ from pathlib import Path
 
 import nbformat
 
-from kd import manifest
-from kd.manifest import Job, Manifest
+from kd.records import manifest
+from kd.records.manifest import Job, Manifest
 from kd.report import frame
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from kd import record, sources, weight_files
+from kd.records import record, sources, weight_files
 from kd.report import frame, told
 from kd.studies import graph
 from kd.studies.spec import Study

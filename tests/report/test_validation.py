@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd import manifest, record
-from kd.manifest import Job, Manifest
+from kd.records import manifest, record
+from kd.records.manifest import Job, Manifest
 from kd.report import frame, swept
 from kd.report.main import _gathered
 from kd.report.tables import main_grid, measures, numbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kd import record
+from kd.records import record
 
 
 def write(run_dir: Path, status: str, **changed: object) -> None:

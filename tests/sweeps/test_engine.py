@@ -11,9 +11,9 @@ import pytest
 import yaml
 from bare_records import write
 
-from kd import inputs, lock, manifest
 from kd.errors import KdError
-from kd.manifest import Job
+from kd.records import inputs, lock, manifest
+from kd.records.manifest import Job
 from kd.sweeps import study
 from kd.sweeps.engine import waves
 from kd.sweeps.grid import plan

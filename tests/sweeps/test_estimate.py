@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kd.manifest import Job
+from kd.records.manifest import Job
 from kd.sweeps import estimate
 
 

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from kd.manifest import Job
+from kd.records.manifest import Job
+from kd.records.state import FINISHED, State
 from kd.report.frame import read_evaluations
 from kd.studies import spec
 from kd.sweeps import evaluations, local
 from kd.sweeps.engine import Outcome
-from kd.sweeps.state import FINISHED, State
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from kd import record, wandb_run, weights
+from kd import wandb_run, weights
 from kd.app import checked
 from kd.errors import KdError, MachineFailure, RunFailure
+from kd.records import record
+from kd.records.state import look
+from kd.records.weight_files import CHECKPOINT
 from kd.sweeps import job
 from kd.sweeps.job import work
-from kd.sweeps.state import look
-from kd.weight_files import CHECKPOINT
 
 OVERRIDES = ["recipe.epochs=4", "protocol.val_every=1", "hardware=cpu", "hardware.threads=1"]
 

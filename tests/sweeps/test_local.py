@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from bare_records import write
 
-from kd import manifest, record
 from kd.errors import KdError
-from kd.manifest import Job
+from kd.records import manifest, record
+from kd.records.manifest import Job
 from kd.sweeps import local
 
 

@@ -12,10 +12,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from kd import inputs, record, weight_files
 from kd.app import checked
 from kd.errors import KdError
-from kd.sweeps.state import FAILED, FINISHED, INTERRUPTED, PRUNED, look, refuse_another
+from kd.records import inputs, record, weight_files
+from kd.records.state import FAILED, FINISHED, INTERRUPTED, PRUNED, look, refuse_another
 
 
 def test_the_same_experiment_of_another_teacher_seed_is_another_run(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from kd.errors import KdError
-from kd.manifest import Job
+from kd.records.manifest import Job
+from kd.records.state import State
 from kd.sweeps.engine import Outcome
-from kd.sweeps.state import State
 from kd.sweeps.table import conclude
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd.durable import replacing
 from kd.errors import KdError
+from kd.records.durable import replacing
 
 FILE = "result.json"
 SCHEMA = 1
@@ -129,7 +129,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """The resolved config of a run."""
     import yaml
 
-    from kd import yaml_text  # here, as yaml: most commands read no config of a run
+    from kd.records import yaml_text  # here, as yaml: most commands read no config of a run
 
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():

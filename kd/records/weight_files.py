@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kd import record
 from kd.errors import KdError
+from kd.records import record
 
 SELECTED = "student.safetensors"  # of a run directory: the weights that the validation split picked
 LAST = "student_last.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kd import sources, weight_files
+from kd.records import sources, weight_files
 
 KEYS = ("weights_read", "code_read")  # in the record of a run
 

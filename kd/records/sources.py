@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.config.signature import find
-from kd.record import changes_results
+from kd.records.record import changes_results
 
 INSTALLED = {"site-packages", "dist-packages"}  # folders of this name hold what was installed
 STANDARD = {Path(os.path.realpath(sysconfig.get_path(name))) for name in ("stdlib", "platstdlib")}

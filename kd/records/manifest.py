@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kd import record
 from kd.errors import KdError
+from kd.records import record
 
 FILE = "sweep.json"
 SCHEMA = 1

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd import record
 from kd.errors import KdError
+from kd.records import record
 
 JOURNAL = "optuna.log"
 SETTINGS = "optuna.json"  # what a job, perhaps on another machine, must know of the search; only with a pruner
