@@ -16,7 +16,7 @@ from hydra.utils import get_object, instantiate
 from lightning import LightningDataModule
 from torch import nn
 
-from kd import described, distributed, fits, weights
+from kd import described, fits, weights
 from kd.config import hardware
 from kd.config.keys import OBJECTIVE_KEYS, targets
 from kd.data.base import DataModule
@@ -24,6 +24,7 @@ from kd.distiller import Distiller
 from kd.errors import KdError
 from kd.losses.base import Batch, Term
 from kd.objective import Objective
+from kd.parallel import group
 from kd.records import weight_files
 from kd.teacher import InputMap, Teacher
 
@@ -62,9 +63,9 @@ def datamodule(config: Mapping[str, Any]) -> Any:
     data = make(config["data"], "data")
     if not isinstance(data, LightningDataModule):
         raise KdError(f"{_whose(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule")
-    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not distributed.joined():
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not group.joined():
         data.prepare_data()
-    distributed.barrier()
+    group.barrier()
     data.setup("fit")
     if not isinstance(data, DataModule):
         _check_foreign(data, _whose(config))
@@ -339,7 +340,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     optimizer = functools.partial(_optimizer, recipe["optimizer"])
     scheduler = functools.partial(_scheduler, recipe["scheduler"]) if recipe["scheduler"] else None
     net = student(config, data)
-    if hardware.settings(config)["sync_batchnorm"] and distributed.joined():
+    if hardware.settings(config)["sync_batchnorm"] and group.joined():
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     module: Distiller = make(
         {**config["distiller"], "_convert_": "none"},
@@ -357,7 +358,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     fits.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
     module.prepare(batch)
-    if distributed.joined():
+    if group.joined():
         module.find_unreached(batch)
         if hardware.settings(config)["sync_batchnorm"]:
             module.objective = nn.SyncBatchNorm.convert_sync_batchnorm(module.objective)  # the adapters'

@@ -15,8 +15,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from kd import distributed, weights
+from kd import weights
 from kd.errors import KdError
+from kd.parallel import group
 from kd.records import weight_files
 from kd.records.durable import replacing
 
@@ -163,8 +164,8 @@ def standard(run_dir: Path, protocol: dict[str, Any], about: dict[str, Any], ear
         EpochLine(),
         WallClock(earlier),
     ]
-    if distributed.joined():
+    if group.joined():
         callbacks.append(StopOnSigterm())
-    if sys.stderr.isatty() and distributed.rank() == 0:
+    if sys.stderr.isatty() and group.rank() == 0:
         callbacks.append(RichProgressBar(refresh_rate=50))
     return callbacks

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import distributed
 from kd.bookkeeping import StepBuffer, first_bad
 from kd.errors import KdError, RunFailure
 from kd.evaluated import Evaluated
 from kd.losses.base import Batch, Output
 from kd.measure import measure
 from kd.objective import Objective
+from kd.parallel import group
 from kd.taps import Taps, resolve
 from kd.teacher import Teacher
 
@@ -151,7 +151,7 @@ class Distiller(Evaluated):
         self.run_whole_teacher()  # a network that is left half-way would not be sharded again
         teachers = list(self.teacher.networks) if self.teacher is not None else []
         terms = [term for _, term in self.objective.items() if any(True for _ in term.parameters())]
-        distributed.shard([self.student, *teachers, *terms], self._device_mesh["data_parallel"])
+        group.shard([self.student, *teachers, *terms], self._device_mesh["data_parallel"])
 
     def run_whole_teacher(self) -> None:
         """Do not leave the teacher behind its last tap, whatever the terms need."""
@@ -186,7 +186,7 @@ class Distiller(Evaluated):
         teacher, student = self.answer_both(batch)
         epoch = self.current_epoch + batch_idx / max(1, self.trainer.num_training_batches)
         correct, labelled = self.task.count(student.rows, batch.targets)
-        shares = distributed.shares(len(batch.targets), labelled)
+        shares = group.shares(len(batch.targets), labelled)
         values, total = self.objective(student, teacher, batch, epoch, self.trainer.max_epochs or 1, shares)
         loss = total if shares is None else total / shares.rows  # the buffer weights it with the rows again
         self._buffer.add([loss, *values, *correct, labelled], rows=len(batch.targets))

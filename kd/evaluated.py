@@ -10,10 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from kd import distributed
 from kd.errors import RunFailure
 from kd.losses.base import Batch
 from kd.measure import NotFinite
+from kd.parallel import group
 from kd.teacher import Teacher
 
 STATISTICS = ("running_mean", "running_var")
@@ -59,7 +59,7 @@ class Evaluated(L.LightningModule):
             weights += [getattr(module, name) for name in STATISTICS if isinstance(getattr(module, name, None), Tensor)]
         if not weights:
             return
-        sums = torch.stack([distributed.whole(t.abs().sum(dtype=torch.float64)) for t in weights]).cpu()
+        sums = torch.stack([group.whole(t.abs().sum(dtype=torch.float64)) for t in weights]).cpu()
         before, self._teacher_sums = self._teacher_sums, sums
         if before is not None and len(before) != len(sums):  # parameters that are made when they are first needed
             return
@@ -69,7 +69,7 @@ class Evaluated(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh metrics for the pass, and one network on all processes."""
-        distributed.same_buffers(self.student)
+        group.same_buffers(self.student)
         self.watch_teacher()
         self._metrics = self.task.metrics(self.num_classes).to(self.device)
         self._teacher_metrics = self.task.metrics(self.num_classes).to(self.device)

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, distributed, loggers, pruning, weights
+from kd import build, callbacks, loggers, pruning, weights
 from kd.config import hardware
 from kd.distiller import Distiller
 from kd.errors import KdError
+from kd.parallel import group
 from kd.records import record, weight_files
 from kd.records.durable import replacing
 
@@ -52,7 +53,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         protocol = {**protocol, "monitor": None, "mode": None}
     stopper = pruning.callback(run_dir)
     hooks = [*callbacks.standard(run_dir, protocol, about, spent), *([stopper] if stopper else [])]
-    first = distributed.rank() == 0
+    first = group.rank() == 0
     extra = build.loggers(config, run_dir) if first else []
     own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first else []
     trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
@@ -70,7 +71,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     facts = {k: v for k, v in about["data"].items() if k != "seen"} | {"sizes": data.sizes}
     used = {"protocol": {**protocol, "epochs": config["recipe"]["epochs"]}}
     outcome: dict[str, Any] = {"data": facts, **used, **close(config, run_dir, trainer, module, data, hooks[0])}
-    outcome["processes"] = distributed.world_size()
+    outcome["processes"] = group.world_size()
     networks = {"student": module.student, "teacher": module.teacher}
     for role, size in measured.items():
         speed = {} if module.sharded else {"latency_ms": latency_ms(networks[role], data.input_shape)}
@@ -203,10 +204,10 @@ def close(
     last = {"epoch": last_epoch, "train": train_means, "val": _split(module.history[last_epoch])}
     selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(module.history[best.epoch])}
     keep = config["protocol"]["keep_predictions"]
-    state = best.read() if distributed.rank() == 0 else {}
+    state = best.read() if group.rank() == 0 else {}
     if best.epoch != last_epoch:
         last.update(_test(trainer, module, data, "test_last"))
-        weights.load(module.student, distributed.broadcast(state), run_dir, "student")
+        weights.load(module.student, group.broadcast(state), run_dir, "student")
     selected.update(_test(trainer, module, data, "test", run_dir if keep else None))
     last = {**selected, **last}  # the same student is tested once
     if keep:
@@ -245,7 +246,7 @@ def _test(trainer: L.Trainer, module: Distiller, data: Any, name: str, keep_in: 
 def _save_predictions(path: Path, module: Distiller) -> None:
     shard = {name: torch.cat(parts).numpy() for name, parts in (module.predictions or {}).items()}
     module.predictions = None
-    shards = distributed.gather(shard)
+    shards = group.gather(shard)
     if shards is None:
         return
     kept = {name: np.concatenate([s[name] for s in shards if s]) for name in shards[0]}

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd import distributed
 from kd.distiller import Distiller
 from kd.errors import KdError
+from kd.parallel import group
 
 
 def check(module: Distiller, data: Any, batch_size: int) -> None:
@@ -48,7 +48,7 @@ def _cache(module: Distiller, data: Any) -> None:
 
 def _last_batch(module: Distiller, data: Any, size: int) -> None:
     """Each process needs a row of the last batch, and batch norm two."""
-    count, processes = data.sizes["train"], distributed.world_size()
+    count, processes = data.sizes["train"], group.world_size()
     last = 0 if data.drop_last else count % size
     batch_norm = any(
         isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.student.modules()

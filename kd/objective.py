@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kd.distributed import Shares
 from kd.errors import KdError
 from kd.losses.base import Batch, Output, Term
+from kd.parallel.group import Shares
 
 Schedule = Callable[[float, int], float]
 """``factor(epoch, epochs)``: what a term's weight is multiplied by at this (fractional) epoch of so many."""

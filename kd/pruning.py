@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from kd import distributed
+from kd.parallel import group
 from kd.records import manifest
 from kd.records.search import installed, job_of, opened, pruner, read_settings
 
@@ -39,7 +39,7 @@ class StopWhenPruned(Callback):
         epoch, last = trainer.current_epoch, trainer.current_epoch + 1 == trainer.max_epochs
         value = float(trainer.callback_metrics[self.measure])
         stop = self.trial is not None and self.trial.report(epoch + 1, value) and not last
-        if distributed.broadcast(stop):
+        if group.broadcast(stop):
             self.epoch = epoch
             trainer.should_stop = True
 
@@ -71,8 +71,8 @@ class Trial:
 
 def callback(run_dir: Path) -> StopWhenPruned | None:
     """The callback for a run that is a running trial of a search with a pruner; None for every other run."""
-    found = _find(run_dir) if distributed.rank() == 0 else None
-    measure = distributed.broadcast(found and found[0])
+    found = _find(run_dir) if group.rank() == 0 else None
+    measure = group.broadcast(found and found[0])
     return StopWhenPruned(measure, found and found[1]) if measure is not None else None
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
             raise KdError(f"resume={resumed[-1]} takes no other arguments (given: {others}): a run goes on as it began")
         resume(Path(resumed[-1]))
         return 0
-    from kd import cluster
+    from kd.parallel import cluster
 
     config = cluster.follower(argv)
     if config is not None:
@@ -63,7 +63,7 @@ def train(
 
     The record is written when the run starts, and again when it finishes, fails or is interrupted.
     """
-    from kd import cluster
+    from kd.parallel import cluster
 
     if cluster.join(config) > 0:
         return cluster.follow()
@@ -82,7 +82,7 @@ def _train(
     config: dict[str, Any], run_dir: Path, overrides: Sequence[str], checkpoint: Path | None, before: dict[str, Any]
 ) -> dict[str, Any]:
     """The run of a directory that is this process's; ``before``: the record of an earlier sitting, if there was one."""
-    from kd import launch
+    from kd.parallel import launch
 
     start = time.perf_counter()
     result = _opening(config, overrides)

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kd import distributed
 from kd.errors import KdError
+from kd.parallel import group
 from kd.records.durable import replacing
 from kd.records.weight_files import locate
 
@@ -27,7 +27,7 @@ def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
     Of several processes all call it, and the first one writes.
     """
     state = whole_state(network)
-    if distributed.rank() == 0:
+    if group.rank() == 0:
         write(state, path, about)
 
 
@@ -35,8 +35,8 @@ def whole_state(network: nn.Module) -> dict[str, Tensor]:
     """Copy a network's plain state dict to the CPU. Of several processes all call it, and the first one gets it."""
     state = {}
     for name, tensor in network.state_dict().items():
-        full = distributed.whole(tensor.detach())
-        if distributed.rank() == 0:
+        full = group.whole(tensor.detach())
+        if group.rank() == 0:
             state[name] = full.cpu().contiguous().clone()
     return state
 

@@ -44,10 +44,10 @@ class Breaks(Term):
 
     def forward(self, student: Any, teacher: Any, batch: Any) -> torch.Tensor:
         """Zero, or the failure."""
-        from kd import distributed
+        from kd.parallel import group
 
         self.calls += 1
-        if self.calls > 4 and distributed.rank() == self.rank:
+        if self.calls > 4 and group.rank() == self.rank:
             raise ValueError("this term breaks")
         return student.rows.sum() * 0
 
@@ -57,10 +57,10 @@ class Stops(Breaks):
 
     def forward(self, student: Any, teacher: Any, batch: Any) -> torch.Tensor:
         """Zero, or nothing for ever."""
-        from kd import distributed
+        from kd.parallel import group
 
         self.calls += 1
-        if self.calls > 8 and distributed.rank() == self.rank:
+        if self.calls > 8 and group.rank() == self.rank:
             os.kill(os.getpid(), signal.SIGSTOP)
         return student.rows.sum() * 0
 
@@ -74,8 +74,9 @@ def seen(module: Any) -> dict[str, Any]:
 
 def run(folder: Path, cases: dict[str, list[str]]) -> None:
     """Each case in ``folder/NAME``, with ``outcome.json`` beside the run's own files."""
-    from kd import build, cluster, distributed, fit
+    from kd import build, fit
     from kd.app import checked
+    from kd.parallel import cluster, group
 
     built: list[Any] = []
     original = build.distiller
@@ -83,20 +84,20 @@ def run(folder: Path, cases: dict[str, list[str]]) -> None:
     for name, overrides in cases.items():
         config = checked(overrides)
         cluster.join(config)
-        if distributed.rank() == 0:
+        if group.rank() == 0:
             (folder / name).mkdir(parents=True)
-        distributed.barrier()
+        group.barrier()
         outcome = fit.fit(config, folder / name, None)
-        if distributed.rank() == 0:
+        if group.rank() == 0:
             (folder / name / "outcome.json").write_text(json.dumps(outcome))
         if not built[-1].sharded:
-            torch.save(seen(built[-1]), folder / name / f"seen{distributed.rank()}.pt")
-        elif distributed.rank() == 0:
+            torch.save(seen(built[-1]), folder / name / f"seen{group.rank()}.pt")
+        elif group.rank() == 0:
             kinds = [type(p).__name__ for p in built[-1].teacher.parameters()]
             built[-1].student.state_dict()  # ends what an evaluation has gathered
             kinds += [type(p).__name__ for p in built[-1].trainable()]
             (folder / name / "parameters.json").write_text(json.dumps(kinds))
-    distributed.leave()
+    group.leave()
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd import cluster, distributed, errors, launch
+from kd import errors
 from kd.app import checked
 from kd.errors import KdError, MachineFailure
+from kd.parallel import cluster, group, launch
 from tests import ranks
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +244,7 @@ def test_an_interrupted_run_leaves_no_process_and_resumes(tmp_path: Path, kd) ->
 
 def pretend(monkeypatch: pytest.MonkeyPatch, zero: str, one: str) -> None:
     """Processes 0 and 1 that run these lines instead of a training; ``pipe`` is where they answer."""
-    begin = "import os, sys, time; from kd.launch import Connection; sys.stdin.readline();"
+    begin = "import os, sys, time; from kd.parallel.launch import Connection; sys.stdin.readline();"
     begin += f"pipe = Connection(int(os.environ['{launch.WORKER}']), readable=False);"
     code = f"{begin} exec({zero!r} if os.environ['RANK'] == '0' else {one!r})"
     monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-c", code])
@@ -344,9 +345,9 @@ def test_a_store_that_hangs_is_not_waited_for(monkeypatch) -> None:
         released.wait(20)
         raise RuntimeError("gone")
 
-    monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", hang)
+    monkeypatch.setattr(group.dist.distributed_c10d, "_get_default_store", hang)
     start = time.monotonic()
-    assert (distributed.failed(), distributed.silent()) == (None, [])
+    assert (group.failed(), group.silent()) == (None, [])
     assert time.monotonic() - start < 10
     released.set()
 
@@ -470,7 +471,7 @@ def test_a_sweep_that_torchrun_started_twice_is_refused(kd, monkeypatch, tmp_pat
     [(50, "leaves a last batch of 1 image.s. .101 in all., fewer than the 2 processes"), (33, None)],
 )
 def test_a_last_batch_must_reach_every_process(monkeypatch, size: int, sentence: str | None) -> None:
-    from kd import build, distributed
+    from kd import build
 
     config = checked(["data.train_size=101", f"recipe.batch_size={size}", "hardware=cpu"])
     data = build.datamodule(config)

@@ -129,11 +129,11 @@ def trainer_arguments(config: Mapping[str, Any], module: Any) -> dict[str, Any]:
     """What ``lightning.Trainer`` must be told of the hardware, and of the processes that this one belongs to."""
     from lightning.pytorch.plugins.environments import LightningEnvironment
 
-    from kd import distributed
+    from kd.parallel import group
 
     hardware = settings(config)
     same = {key: hardware[key] for key in ("accelerator", "precision", "deterministic")}
-    if not distributed.joined():
+    if not group.joined():
         if hardware["strategy"] == "fsdp":
             raise KdError(
                 "hardware.strategy = fsdp shards over two devices or more, and here is one (hardware.devices)"
@@ -141,7 +141,7 @@ def trainer_arguments(config: Mapping[str, Any], module: Any) -> dict[str, Any]:
         devices = hardware["devices"] if hardware["cluster"] is None else 1
         # named, so that variables of a Slurm job are not taken for orders to train in several processes
         return {**same, "devices": devices, "plugins": [LightningEnvironment()]}
-    from kd.cluster import environment, nodes
+    from kd.parallel.cluster import environment, nodes
 
     node_count, per_node = nodes(hardware)
     devices = hardware["devices"] if isinstance(hardware["devices"], list) else per_node
@@ -158,13 +158,13 @@ def trainer_arguments(config: Mapping[str, Any], module: Any) -> dict[str, Any]:
 def _strategy(hardware: Mapping[str, Any], module: Any) -> Any:
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-    from kd import distributed
+    from kd.parallel import group
 
     if hardware["strategy"] == "fsdp":
-        size = distributed.world_size()
+        size = group.world_size()
         return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     if not module.teacher_trained:
-        distributed.ignore_in_ddp(module, "teacher.")
+        group.ignore_in_ddp(module, "teacher.")
     return DDPStrategy(find_unused_parameters=bool(module.unreached))
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from kd import launch
 from kd.config.hardware import settings
 from kd.errors import KdError
+from kd.parallel import launch
 from kd.records import record
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, State, look

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from kd.errors import KdError
-from kd.launch import interruptible
+from kd.parallel.launch import interruptible
 
 Call = Callable[[int], Any]
 """What a child runs; it is given its slot, 0 to the number of jobs at once - 1."""

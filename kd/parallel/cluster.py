@@ -27,10 +27,10 @@ def join(config: Mapping[str, Any]) -> int:
     hardware = settings(config)
     if hardware["cluster"] is None and WORKER not in os.environ:
         return 0
-    from kd import distributed
+    from kd.parallel import group
 
-    if distributed.joined():
-        return distributed.rank()
+    if group.joined():
+        return group.rank()
     cluster = environment(hardware)
     nodes(hardware)
     if cluster.world_size() == 1:
@@ -42,8 +42,8 @@ def join(config: Mapping[str, Any]) -> int:
     if on_gpu:
         devices = hardware["devices"]
         torch.cuda.set_device(devices[cluster.local_rank()] if isinstance(devices, list) else cluster.local_rank())
-    distributed.join("nccl" if on_gpu else "gloo", cluster.global_rank(), cluster.world_size(), hardware["timeout_s"])
-    return distributed.rank()
+    group.join("nccl" if on_gpu else "gloo", cluster.global_rank(), cluster.world_size(), hardware["timeout_s"])
+    return group.rank()
 
 
 def environment(hardware: Mapping[str, Any]) -> Any:
@@ -84,12 +84,12 @@ def nodes(hardware: Mapping[str, Any]) -> tuple[int, int]:
 
 def follow() -> dict[str, Any]:
     """A process of torchrun or Slurm that is not the first: train what process 0 says, write nothing."""
-    from kd import distributed
     from kd.fit import fit
+    from kd.parallel import group
 
     quiet()
     try:
-        task: Any = distributed.broadcast(None)
+        task: Any = group.broadcast(None)
     except RuntimeError:  # process 0 has refused the run, and says why
         sys.exit(1)
     config, run_dir, checkpoint = task
@@ -97,14 +97,14 @@ def follow() -> dict[str, Any]:
         with shared_fate(config, Path(run_dir)):
             fit(config, Path(run_dir), checkpoint and Path(checkpoint))
     except Exception as error:
-        said = distributed.failed()
+        said = group.failed()
         if said is None or said[1] == _sentence(error):  # it is ours, not the echo of another's
             print(f"kd: {_sentence(error)}", file=sys.stderr)
             if not isinstance(error, KdError):
                 traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
-    distributed.leave()
+    group.leave()
     return {}
 
 
@@ -114,20 +114,20 @@ def shared_fate(config: Mapping[str, Any], run_dir: Path) -> Iterator[None]:
 
     So does a process that does not answer in time.
     """
-    from kd import distributed
+    from kd.parallel import group
 
     try:
         yield
     except BaseException as error:
-        said = distributed.failed()
-        if said is not None and distributed.rank() == 0:
+        said = group.failed()
+        if said is not None and group.rank() == 0:
             raise of_kind(said[1], said[0]) from error
         if not isinstance(error, Exception):
             raise
         shown = named(error, run_dir)
-        if said is None and distributed.timed_out(error):
-            shown = MachineFailure(unanswered(distributed.silent(), settings(config)["timeout_s"]))
-        distributed.say_failed(_sentence(shown), kind(shown))
+        if said is None and group.timed_out(error):
+            shown = MachineFailure(unanswered(group.silent(), settings(config)["timeout_s"]))
+        group.say_failed(_sentence(shown), kind(shown))
         if shown is error:
             raise
         raise shown from error
@@ -143,9 +143,9 @@ def unanswered(silent: Sequence[int], timeout: float) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    from kd import distributed
+    from kd.parallel import group
 
-    return f"process {distributed.rank()}: {str(error) or type(error).__name__}"
+    return f"process {group.rank()}: {str(error) or type(error).__name__}"
 
 
 def follower(argv: Sequence[str]) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """Trains in this process, in several that it starts, or in those of torchrun and Slurm. No torch at import.
 
-kd's own processes are ``python -m kd.launch``: they get a checked config and a run directory, never a command line, so
+kd's own processes are ``python -m kd.parallel.launch``: they get a checked config and a run directory, never a command line, so
 that a job of a sweep may have as many as it likes. The parent keeps the record; process 0 trains, logs and writes
-weights; the others train. For processes of torchrun and Slurm see :mod:`kd.cluster`.
+weights; the others train. For processes of torchrun and Slurm see :mod:`kd.parallel.cluster`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from kd.cluster import WORKER, join, quiet, shared_fate, unanswered
 from kd.config.hardware import cores, settings
 from kd.errors import KdError, MachineFailure, kind, named, of_kind
+from kd.parallel.cluster import WORKER, join, quiet, shared_fate, unanswered
 from kd.records import record
 
-COMMAND = [sys.executable, "-m", "kd.launch"]
+COMMAND = [sys.executable, "-m", "kd.parallel.launch"]
 GRACE = 20.0  # seconds for the others to end by themselves when one has failed, or on an interruption
 
 
@@ -55,16 +55,16 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise KdError("torchrun has started this process already: use hardware=torchrun")
         return _in_processes(config, run_dir, checkpoint, processes)
-    from kd import distributed
     from kd.fit import fit
+    from kd.parallel import group
 
-    if hardware["cluster"] is None or not distributed.joined():
+    if hardware["cluster"] is None or not group.joined():
         return fit(config, run_dir, checkpoint)
-    _check_batch(config, distributed.world_size())
-    distributed.broadcast((config, str(run_dir.resolve()), checkpoint and str(checkpoint.resolve())))
+    _check_batch(config, group.world_size())
+    group.broadcast((config, str(run_dir.resolve()), checkpoint and str(checkpoint.resolve())))
     with shared_fate(config, run_dir):
         outcome = fit(config, run_dir, checkpoint)
-    distributed.leave()
+    group.leave()
     return outcome
 
 
@@ -231,7 +231,7 @@ def interruptible() -> Iterator[None]:
 
 
 def main() -> int:
-    """One process of several, ``python -m kd.launch``: the task comes in by stdin, the answer goes into the pipe."""
+    """One process of several, ``python -m kd.parallel.launch``: the task comes in by stdin, the answer goes into the pipe."""
     pipe = Connection(int(os.environ[WORKER]), readable=False)
     config, run_dir, checkpoint = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -242,20 +242,20 @@ def main() -> int:
             start_logging(Path(run_dir))  # the parent has the lock
         else:
             quiet()
-        from kd import distributed
         from kd.fit import fit
+        from kd.parallel import group
 
         outcome = fit(config, Path(run_dir), checkpoint and Path(checkpoint))
         _close_loggers(run_dir, {"status": "finished", **outcome})
-        distributed.leave()
+        group.leave()
         pipe.send({"outcome": {**outcome, "peak_memory_mb": peak_memory()}})
         return 0
     except (KeyboardInterrupt, SystemExit):
         return 130
     except Exception as error:
-        from kd import distributed
+        from kd.parallel import group
 
-        shown, vain = named(error, Path(run_dir)), distributed.timed_out(error)
+        shown, vain = named(error, Path(run_dir)), group.timed_out(error)
         if vain:  # which one did not answer, the parent knows
             shown = MachineFailure(unanswered([], settings(config)["timeout_s"]))
         text = str(shown) or type(shown).__name__
