@@ -376,8 +376,8 @@ def _scheduler(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any
 
 
 def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
-    """The loggers of the config, told where the run writes; ``kd.loggers.finish_wandb`` closes them."""
-    from kd.loggers import complete, opened
+    """The loggers of the config, told where the run writes; ``kd.tracking.loggers.finish_wandb`` closes them."""
+    from kd.tracking.loggers import complete, opened
 
     built = []
     for name, node in config["logger"].items():

@@ -131,7 +131,7 @@ def _kept(run_dir: Path) -> str:
 
 
 def _close_loggers(result: dict[str, Any]) -> None:
-    loggers = sys.modules.get("kd.loggers")  # not imported: nothing was opened in this process
+    loggers = sys.modules.get("kd.tracking.loggers")  # not imported: nothing was opened in this process
     if loggers is not None:
         loggers.finish_wandb(result)
 

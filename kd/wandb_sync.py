@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from kd import wandb_run
 from kd.errors import KdError, near
 from kd.records.state import busy
+from kd.tracking import wandb_run
 
 USAGE = """kd wandb sync [DIR ...]
 

@@ -10,12 +10,12 @@ from wandb_disk import only, read_back
 
 from kd.app import checked
 from kd.config.composition import flat
-from kd.loggers import complete, csv_logger, describe, report_row
 from kd.records import manifest
 from kd.records.manifest import Job, Manifest
 from kd.records.record import read, read_config
+from kd.tracking.loggers import complete, csv_logger, describe, report_row
+from kd.tracking.wandb_run import run_files
 from kd.train import resume, train
-from kd.wandb_run import run_files
 
 QUICK = ["recipe.epochs=2", "hardware=cpu", "logger=wandb"]
 
@@ -141,7 +141,7 @@ def test_a_resumed_csv_keeps_the_rows_of_the_steps_that_count(tmp_path) -> None:
 
 def test_curves_survive_a_kill_between_opening_and_the_next_epoch(tmp_path) -> None:
     """Each resumed process opens the file, and may be killed before it logs anything."""
-    from kd.loggers import csv_logger
+    from kd.tracking.loggers import csv_logger
 
     logger = csv_logger(tmp_path)
     for step in range(4):

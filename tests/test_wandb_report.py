@@ -11,8 +11,8 @@ import pytest
 from matplotlib import image
 from wandb_disk import read_back
 
-from kd import wandb_run
-from kd.wandb_report import log_report
+from kd.tracking import wandb_run
+from kd.tracking.wandb_report import log_report
 
 TABLE = pd.DataFrame({"row": ["alone", "distilled"], "errors": [146.0, 74.0]})
 SETTINGS = {"project": "kd", "entity": None, "offline": None, "timeout": 2}

@@ -13,9 +13,9 @@ import pytest
 from wandb_disk import only
 from wandb_server import WandbServer, serving
 
-from kd import wandb_run
 from kd.app import checked
 from kd.records.record import read
+from kd.tracking import wandb_run
 from kd.train import train
 
 QUICK = ["recipe.epochs=2", "hardware=cpu", "logger=wandb", "logger.wandb.timeout=2"]
@@ -129,7 +129,7 @@ def test_a_complaint_while_logging_is_the_last(tmp_path, monkeypatch) -> None:
 WARM_PARENT = """
 import multiprocessing, os, sys
 from pathlib import Path
-import lightning, wandb, kd.fit, kd.wandb_logger
+import lightning, wandb, kd.fit, kd.tracking.wandb_logger
 from kd.app import checked
 from kd.train import train
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from wandb_server import WandbServer, serving
 
-from kd import wandb_run
 from kd.records import lock
+from kd.tracking import wandb_run
 from kd.wandb_sync import sync
 
 

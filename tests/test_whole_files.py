@@ -10,9 +10,9 @@ import torch
 
 from kd.app import checked
 from kd.callbacks import WholeCheckpoints
-from kd.loggers import csv_logger, whole
 from kd.records import record
 from kd.records.weight_files import CHECKPOINT
+from kd.tracking.loggers import csv_logger, whole
 from kd.train import train
 
 

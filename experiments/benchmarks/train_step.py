@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kd import build, callbacks, fit, loggers
+from kd import build, callbacks, fit
 from kd.app import checked
 from kd.distiller import Distiller
+from kd.tracking import loggers
 
 SIZES = {
     "mlp": (

@@ -267,7 +267,7 @@ def main() -> int:
 
 def _close_loggers(run_dir: str, ending: dict[str, Any]) -> None:
     """W&B runs belong to the process that opened them; the parent writes the record."""
-    loggers = sys.modules.get("kd.loggers")
+    loggers = sys.modules.get("kd.tracking.loggers")
     if loggers is not None:
         loggers.finish_wandb({**record.read(run_dir), **ending})
 

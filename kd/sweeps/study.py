@@ -192,7 +192,7 @@ def _to_wandb(study: Study, engine: Engine, report: Report, outcomes: Sequence[O
     settings = _wandb(outcomes)
     if settings is None:
         return
-    from kd.wandb_report import log_report
+    from kd.tracking.wandb_report import log_report
 
     log_report(engine.directory, study.name, report.table, report.figures, settings)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from kd import wandb_run, weights
+from kd import weights
 from kd.app import checked
 from kd.errors import KdError, MachineFailure, RunFailure
 from kd.records import record
@@ -19,6 +19,7 @@ from kd.records.state import look
 from kd.records.weight_files import CHECKPOINT
 from kd.sweeps import job
 from kd.sweeps.job import work
+from kd.tracking import wandb_run
 
 OVERRIDES = ["recipe.epochs=4", "protocol.val_every=1", "hardware=cpu", "hardware.threads=1"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd import wandb_run
+from kd.tracking import wandb_run
 
 if TYPE_CHECKING:
     import pandas as pd

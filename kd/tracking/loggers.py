@@ -12,9 +12,9 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from kd import wandb_run
 from kd.config.composition import flat
 from kd.records import manifest, record
+from kd.tracking import wandb_run
 
 
 def complete(name: str, node: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from kd import wandb_run
+from kd.tracking import wandb_run
 
 log = logging.getLogger(__name__)
 
 
 class WandbLogger(LightningWandbLogger):
-    """Opens its run offline when the server does not take it within ``timeout`` seconds (``kd.wandb_run``).
+    """Opens its run offline when the server does not take it within ``timeout`` seconds (``kd.tracking.wandb_run``).
 
     ``offline``: null: when no key is found. The first complaint of W&B while logging is said, and is the last: nothing
     more is logged. ``timeout`` bounds the end of the run as well.
