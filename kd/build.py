@@ -19,7 +19,7 @@ from torch import nn
 from kd import described, fits, weights
 from kd.config import hardware
 from kd.config.keys import OBJECTIVE_KEYS, targets
-from kd.data.base import DataModule
+from kd.data.images.base import DataModule
 from kd.distiller import Distiller
 from kd.errors import KdError
 from kd.losses.base import Batch, Term
@@ -30,7 +30,7 @@ from kd.teacher import InputMap, Teacher
 
 log = logging.getLogger(__name__)
 
-# what a run reads of its data beside the loaders; the descriptions are those of kd.data.base.DataModule
+# what a run reads of its data beside the loaders; the descriptions are those of kd.data.images.base.DataModule
 READ_OF_DATA = (
     *("num_classes", "input_shape", "class_names", "mean", "std", "sizes", "split_facts"),
     *("drop_last", "mixup", "random_view"),
@@ -87,7 +87,7 @@ def _check_foreign(data: Any, whose: str) -> None:
     if lacking:
         raise KdError(
             f"{whose} lacks {', '.join(lacking)}: a run reads them; set them, or derive the class from "
-            "kd.data.base.DataModule, which needs load(), num_classes, input_shape and class_names alone"
+            "kd.data.images.base.DataModule, which needs load(), num_classes, input_shape and class_names alone"
         )
 
 

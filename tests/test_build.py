@@ -265,7 +265,7 @@ def test_a_data_module_from_elsewhere_is_told_all_that_it_lacks() -> None:
     assert "\n" not in said
     for word in (
         "data._target_ = tests.test_build.Foreign lacks ",
-        "kd.data.base.DataModule",
+        "kd.data.images.base.DataModule",
         "Batch(inputs, targets, ",
     ):
         assert word in said

@@ -19,7 +19,7 @@ MODULE = '''
 import math
 
 import torch
-from kd.data.base import DataModule, Samples, Source
+from kd.data.images.base import DataModule, Samples, Source
 from kd.losses.base import Batch, Output, Term
 from torch import Tensor, nn
 

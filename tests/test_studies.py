@@ -41,7 +41,7 @@ def rows_read(checkpoint: Any, directory: Path) -> list[str]:
 def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
     """A few images of the shape and classes of a data set, which need not be there, under the same options."""
     from kd import build
-    from kd.data.base import DataModule
+    from kd.data.images.base import DataModule
 
     data = build.make(node, "data")
     common = {key: node[key] for key in inspect.signature(DataModule.__init__).parameters if key in node}
@@ -49,7 +49,7 @@ def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
     common["augment"] = {k: v for k, v in (node.get("augment") or {}).items() if k != "scale"}  # of image files only
     shape = [3, 48, 48] if data.reads_files else list(data.input_shape)  # large networks, small images
     classes = getattr(data, "num_classes", 10)  # of image folders: counted when they are there
-    return {**common, **few, "_target_": "kd.data.fake.Fake", "shape": shape,
+    return {**common, **few, "_target_": "kd.data.images.fake.Fake", "shape": shape,
             "num_classes": classes, "train_images": 4 * classes, "test_images": 8}  # fmt: skip
 
 

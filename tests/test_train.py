@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd.data.base import Source
-from kd.data.digits import Digits
+from kd.data.images.base import Source
+from kd.data.images.digits import Digits
 from kd.records import record
 
 FAST = ["recipe.epochs=2", "hardware=cpu"]

@@ -4,7 +4,7 @@
 
 Makes FILES (default: 1,300,000, about ImageNet) sparse files of 100,000 to 200,000 bytes in 1,000 class folders below
 FOLDER (default: /dev/shm), where they take no room, and removes them. Each step is timed once: names and sizes
-(kd.data.files.list_images), the digest, the split by name, and what weights record of the images they have seen.
+(kd.data.images.files.list_images), the digest, the split by name, and what weights record of the images they have seen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from kd.data import content
 from kd.data.content import FileContent, Rows
-from kd.data.files import list_images
+from kd.data.images.files import list_images
 from kd.data.split import hashed
 
 CLASSES = 1000

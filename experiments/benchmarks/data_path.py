@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from kd.data.augment import Augment
-from kd.data.loader import TensorLoader
+from kd.data.images.augment import Augment
+from kd.data.images.loader import TensorLoader
 
 COUNT, BATCH, ROUNDS = 4096, 64, 7
 MEAN, STD = [0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761]

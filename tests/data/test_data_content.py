@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from kd.data import content
-from kd.data.digits import Digits
-from kd.data.imagefolder import ImageFolder
+from kd.data.images.digits import Digits
+from kd.data.images.imagefolder import ImageFolder
 from kd.data.split import hashed
 
 Write = Callable[..., Path]

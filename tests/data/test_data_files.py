@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kd.data.files import FileLoader, decode
-from kd.data.imagefolder import ImageFolder
-from kd.data.loader import TensorLoader
+from kd.data.images.files import FileLoader, decode
+from kd.data.images.imagefolder import ImageFolder
+from kd.data.images.loader import TensorLoader
 from kd.errors import KdError
 from kd.losses.base import Batch
 

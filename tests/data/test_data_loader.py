@@ -11,10 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from kd.data.augment import Augment, draw, shifted
-from kd.data.digits import Digits
-from kd.data.fake import Fake
-from kd.data.loader import TensorLoader
+from kd.data.images.augment import Augment, draw, shifted
+from kd.data.images.digits import Digits
+from kd.data.images.fake import Fake
+from kd.data.images.loader import TensorLoader
 from kd.losses.base import Batch
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]

@@ -20,11 +20,11 @@ from omegaconf import OmegaConf
 
 from kd.config.composition import CONF
 from kd.config.signature import arguments
-from kd.data.base import DataModule
-from kd.data.cifar import CIFAR
-from kd.data.digits import Digits
-from kd.data.fake import Fake
-from kd.data.mnist import FILES, MNIST
+from kd.data.images.base import DataModule
+from kd.data.images.cifar import CIFAR
+from kd.data.images.digits import Digits
+from kd.data.images.fake import Fake
+from kd.data.images.mnist import FILES, MNIST
 from kd.errors import KdError
 
 OPTIONS = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if not path.stem.startswith("_"))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kd.data.digits import Digits
-from kd.data.fake import Fake
+from kd.data.images.digits import Digits
+from kd.data.images.fake import Fake
 from kd.data.split import allocate, stratified
 from kd.losses.base import UNLABELLED
 

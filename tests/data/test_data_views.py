@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.data.augment import Augment, draw, draw_mix
-from kd.data.digits import Digits
-from kd.data.imagefolder import ImageFolder
-from kd.data.loader import TensorLoader
+from kd.data.images.augment import Augment, draw, draw_mix
+from kd.data.images.digits import Digits
+from kd.data.images.imagefolder import ImageFolder
+from kd.data.images.loader import TensorLoader
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
 

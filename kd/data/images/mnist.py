@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd.data.base import DataModule, Samples, Source, folder_of
-from kd.data.torchvision_set import check_flag, fetch, missing
+from kd.data.images.base import DataModule, Samples, Source, folder_of
+from kd.data.images.torchvision_set import check_flag, fetch, missing
 from kd.errors import KdError
 
 SETS = {  # name: (torchvision class, the name people use)

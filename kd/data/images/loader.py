@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kd.data.augment import Augment, draw, draw_mix, places, to_planes, window
+from kd.data.images.augment import Augment, draw, draw_mix, places, to_planes, window
 from kd.data.split import generator
 from kd.losses.base import UNLABELLED, Batch
 

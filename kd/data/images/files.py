@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kd.data.loader import Loader, affine, normalise
+from kd.data.images.loader import Loader, affine, normalise
 from kd.data.split import generator
 from kd.errors import KdError
 from kd.losses.base import Batch

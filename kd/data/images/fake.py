@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from kd.data.base import DataModule, Samples, Source
-from kd.data.options import number, whole
+from kd.data.images.base import DataModule, Samples, Source
+from kd.data.images.options import number, whole
 from kd.data.split import generator
 from kd.errors import KdError
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.data.base import DataModule, Part, Samples, Source, folder_of
 from kd.data.content import FileContent
-from kd.data.files import FileLoader, decode, eval_transform, list_images, train_transform
-from kd.data.loader import Loader
-from kd.data.options import number, whole
+from kd.data.images.base import DataModule, Part, Samples, Source, folder_of
+from kd.data.images.files import FileLoader, decode, eval_transform, list_images, train_transform
+from kd.data.images.loader import Loader
+from kd.data.images.options import number, whole
 from kd.data.split import hashed
 from kd.errors import KdError
 

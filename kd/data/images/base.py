@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kd.data import content
-from kd.data.augment import Augment, augment_problems, shifted
 from kd.data.content import ArrayContent, Content, FileContent, Rows
-from kd.data.loader import Loader, TensorLoader
-from kd.data.options import common_problems, view_problems
+from kd.data.images.augment import Augment, augment_problems, shifted
+from kd.data.images.loader import Loader, TensorLoader
+from kd.data.images.options import common_problems, view_problems
 from kd.data.split import round_half_up, stratified
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED
@@ -77,7 +77,7 @@ class DataModule(lightning.LightningDataModule):
     ``drop_classes``: classes without any training image; val and test keep them and ``num_classes`` does not change
     ``train_size``: at most this many training images, stratified; null: all
     ``test_shift``: move every test image by a fixed random offset of up to this many pixels, never (0, 0)
-    ``augment``: see :class:`kd.data.augment.Augment`
+    ``augment``: see :class:`kd.data.images.augment.Augment`
     ``teacher_view``: what the teacher sees of a training image: "clean", not augmented; "independent", under a crop and
     flip of its own; null: what the student sees
     ``mixup``: mix each training image with another, shares from Beta(mixup, mixup), 1 is uniform; null: do not

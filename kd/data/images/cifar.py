@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kd.data.base import DataModule, Samples, Source, folder_of
-from kd.data.torchvision_set import check_flag, fetch, missing
+from kd.data.images.base import DataModule, Samples, Source, folder_of
+from kd.data.images.torchvision_set import check_flag, fetch, missing
 from kd.errors import KdError
 
 SETS = {  # name: (torchvision class, the name people use, classes)

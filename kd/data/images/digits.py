@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from kd.data.base import DataModule, Samples, Source
-from kd.data.options import number
+from kd.data.images.base import DataModule, Samples, Source
+from kd.data.images.options import number
 from kd.errors import KdError
 
 
