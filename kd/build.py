@@ -20,13 +20,13 @@ from kd import described, fits, weights
 from kd.config import hardware
 from kd.config.keys import OBJECTIVE_KEYS, targets
 from kd.data.images.base import DataModule
-from kd.distiller import Distiller
+from kd.distill.distiller import Distiller
+from kd.distill.objective import Objective
+from kd.distill.teacher import InputMap, Teacher
 from kd.errors import KdError
 from kd.losses.base import Batch, Term
-from kd.objective import Objective
 from kd.parallel import group
 from kd.records import weight_files
-from kd.teacher import InputMap, Teacher
 
 log = logging.getLogger(__name__)
 

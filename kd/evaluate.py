@@ -154,8 +154,8 @@ def evaluate(
     import torch
 
     from kd import build, fit, weights
-    from kd.measure import measure
-    from kd.teacher import InputMap
+    from kd.distill.measure import measure
+    from kd.distill.teacher import InputMap
 
     fit.quieten()
     source = weights_file or config["student"]["checkpoint"]

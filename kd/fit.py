@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd import build, callbacks, pruning, weights
 from kd.config import hardware
-from kd.distiller import Distiller
+from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
 from kd.records import record, weight_files

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd.distiller import Distiller
+from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
 

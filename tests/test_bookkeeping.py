@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kd.bookkeeping import StepBuffer, first_bad
+from kd.distill.step_buffer import StepBuffer, first_bad
 
 
 def steps(buffer: StepBuffer, *values_and_rows) -> None:

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from kd import build
 from kd.app import checked
-from kd.distiller import Distiller
+from kd.distill.distiller import Distiller
+from kd.distill.teacher import Teacher
 from kd.errors import KdError
 from kd.losses.base import Batch
 from kd.losses.logits.kd import KnowledgeDistillation
 from kd.records.record import config_hash
-from kd.teacher import Teacher
 
 FAST = ["recipe.epochs=2", "hardware=cpu", "hardware.threads=1"]
 

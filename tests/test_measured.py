@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from kd import build, fit
 from kd.app import checked
-from kd.distiller import Distiller
+from kd.distill.distiller import Distiller
+from kd.distill.measure import NotFinite, measure
 from kd.errors import KdError
 from kd.losses.base import Batch
-from kd.measure import NotFinite, measure
 from kd.models.mlp import mlp
 from kd.tasks.classification import Classification
 

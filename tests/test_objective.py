@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from kd.distill.objective import Cosine, Linear, Objective, Step
 from kd.errors import KdError
 from kd.losses.base import Batch, Output, Term
-from kd.objective import Cosine, Linear, Objective, Step
 
 
 class Fixed(Term):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from kd import fit, resume, train, weights
 from kd.app import checked
-from kd.distiller import Distiller
+from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.records import lock, record, state
 from kd.records.weight_files import CHECKPOINT, LAST, SELECTED

@@ -15,9 +15,9 @@ from kd.config.signature import arguments
         "torch.optim.SGD",
         "torch.optim.Adam",
         "torch.optim.lr_scheduler.MultiStepLR",
-        "kd.objective.Linear",
-        "kd.distiller.Distiller",
-        "kd.teacher.Teacher",
+        "kd.distill.objective.Linear",
+        "kd.distill.distiller.Distiller",
+        "kd.distill.teacher.Teacher",
         "kd.records.record.write",
         "lightning.pytorch.callbacks.EarlyStopping",
     ],
@@ -38,7 +38,7 @@ def test_kwargs_accept_anything() -> None:
     [
         ("tork.optim.SGD", "there is no module 'tork'"),
         ("torch.optim.SGDD", "there is no 'SGDD' in torch.optim"),
-        ("kd.objective.Liner", r"no 'Liner' in kd.objective \(near: Linear"),
+        ("kd.distill.objective.Liner", r"no 'Liner' in kd.distill.objective \(near: Linear"),
     ],
 )
 def test_unknown_names_are_sentences(target: str, sentence: str) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from kd.distill.taps import Taps, resolve
 from kd.errors import KdError
-from kd.taps import Taps, resolve
 
 
 class Block(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from kd.distill.teacher import InputMap, Teacher
 from kd.errors import KdError
-from kd.teacher import InputMap, Teacher
 
 
 def networks(count: int) -> list[nn.Module]:

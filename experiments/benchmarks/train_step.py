@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from kd import build, callbacks, fit
 from kd.app import checked
-from kd.distiller import Distiller
+from kd.distill.distiller import Distiller
 from kd.tracking import loggers
 
 SIZES = {

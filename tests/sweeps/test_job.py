@@ -32,7 +32,7 @@ def config() -> dict:
 @pytest.fixture
 def stop_at(monkeypatch):
     """``stop_at(2, ValueError)``: the run ends so when epoch 2 (the third) begins; ``patch``: for how long."""
-    from kd.distiller import Distiller
+    from kd.distill.distiller import Distiller
 
     whole = Distiller.on_train_epoch_start
 

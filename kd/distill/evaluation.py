@@ -1,4 +1,4 @@
-"""The half of the :class:`~kd.distiller.Distiller` that measures: validation and test, student beside teacher."""
+"""The half of the :class:`~kd.distill.distiller.Distiller` that measures: validation and test, student beside teacher."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from kd.distill.measure import NotFinite
+from kd.distill.teacher import Teacher
 from kd.errors import RunFailure
 from kd.losses.base import Batch
-from kd.measure import NotFinite
 from kd.parallel import group
-from kd.teacher import Teacher
 
 STATISTICS = ("running_mean", "running_var")
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kd.distill.taps import AllTapped, Taps
 from kd.errors import KdError
 from kd.losses.base import Batch, Output
-from kd.taps import AllTapped, Taps
 
 log = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd.bookkeeping import StepBuffer, first_bad
+from kd.distill.evaluation import Evaluated
+from kd.distill.measure import measure
+from kd.distill.objective import Objective
+from kd.distill.step_buffer import StepBuffer, first_bad
+from kd.distill.taps import Taps, resolve
+from kd.distill.teacher import Teacher
 from kd.errors import KdError, RunFailure
-from kd.evaluated import Evaluated
 from kd.losses.base import Batch, Output
-from kd.measure import measure
-from kd.objective import Objective
 from kd.parallel import group
-from kd.taps import Taps, resolve
-from kd.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
