@@ -18,8 +18,8 @@ VERBS = {
     "demo": "three claims of Hinton 2015 on handwritten digits, offline, in about two minutes",
 }
 MODULES = {
-    "train": "kd.train",
-    "eval": "kd.evaluate",
+    "train": "kd.run.train",
+    "eval": "kd.run.evaluate",
     "study": "kd.study",
     "report": "kd.report.main",
     "wandb": "kd.wandb_sync",

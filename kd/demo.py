@@ -131,7 +131,7 @@ def run_all(out: Path, seeds: int, jobs: int) -> None:
 
 def _run_one(arm: Arm, seed: int, out: Path, slot: int) -> None:
     from kd.app import checked
-    from kd.train import train
+    from kd.run.train import train
 
     run_dir = directory(out, arm.name, seed)
     teacher = str(directory(out, "teacher", seed))
@@ -224,8 +224,8 @@ def bias_fixed(run_dir: Path) -> tuple[float, float]:
 
 def invariance(out: Path, seeds: int) -> Table:
     """Claim 3: what the teacher learnt from moved images reaches a student that never saw one."""
-    from kd.evaluate import evaluate, run_config
     from kd.records.weight_files import LAST
+    from kd.run.evaluate import evaluate, run_config
 
     rows = []
     for name, label in (("teacher", "teacher"), ("full_hard", "hard labels"), ("full_soft", "soft targets")):

@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     name, options, overrides = _parsed(argv)
     from kd.app import run
+    from kd.run.train import train
     from kd.studies import spec
-    from kd.train import train
 
     study = spec.load(name, options["seeds"])  # bad input is found out before Hydra starts
     own = ["--config-dir", options["config_dir"]] if options["config_dir"] else []

@@ -52,7 +52,7 @@ def kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a small digits teacher, trained once for all tests."""
     from kd.app import checked
-    from kd.train import train
+    from kd.run.train import train
 
     run_dir = tmp_path_factory.mktemp("teacher")
     overrides = ["model@student=mlp_teacher", "recipe.epochs=4", "hardware=cpu", "name=teacher"]

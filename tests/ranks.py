@@ -74,9 +74,9 @@ def seen(module: Any) -> dict[str, Any]:
 
 def run(folder: Path, cases: dict[str, list[str]]) -> None:
     """Each case in ``folder/NAME``, with ``outcome.json`` beside the run's own files."""
-    from kd import build, fit
     from kd.app import checked
     from kd.parallel import cluster, group
+    from kd.run import build, trainer
 
     built: list[Any] = []
     original = build.distiller
@@ -87,7 +87,7 @@ def run(folder: Path, cases: dict[str, list[str]]) -> None:
         if group.rank() == 0:
             (folder / name).mkdir(parents=True)
         group.barrier()
-        outcome = fit.fit(config, folder / name, None)
+        outcome = trainer.fit(config, folder / name, None)
         if group.rank() == 0:
             (folder / name / "outcome.json").write_text(json.dumps(outcome))
         if not built[-1].sharded:

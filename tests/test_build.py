@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kd import build
 from kd.app import checked
 from kd.errors import KdError
 from kd.losses.base import Term
 from kd.records import weight_files
+from kd.run import build
 from kd.tasks.classification import Classification
 
 FAKE = ["data=fake", "data.train_images=64", "data.test_images=16", "hardware=cpu", "recipe.batch_size=8"]

@@ -181,7 +181,7 @@ def test_the_exit_code_reaches_the_shell_before_torch_is_imported(tmp_path) -> N
 
 
 def test_python_m_kd_train_is_the_same_command(tmp_path) -> None:
-    command = [sys.executable, "-m", "kd.train", "recipe.epocs=3"]
+    command = [sys.executable, "-m", "kd.run.train", "recipe.epocs=3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "there is no option recipe.epocs" in done.stderr

@@ -72,7 +72,7 @@ def needed(name: str) -> list[str]:
 @pytest.mark.parametrize("name", options("data"))
 def test_every_data_set_takes_the_keys_of_its_file(name: str) -> None:
     """Known from the source alone, so that a typo stops before torch; and the values are those it allows."""
-    from kd import build
+    from kd.run import build
 
     config = config_of(f"data={name}", *needed(name))
     known = arguments(config["data"]["_target_"])
@@ -111,7 +111,7 @@ def teacher_of(name: str) -> str:
 
 def fake_data(config: dict[str, Any]) -> list[str]:
     """Made-up images of the same shape and classes as the set of a config."""
-    from kd import build
+    from kd.run import build
 
     data = build.make(config["data"], "data")
     shape = ",".join(str(edge) for edge in data.input_shape)
@@ -122,7 +122,7 @@ def fake_data(config: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("name", options("experiment"))
 def test_an_experiment_builds(name: str) -> None:
-    from kd import build
+    from kd.run import build
 
     config = config_of(f"experiment={name}")
     overrides = [f"experiment={name}", *fake_data(config)]
@@ -139,7 +139,7 @@ def test_an_experiment_builds(name: str) -> None:
 
 @pytest.mark.parametrize("name", options("recipe"))
 def test_a_recipes_optimiser_and_scheduler_can_be_made(name: str) -> None:
-    from kd import build
+    from kd.run import build
 
     config = config_of(f"recipe={name}")
     module = build.distiller(config, build.datamodule(config))
@@ -156,7 +156,7 @@ def test_a_recipes_optimiser_and_scheduler_can_be_made(name: str) -> None:
 
 @pytest.mark.parametrize("name", options("loss"))
 def test_a_term_can_be_made_with_the_settings_of_its_file(name: str) -> None:
-    from kd import build
+    from kd.run import build
 
     config = config_of(*choice("loss", name))
     assert list(build.objective(config).terms) == [name]

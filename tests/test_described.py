@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kd import build, described
 from kd.app import checked
 from kd.errors import KdError
+from kd.run import build, described
 
 STATE = {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}
 OWN = """

@@ -85,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path) -> Path:
     port, command = free_port(), [sys.executable, "-m", "tests.ranks", str(folder / "2"), json.dumps(two)]
     started = [popen(command, folder, variables(r, port, KD_WORKER="-1")) for r in range(2)]
     one = {n: [*common, *o] for n, o in cases(teacher_run).items() if not n.endswith("sharded")}
-    from kd import build
+    from kd.run import build
 
     original = build.distiller
     try:
@@ -156,7 +156,7 @@ def test_a_parameter_that_no_term_reaches_does_not_stop_ddp(runs: Path) -> None:
 
 def test_what_is_measured_is_what_is_saved_under_batch_norm(runs: Path) -> None:
     """Each process has seen other batches: both measure with the statistics of process 0."""
-    from kd.evaluate import evaluate
+    from kd.run.evaluate import evaluate
 
     run = runs / "2" / "batch_norm"
     config = checked(["hardware=cpu", *cases(run)["batch_norm"]])
@@ -471,7 +471,7 @@ def test_a_sweep_that_torchrun_started_twice_is_refused(kd, monkeypatch, tmp_pat
     [(50, "leaves a last batch of 1 image.s. .101 in all., fewer than the 2 processes"), (33, None)],
 )
 def test_a_last_batch_must_reach_every_process(monkeypatch, size: int, sentence: str | None) -> None:
-    from kd import build
+    from kd.run import build
 
     config = checked(["data.train_size=101", f"recipe.batch_size={size}", "hardware=cpu"])
     data = build.datamodule(config)

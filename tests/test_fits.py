@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd import build
 from kd.app import checked
 from kd.distill.distiller import Distiller
 from kd.distill.teacher import Teacher
@@ -18,6 +17,7 @@ from kd.errors import KdError
 from kd.losses.base import Batch
 from kd.losses.logits.kd import KnowledgeDistillation
 from kd.records.record import config_hash
+from kd.run import build
 
 FAST = ["recipe.epochs=2", "hardware=cpu", "hardware.threads=1"]
 

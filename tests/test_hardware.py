@@ -69,7 +69,7 @@ def test_compiled_networks_train_like_eager_ones_and_keep_their_names(kd, tmp_pa
 
 @pytest.mark.parametrize(("compiled", "wanted"), [("[student]", [True, False]), ("[teacher]", [False, True])])
 def test_one_of_the_networks_is_compiled(compiled: str, wanted: list[bool]) -> None:
-    from kd import build
+    from kd.run import build
 
     teacher = ["model@teacher=mlp", "teacher.allow_random=true", "loss=[kd]"]
     config = checked(["hardware.compile=default", f"hardware.compiled={compiled}", *teacher])

@@ -13,9 +13,9 @@ from kd.config.composition import flat
 from kd.records import manifest
 from kd.records.manifest import Job, Manifest
 from kd.records.record import read, read_config
+from kd.run.train import resume, train
 from kd.tracking.loggers import complete, csv_logger, describe, report_row
 from kd.tracking.wandb_run import run_files
-from kd.train import resume, train
 
 QUICK = ["recipe.epochs=2", "hardware=cpu", "logger=wandb"]
 
@@ -70,7 +70,7 @@ def test_a_failed_run_says_so(tmp_path, monkeypatch) -> None:
     def stop(*_: object) -> None:
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr("kd.callbacks.EpochLine.on_train_epoch_end", stop)
+    monkeypatch.setattr("kd.run.callbacks.EpochLine.on_train_epoch_end", stop)
     with pytest.raises(RuntimeError):
         train(checked(QUICK), tmp_path)
     kept = only(tmp_path)
@@ -79,7 +79,7 @@ def test_a_failed_run_says_so(tmp_path, monkeypatch) -> None:
 
 
 def test_a_resumed_run_is_the_same_run_wherever_its_directory_is(tmp_path, monkeypatch) -> None:
-    from kd.callbacks import EpochLine
+    from kd.run.callbacks import EpochLine
 
     before = EpochLine.on_train_epoch_end
 

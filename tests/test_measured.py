@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd import build, fit
 from kd.app import checked
 from kd.distill.distiller import Distiller
 from kd.distill.measure import NotFinite, measure
 from kd.errors import KdError
 from kd.losses.base import Batch
 from kd.models.mlp import mlp
+from kd.run import build
 from kd.tasks.classification import Classification
 
 FAST = ["recipe.epochs=1", "hardware=cpu", "hydra.run.dir=run"]

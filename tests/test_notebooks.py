@@ -22,7 +22,7 @@ def text_of(cell: nbformat.NotebookNode) -> str:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher's run and a distilled one, two epochs each."""
     from kd.app import checked
-    from kd.train import train
+    from kd.run.train import train
 
     folder = tmp_path_factory.mktemp("runs")
     common = ["recipe.epochs=2", "hardware=cpu"]

@@ -15,12 +15,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kd import fit, resume, train, weights
 from kd.app import checked
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.records import lock, record, state
 from kd.records.weight_files import CHECKPOINT, LAST, SELECTED
+from kd.run import resume, train, trainer, weights
 
 OVERRIDES = ["recipe.epochs=3", "protocol.val_every=1", "hardware=cpu", "hardware.threads=1"]
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_from_before_digests(stopped: Path) -> None:
 
 
 def test_selected_weights_that_are_replaced_while_the_run_trains(tmp_path: Path, monkeypatch) -> None:
-    close = fit.close
+    close = trainer.close
 
     def replaced(config: Any, run_dir: Path, *rest: Any) -> Any:
         weights.write({k: v + 1 for k, v in load_file(run_dir / SELECTED).items()}, run_dir / SELECTED, {"epoch": 0})

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from kd.app import checked
 from kd.errors import KdError
 from kd.records import inputs, record, sources
-from kd.train import resume
+from kd.run.train import resume
 
 DKD = '''"""A method."""
 

@@ -40,8 +40,8 @@ def rows_read(checkpoint: Any, directory: Path) -> list[str]:
 
 def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
     """A few images of the shape and classes of a data set, which need not be there, under the same options."""
-    from kd import build
     from kd.data.images.base import DataModule
+    from kd.run import build
 
     data = build.make(node, "data")
     common = {key: node[key] for key in inspect.signature(DataModule.__init__).parameters if key in node}
@@ -61,7 +61,7 @@ def not_downloaded(model: Mapping[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_row_builds(name: str, tmp_path: Path) -> None:
     """With the student, the terms and, in place of another row's run, that row's network as the teacher."""
-    from kd import build
+    from kd.run import build
 
     study = spec.load(EXPERIMENTS / name)
     vocabulary.check(study)

@@ -154,7 +154,7 @@ def test_loggers_by_configuration(kd, tmp_path) -> None:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "kd.train", *arguments]
+    command = [sys.executable, "-m", "kd.run.train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -471,7 +471,6 @@ def test_a_wrong_monitor_lists_what_is_measured(kd) -> None:
 
 
 def test_an_unexpected_error_keeps_its_traceback(kd, tmp_path, monkeypatch) -> None:
-    from kd import fit
 
     monkeypatch.setattr(fit, "sizes", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -480,7 +479,6 @@ def test_an_unexpected_error_keeps_its_traceback(kd, tmp_path, monkeypatch) -> N
 
 
 def test_a_damaged_checkpoint_cannot_be_resumed(kd, tmp_path, monkeypatch) -> None:
-    from kd import fit
 
     monkeypatch.setattr(fit, "close", lambda *a: 1 / 0)  # the run fails after its last epoch
     with pytest.raises(ZeroDivisionError):

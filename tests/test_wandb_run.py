@@ -15,8 +15,8 @@ from wandb_server import WandbServer, serving
 
 from kd.app import checked
 from kd.records.record import read
+from kd.run.train import train
 from kd.tracking import wandb_run
-from kd.train import train
 
 QUICK = ["recipe.epochs=2", "hardware=cpu", "logger=wandb", "logger.wandb.timeout=2"]
 
@@ -73,7 +73,7 @@ def test_a_server_that_cannot_be_used_costs_its_timeout_and_no_row(server: Wandb
 def test_a_server_that_fails_on_the_way_costs_its_timeout_and_no_row(
     server: WandbServer, tmp_path, mode, monkeypatch
 ) -> None:
-    from kd.callbacks import EpochLine
+    from kd.run.callbacks import EpochLine
 
     before = EpochLine.on_train_epoch_end
 
@@ -92,7 +92,7 @@ def test_a_server_that_fails_on_the_way_costs_its_timeout_and_no_row(
 
 
 def test_wandb_dying_on_the_way_is_said_once(tmp_path, monkeypatch) -> None:
-    from kd.callbacks import EpochLine
+    from kd.run.callbacks import EpochLine
 
     before = EpochLine.on_train_epoch_end
 
@@ -129,9 +129,9 @@ def test_a_complaint_while_logging_is_the_last(tmp_path, monkeypatch) -> None:
 WARM_PARENT = """
 import multiprocessing, os, sys
 from pathlib import Path
-import lightning, wandb, kd.fit, kd.tracking.wandb_logger
+import lightning, wandb, kd.run.trainer, kd.tracking.wandb_logger
 from kd.app import checked
-from kd.train import train
+from kd.run.train import train
 
 def job(run_dir):
     run_dir.mkdir()

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kd import weights
 from kd.errors import KdError
+from kd.run import weights
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kd.app import checked
-from kd.callbacks import WholeCheckpoints
 from kd.records import record
 from kd.records.weight_files import CHECKPOINT
+from kd.run.callbacks import WholeCheckpoints
+from kd.run.train import train
 from kd.tracking.loggers import csv_logger, whole
-from kd.train import train
 
 
 def test_a_checkpoint_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kd import build, callbacks, fit
 from kd.app import checked
 from kd.distill.distiller import Distiller
+from kd.run import build, callbacks, trainer
 from kd.tracking import loggers
 
 SIZES = {
@@ -99,13 +99,13 @@ def ours(values: dict) -> tuple[float, Distiller, object]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run_dir, clock = Path(folder), Clock()
         hooks = [*callbacks.standard(run_dir, values["protocol"], {}), clock]
-        fit.make_trainer(values, run_dir, [loggers.csv_logger(run_dir)], hooks, module).fit(module, datamodule=data)
+        trainer.make_trainer(values, run_dir, [loggers.csv_logger(run_dir)], hooks, module).fit(module, datamodule=data)
     return clock.seconds, module, data
 
 
 def main(rounds: int) -> None:
     """Print a line for each size."""
-    fit.quieten()
+    trainer.quieten()
     torch.set_num_threads(1)
     for name, (overrides, steps) in SIZES.items():
         values = config(overrides, steps)

@@ -84,8 +84,8 @@ def nodes(hardware: Mapping[str, Any]) -> tuple[int, int]:
 
 def follow() -> dict[str, Any]:
     """A process of torchrun or Slurm that is not the first: train what process 0 says, write nothing."""
-    from kd.fit import fit
     from kd.parallel import group
+    from kd.run.trainer import fit
 
     quiet()
     try:

@@ -47,7 +47,7 @@ def count(hardware: Mapping[str, Any]) -> int:
 
 
 def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """Train in this process, or in as many as the hardware section asks for; what :func:`kd.fit.fit` returns."""
+    """Train in this process, or in as many as the hardware section asks for; what :func:`kd.run.trainer.fit` returns."""
     hardware = settings(config)
     processes = count(hardware)
     if processes > 1 and WORKER not in os.environ:
@@ -55,8 +55,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise KdError("torchrun has started this process already: use hardware=torchrun")
         return _in_processes(config, run_dir, checkpoint, processes)
-    from kd.fit import fit
     from kd.parallel import group
+    from kd.run.trainer import fit
 
     if hardware["cluster"] is None or not group.joined():
         return fit(config, run_dir, checkpoint)
@@ -236,14 +236,14 @@ def main() -> int:
     config, run_dir, checkpoint = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        from kd.train import peak_memory, start_logging
+        from kd.run.train import peak_memory, start_logging
 
         if join(config) == 0:
             start_logging(Path(run_dir))  # the parent has the lock
         else:
             quiet()
-        from kd.fit import fit
         from kd.parallel import group
+        from kd.run.trainer import fit
 
         outcome = fit(config, Path(run_dir), checkpoint and Path(checkpoint))
         _close_loggers(run_dir, {"status": "finished", **outcome})

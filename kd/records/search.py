@@ -98,7 +98,7 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
 
 def pruner(node: Mapping[str, Any] | str) -> Any:
     """A pruner by its short name or as a node with ``_target_``. ``KdError`` when it cannot be made."""
-    from kd import build
+    from kd.run import build
 
     return build.make(PRUNERS[node] if isinstance(node, str) else node, "hydra.sweeper.pruner")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd import resume
 from kd.config.composition import flat
 from kd.errors import KdError
 from kd.records import inputs, lock, record, weight_files
+from kd.run import resume
 
 MISSING, FINISHED, FAILED, INTERRUPTED, PRUNED = "missing", "finished", "failed", "interrupted", "pruned"
 RUNNING = "running"  # in another process

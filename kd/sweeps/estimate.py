@@ -199,7 +199,7 @@ def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]
     import lightning as L
     import torch
 
-    from kd import build, callbacks, fit
+    from kd.run import build, callbacks, trainer
 
     class Stopwatch(callbacks.Callback):
         times: list[float]
@@ -213,7 +213,7 @@ def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]
             trainer.should_stop = len(counted) > 2 and counted[-1] - counted[0] > ENOUGH
 
     start = time.perf_counter()
-    fit.quieten()
+    trainer.quieten()
     torch.set_num_threads(config["hardware"]["threads"] or threads)
     hardware = settings(config)
     processes = launch.count(hardware)
@@ -227,7 +227,7 @@ def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]
         data = build.datamodule(config)
         module = build.distiller(config, data)
         watch = Stopwatch()
-        fit.make_trainer(config, Path(folder), [], [watch], module).fit(module, datamodule=data)
+        trainer.make_trainer(config, Path(folder), [], [watch], module).fit(module, datamodule=data)
     times = watch.times[WARM:] if len(watch.times) > WARM + 1 else watch.times
     steps = -(-len(data.train_dataloader()) // processes)
     return steps, (times[-1] - times[0]) / (len(times) - 1), watch.times[0] - start

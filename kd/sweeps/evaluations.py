@@ -14,11 +14,11 @@ import numpy as np
 
 from kd.config.hardware import settings
 from kd.errors import KdError
-from kd.evaluate import changed
 from kd.records import record
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, look
 from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
+from kd.run.evaluate import changed
 from kd.studies.spec import STUDY, Evaluation, Study
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.local import Share, shares
@@ -70,7 +70,7 @@ def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
 
 
 def _check_data(wanted: Sequence[tuple[str, Mapping[str, Any], Sequence[int]]]) -> None:
-    from kd import build
+    from kd.run import build
 
     for where, config, bias in wanted:
         try:
@@ -120,9 +120,9 @@ def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, flo
 
     With ``bias``: ``acc1``, ``class_I`` and the ``bias`` itself, an amount of logits.
     """
-    from kd.evaluate import evaluate as measure
-    from kd.evaluate import run_config
     from kd.records.weight_files import LAST, SELECTED
+    from kd.run.evaluate import evaluate as measure
+    from kd.run.evaluate import run_config
 
     config = run_config(run_dir, evaluation.eval)
     weights = run_dir / (LAST if epoch == "last" else SELECTED)

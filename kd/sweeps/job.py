@@ -11,12 +11,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from kd import resume
 from kd.config.checks import check
 from kd.errors import KdError, named
 from kd.records import manifest, record
 from kd.records.state import DONE, FAILED, RUNNING, look
 from kd.records.weight_files import CHECKPOINT, LAST, SELECTED
+from kd.run import resume
 
 # what a run writes into its directory beside its log and its lock, the record last
 WRITTEN = (
@@ -54,8 +54,8 @@ def work(config: Mapping[str, Any], run_dir: Path, overrides: Sequence[str]) -> 
 
     What failed by itself is started anew: the same weights would only fail again. Raises what the training raises.
     """
-    from kd.train import resume as go_on
-    from kd.train import train
+    from kd.run.train import resume as go_on
+    from kd.run.train import train
 
     state = look(run_dir, config)
     if state.status in (*DONE, RUNNING):

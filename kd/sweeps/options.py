@@ -88,7 +88,7 @@ def _measures(base: Mapping[str, Any]) -> list[str]:
     teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
 
     def names() -> list[str]:
-        from kd import build
+        from kd.run import build
 
         return build.make(base["task"], "task").metric_names(teacher)
 
@@ -127,7 +127,7 @@ def sampler(node: Mapping[str, Any] | str, seed: int | None, number: int) -> Any
     import numpy as np
     import torch
 
-    from kd import build
+    from kd.run import build
 
     torch.set_num_threads(1)  # some compute with torch: the children of a process that has its threads would hang
     given = SAMPLERS[node] if isinstance(node, str) else node

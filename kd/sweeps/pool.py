@@ -87,12 +87,10 @@ def warm_up() -> None:
     """Import what every job needs, once; of the data sets' packages the slow one. No torch operation runs here."""
     import sklearn.datasets  # noqa: F401 - half of a short run on digits
 
-    import kd.build
-    import kd.callbacks
-    import kd.fit
     import kd.models.mlp
-    import kd.tasks.classification
-    import kd.train  # noqa: F401
+    import kd.run.build
+    import kd.run.callbacks
+    import kd.run.train  # noqa: F401
 
 
 def _child(call: Call, slot: int) -> None:

@@ -43,7 +43,7 @@ def refuse_unbuildable(configs: Mapping[str, Mapping[str, Any]], directory: Path
 
 
 def _check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    from kd.build import check_objectives
+    from kd.run.build import check_objectives
 
     check_objectives(configs)
 

@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from kd import weights
 from kd.app import checked
 from kd.errors import KdError, MachineFailure, RunFailure
 from kd.records import record
 from kd.records.state import look
 from kd.records.weight_files import CHECKPOINT
+from kd.run import weights
 from kd.sweeps import job
 from kd.sweeps.job import work
 from kd.tracking import wandb_run

@@ -20,9 +20,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kd.cli import main
 from kd.errors import KdError
-from kd.pruning import StopWhenPruned, Trial, callback
 from kd.records import manifest, record, search, sources
 from kd.report import gather
+from kd.run.pruning import StopWhenPruned, Trial, callback
 from kd.sweeps import options
 from kd.sweeps.options import Settings
 from kd.sweeps.optuna import Search

@@ -15,11 +15,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from kd import weights
 from kd.errors import KdError
 from kd.parallel import group
 from kd.records import weight_files
 from kd.records.durable import replacing
+from kd.run import weights
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class SelectedWeights(Callback):
     ``monitor`` the last validation stands.
 
     The checkpoint of that epoch is written first and knows the digest of the weights, which are among its own: a run
-    that is killed between the two writes finds them there (:mod:`kd.resume`).
+    that is killed between the two writes finds them there (:mod:`kd.run.resume`).
     """
 
     def __init__(self, run_dir: Path, monitor: str | None, mode: str, about: dict[str, Any]) -> None:

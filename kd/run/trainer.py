@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd import build, callbacks, pruning, weights
 from kd.config import hardware
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
 from kd.records import record, weight_files
 from kd.records.durable import replacing
+from kd.run import build, callbacks, pruning, weights
 from kd.tracking import loggers
 
 log = logging.getLogger(__name__)

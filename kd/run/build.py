@@ -16,7 +16,6 @@ from hydra.utils import get_object, instantiate
 from lightning import LightningDataModule
 from torch import nn
 
-from kd import described, fits, weights
 from kd.config import hardware
 from kd.config.keys import OBJECTIVE_KEYS, targets
 from kd.data.images.base import DataModule
@@ -27,6 +26,7 @@ from kd.errors import KdError
 from kd.losses.base import Batch, Term
 from kd.parallel import group
 from kd.records import weight_files
+from kd.run import compatibility, described, weights
 
 log = logging.getLogger(__name__)
 
@@ -355,7 +355,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
     )
-    fits.check(module, data, recipe["batch_size"])
+    compatibility.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
     module.prepare(batch)
     if group.joined():

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from kd import errors
-from kd import resume as resuming
 from kd.config import hardware
 from kd.errors import KdError, MachineFailure
 from kd.records import inputs, lock, record
 from kd.records.weight_files import CHECKPOINT
+from kd.run import resume as resuming
 
-log = logging.getLogger("kd.train")
+log = logging.getLogger("kd.run.train")
 
 
 def main(argv: Sequence[str]) -> int:

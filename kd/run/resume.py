@@ -16,7 +16,7 @@ from kd.records import inputs, record, sources, weight_files
 from kd.records.weight_files import CHECKPOINT, SELECTED
 
 if TYPE_CHECKING:
-    from kd.weights import Progress
+    from kd.run.weights import Progress
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def check_files(run_dir: Path) -> Progress:
     Where a run was killed before that file was written, or it was lost, and the checkpoint is of the selected epoch,
     it is written again from there. ``Refused`` where the checkpoint is damaged, or the file missing or another one.
     """
-    from kd import weights
+    from kd.run import weights
 
     checkpoint = run_dir / CHECKPOINT
     try:
@@ -100,7 +100,7 @@ def intact(checkpoint: Path) -> bool:
 
 def _selected(file: Path) -> tuple[dict[str, Any], int | None] | None:
     """The weights of a file and the epoch that it was written at; None where it is missing or cannot be read."""
-    from kd import weights
+    from kd.run import weights
 
     try:
         state, about = weights.read(file)

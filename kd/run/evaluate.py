@@ -153,11 +153,11 @@ def evaluate(
     """
     import torch
 
-    from kd import build, fit, weights
     from kd.distill.measure import measure
     from kd.distill.teacher import InputMap
+    from kd.run import build, trainer, weights
 
-    fit.quieten()
+    trainer.quieten()
     source = weights_file or config["student"]["checkpoint"]
     if who == "student" and source is None:
         raise KdError("the student has no weights: give run=RUN or student.checkpoint=FILE")
@@ -208,7 +208,7 @@ def evaluate(
 
 def _made_again(config: Mapping[str, Any], data: Any, run: str | Path | None) -> Any:
     """The teacher of ``run``, which has no checkpoint, where its own code makes it with the weights that taught."""
-    from kd import build, weights
+    from kd.run import build, weights
 
     there = record.read(run).get("teacher") or {} if run is not None and (Path(run) / record.FILE).is_file() else {}
     if there.get("digest") is None or there.get("weights") == TRAINED_ALONG:
@@ -219,7 +219,7 @@ def _made_again(config: Mapping[str, Any], data: Any, run: str | Path | None) ->
 
 def unkept_teacher(config: Mapping[str, Any], run: str | Path | None = None) -> str:
     """Why the network that taught cannot be had: its weights were random, or the run changed them; else ""."""
-    from kd.build import teacher_members
+    from kd.run.build import teacher_members
 
     if run is not None and (Path(run) / record.FILE).is_file():
         about = record.read(run).get("teacher") or {}
