@@ -32,7 +32,7 @@ class Said:
 @pytest.fixture
 def kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """``kd("train", "seed=1")`` in an empty working directory; the answer has code, out and err."""
-    from kd.cli import main
+    from kd.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 
@@ -51,7 +51,7 @@ def kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a small digits teacher, trained once for all tests."""
-    from kd.app import checked
+    from kd.cli.hydra_app import checked
     from kd.run.train import train
 
     run_dir = tmp_path_factory.mktemp("teacher")

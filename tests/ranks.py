@@ -74,7 +74,7 @@ def seen(module: Any) -> dict[str, Any]:
 
 def run(folder: Path, cases: dict[str, list[str]]) -> None:
     """Each case in ``folder/NAME``, with ``outcome.json`` beside the run's own files."""
-    from kd.app import checked
+    from kd.cli.hydra_app import checked
     from kd.parallel import cluster, group
     from kd.run import build, trainer
 

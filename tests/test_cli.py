@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kd import app
+from kd.cli import hydra_app
 from kd.errors import KdError
 
 
@@ -148,17 +148,17 @@ YAML_TYPOS = [
 
 def test_keys_of_a_term_that_the_command_line_leaves_out_do_not_matter(tmp_path) -> None:
     """The experiment sets ``loss.kd.temperature``."""
-    assert app.checked(["experiment=digits_kd", "loss=[ce]"])["loss"] == {
-        "ce": {**app.checked(["loss=[ce]"])["loss"]["ce"], "weight": 0.1}
+    assert hydra_app.checked(["experiment=digits_kd", "loss=[ce]"])["loss"] == {
+        "ce": {**hydra_app.checked(["loss=[ce]"])["loss"]["ce"], "weight": 0.1}
     }
-    assert list(app.checked(["experiment=digits_kd"])["loss"]) == ["ce", "kd"]
+    assert list(hydra_app.checked(["experiment=digits_kd"])["loss"]) == ["ce", "kd"]
     with pytest.raises(
         KdError, match=r"^loss\.kd\.temperature=2 cannot be set: kd is not among the chosen loss terms \(ce\)"
     ):
-        app.checked(["experiment=digits_kd", "loss=[ce]", "loss.kd.temperature=2"])
+        hydra_app.checked(["experiment=digits_kd", "loss=[ce]", "loss.kd.temperature=2"])
     folder, *flags = experiment(tmp_path, "loss:\n  kdd:\n    temperature: 3\n")[1:]
     with pytest.raises(KdError, match=r"experiment/mine\.yaml: there is no option loss\.kdd \(near: loss\.kd"):
-        app.checked([*flags, "loss=[ce]"], folder)
+        hydra_app.checked([*flags, "loss=[ce]"], folder)
 
 
 @pytest.mark.parametrize(("text", "parts"), YAML_TYPOS, ids=[t.replace("\n", " ") for t, _ in YAML_TYPOS])
@@ -172,7 +172,9 @@ def test_a_typo_in_a_file_names_the_file(kd, tmp_path, text, parts) -> None:
 
 
 def test_the_exit_code_reaches_the_shell_before_torch_is_imported(tmp_path) -> None:
-    code = "import sys; from kd.cli import main; r = main(['train', 'recipe.epocs=3']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from kd.cli.main import main; r = main(['train', 'recipe.epocs=3']); print('torch' in sys.modules)"
+    )
     code += "; sys.exit(r)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
@@ -187,11 +189,11 @@ def test_python_m_kd_train_is_the_same_command(tmp_path) -> None:
     assert "there is no option recipe.epocs" in done.stderr
 
 
-@pytest.mark.parametrize(("swept", "said"), [([], "interrupted"), (["-m"], f"interrupted: {app.SAME_COMMAND}")])
+@pytest.mark.parametrize(("swept", "said"), [([], "interrupted"), (["-m"], f"interrupted: {hydra_app.SAME_COMMAND}")])
 def test_an_interrupted_sweep_says_how_to_go_on(kd, monkeypatch, swept, said) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app.hydra, "main", lambda **_: lambda task: interrupted)
+    monkeypatch.setattr(hydra_app.hydra, "main", lambda **_: lambda task: interrupted)
     answer = kd("train", *swept, "seed=0")
     assert (answer.code, answer.err) == (130, f"kd: {said}\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kd import app
+from kd.cli import hydra_app
 from kd.config.composition import CONF
 from kd.config.signature import arguments
 
@@ -21,7 +21,7 @@ LISTS = ("loss", "logger")  # groups of which several options are chosen at once
 @functools.cache
 def config_of(*overrides: str) -> dict[str, Any]:
     """The composed and checked config; composing takes 0.2 s, and several tests ask for the same one."""
-    return app.checked(overrides)
+    return hydra_app.checked(overrides)
 
 
 def options(group: str) -> list[str]:

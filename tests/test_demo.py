@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kd import demo
+from kd.cli import demo
 from kd.report.stats import paired_interval
 
 SHORT = ("recipe.epochs=2", "protocol.val_every=2")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kd.app import checked
+from kd.cli.hydra_app import checked
 from kd.errors import KdError
 from kd.run import build, described
 
@@ -169,7 +169,7 @@ def test_what_the_libraries_offer_is_built(target) -> None:
             "timm.models.load_checkpoint",
             "timm.utils.clip_grad.dispatch_clip_grad",
             "kd.models.mlp.prod",
-            "kd.cli.main",
+            "kd.cli.main.main",
         ),
         *("torchvision.models.nowhere", "transformers.pipeline", "numpy.load", "kd.models.mlp", "mlp", "a b.c", 7),
     ],

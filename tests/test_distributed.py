@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from kd import errors
-from kd.app import checked
+from kd.cli.hydra_app import checked
 from kd.errors import KdError, MachineFailure
 from kd.parallel import cluster, group, launch
 from tests import ranks
@@ -182,7 +182,7 @@ def test_fsdp_shards_student_and_teacher(runs: Path) -> None:
 # ---------------------------------------------------------------------- started by kd
 
 
-TRAIN = [sys.executable, "-m", "kd.cli", "train"]
+TRAIN = [sys.executable, "-m", "kd.cli.main", "train"]
 LONG = ["hardware=ddp_cpu", "hardware.threads=1", *MLP, "recipe.epochs=40", "hydra.run.dir=run"]
 
 
@@ -358,7 +358,7 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     child += (
         "threading.Thread(target=launch._end_with_parent, daemon=True).start(); print('up', flush=True); time.sleep(99)"
     )
-    code = "import sys; from pathlib import Path; from kd import launch; from kd.app import checked;"
+    code = "import sys; from pathlib import Path; from kd import launch; from kd.cli.hydra_app import checked;"
     code += f"launch.COMMAND = [sys.executable, '-c', {child!r}];"
     code += "launch.fit(checked(['hardware=ddp_cpu']), Path('.'), None)"
     process = popen([sys.executable, "-c", code], tmp_path, variables(0, 0))
@@ -383,7 +383,9 @@ def test_torchrun_on_two_nodes(tmp_path: Path, runs: Path) -> None:
         own = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
         command = [sys.executable, "-m", "torch.distributed.run", *own, f"--master_port={port}"]
         clean = {k: v for k, v in variables(0, 0).items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        started.append(popen([*command, "-m", "kd.cli", "train", "hardware=torchrun", *arguments], tmp_path, clean))
+        started.append(
+            popen([*command, "-m", "kd.cli.main", "train", "hardware=torchrun", *arguments], tmp_path, clean)
+        )
     said = finish(started)
     assert [p.returncode for p in started] == [0, 0], "\n".join(said)
     (file,) = tmp_path.rglob("result.json")
@@ -428,7 +430,10 @@ def test_slurm_and_a_failure_of_the_second_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["hardware=torchrun"], "torchrun has not started this process: torchrun --nproc_per_node=N -m kd.cli train"),
+        (
+            ["hardware=torchrun"],
+            "torchrun has not started this process: torchrun --nproc_per_node=N -m kd.cli.main train",
+        ),
         (["hardware=slurm"], "Slurm has not started this process: srun kd train"),
         (["hardware=ddp_cpu", "hardware.devices=3"], "recipe.batch_size = 64 is not allowed on 3 devices"),
         (["hardware=cpu", "hardware.strategy=fsdp"], "hardware.strategy = fsdp shards over two devices or more"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd.app import checked
+from kd.cli.hydra_app import checked
 from kd.config import hardware
 from kd.errors import KdError
 

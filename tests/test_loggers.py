@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from wandb_disk import only, read_back
 
-from kd.app import checked
+from kd.cli.hydra_app import checked
 from kd.config.composition import flat
 from kd.records import manifest
 from kd.records.manifest import Job, Manifest

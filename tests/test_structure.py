@@ -139,18 +139,18 @@ def test_no_torch_at_import(name: str) -> None:
 
 
 def test_help_loads_neither_torch_nor_hydra() -> None:
-    code = "import sys; from kd.cli import main; main(['--help']); print({'torch', 'hydra'} & set(sys.modules))"
+    code = "import sys; from kd.cli.main import main; main(['--help']); print({'torch', 'hydra'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_composing_and_checking_loads_no_torch() -> None:
-    code = "import sys; from kd.app import checked; checked(['loss=[ce]']); print('torch' in sys.modules)"
+    code = "import sys; from kd.cli.hydra_app import checked; checked(['loss=[ce]']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_reporting_loads_no_torch() -> None:
-    code = "import sys; import kd.report.main, kd.report.curves; print({'torch', 'hydra'} & set(sys.modules))"
+    code = "import sys; import kd.cli.report, kd.report.curves; print({'torch', 'hydra'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kd import app
+from kd.cli import hydra_app
 from kd.config.composition import CONF
 from kd.report import vocabulary
 from kd.report.frame import finished, read_results
@@ -29,7 +29,7 @@ def configs_of(study: spec.Study, directory: Path) -> dict[str, dict[str, Any]]:
     """The checked config of the first run of every row; what they read lies in ``directory``, which does not exist."""
     jobs = {job.name: job for job in plan(study, directory, (), None, ())}
     firsts = {name: f"{name}/seed{row.seeds[0]}" for name, row in study.rows.items()}
-    return {name: app.checked(jobs[first].overrides) for name, first in firsts.items()}
+    return {name: hydra_app.checked(jobs[first].overrides) for name, first in firsts.items()}
 
 
 def rows_read(checkpoint: Any, directory: Path) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from wandb_disk import only
 
-from kd.app import checked
+from kd.cli.hydra_app import checked
 from kd.records.record import read
 
 SWEEP = Path(__file__).parents[1] / "experiments" / "wandb_sweep.yaml"
@@ -26,7 +26,7 @@ def agent(tmp_path, monkeypatch, teacher_run) -> list[list[str]]:
     started: list[list[str]] = []
 
     def start(self, env=None, command=None, **_) -> None:
-        own = [sys.executable, "-m", "kd.cli"] if command[1] == "kd" else []
+        own = [sys.executable, "-m", "kd.cli.main"] if command[1] == "kd" else []
         started.append(command)
         more = ["recipe.epochs=2", "protocol.val_every=1", "hardware=cpu", "hydra.run.dir=run"]
         subprocess.run([*own, *command[2:], *more], env=env, check=True, cwd=tmp_path, timeout=100)

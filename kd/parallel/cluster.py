@@ -52,7 +52,7 @@ def environment(hardware: Mapping[str, Any]) -> Any:
 
     if hardware["cluster"] != "slurm":
         if "LOCAL_RANK" not in os.environ:
-            command = "torchrun --nproc_per_node=N -m kd.cli train …"
+            command = "torchrun --nproc_per_node=N -m kd.cli.main train …"
             raise KdError(f"hardware.cluster = torchrun, but torchrun has not started this process: {command}")
         return TorchElasticEnvironment()
     if "SLURM_PROCID" not in os.environ:
@@ -165,12 +165,12 @@ def follower(argv: Sequence[str]) -> dict[str, Any] | None:
         )
     if variables.get("RANK", variables.get("SLURM_PROCID", "0")) == "0":
         return None
-    from kd import app
+    from kd.cli import hydra_app
 
-    given = app._parsed(list(argv))
+    given = hydra_app._parsed(list(argv))
     if any((given.help, given.hydra_help, given.cfg, given.info, given.shell_completion)):
         return None
-    config = app.checked(given.overrides, given.config_dir)
+    config = hydra_app.checked(given.overrides, given.config_dir)
     return config if settings(config)["cluster"] is not None else None
 
 

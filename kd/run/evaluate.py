@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if own["run"]:
         config = run_config(own["run"], overrides)
     else:
-        from kd.app import checked
+        from kd.cli.hydra_app import checked
 
         config = checked(overrides, config_dir)
     file = _weights_file(own) if own["run"] and own["who"] == "student" else None

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         cluster.join(config)
         cluster.follow()
         return 0
-    from kd.app import run
+    from kd.cli.hydra_app import run
 
     return run(list(argv), train)
 
@@ -280,7 +280,7 @@ def peak_memory() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    from kd.cli import guarded
+    from kd.cli.main import guarded
 
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     sys.exit(guarded(main, sys.argv[1:]))

@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from kd.cli.report import say
 from kd.errors import KdError, near
 from kd.records import record
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, look, same_run
 from kd.report import vocabulary
 from kd.report.frame import RESULTS, check_protocol, finished, of_study, read_results, write_results
-from kd.report.main import say
 from kd.report.report import Report, build
 from kd.studies import graph, spec
 from kd.studies.spec import Row, Study

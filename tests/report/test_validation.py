@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kd.cli.report import _gathered
 from kd.records import manifest, record
 from kd.records.manifest import Job, Manifest
 from kd.report import frame, swept
-from kd.report.main import _gathered
 from kd.report.tables import main_grid, measures, numbers
 from kd.report.validation import by_validation, monitored, order
 

@@ -27,7 +27,7 @@ def start(folder: Path, teacher: Path, seeds: int, log: str) -> subprocess.Popen
     """The sweep's process, in a session of its own; what it says goes into two files."""
     arguments = ["loss=[ce],[ce,kd]", f"seed=range({seeds})", f"teacher.checkpoint={teacher}", "hardware=cpu"]
     arguments += [f"recipe.epochs={EPOCHS}", "protocol.val_every=1", "hydra.launcher.n_jobs=2"]
-    command = [sys.executable, "-m", "kd.cli", "train", "-m", *arguments]
+    command = [sys.executable, "-m", "kd.cli.main", "train", "-m", *arguments]
     environment = {**os.environ, "KD_RUNS": str(folder), "COLUMNS": "120"}
     folder.mkdir(exist_ok=True)
     with (folder / f"{log}.out").open("wb") as out, (folder / f"{log}.err").open("wb") as err:

@@ -20,7 +20,7 @@ TINY = ["data=fake", "data.train_images=64", "protocol.val_every=1", "hardware=c
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "kd.cli", "train", "-m", *TINY, *arguments]
+    command = [sys.executable, "-m", "kd.cli.main", "train", "-m", *TINY, *arguments]
     env = {**os.environ, "WANDB_MODE": "offline", **environment}
     return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -18,7 +18,7 @@ import pytest
 from bare_records import write
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd.cli import main
+from kd.cli.main import main
 from kd.errors import KdError
 from kd.records import manifest, record, search, sources
 from kd.report import gather
@@ -62,7 +62,7 @@ BAD = {
 DRIVER = """
 import contextlib, io, json, os, random, signal, sys, time
 from pathlib import Path
-from kd.cli import main
+from kd.cli.main import main
 
 def said(arguments):
     text = io.StringIO()

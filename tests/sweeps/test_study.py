@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
-from kd import study as verb
-from kd.cli import main
+from kd.cli import study as verb
+from kd.cli.main import main
 from kd.errors import KdError
 from kd.report import vocabulary
 from kd.studies import graph, spec
@@ -299,7 +299,7 @@ def test_a_bias_of_all_classes_is_refused() -> None:
 
 def kd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "KD_RUNS": str(folder / "runs"), "WANDB_MODE": "offline"}
-    command = [sys.executable, "-m", "kd.cli", "study", *arguments]
+    command = [sys.executable, "-m", "kd.cli.main", "study", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -20,10 +20,10 @@ VERBS = {
 MODULES = {
     "train": "kd.run.train",
     "eval": "kd.run.evaluate",
-    "study": "kd.study",
-    "report": "kd.report.main",
-    "wandb": "kd.wandb_sync",
-    "demo": "kd.demo",
+    "study": "kd.cli.study",
+    "report": "kd.cli.report",
+    "wandb": "kd.cli.wandb",
+    "demo": "kd.cli.demo",
 }
 
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     name, options, overrides = _parsed(argv)
-    from kd.app import run
+    from kd.cli.hydra_app import run
     from kd.run.train import train
     from kd.studies import spec
 

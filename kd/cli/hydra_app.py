@@ -26,7 +26,7 @@ from kd.config.hardware import refuse_missing, settings
 from kd.errors import KdError
 from kd.sweeps import job as jobs
 
-log = logging.getLogger("kd.app")
+log = logging.getLogger("kd.cli.hydra_app")
 
 SEARCH = "hydra.searchpath="
 SAME_COMMAND = "finished runs are kept, the others go on from their last validation: give the same command again"
