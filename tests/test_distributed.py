@@ -316,10 +316,10 @@ def test_a_stopped_process_ends_the_run_with_a_sentence(tmp_path: Path, kd, monk
 def test_a_process_of_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch) -> None:
     """What torchrun and Slurm started has no parent that could tell: the processes that wait find out by themselves."""
     said: list[tuple[str, str]] = []
-    monkeypatch.setattr(distributed, "rank", lambda: 0)
-    monkeypatch.setattr(distributed, "failed", lambda: said[0] if said else None)
-    monkeypatch.setattr(distributed, "say_failed", lambda sentence, kind: said.append((kind, sentence)))
-    monkeypatch.setattr(distributed, "silent", lambda: [2, 3])
+    monkeypatch.setattr(group, "rank", lambda: 0)
+    monkeypatch.setattr(group, "failed", lambda: said[0] if said else None)
+    monkeypatch.setattr(group, "say_failed", lambda sentence, kind: said.append((kind, sentence)))
+    monkeypatch.setattr(group, "silent", lambda: [2, 3])
     config = checked(["hardware=torchrun", "hardware.timeout_s=7"])
     text = "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 7000ms for recv operation to complete"
     sentence = "process 2, 3 of the run did not answer within 7 s (hardware.timeout_s)"
@@ -337,8 +337,8 @@ def test_a_process_of_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch
 
 def test_a_store_that_hangs_is_not_waited_for(monkeypatch) -> None:
     """It is kept by process 0, which may be the one that is stopped."""
-    monkeypatch.setattr(distributed, "PATIENCE", -4.9)
-    monkeypatch.setattr(distributed, "joined", lambda: True)
+    monkeypatch.setattr(group, "PATIENCE", -4.9)
+    monkeypatch.setattr(group, "joined", lambda: True)
     released = threading.Event()
 
     def hang() -> None:
@@ -480,7 +480,7 @@ def test_a_last_batch_must_reach_every_process(monkeypatch, size: int, sentence:
 
     config = checked(["data.train_size=101", f"recipe.batch_size={size}", "hardware=cpu"])
     data = build.datamodule(config)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(group, "world_size", lambda: 2)
     if sentence is None:
         build.distiller(config, data)
     else:

@@ -21,7 +21,7 @@ from kd.distill.measure import NotFinite, measure
 from kd.errors import KdError
 from kd.losses.base import Batch
 from kd.models.mlp import mlp
-from kd.run import build
+from kd.run import build, trainer
 from kd.tasks.classification import Classification
 
 FAST = ["recipe.epochs=1", "hardware=cpu", "hydra.run.dir=run"]
@@ -210,7 +210,7 @@ def test_a_network_trained_in_the_teachers_place(kd, monkeypatch) -> None:
     assert "was not kept" in again["without"]
     assert again["metrics"] == pytest.approx({k: beside[k] for k in ("acc1", "acc5", "nll", "ece")}, rel=1e-5)
     with monkeypatch.context() as patched:
-        patched.setattr(fit, "close", lambda *a: 1 / 0)  # the run fails after its last epoch
+        patched.setattr(trainer, "close", lambda *a: 1 / 0)  # the run fails after its last epoch
         with pytest.raises(ZeroDivisionError):
             kd("train", *told, "hydra.run.dir=other")
     resumed = kd("train", "resume=other")

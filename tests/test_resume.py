@@ -179,7 +179,7 @@ def test_selected_weights_that_are_replaced_while_the_run_trains(tmp_path: Path,
         weights.write({k: v + 1 for k, v in load_file(run_dir / SELECTED).items()}, run_dir / SELECTED, {"epoch": 0})
         return close(config, run_dir, *rest)
 
-    monkeypatch.setattr(fit, "close", replaced)
+    monkeypatch.setattr(trainer, "close", replaced)
     overrides = ["recipe.epochs=1", "hardware=cpu"]
     with pytest.raises(KdError, match=r"student.safetensors was replaced while the run trained"):
         train.train(checked(overrides), tmp_path, overrides)
@@ -191,7 +191,7 @@ def test_selected_weights_that_are_replaced_while_the_run_trains(tmp_path: Path,
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A run that is over at once."""
-    monkeypatch.setattr(fit, "fit", lambda *_: {"student": {}})
+    monkeypatch.setattr(trainer, "fit", lambda *_: {"student": {}})
     monkeypatch.setattr(lock, "PATIENCE", 0.5)
     return ["hardware=cpu"]
 
@@ -232,7 +232,7 @@ def test_a_log_that_is_replaced_lets_no_second_process_in(tmp_path: Path, monkey
             train.train(config, tmp_path, short)
         return {"student": {}}
 
-    monkeypatch.setattr(fit, "fit", meddled)
+    monkeypatch.setattr(trainer, "fit", meddled)
     assert train.train(config, tmp_path, short)["status"] == "finished"
     assert record.read(tmp_path)["status"] == "finished"
 

@@ -1,7 +1,7 @@
 """Which keys a config may have: those of the schema and, below a ``_target_``, what that takes. No torch.
 
-Hydra leaves the sections with a ``_target_`` open (:mod:`kd.config.schema`), so that no argument needs a ``+``. What nobody
-takes, or belongs to an option that was not chosen, is refused here.
+Hydra leaves the sections with a ``_target_`` open (:mod:`kd.config.schema`), so that no argument needs a ``+``. What
+nobody takes, or belongs to an option that was not chosen, is refused here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ MADE = {
 def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...] = ()) -> Iterator[str]:
     """One sentence for each key that there is not, or that has no effect.
 
-    ``line``: what the command line sets (:func:`kd.config.composition.command_line`); ``skip``: sections without effect here.
+    ``line``: what the command line sets (:func:`kd.config.composition.command_line`); ``skip``: sections without
+    effect here.
     """
     if several := list(_several_options(line)):
         yield from several

@@ -1,4 +1,4 @@
-"""The half of the :class:`~kd.distill.distiller.Distiller` that measures: validation and test, student beside teacher."""
+"""Validation and test, student beside teacher: the half of the Distiller that measures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Trains in this process, in several that it starts, or in those of torchrun and Slurm. No torch at import.
 
-kd's own processes are ``python -m kd.parallel.launch``: they get a checked config and a run directory, never a command line, so
-that a job of a sweep may have as many as it likes. The parent keeps the record; process 0 trains, logs and writes
+kd's own processes are ``python -m kd.parallel.launch``: they get a checked config and a run directory, never a command
+line, so that a job of a sweep may have as many as it likes. The parent keeps the record; process 0 trains, logs and writes
 weights; the others train. For processes of torchrun and Slurm see :mod:`kd.parallel.cluster`.
 """
 
@@ -47,7 +47,7 @@ def count(hardware: Mapping[str, Any]) -> int:
 
 
 def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """Train in this process, or in as many as the hardware section asks for; what :func:`kd.run.trainer.fit` returns."""
+    """Train in this process, or in as many as the hardware section asks for: :func:`kd.run.trainer.fit`."""
     hardware = settings(config)
     processes = count(hardware)
     if processes > 1 and WORKER not in os.environ:
@@ -231,7 +231,7 @@ def interruptible() -> Iterator[None]:
 
 
 def main() -> int:
-    """One process of several, ``python -m kd.parallel.launch``: the task comes in by stdin, the answer goes into the pipe."""
+    """Run one process of several: the task comes in by stdin, the answer goes into the pipe."""
     pipe = Connection(int(os.environ[WORKER]), readable=False)
     config, run_dir, checkpoint = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from kd.parallel import group
 from kd.records import manifest
-from kd.records.search import installed, job_of, opened, pruner, read_settings
+from kd.records.trials import installed, job_of, opened, pruner, read_settings
 
 log = logging.getLogger(__name__)
 

@@ -217,8 +217,8 @@ def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]
     torch.set_num_threads(config["hardware"]["threads"] or threads)
     hardware = settings(config)
     processes = launch.count(hardware)
-    trainer = {**(hardware["trainer"] or {}), "limit_val_batches": 0}
-    one = {"trainer": trainer, "devices": 1, "strategy": "auto", "cluster": None}
+    arguments = {**(hardware["trainer"] or {}), "limit_val_batches": 0}
+    one = {"trainer": arguments, "devices": 1, "strategy": "auto", "cluster": None}
     config = {**config, "hardware": {**hardware, **one}}
     for section in ("recipe", "data"):
         batch = config[section]["batch_size"] // processes

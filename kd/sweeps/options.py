@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kd.config.values import better
 from kd.errors import KdError, near
-from kd.records import search
+from kd.records import trials
 from kd.sweeps import pool
 
 SAMPLERS: Mapping[str, Mapping[str, Any]] = {
@@ -42,7 +42,7 @@ class Settings:
                 allowed = f"a whole number, {least} or more" + ("" if name == "n_trials" else ", or null")
                 raise KdError(f"hydra.sweeper.{name} = {value} is not allowed: it must be {allowed}")
         self._check_made("sampler", SAMPLERS)
-        self._check_made("pruner", {**search.PRUNERS, "null": None})
+        self._check_made("pruner", {**trials.PRUNERS, "null": None})
         if self.storage is not None and "://" not in str(self.storage):
             raise KdError(
                 f"hydra.sweeper.storage = {self.storage} is not allowed: it must be a URL, for that file "
@@ -80,7 +80,7 @@ def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Directi
                 f"hydra.sweeper.pruner = {settings.pruner} is not allowed with the objectives {', '.join(names)}: a "
                 "pruner compares one metric of the validation split"
             )
-        search.pruner(settings.pruner)
+        trials.pruner(settings.pruner)
     return {str(name): _natural(str(name)) for name in names}
 
 

@@ -14,10 +14,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kd.errors import KdError
-from kd.records import inputs, manifest, search, sources
+from kd.records import inputs, manifest, sources, trials
 from kd.records.manifest import Job
-from kd.records.search import job_of
 from kd.records.state import DONE, FAILED, FINISHED, MISSING, PRUNED, State, look
+from kd.records.trials import job_of
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.options import Direction, Settings, objectives, reseeded, sampler
@@ -29,7 +29,7 @@ from kd.sweeps.terms import Terms
 
 def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list[Outcome]:
     """Run trials until there are ``n_trials``, print the table. ``KdError`` when one has no result."""
-    search.installed()
+    trials.installed()
     parser = OverridesParser.create(config_loader=engine.context.config_loader)
     where = space(parser, [*(f"{k}={v}" for k, v in (settings.params or {}).items()), *arguments])
     where = replace(where, applying=Terms(engine, [where.overrides(params) for params in where.corners()]).applying)
@@ -37,9 +37,9 @@ def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list
     measures = objectives(settings, base)
     at_once = _batch(settings.batch, engine, base)
     chooses = sampler(settings.sampler, settings.seed, 0)
-    url = search.absolute(settings.storage)
+    url = trials.absolute(settings.storage)
     if url is not None:
-        search.opened(engine.directory, url)  # refused before anything is written
+        trials.opened(engine.directory, url)  # refused before anything is written
     with engine.locked("optuna", engine.directory.name):
         found = Search(engine, where, measures, replace(settings, storage=url), chooses)
         there = manifest.read(engine.directory)
@@ -60,10 +60,10 @@ class Search:
 
         self.engine, self.space, self.objectives, self.settings = engine, where, objectives, settings
         self.states = optuna.trial.TrialState
-        search.mend(engine.directory / search.JOURNAL)
+        trials.mend(engine.directory / trials.JOURNAL)
         self.study = optuna.create_study(
             study_name=engine.directory.name,
-            storage=search.opened(engine.directory, settings.storage),
+            storage=trials.opened(engine.directory, settings.storage),
             sampler=chooses,
             directions=[*objectives.values()],
             load_if_exists=True,
@@ -74,7 +74,7 @@ class Search:
         told = None
         if settings.pruner is not None:
             told = {"storage": settings.storage, "pruner": settings.pruner, "measure": next(iter(objectives))}
-        search.write_settings(engine.directory, told)
+        trials.write_settings(engine.directory, told)
 
     def _refuse_another(self) -> None:
         """``KdError`` when the storage holds another search of this name; else remember what this one is."""
@@ -102,7 +102,7 @@ class Search:
                 raise KdError(f"{directory}: {other}: choose another hydra.sweep.dir")
             if state.status == MISSING:
                 raise KdError(
-                    f"{self.settings.storage or directory / search.JOURNAL} knows {name}, but {directory} has no "
+                    f"{self.settings.storage or directory / trials.JOURNAL} knows {name}, but {directory} has no "
                     "such run: choose another hydra.sweep.dir"
                 )
 

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kd.cli.main import main
 from kd.errors import KdError
-from kd.records import manifest, record, search, sources
+from kd.records import manifest, record, sources, trials
 from kd.report import gather
 from kd.run.pruning import StopWhenPruned, Trial, callback
 from kd.sweeps import options
@@ -112,13 +112,13 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
 
 
 def trials(folder: Path, name: str, url: str | None = None) -> list[Any]:
-    store = search.opened(folder / name, url and f"sqlite:///{folder / url}")
+    store = trials.opened(folder / name, url and f"sqlite:///{folder / url}")
     return optuna.load_study(study_name=name, storage=store).get_trials()
 
 
 def jobs(found: list[Any]) -> list[tuple[Any, ...]]:
     """What a search has found, whatever the numbers of the trials."""
-    return [(search.job_of(t), t.params, t.state.name, t.values, t.intermediate_values) for t in found]
+    return [(trials.job_of(t), t.params, t.state.name, t.values, t.intermediate_values) for t in found]
 
 
 # ---------------------------------------------------------------------- what is searched
@@ -213,19 +213,19 @@ def test_without_optuna_one_sentence_says_how_to_get_it(
 
 
 def test_a_journal_cut_in_a_line_is_mended(tmp_path: Path) -> None:
-    study = optuna.create_study(study_name="s", storage=search.opened(tmp_path, None))
+    study = optuna.create_study(study_name="s", storage=trials.opened(tmp_path, None))
     study.ask()
-    journal = tmp_path / search.JOURNAL
+    journal = tmp_path / trials.JOURNAL
     whole = journal.read_bytes()
     journal.write_bytes(whole + whole[:20])
-    search.mend(journal)
+    trials.mend(journal)
     assert journal.read_bytes() == whole
-    search.mend(tmp_path / "none")
-    assert len(optuna.load_study(study_name="s", storage=search.opened(tmp_path, None)).trials) == 1
+    trials.mend(tmp_path / "none")
+    assert len(optuna.load_study(study_name="s", storage=trials.opened(tmp_path, None)).trials) == 1
 
 
 def test_a_storage_that_is_away_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = search.opened(tmp_path, None)
+    store = trials.opened(tmp_path, None)
     study = optuna.create_study(study_name="s", storage=store)
     trial = Trial(study, store, study.ask()._trial_id + 99)
     assert trial.report(1, 0.5) is False
@@ -267,14 +267,14 @@ def test_a_search_ends_with_its_table_and_the_command_of_the_best(said: tuple[Pa
     folder, ((code, text), *_) = said
     found = trials(folder, "undisturbed", "optuna.db")
     assert code == 0, text
-    assert [search.job_of(t) for t in found] == [f"trial-{i:04d}" for i in range(4)]
+    assert [trials.job_of(t) for t in found] == [f"trial-{i:04d}" for i in range(4)]
     for trial in found:
-        result = record.read(folder / "undisturbed" / str(search.job_of(trial)))
+        result = record.read(folder / "undisturbed" / str(trials.job_of(trial)))
         assert result["overrides"][-1] == f"recipe.optimizer.lr={trial.params['recipe.optimizer.lr']!r}"
         if trial.state.name == "COMPLETE":
             assert trial.value == result["student"]["selected"]["val"]["nll"]
     best = min((t for t in found if t.state.name == "COMPLETE"), key=lambda t: t.value)
-    command = rf"best: {search.job_of(best)}  val/nll .*\n  kd train .*recipe.optimizer.lr={best.params.popitem()[1]}"
+    command = rf"best: {trials.job_of(best)}  val/nll .*\n  kd train .*recipe.optimizer.lr={best.params.popitem()[1]}"
     assert re.search(command, text)
 
 
@@ -284,7 +284,7 @@ def test_pruning_stops_a_run_and_the_report_says_so(said: tuple[Path, Any]) -> N
     assert pruned
     study, frame = gather.read_sweep(folder / "undisturbed")
     for trial in pruned:
-        run_dir = folder / "undisturbed" / str(search.job_of(trial))
+        run_dir = folder / "undisturbed" / str(trials.job_of(trial))
         result = record.read(run_dir)
         epochs = result["pruned"]["epoch"] + 1
         assert epochs < 3
@@ -319,7 +319,7 @@ def test_two_objectives_and_failures(said: tuple[Path, Any]) -> None:
     assert complete
     assert {t.params["recipe.optimizer.lr"] for t in failed} == {"-1"}
     for trial in complete:
-        student = record.read(folder / "two" / str(search.job_of(trial)))["student"]
+        student = record.read(folder / "two" / str(trials.job_of(trial)))["student"]
         assert trial.values == [student["selected"]["val"]["acc1"], student["macs"]]
     assert first_code == again_code == 1
     assert "Invalid learning rate: -1" in first
@@ -328,8 +328,8 @@ def test_two_objectives_and_failures(said: tuple[Path, Any]) -> None:
     assert "drew the values of an earlier one" in first
     # what failed was tried once more, in its own directory; the fifth trial is new
     assert len([t for t in found if "retries" not in t.user_attrs]) == 5
-    retried = {t.user_attrs["retries"]: search.job_of(t) for t in found if "retries" in t.user_attrs}
-    assert retried == {t.number: search.job_of(t) for t in failed if t.number < 4}
+    retried = {t.user_attrs["retries"]: trials.job_of(t) for t in found if "retries" in t.user_attrs}
+    assert retried == {t.number: trials.job_of(t) for t in failed if t.number < 4}
     assert re.findall(r"^  (./.)  ", again, re.MULTILINE)[-1] == "5/5"
     assert changed_code == 1
     assert re.search("two holds another search .*data.batch_size=16 only here", changed)
