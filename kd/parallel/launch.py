@@ -1,8 +1,8 @@
 """Trains in this process, in several that it starts, or in those of torchrun and Slurm. No torch at import.
 
 kd's own processes are ``python -m kd.parallel.launch``: they get a checked config and a run directory, never a command
-line, so that a job of a sweep may have as many as it likes. The parent keeps the record; process 0 trains, logs and writes
-weights; the others train. For processes of torchrun and Slurm see :mod:`kd.parallel.cluster`.
+line, so that a job of a sweep may have as many as it likes. The parent keeps the record; process 0 trains, logs and
+writes weights; the others train. For processes of torchrun and Slurm see :mod:`kd.parallel.cluster`.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     return folder, json.loads(done.stdout)
 
 
-def trials(folder: Path, name: str, url: str | None = None) -> list[Any]:
+def kept_trials(folder: Path, name: str, url: str | None = None) -> list[Any]:
     store = trials.opened(folder / name, url and f"sqlite:///{folder / url}")
     return optuna.load_study(study_name=name, storage=store).get_trials()
 
@@ -265,7 +265,7 @@ def test_a_search_of_other_code_is_refused(make_engine, monkeypatch: pytest.Monk
 
 def test_a_search_ends_with_its_table_and_the_command_of_the_best(said: tuple[Path, Any]) -> None:
     folder, ((code, text), *_) = said
-    found = trials(folder, "undisturbed", "optuna.db")
+    found = kept_trials(folder, "undisturbed", "optuna.db")
     assert code == 0, text
     assert [trials.job_of(t) for t in found] == [f"trial-{i:04d}" for i in range(4)]
     for trial in found:
@@ -280,7 +280,7 @@ def test_a_search_ends_with_its_table_and_the_command_of_the_best(said: tuple[Pa
 
 def test_pruning_stops_a_run_and_the_report_says_so(said: tuple[Path, Any]) -> None:
     folder, ((_, text), *_) = said
-    pruned = [t for t in trials(folder, "undisturbed", "optuna.db") if t.state.name == "PRUNED"]
+    pruned = [t for t in kept_trials(folder, "undisturbed", "optuna.db") if t.state.name == "PRUNED"]
     assert pruned
     study, frame = gather.read_sweep(folder / "undisturbed")
     for trial in pruned:
@@ -307,12 +307,12 @@ def test_a_killed_search_goes_on_to_the_same_trials(said: tuple[Path, Any]) -> N
     # the first batch was told before the kill and is not run again; the second was not
     assert code == 0, text
     assert re.findall(r"^  (./.)  lr=", text, re.MULTILINE) == ["3/4", "4/4"]
-    assert jobs(trials(folder, "killed")) == jobs(trials(folder, "undisturbed", "optuna.db"))
+    assert jobs(kept_trials(folder, "killed")) == jobs(kept_trials(folder, "undisturbed", "optuna.db"))
 
 
 def test_two_objectives_and_failures(said: tuple[Path, Any]) -> None:
     folder, (_, _, _, (first_code, first), (again_code, again), (changed_code, changed), *_) = said
-    found = trials(folder, "two")
+    found = kept_trials(folder, "two")
     failed = [t for t in found if t.state.name == "FAIL"]
     complete = [t for t in found if t.state.name == "COMPLETE"]
     assert failed
