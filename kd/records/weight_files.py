@@ -14,6 +14,7 @@ from kd.records import record
 
 SELECTED = "student.safetensors"  # of a run directory: the weights that the validation split picked
 LAST = "student_last.safetensors"
+TERMS = "terms.safetensors"  # what terms have learned or kept: adapters, banks
 FILES = {"selected": SELECTED, "last": LAST}
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 TRAINED_ALONG = "trained along, not kept"  # in a record: of a teacher whose weights the run changed

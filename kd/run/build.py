@@ -276,11 +276,27 @@ def objective(config: Mapping[str, Any]) -> Objective:
     return Objective(terms, factors, schedules)
 
 
+def _load_terms(config: Mapping[str, Any], module: Distiller) -> None:
+    """Put what an earlier run has learned into the terms that name one: ``loss.NAME.checkpoint=RUN``."""
+    for name, term in module.objective.items():
+        source = config["loss"][name].get("checkpoint")
+        if source is None:
+            continue
+        file = Path(source) / weight_files.TERMS if Path(source).is_dir() else Path(source)
+        state, _ = weights.read(file)
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if not own:
+            raise KdError(f"loss.{name}.checkpoint = {source} holds nothing of a term {name}")
+        weights.load(term, own, source, f"term {name}")
+
+
 def check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """``KdError`` that names the first job whose terms cannot be built, or need a teacher that it does not give."""
     for name, config in configs.items():
         try:
-            objective(config).check_teacher(any(config["teacher"][key] for key in ("model", "checkpoint")))
+            given = any(config["teacher"].get(key) for key in ("model", "checkpoint", "answers"))
+            supplied = getattr(get_object(config["distiller"]["_target_"]), "supplies_teacher", False)
+            objective(config).check_teacher(given or supplied)
         except KdError as error:
             raise KdError(f"{name}: {error}") from None
 
@@ -311,11 +327,12 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         scheduler=scheduler,
         scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
-        **({"peers": peers} if peers else {}),
+        **_taken_by(config["distiller"]["_target_"], peers, recipe),
     )
     compatibility.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
     module.prepare(batch, data.train_index, data.train_targets, epochs=recipe["epochs"])
+    _load_terms(config, module)
     if group.joined():
         module.find_unreached(batch)
         if hardware.settings(config)["sync_batchnorm"]:
@@ -323,6 +340,14 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     if not module.trainable():
         raise KdError("the student has no trainable parameters")
     return module
+
+
+def _taken_by(target: str, peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What only some distillers are given: peers where there are any, clipping where Lightning does not do it."""
+    given: dict[str, Any] = {"peers": peers} if peers else {}
+    if getattr(get_object(target), "own_optimizers", ()):
+        given |= {"gradient_clip": recipe["gradient_clip"], "accumulate": recipe["accumulate"]}
+    return given
 
 
 def task(config: Mapping[str, Any]) -> Task:

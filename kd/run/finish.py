@@ -43,6 +43,7 @@ def close(
         trainer.validate(module, datamodule=data, verbose=False)
         _save_predictions(run_dir / "predictions_val.npz", module)
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
+    _export(config, run_dir, module)
     if module.teacher is not None:
         outcome["teacher"] = _teacher_part(config, module)
         if module.teacher_trained:
@@ -51,6 +52,15 @@ def close(
                 alone = module.task.names(with_teacher=False)
                 selected["test"] = {k: v for k, v in selected["test"].items() if k in alone}
     return outcome
+
+
+def _export(config: Mapping[str, Any], run_dir: Path, module: Distiller) -> None:
+    """Keep the peers of a set-up, each as a file of its own, and what the terms have learned, for another run."""
+    for name, network in module.peers.items():
+        about = {**module.about, "model": config["networks"][name]} if name in (config.get("networks") or {}) else {}
+        weights.save(network, run_dir / f"{name}.safetensors", about)
+    if module.objective.terms.state_dict():
+        weights.save(module.objective.terms, run_dir / weight_files.TERMS, {})
 
 
 def _teacher_part(config: Mapping[str, Any], module: Distiller) -> dict[str, Any]:

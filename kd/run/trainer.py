@@ -102,10 +102,14 @@ def make_trainer(
     recipe = config["recipe"]
     machine = hardware.trainer_arguments(config, module)
     selected = next((h for h in hooks if isinstance(h, callbacks.SelectedWeights)), None)
+    lean = module.automatic_optimization  # else the module does it: Lightning refuses both
     arguments: dict[str, Any] = {
         "max_epochs": recipe["epochs"],
-        "accumulate_grad_batches": recipe["accumulate"],
-        "gradient_clip_val": recipe["gradient_clip"],
+        **(
+            {"accumulate_grad_batches": recipe["accumulate"], "gradient_clip_val": recipe["gradient_clip"]}
+            if lean
+            else {}
+        ),
         "check_val_every_n_epoch": config["protocol"]["val_every"],
         **machine,
         "plugins": [*machine["plugins"], callbacks.WholeCheckpoints(selected)],
