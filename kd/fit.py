@@ -211,7 +211,7 @@ def close(
         trainer.loggers = []  # this pass is for the file: it is no point of the curves
         module.predictions = {}
         trainer.validate(module, datamodule=data, verbose=False)
-        _save_predictions(run_dir / "predictions_val.npz", module)
+        _save_predictions(run_dir / record.PREDICTIONS["val"], module)
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
     if module.teacher is not None:
         teacher = {"checkpoint": config["teacher"]["checkpoint"], "val": module.teacher_metrics["val"]}
@@ -236,7 +236,7 @@ def _test(trainer: L.Trainer, module: Distiller, data: Any, name: str, keep_in: 
     module.test_name, module.predictions = name, {} if keep_in is not None else None
     trainer.test(module, datamodule=data, verbose=False)
     if keep_in is not None:
-        _save_predictions(keep_in / "predictions_test.npz", module)
+        _save_predictions(keep_in / record.PREDICTIONS["test"], module)
     return module.tested
 
 

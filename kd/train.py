@@ -94,7 +94,7 @@ def _train(
             result["wall_clock_s"] = earlier
         else:
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            record.write_text(run_dir / "config.yaml", text)
+            record.write_text(run_dir / record.CONFIG, text)
         record.write(run_dir, result)
         result.update({"status": "finished", **launch.fit(config, run_dir, checkpoint)})
     except (KeyboardInterrupt, SystemExit) as error:

@@ -35,7 +35,7 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
     found = record.read(run_dir)
     # a run that never began has no config yet; one that failed by itself is started anew in any case
     kept = found["status"] != FAILED or resume.possible(run_dir, found)
-    if config is not None and kept and (run_dir / "config.yaml").is_file():
+    if config is not None and kept and (run_dir / record.CONFIG).is_file():
         refuse_another(run_dir, record.read_config(run_dir), config)
         if other := inputs.changed(found, config):
             raise KdError(f"{run_dir}: {other}: remove that run, or choose another hydra.sweep.dir")
