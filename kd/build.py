@@ -16,7 +16,7 @@ from hydra.utils import get_object, instantiate
 from lightning import LightningDataModule
 from torch import nn
 
-from kd import described, distributed, fits, hardware, weight_files, weights
+from kd import described, distributed, fits, hardware, untouched, weight_files, weights
 from kd.data.base import DataModule
 from kd.distiller import Distiller
 from kd.errors import KdError
@@ -130,7 +130,7 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
     section = config["student"]
     net = network(section["model"], "student.model", data.num_classes, data.input_shape)
     if section["checkpoint"] is not None:
-        state, about = weights.read(section["checkpoint"], section.get("epoch"))
+        state, about = untouched.read_weights(section["checkpoint"], section.get("epoch"))
         same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
         weights.load(net, state, section["checkpoint"], "student")
     elif section["model"].get("pretrained"):
@@ -179,7 +179,7 @@ def _as_list(value: Any) -> list[Any]:
 def _member(
     model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any, named: Collection[str]
 ) -> tuple[nn.Module, InputMap]:
-    state, about = weights.read(checkpoint, section.get("epoch")) if checkpoint is not None else (None, {})
+    state, about = (None, {}) if checkpoint is None else untouched.read_weights(checkpoint, section.get("epoch"))
     if model is None and about.get("model") is None:
         raise KdError(
             f"teacher.checkpoint = {checkpoint} does not say which network it belongs to: add model@teacher=NAME"

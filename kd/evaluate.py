@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kd import record
+from kd import record, untouched
 from kd.composition import flat
 from kd.errors import KdError, near
 from kd.weight_files import TRAINED_ALONG
@@ -102,8 +102,15 @@ def _run_directory(argument: str) -> str:
 
 
 def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The config of a run with some keys changed. ``KdError`` for keys that it does not have."""
-    return changed(record.read_config(run), overrides)
+    """The config of a run with some keys changed. ``KdError`` for keys that it does not have, or an edited file."""
+    config = record.read_config(run)
+    before = record.read(run) if (Path(run) / record.FILE).is_file() else {}
+    if differs := untouched.config_changed(config, before):
+        raise KdError(
+            f"run = {run}: config.yaml was changed since the run began ({differs}): put it back, and give what is to "
+            "be other for this measurement as KEY=VALUE"
+        )
+    return changed(config, overrides)
 
 
 def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -182,7 +189,7 @@ def evaluate(
         network, beside, whose = (lambda x: teacher(x.to(**like_run)).rows), None, f"the teacher ({source})"
     else:
         student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
-        state, about = weights.read(source, None if weights_file else config["student"].get("epoch"))
+        state, about = untouched.read_weights(source, None if weights_file else config["student"].get("epoch"))
         recorded = about.get("data", {})
         build.same_data(recorded, data, str(source))
         if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):

@@ -64,10 +64,11 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stopper and stopper.epoch is not None:
         return stopper.outcome(module.history)
-    weights.save(module.student, run_dir / weight_files.LAST, {**about, "epoch": trainer.current_epoch - 1})
+    last = weights.save(module.student, run_dir / weight_files.LAST, {**about, "epoch": trainer.current_epoch - 1})
     facts = {k: v for k, v in about["data"].items() if k != "seen"} | {"sizes": data.sizes}
     used = {"protocol": {**protocol, "epochs": config["recipe"]["epochs"]}}
     outcome: dict[str, Any] = {"data": facts, **used, **close(config, run_dir, trainer, module, data, hooks[0])}
+    outcome["student"]["last"]["digest"] = last
     outcome["processes"] = distributed.world_size()
     networks = {"student": module.student, "teacher": module.teacher}
     for role, size in measured.items():
@@ -212,6 +213,8 @@ def close(
         module.predictions = {}
         trainer.validate(module, datamodule=data, verbose=False)
         _save_predictions(run_dir / record.PREDICTIONS["val"], module)
+    if best.digest is not None:
+        selected["digest"] = best.digest
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
     if module.teacher is not None:
         teacher = {"checkpoint": config["teacher"]["checkpoint"], "val": module.teacher_metrics["val"]}
