@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd import build, callbacks, distributed, hardware, loggers, pruning, record, weight_files, weights
+from kd.data.base import DataModule
 from kd.distiller import Distiller
 from kd.durable import replacing
 from kd.errors import KdError
@@ -59,6 +60,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     measured = sizes(module, data.input_shape)
     hardware.compile_networks(config, module)
     log.info("%s", opening_line(config, measured, data))
+    if first and (copies := data.copies_in_test() if isinstance(data, DataModule) else 0):
+        log.warning("%d of %d test images are copies of training images", copies, data.sizes["test"])
     if checkpoint:
         log.info("resumed: %d of %d epochs are trained, after %.0f s", before.epochs, config["recipe"]["epochs"], spent)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -178,6 +178,17 @@ def overlap(recorded: Mapping[str, Any], test: Rows, own: Sequence[Rows]) -> lis
     return [test.content.name(int(test.positions[place])) for place in leaked]
 
 
+def copies(test: Rows, train: Rows) -> int:
+    """How many ``test`` images in memory are training images as well; 0 for files, which are not read for it."""
+    if not all(isinstance(rows.content, ArrayContent) for rows in (test, train)):
+        return 0
+    there, here = (rows.content.sizes()[rows.positions.numpy()] for rows in (train, test))
+    known = {train.content.read(int(place)) for place in train.positions[torch.from_numpy(np.isin(there, here))]}
+    return sum(
+        test.content.read(int(place)) in known for place in test.positions[torch.from_numpy(np.isin(here, there))]
+    )
+
+
 def _among(rows: Rows, places: np.ndarray, samples: set[str]) -> dict[int, str]:
     """Place → content of those ``rows`` whose content is one of ``samples``."""
     read = ((int(place), _hash(rows.content, int(rows.positions[place]))) for place in places)
