@@ -182,11 +182,10 @@ def copies(test: Rows, train: Rows) -> int:
     """How many ``test`` images in memory are training images as well; 0 for files, which are not read for it."""
     if not all(isinstance(rows.content, ArrayContent) for rows in (test, train)):
         return 0
-    there, here = (rows.content.sizes()[rows.positions.numpy()] for rows in (train, test))
-    known = {train.content.read(int(place)) for place in train.positions[torch.from_numpy(np.isin(there, here))]}
-    return sum(
-        test.content.read(int(place)) in known for place in test.positions[torch.from_numpy(np.isin(here, there))]
-    )
+    # 64 bits of each image: quicker than to find its size
+    here, there = ([hash(rows.content.read(p)) for p in rows.positions.tolist()] for rows in (test, train))
+    known = set(there)
+    return sum(image in known for image in here)
 
 
 def _among(rows: Rows, places: np.ndarray, samples: set[str]) -> dict[int, str]:
