@@ -267,7 +267,7 @@ class Distiller(Evaluated):
 
     def answer_both(self, batch: Batch) -> tuple[Output, Output]:
         """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
-        teacher = Output() if self.teacher is None else self.teacher.answer(batch, self._want)
+        teacher = self.answer_of_teacher(batch)
         student = self._answer_of_student(batch.inputs, batch)
         for view in self.objective.views:
             if view not in batch.views:
@@ -276,10 +276,13 @@ class Distiller(Evaluated):
                     f"{', '.join(batch.views) or 'none'}: the data module must make it"
                 )
             seen = Batch(batch.views[view], batch.targets, batch.index, batch.mask, {}, batch.extra)
-            if self.teacher is not None:
-                teacher.views[view] = self.teacher.answer(seen, self._want)
+            teacher.views[view] = self.answer_of_teacher(seen)
             student.views[view] = self._answer_of_student(seen.inputs, seen)
         return teacher, student
+
+    def answer_of_teacher(self, batch: Batch) -> Output:
+        """The teacher's output; empty without one. A set-up that supplies its own overrides this."""
+        return Output() if self.teacher is None else self.teacher.answer(batch, self._want)
 
     def _answer_of_student(self, inputs: Any, batch: Batch) -> Output:
         self.student_taps.active = bool(self.student_taps.names)

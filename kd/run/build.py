@@ -28,7 +28,7 @@ from kd.errors import KdError
 from kd.losses.base import Term
 from kd.parallel import group
 from kd.records import weight_files
-from kd.run import compatibility, described, weights
+from kd.run import compatibility, described, integrity, weights
 from kd.run.data_facts import same_data
 from kd.tasks.base import Task
 
@@ -121,7 +121,7 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
     section = config["student"]
     net = network(section["model"], "student.model", data.num_classes, data.input_shape)
     if section["checkpoint"] is not None:
-        state, about = weights.read(section["checkpoint"], section.get("epoch"))
+        state, about = integrity.read_weights(section["checkpoint"], section.get("epoch"))
         same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
         weights.load(net, state, section["checkpoint"], "student")
     elif section["model"].get("pretrained"):
@@ -186,7 +186,7 @@ def _as_list(value: Any) -> list[Any]:
 def _member(
     model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any, named: Collection[str]
 ) -> tuple[nn.Module, nn.Module]:
-    state, about = weights.read(checkpoint, section.get("epoch")) if checkpoint is not None else (None, {})
+    state, about = (None, {}) if checkpoint is None else integrity.read_weights(checkpoint, section.get("epoch"))
     if model is None and about.get("model") is None:
         raise KdError(
             f"teacher.checkpoint = {checkpoint} does not say which network it belongs to: add model@teacher=NAME"

@@ -14,6 +14,7 @@ from kd.config.composition import flat
 from kd.errors import KdError, near
 from kd.records import record
 from kd.records.weight_files import TRAINED_ALONG
+from kd.run import integrity
 
 OWN = {"run": None, "split": "test", "who": "student", "weights": "selected", "out": None}
 CHOICES = {"split": ("val", "test"), "who": ("student", "teacher"), "weights": ("selected", "last")}
@@ -101,8 +102,15 @@ def _run_directory(argument: str) -> str:
 
 
 def run_config(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The config of a run with some keys changed. ``KdError`` for keys that it does not have."""
-    return changed(record.read_config(run), overrides)
+    """The config of a run with some keys changed. ``KdError`` for keys that it does not have, or an edited file."""
+    config = record.read_config(run)
+    before = record.read(run) if (Path(run) / record.FILE).is_file() else {}
+    if differs := integrity.config_changed(config, before):
+        raise KdError(
+            f"run = {run}: config.yaml was changed since the run began ({differs}): put it back, and give what is to "
+            "be other for this measurement as KEY=VALUE"
+        )
+    return changed(config, overrides)
 
 
 def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -192,7 +200,7 @@ def evaluate(
         network, beside, who_measured = answered_by_teacher, None, f"the teacher ({source})"
     else:
         student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
-        state, about = weights.read(source, None if weights_file else config["student"].get("epoch"))
+        state, about = integrity.read_weights(source, None if weights_file else config["student"].get("epoch"))
         recorded = about.get("data", {})
         same_data(recorded, data, str(source))
         if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):

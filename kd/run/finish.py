@@ -13,7 +13,7 @@ import torch
 
 from kd.distill.distiller import Distiller
 from kd.parallel import group
-from kd.records import weight_files
+from kd.records import record, weight_files
 from kd.records.durable import replacing
 from kd.run import weights
 from kd.tasks.base import Task
@@ -41,7 +41,9 @@ def close(
         trainer.loggers = []  # this pass is for the file: it is no point of the curves
         module.predictions = {}
         trainer.validate(module, datamodule=data, verbose=False)
-        _save_predictions(run_dir / "predictions_val.npz", module)
+        _save_predictions(run_dir / record.PREDICTIONS["val"], module)
+    if best.digest is not None:
+        selected["digest"] = best.digest
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
     _export(config, run_dir, module)
     if module.teacher is not None:
@@ -86,7 +88,7 @@ def _test(trainer: L.Trainer, module: Distiller, data: Any, name: str, keep_in: 
     module.test_name, module.predictions = name, {} if keep_in is not None else None
     trainer.test(module, datamodule=data, verbose=False)
     if keep_in is not None:
-        _save_predictions(keep_in / "predictions_test.npz", module)
+        _save_predictions(keep_in / record.PREDICTIONS["test"], module)
     return module.tested
 
 

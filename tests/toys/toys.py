@@ -355,17 +355,19 @@ class Mutual(Distiller):
     supplies_teacher = True
     own_optimizers = ("peer",)
 
+    def answer_of_teacher(self, batch: Batch) -> Output:
+        with torch.no_grad():
+            return self.task.answer(self.peers["peer"], batch.inputs, batch, Want())
+
     def losses(self, batch: Batch) -> Step:
-        both = {"student": self.student, "peer": self.peers["peer"]}
-        outputs = {name: self.task.answer(network, batch.inputs, batch, Want()) for name, network in both.items()}
-        values, total = {}, torch.zeros(())
-        for name, other in (("student", "peer"), ("peer", "student")):
-            fixed = Output(outputs[other].logits.detach())
-            found, own = self.objective(outputs[name], fixed, batch, *self.place())
-            total = total + own
-            values |= {f"{name}/{term}": value for term, value in zip(self.objective.names, found, strict=True)}
-        counts = self.task.count(outputs["student"], batch)
-        return Step(total, {"loss": total.detach(), **values}, len(batch.targets), self.task.labelled(batch), counts)
+        step = super().losses(batch)
+        peer = self.task.answer(self.peers["peer"], batch.inputs, batch, Want())
+        with torch.no_grad():
+            student = self.task.answer(self.student, batch.inputs, batch, Want())
+        values, total = self.objective(peer, student, batch, *self.place())
+        step.values |= {f"peer/{name}": value for name, value in zip(self.objective.names, values, strict=True)}
+        step.total = step.total + total
+        return step
 
 
 class KeptTopK(Answers):
