@@ -34,7 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 @pytest.mark.parametrize("name", two_ranks.names())
 def test_a_term_gives_on_two_processes_what_it_gives_on_one(found: dict[str, Any], name: str) -> None:
-    """The mean over the processes of totals and gradients, which is what DDP makes of them; what is kept is the same."""
+    """Totals and gradients are means over the processes, as DDP makes them; what is kept is the same on all."""
     one, (first, second) = found["1_0"][name], (found[f"2_{rank}"][name] for rank in range(2))
     if one["draws"]:  # random numbers: the expectation is the same
         alone = torch.stack(one["draws"])
