@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import timm
 
-from kd.cli.hydra_app import checked
 from kd.config import timm_source
+from kd.config.compose import checked
 from kd.config.explain import explain, known_keys
 from kd.errors import KdError, near
 

@@ -15,7 +15,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.records import lock, record, state

@@ -145,7 +145,7 @@ def test_help_loads_neither_torch_nor_hydra() -> None:
 
 
 def test_composing_and_checking_loads_no_torch() -> None:
-    code = "import sys; from kd.cli.hydra_app import checked; checked(['loss=[ce]']); print('torch' in sys.modules)"
+    code = "import sys; from kd.config.compose import checked; checked(['loss=[ce]']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 

@@ -130,7 +130,7 @@ def run_all(out: Path, seeds: int, jobs: int) -> None:
 
 
 def _run_one(arm: Arm, seed: int, out: Path, slot: int) -> None:
-    from kd.cli.hydra_app import checked
+    from kd.config.compose import checked
     from kd.run.train import train
 
     run_dir = directory(out, arm.name, seed)

@@ -18,8 +18,8 @@ VERBS = {
     "demo": "three claims of Hinton 2015 on handwritten digits, offline, in about two minutes",
 }
 MODULES = {
-    "train": "kd.run.train",
-    "eval": "kd.run.evaluate",
+    "train": "kd.cli.train",
+    "eval": "kd.cli.evaluate",
     "study": "kd.cli.study",
     "report": "kd.cli.report",
     "wandb": "kd.cli.wandb",

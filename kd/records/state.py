@@ -9,8 +9,8 @@ from typing import Any
 
 from kd.config.composition import flat
 from kd.errors import KdError
-from kd.records import inputs, lock, record, weight_files
-from kd.run import resume
+from kd.records import inputs, lock, record, sources, weight_files
+from kd.records.weight_files import CHECKPOINT
 
 MISSING, FINISHED, FAILED, INTERRUPTED, PRUNED = "missing", "finished", "failed", "interrupted", "pruned"
 RUNNING = "running"  # in another process
@@ -35,7 +35,7 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
         return State(MISSING, "it did not start")
     found = record.read(run_dir)
     # a run that never began has no config yet; one that failed by itself is started anew in any case
-    kept = found["status"] != FAILED or resume.possible(run_dir, found)
+    kept = found["status"] != FAILED or resumable(run_dir, found)
     if config is not None and kept and (run_dir / "config.yaml").is_file():
         refuse_another(run_dir, record.read_config(run_dir), config)
         if other := inputs.changed(found, config):
@@ -45,6 +45,18 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
     if found["status"] == RUNNING and busy(run_dir):
         return State(RUNNING, "another process trains in it", found)
     return State(INTERRUPTED, found.get("error") or "it was killed", found)
+
+
+def resumable(run_dir: Path, before: Mapping[str, Any]) -> bool:
+    """Tell whether a run of this record, not finished, has a checkpoint from which it is worth while to go on.
+
+    Not where the run itself failed, by its configuration or a loss that is not finite: it would fail again. Nor where
+    something unexpected was raised and the user's own code has been changed since: that was the repair.
+    """
+    failure = before.get("failure")
+    if failure == "run" or (failure == "unexpected" and sources.changed(before)):
+        return False
+    return (run_dir / CHECKPOINT).is_file()
 
 
 def busy(run_dir: Path) -> bool:

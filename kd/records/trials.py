@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd.config.instantiate import make
 from kd.errors import KdError
 from kd.records import record
 
@@ -98,9 +99,7 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
 
 def pruner(node: Mapping[str, Any] | str) -> Any:
     """A pruner by its short name or as a node with ``_target_``. ``KdError`` when it cannot be made."""
-    from kd.run import build
-
-    return build.make(PRUNERS[node] if isinstance(node, str) else node, "hydra.sweeper.pruner")
+    return make(PRUNERS[node] if isinstance(node, str) else node, "hydra.sweeper.pruner")
 
 
 def job_of(trial: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""From a checked config to objects. The only calls of ``hydra.utils.instantiate``."""
+"""From a checked config to objects."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from lightning import LightningDataModule
 from torch import nn
 
 from kd.config import hardware
+from kd.config.instantiate import first_line, make
 from kd.config.keys import OBJECTIVE_KEYS, targets
 from kd.data.images.base import DataModule
 from kd.distill.distiller import Distiller
@@ -36,26 +36,6 @@ READ_OF_DATA = (
     *("drop_last", "mixup", "random_view"),
 )
 MISSING = object()
-
-
-def make(node: Mapping[str, Any], path: str, **extra: Any) -> Any:
-    """Instantiate a node; whatever it complains about becomes one sentence that begins with its path."""
-    described.refuse_system(node, path)
-    try:
-        return instantiate(dict(node), **extra)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, KdError):
-            raise cause from None
-        raise KdError(f"{path}: {_first_line(cause or error)}") from error
-    except (ValueError, TypeError) as error:
-        raise KdError(f"{path}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # "Error loading 'own.Term':", and what went wrong
-    return said.replace(".__init__()", "()")
 
 
 def datamodule(config: Mapping[str, Any]) -> Any:
@@ -118,7 +98,7 @@ def network(spec: Mapping[str, Any], path: str, num_classes: int, input_shape: t
     try:
         accepted = inspect.signature(get_object(spec["_target_"])).parameters
     except Exception as error:
-        raise KdError(f"{path}._target_ = {spec['_target_']}: {_first_line(error)}") from error
+        raise KdError(f"{path}._target_ = {spec['_target_']}: {first_line(error)}") from error
     given = {k: v for k, v in known.items() if k in accepted and k not in spec}
     if "num_classes" not in accepted and any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         given["num_classes"] = num_classes
@@ -376,12 +356,13 @@ def _scheduler(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any
 
 
 def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
-    """The loggers of the config, told where the run writes; ``kd.tracking.loggers.finish_wandb`` closes them."""
-    from kd.tracking.loggers import complete, opened
+    """The loggers of the config, completed with where the run writes; ``finish_loggers`` closes them."""
+    from kd.tracking.loggers import complete
+    from kd.tracking.summary import keep_open
 
     built = []
     for name, node in config["logger"].items():
         if node is not None:
             built.append(make(complete(name, node, config, run_dir), f"logger.{name}"))
-    opened(built)
+    keep_open(built)
     return built

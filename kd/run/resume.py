@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import KdError
-from kd.records import inputs, record, sources, weight_files
+from kd.records import inputs, record, weight_files
 from kd.records.weight_files import CHECKPOINT, SELECTED
 
 if TYPE_CHECKING:
@@ -23,18 +23,6 @@ log = logging.getLogger(__name__)
 
 class Refused(KdError):
     """A run cannot go on from what its directory holds; nothing was written."""
-
-
-def possible(run_dir: Path, before: Mapping[str, Any]) -> bool:
-    """Whether a run of this record, not finished, has a checkpoint from which it is worth while to go on.
-
-    Not where the run itself failed, by its configuration or a loss that is not finite: it would fail again. Nor where
-    something unexpected was raised and the user's own code has been changed since: that was the mending.
-    """
-    failure = before.get("failure")
-    if failure == "run" or (failure == "unexpected" and sources.changed(before)):
-        return False
-    return (run_dir / CHECKPOINT).is_file()
 
 
 def check_config(run_dir: Path, config: Mapping[str, Any], before: Mapping[str, Any]) -> None:

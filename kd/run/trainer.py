@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd.config import hardware
+from kd.config.instantiate import make
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
 from kd.records import record, weight_files
 from kd.records.durable import replacing
-from kd.run import build, callbacks, pruning, weights
+from kd.run import build, callbacks, hardware, pruning, weights
 from kd.tracking import loggers
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def make_trainer(
         "num_sanity_val_steps": 0,  # the dry batch and the teacher's measurement have seen the split already
         "use_distributed_sampler": False,  # the data modules shard by themselves
     }
-    return build.make(
+    return make(
         {"_target_": "lightning.Trainer", **(config["hardware"]["trainer"] or {})},
         f"hardware.accelerator = {config['hardware']['accelerator']}",
         **arguments,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from kd.config import explain
+from kd.config.compose import check_composed
 from kd.errors import KdError, MachineFailure
 from kd.records import inputs, lock, manifest
 from kd.records.manifest import Job, Manifest
 from kd.records.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
 from kd.studies import spec
-from kd.sweeps.job import checked, leave_a_record
+from kd.sweeps.job import leave_a_record
+from kd.sweeps.outcome import Outcome
+from kd.sweeps.plugins import register
 from kd.sweeps.refusals import (
     advice,
     refuse_missing_hardware,
@@ -32,15 +36,6 @@ from kd.sweeps.refusals import (
 LOCK = "sweep.lock"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How one job stands at the end."""
-
-    job: Job
-    run_dir: Path
-    state: State
-
-
 class Engine:
     """Runs jobs through the launcher that the config names. ``master``: the config of the sweep, before any job."""
 
@@ -48,6 +43,7 @@ class Engine:
         self.context, self.master, self.holds = context, master, False
         self.begun, self.total = 0, 0  # jobs, of those that run now
         self.directory = Path(str(master.hydra.sweep.dir)).resolve()
+        register()
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=master
         )
@@ -58,7 +54,7 @@ class Engine:
         try:
             cfg = self._composed([*job.overrides, *self._place(job)])
             HydraConfig.instance().set_config(cfg)
-            return checked(cfg)
+            return check_composed(cfg)
         finally:
             HydraConfig.instance().cfg = before
 
@@ -240,15 +236,18 @@ class Engine:
 
 
 def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """The jobs in the order of their needs; those of one list do not need each other."""
-    left = {job.name: job for job in jobs}
-    while left:
-        wave = [job for job in left.values() if not any(a in left for a in job.after)]
-        if not wave:
-            raise KdError(f"the jobs wait for one another: {', '.join(left)}")
-        yield wave
-        for job in wave:
-            del left[job.name]
+    """Order the jobs by their needs; those of one list do not need each other. ``KdError`` for a circle."""
+    here = {job.name: job for job in jobs}
+    order = TopologicalSorter({job.name: [name for name in job.after if name in here] for job in jobs})
+    try:
+        order.prepare()
+    except CycleError as error:
+        raise KdError(f"the jobs wait for one another: {', '.join(error.args[1][:-1])}") from None
+    position = {name: number for number, name in enumerate(here)}
+    while order.is_active():
+        ready = sorted(order.get_ready(), key=position.__getitem__)
+        order.done(*ready)
+        yield [here[name] for name in ready]
 
 
 def _joined(directory: Path, plan: Manifest) -> Manifest:

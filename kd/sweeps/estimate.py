@@ -22,6 +22,7 @@ from typing import Any
 from kd.config.hardware import settings
 from kd.errors import KdError
 from kd.parallel import launch
+from kd.parallel.devices import cores, gpus
 from kd.records import record
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, State, look
@@ -29,7 +30,7 @@ from kd.report.console import print_table
 from kd.studies import graph
 from kd.studies.spec import Study
 from kd.sweeps.engine import Engine, waves
-from kd.sweeps.local import Share, cores, gpus, shares
+from kd.sweeps.local import Share, shares
 from kd.sweeps.pool import ask, warm_up
 from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
 

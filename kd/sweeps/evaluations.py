@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kd.config.hardware import settings
+from kd.config.instantiate import make
 from kd.errors import KdError
 from kd.records import record
 from kd.records.manifest import Job
@@ -20,8 +21,9 @@ from kd.records.state import FINISHED, look
 from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
 from kd.run.evaluate import changed
 from kd.studies.spec import STUDY, Evaluation, Study
-from kd.sweeps.engine import Engine, Outcome
+from kd.sweeps.engine import Engine
 from kd.sweeps.local import Share, shares
+from kd.sweeps.outcome import Outcome
 from kd.sweeps.pool import ask, forked, warm_up
 
 
@@ -70,11 +72,9 @@ def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
 
 
 def _check_data(wanted: Sequence[tuple[str, Mapping[str, Any], Sequence[int]]]) -> None:
-    from kd.run import build
-
     for where, config, bias in wanted:
         try:
-            data = build.make(config["data"], "data")
+            data = make(config["data"], "data")
         except KdError as error:
             raise KdError(f"{where}: {error}") from None
         classes = getattr(data, "num_classes", None)  # of some sets not known before their files are read

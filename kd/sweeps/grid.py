@@ -13,7 +13,8 @@ from hydra.core.override_parser.types import Override
 from kd.config import explain
 from kd.errors import KdError
 from kd.records.manifest import Job
-from kd.sweeps.engine import Engine, Outcome
+from kd.sweeps.engine import Engine
+from kd.sweeps.outcome import Outcome
 from kd.sweeps.table import conclude
 from kd.sweeps.terms import Terms
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kd.config.hardware import cores
 from kd.errors import KdError
+from kd.parallel.devices import cores, devices_of, gpus
 from kd.records import manifest, record
+from kd.records.measures import measured, number
 from kd.records.state import FAILED, FINISHED, INTERRUPTED, PRUNED
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.pool import forked, warm_up
-from kd.sweeps.table import measured, number
 
 
 @dataclass(frozen=True)
@@ -39,33 +38,6 @@ class Share:
         """Leave this process, which has not yet touched a GPU, and its children these GPUs only."""
         if self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
-
-
-def gpus() -> list[str]:
-    """The NVIDIA GPUs that this process may use, by number, found without touching them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [g for g in visible.split(",") if g.strip() and g.strip() != "-1"]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    whole = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # parts (MIG) have lines as well
-    return [str(number) for number in range(len(whole))]
-
-
-def devices_of(hardware: Mapping[str, Any], there: int) -> int:
-    """How many of the GPUs that are ``there``, or processes on the CPU, a job of this hardware section takes.
-
-    A job that names its GPUs by number takes them all: nothing may be renumbered under it. ``KdError``: more than
-    there are.
-    """
-    devices = hardware["devices"]
-    if not there or hardware["accelerator"] == "cpu":
-        return devices if isinstance(devices, int) else 1
-    if isinstance(devices, int) and devices > there:
-        raise KdError(f"hardware.devices = {devices} is not allowed: this machine has {there} GPUs")
-    return devices if isinstance(devices, int) else there
 
 
 def at_once(n_jobs: int | str, jobs_per_gpu: int, there: int, each: int = 1) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kd.config.instantiate import make
 from kd.config.values import better
 from kd.errors import KdError, near
 from kd.records import trials
@@ -88,9 +89,7 @@ def _measures(base: Mapping[str, Any]) -> list[str]:
     teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
 
     def names() -> list[str]:
-        from kd.run import build
-
-        return build.make(base["task"], "task").metric_names(teacher)
+        return make(base["task"], "task").metric_names(teacher)
 
     pool.warm_up()
     return [*(f"val/{name}" for name in pool.ask(names)), *COSTS]
@@ -127,12 +126,10 @@ def sampler(node: Mapping[str, Any] | str, seed: int | None, number: int) -> Any
     import numpy as np
     import torch
 
-    from kd.run import build
-
     torch.set_num_threads(1)  # some compute with torch: the children of a process that has its threads would hang
     given = SAMPLERS[node] if isinstance(node, str) else node
     if not reseeded(node):
-        return build.make(given, "hydra.sweeper.sampler")
+        return make(given, "hydra.sweeper.sampler")
     base = given.get("seed", seed)
     drawn = None if base is None else int(np.random.SeedSequence([base, number]).generate_state(1)[0])
-    return build.make(given, "hydra.sweeper.sampler", seed=drawn)
+    return make(given, "hydra.sweeper.sampler", seed=drawn)

@@ -16,14 +16,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from kd.errors import KdError
 from kd.records import inputs, manifest, sources, trials
 from kd.records.manifest import Job
+from kd.records.measures import measured
 from kd.records.state import DONE, FAILED, FINISHED, MISSING, PRUNED, State, look
 from kd.records.trials import job_of
-from kd.sweeps.engine import Engine, Outcome
+from kd.sweeps.engine import Engine
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.options import Direction, Settings, objectives, reseeded, sampler
+from kd.sweeps.outcome import Outcome
 from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
 from kd.sweeps.space import Space, space
-from kd.sweeps.table import conclude, measured
+from kd.sweeps.table import conclude
 from kd.sweeps.terms import Terms
 
 

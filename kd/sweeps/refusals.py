@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.config.hardware import GPU, refuse_missing
 from kd.errors import KdError
+from kd.parallel.devices import GPU, gpus, refuse_missing
 from kd.records import weight_files
 from kd.records.manifest import Job
 from kd.sweeps import pool
-from kd.sweeps.local import gpus
 
 
 def refuse_missing_hardware(hardware: Mapping[str, Any]) -> None:

@@ -8,18 +8,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from kd.cli.report import say
 from kd.errors import KdError, near
 from kd.records import record
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, look, same_run
 from kd.report import vocabulary
+from kd.report.console import print_report
 from kd.report.frame import RESULTS, check_protocol, finished, of_study, read_results, write_results
 from kd.report.report import Report, build
 from kd.studies import graph, spec
 from kd.studies.spec import Row, Study
 from kd.sweeps import estimate, evaluations
-from kd.sweeps.engine import Engine, Outcome
+from kd.sweeps.engine import Engine
+from kd.sweeps.outcome import Outcome
 from kd.sweeps.refusals import advice, refuse_unwritable
 
 
@@ -157,7 +158,7 @@ def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: P
         check_protocol(frame)
         write_results(engine.directory / RESULTS, study, frame)
         report = build(study, frame, engine.directory, engine.directory, _left_out(study, engine.directory))
-        say(study, report)
+        print_report(study, report)
         print(engine.directory / RESULTS)
         missing = int((frame["status"] != FINISHED).sum())
         if kept is not None and missing:

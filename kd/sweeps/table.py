@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kd.config.values import better
 from kd.errors import KdError
 from kd.records import sources
+from kd.records.measures import measured, number
 from kd.records.state import DONE, FINISHED, PRUNED
-
-if TYPE_CHECKING:
-    from kd.sweeps.engine import Outcome
+from kd.sweeps.outcome import Outcome
 
 
 def conclude(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
@@ -70,13 +69,6 @@ def _ending(outcome: Outcome) -> str:
     return f"{status} at epoch {_record(outcome)['pruned']['epoch'] + 1}" if status == PRUNED else status
 
 
-def number(value: float | None) -> str:
-    """A measure for people."""
-    if value is None:
-        return "none"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
 def _record(outcome: Outcome) -> Any:
     return outcome.state.record
 
@@ -84,18 +76,6 @@ def _record(outcome: Outcome) -> Any:
 def monitor(outcome: Outcome) -> str:
     """The metric that picked the job's epoch."""
     return str(_record(outcome)["protocol"]["monitor"])
-
-
-def measured(record: Any, name: str) -> float | None:
-    """A measure of a finished run's record at its selected epoch; None where it is not a finite number.
-
-    ``val/acc1`` is ``student.selected.val.acc1``; all others are of the student (``latency_ms``) or of the run
-    (``wall_clock_s``).
-    """
-    if name == "wall_clock_s":
-        return record["wall_clock_s"]
-    split, _, metric = name.rpartition("/")
-    return record["student"]["selected"][split].get(metric) if split else record["student"].get(name)
 
 
 def _rank(outcome: Outcome, objectives: Mapping[str, str] | None) -> tuple[str, float, str]:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 SCRIPT = """
 import functools, json, os, shutil, signal, sys
 from pathlib import Path
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.sweeps.job import work
 from kd.sweeps.pool import forked, warm_up
 

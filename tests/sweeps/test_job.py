@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.errors import KdError, MachineFailure, RunFailure
 from kd.records import record
 from kd.records.state import look

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.errors import KdError
 from kd.records import inputs, record, weight_files
 from kd.records.state import FAILED, FINISHED, INTERRUPTED, PRUNED, look, refuse_another

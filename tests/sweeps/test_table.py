@@ -10,7 +10,7 @@ import pytest
 from kd.errors import KdError
 from kd.records.manifest import Job
 from kd.records.state import State
-from kd.sweeps.engine import Outcome
+from kd.sweeps.outcome import Outcome
 from kd.sweeps.table import conclude
 
 
