@@ -90,10 +90,10 @@ def test_a_folder_that_is_not_there(kd) -> None:
 
 
 def test_weight_and_schedule_belong_to_every_term(outside: Path) -> None:
-    schedule = "loss.dkd.schedule={_target_: kd.distill.objective.Linear, start: 0}"
+    schedule = "loss.dkd.schedule={_target_: kd.distill.schedules.Linear, start: 0}"
     loss = checked(["loss=[ce,dkd]", "loss.dkd.weight=2", schedule, "loss.dkd.beta=3"], str(outside))["loss"]
     assert (loss["dkd"]["weight"], loss["dkd"]["beta"]) == (2, 3)
-    assert loss["dkd"]["schedule"] == {"_target_": "kd.distill.objective.Linear", "start": 0}
+    assert loss["dkd"]["schedule"] == {"_target_": "kd.distill.schedules.Linear", "start": 0}
     assert "loss.dkd.wieght is not an argument of outside_dkd.DKD (near: weight)" in said(
         "loss=[ce,dkd]", "loss.dkd.wieght=1", config_dir=outside
     )

@@ -15,7 +15,7 @@ from kd.config.signature import arguments
         "torch.optim.SGD",
         "torch.optim.Adam",
         "torch.optim.lr_scheduler.MultiStepLR",
-        "kd.distill.objective.Linear",
+        "kd.distill.schedules.Linear",
         "kd.distill.distiller.Distiller",
         "kd.distill.teacher.Teacher",
         "kd.records.record.write",

@@ -72,7 +72,7 @@ def test_the_epoch_line_and_the_csv_agree_with_the_record(kd, tmp_path) -> None:
 def test_distillation_with_every_term(kd, tmp_path) -> None:
     net = ["data=fake", "data.shape=[1,16,16]", "data.num_classes=4", "data.train_images=96", "data.test_images=32"]
     net += ["model@student=resnet8", "model@teacher=resnet8x4", "teacher.allow_random=true"]
-    said = kd("train", *FAST, *net, "loss=[ce,kd,hint,at]", "loss.kd.schedule={_target_:kd.distill.objective.Linear}")
+    said = kd("train", *FAST, *net, "loss=[ce,kd,hint,at]", "loss.kd.schedule={_target_:kd.distill.schedules.Linear}")
     assert said.code == 0, said.err
     run_dir, result = only_run(tmp_path)
     assert set(result["student"]["last"]["train"]) == {"loss", "ce", "kd", "hint", "at", "acc1", "acc5"}

@@ -8,7 +8,6 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from kd.config import composition, hardware, keys, values
-from kd.config.values import better
 from kd.errors import KdError
 
 # sections that do not matter when a finished run is measured
@@ -42,8 +41,6 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
         problems += values.of_a_training(config)
     if problems:
         raise KdError("\n".join(dict.fromkeys(problems)))
-    protocol = config["protocol"]
-    protocol["mode"] = protocol["mode"] or better(protocol["monitor"])
     for section in ("student", "teacher"):
         config[section]["checkpoint"] = _absolute(config[section]["checkpoint"])
         if config[section].get("epoch") == "selected":  # the same weights, so the same experiment

@@ -223,7 +223,7 @@ def _not_chosen(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[
         several = node if path == "teacher.model" and isinstance(node, (list, tuple)) else [node]
         if not all(_made(one) for one in several) or (path == "student.model" and node is None):
             typed = next(_typed(path, line), f"{path} = {node}")
-            advice = MADE.get(path, f"say which, for example {path}._target_=kd.distill.objective.Linear")
+            advice = MADE.get(path, f"say which, for example {path}._target_=kd.distill.schedules.Linear")
             yield f"{typed} cannot be set: {path} has no _target_: {advice}"
 
 

@@ -33,6 +33,7 @@ class Teacher:
     std: list[float] | None = None
     cache: bool | None = None  # true: answer each training image once, before the first epoch
     trust: bool | None = None  # true: build what the checkpoint's own file names, also code from outside the libraries
+    answers: Any = None  # _target_ of a kd.distill.answers.Answers in the place of live networks; null: these
     resize: Any = None  # an edge in pixels, or false: feed as is; null: refuse when the sizes differ
 
 
@@ -75,7 +76,7 @@ class Hardware:
 class Protocol:
     """Which split picks the checkpoint, how often it is looked at, what is kept."""
 
-    monitor: str = "val/acc1"
+    monitor: str | None = None  # null: the first metric of the task, on val
     mode: str | None = None  # max or min; null: what is better for the metric
     val_every: int = 1  # epochs between validations; the last epoch is always validated
     keep_predictions: bool = False  # write predictions_val.npz and predictions_test.npz
@@ -102,6 +103,7 @@ class Root:
     task: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
+    networks: dict[str, Any] = field(default_factory=dict)  # further networks of a set-up, by name: peers, a generator
     recipe: Recipe = field(default_factory=Recipe)
     distiller: dict[str, Any] = field(default_factory=dict)
     hardware: Hardware = field(default_factory=Hardware)
@@ -114,7 +116,7 @@ class Root:
 def opened() -> Any:
     """The schema, open where a ``_target_`` may be: its arguments need no ``+``; :mod:`kd.config.keys` checks them."""
     root = OmegaConf.structured(Root)
-    for name in ("student", "teacher", "task", "data", "loss", "recipe", "distiller", "hardware", "logger"):
+    for name in ("student", "teacher", "task", "data", "loss", "networks", "recipe", "distiller", "hardware", "logger"):
         OmegaConf.set_struct(root[name], False)
     return root
 

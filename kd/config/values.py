@@ -17,11 +17,6 @@ LEAST = {
 THREADS = 1024
 
 
-def better(metric: str) -> str:
-    """Whether ``max`` or ``min`` of a metric is better: losses, errors and distances are to be small."""
-    return "min" if metric.rpartition("/")[2] in ("nll", "ece", "kl", "loss") else "max"
-
-
 def number(value: Any) -> bool:
     """Whether a value is a finite number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -121,6 +116,7 @@ def _choices(config: Mapping[str, Any]) -> Iterator[str]:
         "teacher.epoch": ("selected", "last", None),
         "student.epoch": ("selected", "last", None),
         "recipe.scheduler_interval": ("epoch", "step"),
+        "protocol.mode": ("max", "min", None),
     }
     for path, choices in allowed.items():
         section, key = path.split(".")
@@ -130,6 +126,3 @@ def _choices(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path} = {value} is not allowed: it must be {', '.join(names[:-1])} or {names[-1]}"
         elif key == "epoch" and value and config[section]["checkpoint"] is None:
             yield f"{path} = {value} needs {section}.checkpoint: the run directory whose epoch it chooses"
-    mode, monitor = config["protocol"]["mode"], config["protocol"]["monitor"]
-    if mode is not None and mode != better(monitor):
-        yield f"protocol.mode = {mode} is not allowed: the better {monitor} is its {better(monitor)}imum (or null)"

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd.distill.evaluation import Evaluated
-from kd.distill.measure import measure
+from kd.distill.answers import Answers
+from kd.distill.evaluation import Evaluated, measure
 from kd.distill.objective import Objective
 from kd.distill.step_buffer import StepBuffer, first_bad
 from kd.distill.taps import Taps, resolve
-from kd.distill.teacher import Teacher
 from kd.errors import KdError, RunFailure
-from kd.losses.base import Batch, Output
+from kd.losses.base import Batch, Output, Setup
 from kd.parallel import group
+from kd.tasks.base import Task, Want
 
 log = logging.getLogger(__name__)
 
@@ -27,89 +29,204 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 
 
+@dataclass
+class Step:
+    """What one step came to: ``total`` (0-d, of this process) is what gradients go through.
+
+    ``values``: named scalars to log, not weighted; ``over``: what the mean of each is over (default: rows);
+    ``rows``, ``labelled`` (0-d): how many; ``counts``: sums over the labelled rows, in the order of ``task.counts``.
+    """
+
+    total: Tensor
+    values: dict[str, Tensor]
+    rows: int
+    labelled: Tensor
+    counts: Sequence[Tensor] = ()
+    over: Mapping[str, str] = field(default_factory=dict)
+
+
 class Distiller(Evaluated):
     """Trains ``student`` on the objective; ``teacher`` may be None (plain supervised training).
 
     Call :meth:`prepare` with one batch before the trainer sees the module: it runs both networks once, resolves the
     taps and lets the terms build their adapters. Methods that own the loop subclass this and are named by
-    ``distiller._target_``.
+    ``distiller._target_``; they differ in up to three places, :meth:`compose` (what a batch becomes), :meth:`losses`
+    (what is computed of it) and :meth:`networks` (what is trained), and inherit the rest.
 
-    ``log_every``: steps between two readings of the loss buffer, each one synchronisation.
+    ``log_every``: steps between two readings of the loss buffer, each one synchronisation. ``peers``: further networks
+    of the set-up by name, trained along with the student.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | None,
+        teacher: Answers | None,
         objective: Objective,
-        task: Any,
-        num_classes: int,
+        task: Task,
+        num_classes: int | None,
         optimizer: MakeOptimizer,
         scheduler: MakeScheduler | None = None,
         scheduler_interval: str = "epoch",
         seed: int = 0,
         log_every: int = 50,
+        peers: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__(student, teacher, task, num_classes)
         if log_every < 1:
             raise ValueError(f"log_every = {log_every} is not allowed: it must be 1 or more")
         self.objective, self.seed, self.log_every = objective, seed, log_every
+        self.peers = nn.ModuleDict(dict(peers or {}))
         self._make_optimizer, self._make_scheduler, self._interval = optimizer, scheduler, scheduler_interval
         self.epoch_means: dict[str, float] = {}  # of the last training epoch
         self.about: dict[str, Any] = {}  # what is recorded with the weights: model, data facts
         self.unreached: list[str] = []  # see find_unreached
         self.sharded = False  # whether each process holds a part of every parameter only
-        # the dry pass wants them, to compare the classes; after it only the terms have a say
-        self._teacher_logits_wanted = True
+        self._buffer: StepBuffer | None = None
+        self._counts = False  # whether the student has logits to count right answers in
+        # the dry pass wants the teacher's, to compare the classes; after it only the terms have a say
+        self._want = Want(logits=True, features=True)
         objective.check_teacher(teacher is not None)
+
+    # ------------------------------------------------------------------ where a set-up differs
+
+    def compose(self, batch: Batch) -> Batch:
+        """Change a training batch before the networks see it: views, generated samples, noise. Nothing by default."""
+        return batch
+
+    def losses(self, batch: Batch) -> Step:
+        """Compute one step on a batch that has been through :meth:`compose` and ``task.rows``."""
+        teacher, student = self.answer_both(batch)
+        labelled = self.task.labelled(batch)
+        rows = len(batch.targets) if batch.targets is not None else len(batch)
+        shares = group.shares(rows, labelled, len(batch))
+        values, total = self.objective(student, teacher, batch, *self.place(), shares)
+        named = dict(zip(self.objective.names, values, strict=True))
+        counts = self.task.count(student, batch) if self._counts else ()
+        loss = total.detach() if shares is None else total.detach() / shares.rows  # the buffer weights it with the rows
+        over = {name: term.over for name, term in self.objective.items()}
+        return Step(total, {"loss": loss, **named}, rows, labelled, counts, over)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What is trained, by name: the student, the terms' adapters, and the peers of a set-up."""
+        return {"student": self.student, "objective": self.objective, **dict(self.peers.items())}
 
     # ------------------------------------------------------------------ before the first batch
 
-    @torch.no_grad()
-    def prepare(self, batch: Batch) -> None:
-        """Run both networks and each term once on two rows of a batch; resolve taps, build adapters, compare classes.
+    def prepare(
+        self,
+        batch: Batch,
+        train_index: Tensor | None = None,
+        train_targets: Tensor | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """Run both networks and each term once on two samples of a batch; resolve taps, build adapters, compare.
 
-        The random state and batch statistics are left as they were. Raises ``KdError`` for wrong taps and for
-        shapes that do not fit.
+        ``train_index``, ``train_targets``: of the training set; ``epochs``, ``steps``: the length of the run; all for
+        :class:`~kd.losses.base.Setup`. The random state and batch statistics are left as they were. Raises ``KdError``
+        for wrong taps and for shapes that do not fit.
         """
-        few = self._two_rows(batch)
+        few = self.task.rows(self.compose(batch.few(2).to(self.device)))
         terms = self.objective.items()
-        for name, term in terms:
-            try:
-                term.student_taps = resolve(term.student_taps, self.student, "student")
-                root = self.teacher.root if self.teacher else None
-                term.teacher_taps = resolve(term.teacher_taps, root, "teacher") if root is not None else []
-            except KdError as error:
-                raise KdError(f"loss.{name}: {error}") from None
-        self.student_taps = Taps(self.student, [str(n) for _, t in terms for n in t.student_taps or ()], "student")
-        if self.teacher is not None:
-            self.teacher.tap([str(n) for _, t in terms for n in t.teacher_taps or ()])
+        self._resolve_taps()
+        gradient = bool(self.objective.needs("input_gradient"))
         training = self.student.training
         self.student.eval()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), _grad(gradient):
+            self._want = Want(logits=True, features=True, input_gradient=gradient)
+            self._inputs_of(few, gradient)
             teacher, student = self._dry(few)
-            self._teacher_logits_wanted = any(t.needs_teacher and t.needs_logits for _, t in terms)
-            if not self._teacher_logits_wanted:
-                teacher.logits = None
+            self._compare(student, teacher)
+            self._want = self._want._replace(logits=bool(self.objective.needs("teacher_logits")))
+            networks = {"student": self.student, **self._teacher_networks()}
+            known: dict[str, Any] = {"train_index": train_index, "train_targets": train_targets}
+            known |= {"classes": self.num_classes, "epochs": epochs, "steps": steps}
             for name, term in terms:
+                own = student if term.needs_student_logits else student.without_logits()
+                other = teacher if term.needs_teacher_logits else teacher.without_logits()
                 try:
-                    term.prepare(student, teacher)
-                    value = term.eval()(student, teacher, few)  # eval: adapters may have batch statistics
+                    term.prepare(Setup(own, other, few, networks, **known))
+                    value = term.eval()(own, other, few)  # eval: adapters may have batch statistics
                 except (ValueError, RuntimeError, TypeError, LookupError, AssertionError) as error:
                     raise KdError(f"loss.{name}: {str(error).splitlines()[0]}") from error
                 if not isinstance(value, Tensor) or value.ndim:
                     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise KdError(f"loss.{name} returns {shape}: a term must return a scalar tensor")
             self.objective.train()
+            self._deploy(few)
         self.student.train(training)
 
+    def _resolve_taps(self) -> None:
+        terms = self.objective.items()
+        root = self.teacher.root if self.teacher is not None else None
+        for name, term in terms:
+            try:
+                term.student_taps = resolve(term.student_taps, self.student, "student")
+                if root is not None:
+                    term.teacher_taps = resolve(term.teacher_taps, root, "teacher")
+                elif self.teacher is None or term.teacher_taps is None:
+                    term.teacher_taps = []
+            except KdError as error:
+                raise KdError(f"loss.{name}: {error}") from None
+        self.student_taps = Taps(self.student, [str(n) for _, t in terms for n in t.student_taps or ()], "student")
+        if self.teacher is not None:
+            self.teacher.tap([str(n) for _, t in terms for n in t.teacher_taps or ()])
+
+    def _teacher_networks(self) -> dict[str, nn.Module]:
+        networks = list(self.teacher.networks) if self.teacher is not None else []
+        if len(networks) == 1:
+            return {"teacher": networks[0]}
+        return {f"teacher{number}": network for number, network in enumerate(networks)}
+
+    def _dry(self, batch: Batch) -> tuple[Output, Output]:
+        try:
+            teacher, student = self.answer_both(batch)
+            again = self.student_taps.inspect()
+            if self.teacher is not None:
+                again |= self.teacher.inspect_taps()
+            if again:
+                teacher, student = self.answer_both(batch)
+                self.student_taps.inspect()
+                if self.teacher is not None:
+                    self.teacher.inspect_taps()
+        except (RuntimeError, AssertionError) as error:
+            parts = batch.inputs if isinstance(batch.inputs, Mapping) else {"": batch.inputs}
+            shape = ", ".join(f"{name} {tuple(part.shape[1:])}".strip() for name, part in parts.items())
+            raise KdError(f"a network cannot take inputs of shape {shape}: {str(error).splitlines()[0]}") from None
+        return teacher, student
+
+    def _compare(self, student: Output, teacher: Output) -> None:
+        """Refuse outputs that do not fit one another; find out what can be measured."""
+        read = bool(self.objective.needs("teacher_logits")) and self.teacher is not None
+        self.task.agree(student, teacher, self.num_classes, read)
+        self._counts = student.has_logits and bool(self.task.counts)
+        if self.num_classes is None and student.has_logits:
+            self.num_classes = student.logits.shape[-1]
+        alike = teacher.has_logits and student.has_logits and teacher.logits.shape[-1] == student.logits.shape[-1]
+        self.comparable = self.comparable and alike
+
+    def _deploy(self, few: Batch) -> None:
+        """Let the terms leave their heads on the student, and see that what they made of it answers."""
+        network = self.student
+        for name, term in self.objective.items():
+            network = term.deployed(network)
+            if not isinstance(network, nn.Module):
+                raise KdError(f"loss.{name}: deployed(student) returns a {type(network).__name__}, not a torch module")
+        self._deployed = [network]
+        if network is not self.student:
+            training = network.training
+            answer = self.task.answer(network.eval(), few.inputs, few, Want())
+            self.task.agree(answer, Output(), self.num_classes, False)
+            network.train(training)
+
     def find_unreached(self, batch: Batch) -> None:
-        """Note the trainable parameters that no term reaches, in one backward pass on two rows: DDP must know."""
-        few = self._two_rows(batch)
+        """Note the trainable parameters that no term reaches, in one backward pass on two samples: DDP must know."""
+        few = self.task.rows(self.compose(batch.few(2).to(self.device)))
         training = self.student.training
         self.student.eval()
         self.objective.eval()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            self._inputs_of(few, self._want.input_gradient)
             teacher, student = self.answer_both(few)
             _, total = self.objective(student, teacher, few)
             if total.requires_grad:
@@ -119,31 +236,8 @@ class Distiller(Evaluated):
         self.unreached = [n for n, p in self.named_parameters() if p.requires_grad and p.grad is None]
         self.zero_grad(set_to_none=True)
 
-    def _two_rows(self, batch: Batch) -> Batch:
-        return Batch(*(None if t is None else t[:2].to(self.device) for t in batch))  # type: ignore[arg-type]
-
-    def _dry(self, batch: Batch) -> tuple[Output, Output]:
-        try:
-            teacher, student = self.answer_both(batch)
-            again = self.student_taps.inspect()
-            if self.teacher is not None:
-                again |= self.teacher.taps.inspect()
-            if again:
-                teacher, student = self.answer_both(batch)
-                self.student_taps.inspect()
-                if self.teacher is not None:
-                    self.teacher.taps.inspect()
-        except (RuntimeError, AssertionError) as error:
-            shape = tuple(batch.inputs.shape[1:])
-            raise KdError(f"a network cannot take inputs of shape {shape}: {str(error).splitlines()[0]}") from None
-        for name, output in (("student", student), ("teacher", teacher)):
-            classes = None if output.logits is None else output.logits.shape[-1]
-            if classes is not None and classes != self.num_classes:
-                raise KdError(f"the {name} answers {classes} classes, the data has {self.num_classes}")
-        return teacher, student
-
     def configure_model(self) -> None:
-        """Of a strategy that shards (FSDP): student, teacher and adapters, each over all processes."""
+        """Shard student, teacher and adapters, each over all processes (called by Lightning under FSDP)."""
         if self._device_mesh is None or self.sharded:
             return
         self.sharded = True
@@ -155,73 +249,104 @@ class Distiller(Evaluated):
 
     def run_whole_teacher(self) -> None:
         """Do not leave the teacher behind its last tap, whatever the terms need."""
-        self._teacher_logits_wanted = True
+        self._want = self._want._replace(logits=True)
 
     # ------------------------------------------------------------------ the forward passes
 
     def answer_both(self, batch: Batch) -> tuple[Output, Output]:
         """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
-        teacher = self._answer_of_teacher(batch)
+        teacher = Output() if self.teacher is None else self.teacher.answer(batch, self._want)
+        student = self._answer_of_student(batch.inputs, batch)
+        for view in self.objective.views:
+            if view not in batch.views:
+                raise KdError(
+                    f"a term needs the view {view} of each sample, the batches have "
+                    f"{', '.join(batch.views) or 'none'}: the data module must make it"
+                )
+            seen = Batch(batch.views[view], batch.targets, batch.index, batch.mask, {}, batch.extra)
+            if self.teacher is not None:
+                teacher.views[view] = self.teacher.answer(seen, self._want)
+            student.views[view] = self._answer_of_student(seen.inputs, seen)
+        return teacher, student
+
+    def _answer_of_student(self, inputs: Any, batch: Batch) -> Output:
         self.student_taps.active = bool(self.student_taps.names)
-        logits = self.student(batch.inputs)
-        features = self.student_taps.take() if self.student_taps.active else {}
+        output = self.task.answer(self.student, inputs, batch, self._want)
+        if self.student_taps.active:
+            output.features |= self.student_taps.take()
         self.student_taps.active = False
-        return teacher, Output(logits, features)
+        return output
 
-    def _answer_of_teacher(self, batch: Batch) -> Output:
-        """Its own view of the batch if it has one, a remembered answer if there is one, nothing if no term reads it."""
-        if self.teacher is None or not (self._teacher_logits_wanted or self.teacher.taps.names):
-            return Output()
-        if self.teacher.remembered is not None:
-            return self.teacher.recall(batch.index)
-        inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
-        return self.teacher(inputs, features=True, logits=self._teacher_logits_wanted)
+    def _inputs_of(self, batch: Batch, gradient: bool) -> None:
+        if gradient and isinstance(batch.inputs, Tensor) and batch.inputs.is_floating_point():
+            batch.inputs = batch.inputs.detach().requires_grad_()
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The student's logits (rows, classes)."""
-        return self.student(inputs)
+    def forward(self, inputs: Any) -> Any:
+        """What the network that is deployed returns."""
+        return self.deployed(**inputs) if isinstance(inputs, Mapping) else self.deployed(inputs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step: named terms, their weighted sum, counts into the buffer."""
-        teacher, student = self.answer_both(batch)
-        epoch = self.current_epoch + batch_idx / max(1, self.trainer.num_training_batches)
-        correct, labelled = self.task.count(student.rows, batch.targets)
-        shares = group.shares(len(batch.targets), labelled)
-        values, total = self.objective(student, teacher, batch, epoch, self.trainer.max_epochs or 1, shares)
-        loss = total if shares is None else total / shares.rows  # the buffer weights it with the rows again
-        self._buffer.add([loss, *values, *correct, labelled], rows=len(batch.targets))
-        last = batch_idx + 1 == self.trainer.num_training_batches
-        if last or self._buffer.full:
-            self._read_buffer(batch_idx)
-        if last:
-            self._close_epoch()
-        return total
+        batch = self.task.rows(self.compose(batch))
+        self._inputs_of(batch, self._want.input_gradient)
+        step = self.losses(batch)
+        self.track(step, batch_idx)
+        return step.total
+
+    def place(self, batch_idx: int | None = None) -> tuple[float, int]:
+        """How far the training is: (fractional) epoch, of so many. Outside of a trainer (0, 1)."""
+        trainer = self._trainer
+        if trainer is None:
+            return 0.0, 1
+        if batch_idx is None:
+            batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+        batches = trainer.num_training_batches
+        if (trainer.max_epochs or -1) < 1:  # the length is given in steps
+            return trainer.global_step / max(1, trainer.max_steps), 1
+        return trainer.current_epoch + (batch_idx / max(1, batches) if batches != float("inf") else 0.0), int(
+            trainer.max_epochs or 1
+        )
 
     # ------------------------------------------------------------------ bookkeeping of an epoch
 
     def on_fit_start(self) -> None:
         """Measure the teacher with the student's metrics, once, and say so before the first epoch."""
-        names, few = ["loss", *self.objective.names], self.objective.needs("labels")
-        self._buffer = StepBuffer(names, self.log_every, self.device, over_labelled=few, counts=self.task.counts)
+        self._buffer = None
         self.watch_teacher()
-        if self.teacher is not None and "val" not in self.teacher_metrics:
-            teacher, loader = self.teacher, self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-            dtype = next(self.student.parameters()).dtype  # of a precision like bf16-true, as in the steps
-            found, _ = measure(
-                *(self.task, self.num_classes, lambda x: teacher(x.to(dtype)).rows, loader, self.device),
-                whose="the teacher",
-                split="val",
-            )
-            self.teacher_metrics["val"] = found  # of one that is trained along, each validation's take its place
-            said = ", ".join(f"val/{k} {v:.4f}" for k, v in found.items())
-            log.info("teacher%s: %s", ", before it is trained along" if self.teacher_trained else "", said)
-            recorded = teacher.sources[0].get("val", {}) if len(teacher.sources) == 1 else {}
-            if (doubt := getattr(self.task, "doubt", None)) and (words := doubt(found, recorded, self.num_classes)):
-                log.warning("the teacher %s", words)
-        if self.teacher is not None and self.teacher.cache and self._teacher_logits_wanted:
+        if self.teacher is None:
+            return
+        if self.comparable and "val" not in self.teacher_metrics:
+            self._measure_teacher()
+        if self.teacher.cache and self._want.logits:
             loader = self.trainer.datamodule.answering_dataloader()  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():  # as in the training step
-                self.teacher.remember(loader, self.device)
+                self.teacher.begin(loader, self.device)
+
+    def _measure_teacher(self) -> None:
+        assert self.teacher is not None
+        teacher, loader = self.teacher, self._val_batches()
+        if loader is None:
+            return
+        dtype = next((p.dtype for p in self.student.parameters()), torch.float32)  # bf16-true: as in the steps
+        cast = _cast_to(dtype)
+        found, _ = measure(
+            *(self.task, self.num_classes, lambda batch: teacher.measured(batch.map(cast)), loader, self.device),
+            who="the teacher",
+            split="val",
+        )
+        self.teacher_metrics["val"] = found  # of one that is trained along, each validation's take its place
+        numbers = ", ".join(f"val/{k} {v:.4f}" for k, v in found.items())
+        log.info("teacher%s: %s", ", before it is trained along" if self.teacher_trained else "", numbers)
+        recorded = teacher.sources[0].get("val", {}) if len(teacher.sources) == 1 else {}
+        if words := self.task.doubt(found, recorded, self.num_classes):
+            log.warning("the teacher %s", words)
+
+    def _val_batches(self) -> Iterable[Batch] | None:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            return data.val_dataloader()
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        return self.trainer.val_dataloaders
 
     def on_train_epoch_start(self) -> None:
         """Seed by epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
@@ -230,23 +355,35 @@ class Distiller(Evaluated):
         np.random.seed(seed)
         torch.manual_seed(seed)
 
-    def _read_buffer(self, batch_idx: int) -> None:
-        window = self._buffer.read()
+    def track(self, step: Step, batch_idx: int) -> None:
+        """Put a step into the buffer; read it when it is full, and close the epoch at its last batch."""
+        if self._buffer is None:
+            names = self.task.counts if step.counts else ()
+            labelled = [name for name, over in step.over.items() if over == "labelled"]
+            self._buffer = StepBuffer(list(step.values), self.log_every, self.device, labelled, names)
+        self._buffer.add([*step.values.values(), *step.counts, step.labelled], rows=step.rows)
+        last = self.trainer.is_last_batch
+        if last or self._buffer.full:
+            self._read_buffer(self._buffer, batch_idx)
+        if last:  # before the validation, so that the epoch's line has both
+            self.epoch_means = self._train_means(self._buffer, *self._buffer.take_epoch())
+
+    def _read_buffer(self, buffer: StepBuffer, batch_idx: int) -> None:
+        window = buffer.read()
         bad = first_bad(window)
         if bad is not None:
-            self._stop_on(bad, batch_idx, len(window))
-        means = self._train_means(*self._buffer.last)  # over all processes
-        epoch = self.current_epoch + (batch_idx + 1) / max(1, self.trainer.num_training_batches)
+            self._stop_on(buffer, bad, batch_idx, len(window))
+        means = self._train_means(buffer, *buffer.last)  # over all processes
         for name in self.objective.schedules:
-            means[f"weight/{name}"] = self.objective.weight(name, epoch, self.trainer.max_epochs or 1)
+            means[f"weight/{name}"] = self.objective.weight(name, *self.place(batch_idx + 1))
         means["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         for logger in self.loggers:
             logger.log_metrics({"epoch": self.current_epoch, **means}, step=self.global_step)
 
-    def _stop_on(self, bad: tuple[int, list[int]], batch_idx: int, steps: int) -> None:
+    def _stop_on(self, buffer: StepBuffer, bad: tuple[int, list[int]], batch_idx: int, steps: int) -> None:
         row, columns = bad
-        names = [self._buffer.names[c] for c in columns]
-        terms = [n for n in names if n in self.objective.names] or names[:1]
+        names = [buffer.names[c] for c in columns]
+        terms = [n for n in names if n != "loss"] or names[:1]
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
         raise RunFailure(
             f"the loss is not finite: term {', '.join(terms)} at step {batch_idx - steps + 2 + row} of epoch "
@@ -254,22 +391,18 @@ class Distiller(Evaluated):
             f"last good checkpoint: {checkpoint}"
         )
 
-    def _train_means(self, sums: Tensor, rows: int) -> dict[str, float]:
+    def _train_means(self, buffer: StepBuffer, sums: Tensor, rows: int) -> dict[str, float]:
         if self.trainer.world_size > 1:
             packed = torch.cat([sums, torch.tensor([float(rows)], dtype=torch.float64)]).to(self.device)
             packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()
             sums, rows = packed[:-1], int(packed[-1])
-        return {f"train/{name}": value for name, value in self._buffer.means(sums, rows).items()}
-
-    def _close_epoch(self) -> None:
-        """The epoch's exact means; before the validation, so that the epoch's line has both."""
-        self.epoch_means = self._train_means(*self._buffer.take_epoch())
+        return {f"train/{name}": value for name, value in buffer.means(sums, rows).items()}
 
     # ------------------------------------------------------------------ optimiser and checkpoints
 
     def trainable(self) -> list[nn.Parameter]:
-        """What the optimiser gets: the student's and the adapters' parameters, never the teacher's."""
-        return [p for m in (self.student, self.objective) for p in m.parameters() if p.requires_grad]
+        """What the optimiser gets: the parameters of :meth:`networks` that want a gradient."""
+        return [p for network in self.networks().values() for p in network.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         """The recipe's optimiser and schedule."""
@@ -305,3 +438,11 @@ class Distiller(Evaluated):
                     f"{now.get(key)} now). Put it back, or start a run of its own; an older kd "
                     "divided folders otherwise"
                 )
+
+
+def _grad(wanted: bool) -> Any:
+    return contextlib.nullcontext() if wanted else torch.no_grad()
+
+
+def _cast_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,22 +1,62 @@
-"""Validation and test, student beside teacher: the half of the Distiller that measures."""
+"""Validation and test, student beside teacher: the half of the Distiller that measures, and one pass outside of it."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric as StateMetric
 
-from kd.distill.measure import NotFinite
-from kd.distill.teacher import Teacher
+from kd.distill.answers import Answers
 from kd.errors import RunFailure
-from kd.losses.base import Batch
+from kd.losses.base import Batch, Output
 from kd.parallel import group
+from kd.tasks.base import Task, Want
 
 STATISTICS = ("running_mean", "running_var")
+KEPT = 2**26  # numbers of a frozen teacher's logits on validation and test that are kept for all epochs
+
+
+class NotFinite(StateMetric):
+    """Counts the rows of a pass whose logits are not all finite and keeps the lowest index of them.
+
+    Nothing is synchronised before ``compute``, which is over all processes.
+    """
+
+    full_state_update = False
+    first: Tensor
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("first", torch.tensor(torch.iinfo(torch.int64).max), dist_reduce_fx="min")
+        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+        self.seen = 0
+
+    def update(self, logits: Tensor, index: Tensor | None) -> None:
+        """Logits (rows, classes) and the index (rows,) of their samples; else rows are counted as they come."""
+        bad = ~logits.flatten(1).isfinite().all(1)
+        if index is None or len(index) != len(bad):
+            index = torch.arange(self.seen, self.seen + len(bad), device=bad.device)
+        self.seen += len(bad)
+        self.rows += bad.sum()
+        self.first = torch.minimum(self.first, torch.where(bad, index, self.first).min())
+
+    def compute(self) -> tuple[int, int]:
+        """Number of such rows, and the lowest index among them."""
+        return int(self.rows), int(self.first)
+
+    def check(self, network: str, split: str, more: str = "") -> None:
+        """``RunFailure`` that names network, split and row when there was one."""
+        rows, first = self.compute()
+        if rows:
+            count = "is not finite for 1 row" if rows == 1 else f"is not finite for {rows} rows"
+            raise RunFailure(f"the answer of {network} {count} of {split} (NaN or infinity; index {first}){more}")
 
 
 class Evaluated(L.LightningModule):
@@ -25,9 +65,11 @@ class Evaluated(L.LightningModule):
     Measured is in float32, whatever precision the steps have: the passes run without autocast, and logits of networks
     that are of another type are cast before anything is made of them. A teacher that the training changes (mutual
     learning, a moving average) is measured as it is at each validation, a frozen one once.
+
+    ``num_classes``: outputs of a row in the data; None: as many as the student has in its dry pass.
     """
 
-    def __init__(self, student: nn.Module, teacher: Teacher | None, task: Any, num_classes: int) -> None:
+    def __init__(self, student: nn.Module, teacher: Answers | None, task: Task, num_classes: int | None) -> None:
         super().__init__()
         self.student, self.teacher, self.task, self.num_classes = student, teacher, task, num_classes
         self.history: dict[int, dict[str, float]] = {}  # epoch → validation metrics, survives a resume
@@ -36,9 +78,17 @@ class Evaluated(L.LightningModule):
         self.teacher_metrics: dict[str, dict[str, float]] = {}  # split → metrics
         self.teacher_tested: dict[str, Any] = {}
         self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
-        self._teacher_logits: dict[tuple[str, int], Tensor] = {}
+        self.comparable = teacher is not None and teacher.live  # whether the two networks' logits mean the same
+        self._deployed: list[nn.Module] = []  # in a list: its modules belong to the student and the terms
+        self._teacher_outputs: dict[tuple[str, int], Output] = {}
+        self._kept = 0
         self._teacher_sums: Tensor | None = None  # of its weights, as last seen
         self._teacher_changed = False
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network that is measured, saved and exported: the student, with the heads that terms leave on it."""
+        return self._deployed[0] if self._deployed else self.student
 
     @property
     def teacher_trained(self) -> bool:
@@ -68,11 +118,11 @@ class Evaluated(L.LightningModule):
             self._teacher_changed = True
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh metrics for the pass, and one network on all processes."""
-        group.same_buffers(self.student)
+        """Fresh meters for the pass, and one network on all processes."""
+        group.same_buffers(self.deployed)
         self.watch_teacher()
-        self._metrics = self.task.metrics(self.num_classes).to(self.device)
-        self._teacher_metrics = self.task.metrics(self.num_classes).to(self.device)
+        self._meter = self.task.meter(self.num_classes).to(self.device)
+        self._teacher_meter = self.task.meter(self.num_classes).to(self.device)
         self._finite = [NotFinite().to(self.device) for _ in range(2)]  # of student and teacher
 
     on_test_epoch_start = on_validation_epoch_start
@@ -86,31 +136,37 @@ class Evaluated(L.LightningModule):
         self._evaluate("test", batch, batch_idx)
 
     def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> None:
+        batch = self.task.rows(batch)
         with _without_autocast(self.device):
-            logits, teacher = self.student(batch.inputs).float(), None
-            self._finite[0].update(logits, batch.index)
-            if self.teacher is not None:
+            output, teacher = self.task.answer(self.deployed, batch.inputs, batch, Want()).to_float32(), None
+            if output.has_logits:
+                self._finite[0].update(output.logits, batch.index)
+            if self.comparable:
                 teacher = self._answer_for(split, batch, batch_idx)
-                self._finite[1].update(teacher, batch.index)
+                self._finite[1].update(teacher.logits, batch.index)
                 if split == "test" or self.teacher_trained:  # val of a frozen one is measured before the first epoch
-                    self._teacher_metrics.update(teacher, batch.targets)
-            self._metrics.update(logits, batch.targets, teacher)
+                    self._teacher_meter.update(teacher, batch)
+            self._meter.update(output, batch, teacher)
         if self.predictions is not None:
-            for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", logits)):
+            for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", output.logits)):
+                assert tensor is not None, f"predictions cannot be kept: the data has no {name}"
                 self.predictions.setdefault(name, []).append(tensor.cpu())
 
-    def _answer_for(self, split: str, batch: Batch, batch_idx: int) -> Tensor:
-        """The teacher's logits (rows, classes) of a batch: the split never changes, so a frozen one answers once."""
+    def _answer_for(self, split: str, batch: Batch, batch_idx: int) -> Output:
+        """The teacher's output for a batch: the split never changes, so a frozen one answers once while that fits."""
         assert self.teacher is not None
-        if self.teacher_trained:
-            return self.teacher(batch.inputs).rows.float()
-        if (split, batch_idx) not in self._teacher_logits:
-            self._teacher_logits[split, batch_idx] = self.teacher(batch.inputs).rows.float()
-        return self._teacher_logits[split, batch_idx]
+        if (split, batch_idx) in self._teacher_outputs and not self.teacher_trained:
+            return self._teacher_outputs[split, batch_idx]
+        output = self.teacher.measured(batch).to_float32()
+        size = output.logits.numel()
+        if not self.teacher_trained and self._kept + size <= KEPT:
+            self._teacher_outputs[split, batch_idx] = output
+            self._kept += size
+        return output
 
     def _check_finite(self, split: str, more: str = "") -> None:
         self._finite[0].check("the student", split, more)
-        if self.teacher is not None:
+        if self.comparable:
             self._finite[1].check("the teacher", split, more)
 
     def on_validation_epoch_end(self) -> None:
@@ -118,24 +174,28 @@ class Evaluated(L.LightningModule):
         kept = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
         more = f" after epoch {self.current_epoch + 1}; last good checkpoint: {kept}"
         self._check_finite("val", more)
-        metrics = {f"val/{k}": v for k, v in self._metrics.compute(self.teacher is not None).items()}
+        metrics = {f"val/{k}": v for k, v in self._meter.compute(self.comparable).items()}
         _check_metrics(metrics, more)
         self.log_dict(metrics)
         if self.trainer.state.fn == "fit":
             self.history[self.current_epoch] = metrics
-            if self.teacher_trained:
-                self.teacher_metrics["val"] = self._teacher_metrics.compute(False)
+            if self.comparable and self.teacher_trained:
+                self.teacher_metrics["val"] = self._teacher_meter.compute(False)
 
     def on_test_epoch_end(self) -> None:
         """Log the pass under ``test_name``, and keep it: two students of a run are tested, last and selected."""
         self._check_finite("test")
-        metrics = self._metrics.compute(self.teacher is not None)
+        metrics = self._meter.compute(self.comparable)
         _check_metrics({f"test/{name}": value for name, value in metrics.items()})
         self.log_dict({f"{self.test_name}/{name}": value for name, value in metrics.items()})
-        self.tested = {"test": metrics, "test_per_class": self._metrics.accuracy_per_class()}
-        if self.teacher is not None:
-            per_class = self._teacher_metrics.accuracy_per_class()
-            self.teacher_tested = {"test": self._teacher_metrics.compute(False), "test_per_class": per_class}
+        self.tested = {"test": metrics, **_per_class(self._meter.per_class())}
+        if self.comparable:
+            per_class = self._teacher_meter.per_class()
+            self.teacher_tested = {"test": self._teacher_meter.compute(False), **_per_class(per_class)}
+
+
+def _per_class(values: list[float]) -> dict[str, list[float]]:
+    return {"test_per_class": values} if values else {}
 
 
 def _without_autocast(device: torch.device) -> Any:
@@ -149,3 +209,43 @@ def _check_metrics(metrics: dict[str, float], more: str = "") -> None:
     bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
     if bad is not None:
         raise RunFailure(f"{bad} = {metrics[bad]} is not finite{more}")
+
+
+@torch.no_grad()
+def measure(
+    task: Task,
+    num_classes: int | None,
+    network: Callable[[Batch], Output],
+    loader: Iterable[Batch],
+    device: torch.device,
+    teacher: Callable[[Batch], Output] | None = None,
+    keep: dict[str, list[Tensor]] | None = None,
+    who: str = "the student",
+    split: str = "the split",
+) -> tuple[dict[str, float], list[float]]:
+    """The task's metrics of a network on a split, and its accuracy per class, outside of a trainer.
+
+    ``network`` and ``teacher`` answer a batch on the device, which is measured in float32; ``keep`` collects index,
+    target and logits. ``RunFailure`` when logits or a metric are not finite; it says ``who`` and on which ``split``.
+    """
+    meter = task.meter(num_classes).to(device)
+    finite, finite_teacher = NotFinite().to(device), NotFinite().to(device)
+    for batch in loader:
+        batch = task.rows(batch.to(device))
+        output, beside = network(batch).to_float32(), None
+        if output.has_logits:
+            finite.update(output.logits, batch.index)
+        if teacher is not None:
+            beside = teacher(batch).to_float32()
+            finite_teacher.update(beside.logits, batch.index)
+        meter.update(output, batch, beside)
+        if keep is not None:
+            for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", output.logits)):
+                assert tensor is not None, f"predictions cannot be kept: the data has no {name}"
+                keep.setdefault(name, []).append(tensor.cpu())
+    finite.check(who, split)
+    if teacher is not None:
+        finite_teacher.check("the teacher", split)
+    metrics = meter.compute(teacher is not None)
+    _check_metrics({f"{split}/{name}": value for name, value in metrics.items()}, f": {who}")
+    return metrics, meter.per_class()

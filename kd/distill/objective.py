@@ -1,67 +1,20 @@
-"""The objective: named terms, their weights over time, and the adapters the terms own."""
+"""The objective: named terms, their weights over time, and the adapters and banks that the terms own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from kd.distill.schedules import Schedule
 from kd.errors import KdError
-from kd.losses.base import Batch, Output, Term
+from kd.losses.base import OVER, Batch, Output, Term, at_least_float32
+from kd.parallel import group
 from kd.parallel.group import Shares
-
-Schedule = Callable[[float, int], float]
-"""``factor(epoch, epochs)``: what a term's weight is multiplied by at this (fractional) epoch of so many."""
-
-
-class Linear:
-    """Goes straight from ``start`` to ``end`` over the first ``epochs`` (default: the whole run), then stays.
-
-    Warm-up is ``start=0, end=1, epochs=20`` (DKD); FitNets' lambda is ``start=4, end=1``.
-    """
-
-    def __init__(self, start: float = 0.0, end: float = 1.0, epochs: float | None = None) -> None:
-        self.start, self.end, self.epochs = _factor("start", start), _factor("end", end), _length(epochs)
-
-    def __call__(self, epoch: float, epochs: int) -> float:
-        done = min(1.0, epoch / (self.epochs or epochs))
-        return self.start + (self.end - self.start) * done
-
-
-class Cosine:
-    """Goes from ``start`` to ``end`` along half a cosine over the first ``epochs`` (default: the whole run)."""
-
-    def __init__(self, start: float = 1.0, end: float = 0.0, epochs: float | None = None) -> None:
-        self.start, self.end, self.epochs = _factor("start", start), _factor("end", end), _length(epochs)
-
-    def __call__(self, epoch: float, epochs: int) -> float:
-        done = min(1.0, epoch / (self.epochs or epochs))
-        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
-
-
-class Step:
-    """Multiplies by ``gamma`` (0 switches the term off) after each of the ``milestones``, in epochs."""
-
-    def __init__(self, milestones: Sequence[float], gamma: float = 0.1) -> None:
-        self.milestones, self.gamma = sorted(milestones), _factor("gamma", gamma)
-
-    def __call__(self, epoch: float, epochs: int) -> float:
-        return self.gamma ** sum(epoch >= m for m in self.milestones)
-
-
-def _factor(name: str, value: float) -> float:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} = {value} is not allowed: it must be a finite number, 0 or more")
-    return value
-
-
-def _length(epochs: float | None) -> float | None:
-    if epochs is not None and not epochs > 0:
-        raise ValueError(f"epochs = {epochs} is not allowed: it must be above 0, or null for the whole run")
-    return epochs
 
 
 class Objective(nn.Module):
@@ -83,6 +36,8 @@ class Objective(nn.Module):
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in terms}
         self.schedules = dict(schedules or {})
         for name, weight in self.weights.items():
+            if terms[name].over not in OVER:
+                raise KdError(f"loss.{name}: over = {terms[name].over} is not allowed: it must be {', '.join(OVER)}")
             if not 0 <= weight < math.inf:
                 raise KdError(f"loss.{name}.weight = {weight} is not allowed: it must be a finite number, 0 or more")
 
@@ -96,8 +51,17 @@ class Objective(nn.Module):
         return list(self.terms)
 
     def needs(self, what: str) -> list[str]:
-        """The names of the terms that declare ``needs_<what>``: teacher, logits or labels."""
+        """The names of the terms that declare ``needs_<what>``: teacher, student_logits, teacher_logits, labels …"""
         return [name for name, term in self.items() if getattr(term, f"needs_{what}")]
+
+    def over(self, what: str) -> list[str]:
+        """The names of the terms whose mean is over ``what``: rows, labelled, samples or batch."""
+        return [name for name, term in self.items() if term.over == what]
+
+    @property
+    def views(self) -> list[str]:
+        """The views that both networks must be run on."""
+        return list(dict.fromkeys(view for _, term in self.items() for view in term.needs_views))
 
     def check_teacher(self, given: bool) -> None:
         """``KdError`` when a term needs a teacher and none is given."""
@@ -124,12 +88,49 @@ class Objective(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """Each term's unweighted value, and their weighted sum (all scalars).
 
-        With ``shares`` the sum is this process's part: the mean of all parts is the objective of the whole batch.
+        With ``shares`` the sum is this process's part: the mean of all parts is the objective of the whole batch. A
+        term over the ``batch`` sees that of all processes, and its value is the whole already.
         """
-        values = [term(student, teacher, batch) for _, term in self.items()]
-        weights: list[Any] = [self.weight(name, epoch, epochs) for name in self.terms]
-        if shares is not None:
-            parts = (shares.labelled if term.needs_labels else shares.rows for _, term in self.items())
-            weights = [w * part for w, part in zip(weights, parts, strict=True)]
-        total = torch.stack([w * v.float() for w, v in zip(weights, values, strict=True)]).sum()
-        return values, total
+        values, parts = [], []
+        whole = _Gathered(student, teacher, batch)
+        for name, term in self.items():
+            term.progress = min(1.0, epoch / max(1, epochs))
+            several = shares is not None and term.over == "batch"
+            value = term(*whole.seen_by(term)) if several else term(student, teacher, batch)
+            weight: Any = self.weight(name, epoch, epochs)
+            if shares is not None and not several:
+                weight = weight * getattr(shares, term.over)
+            values.append(value)
+            parts.append(weight * at_least_float32(value))
+        return values, torch.stack(parts).sum()
+
+
+class _Gathered:
+    """The outputs and the batch of all processes, each tensor gathered once, and only where a term reads it."""
+
+    def __init__(self, student: Output, teacher: Output, batch: Batch) -> None:
+        self.student, self.teacher, self.batch = student, teacher, batch
+        self.known: dict[int, Tensor] = {}
+
+    def seen_by(self, term: Term) -> tuple[Output, Output, Batch]:
+        """What a term declares that it reads; of the batch targets, index, mask and its length."""
+        student = self._output(self.student, term.student_taps, term.needs_student_logits, term.needs_views)
+        teacher = self._output(self.teacher, term.teacher_taps, term.needs_teacher_logits, term.needs_views)
+        length = self.batch.index if self.batch.index is not None else self.batch.targets
+        inputs = length.new_zeros(len(self.batch), 1)  # in the place of the inputs, which would be much to send
+        seen = replace(self.batch, inputs=inputs, views={}, extra={})
+        return student, teacher, seen.map(self._rows)
+
+    def _output(self, output: Output, taps: Sequence[Any] | None, logits: bool, views: Sequence[str]) -> Output:
+        names = output.features if taps is None else map(str, taps)
+        return Output(
+            self._rows(output.logits) if logits and output.has_logits else None,
+            {name: self._rows(output.features[name]) for name in names if name in output.features},
+            members=[self._output(member, (), logits, ()) for member in output.members],
+            views={v: self._output(output.views[v], taps, logits, ()) for v in views if v in output.views},
+        )
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.known:
+            self.known[id(tensor)] = group.gather_rows(tensor)
+        return self.known[id(tensor)]

@@ -1,4 +1,4 @@
-"""The teacher is furniture: frozen, always in eval, under no_grad, fed with the input statistics it was trained on."""
+"""Live teachers: frozen, always in eval, without a graph, fed with the input statistics that they were trained on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kd.distill.answers import Answers
 from kd.distill.taps import AllTapped, Taps
 from kd.errors import KdError
 from kd.losses.base import Batch, Output
+from kd.tasks.base import Task, Want
+from kd.tasks.classification import Classification
 
 log = logging.getLogger(__name__)
 
@@ -58,25 +61,29 @@ class InputMap(nn.Module):
         return x
 
 
-class Teacher(nn.Module):
-    """One frozen network, or several whose answers are averaged.
+class Teacher(Answers):
+    """One frozen network, or several whose answers are averaged; always in eval, whatever a trainer calls.
 
     ``combine="probabilities"`` answers with ``log Σ wᵢ softmax(zᵢ)`` (an ensemble in the usual sense; its softmax is
     the mean of the members' probabilities), ``"logits"`` with ``Σ wᵢ zᵢ``. ``weights`` are normalised to sum 1.
-    ``cache``: whether :meth:`remember` is to be called before training; then :meth:`recall` replaces forward passes.
+    ``task``: how the networks are called; None: classification. ``cache``: whether :meth:`begin` answers the whole
+    training set, so that no step after it needs a forward pass.
     """
+
+    live = True
 
     def __init__(
         self,
         networks: Sequence[nn.Module],
-        input_maps: Sequence[nn.Module],
+        input_maps: Sequence[nn.Module] = (),
         combine: str = "probabilities",
         weights: Sequence[float] | None = None,
         cache: bool = False,
+        task: Task | None = None,
     ) -> None:
         super().__init__()
         self.cache = cache
-        self.sources: list[dict[str, Any]] = []  # of each run directory: see weight_files.source_of
+        self.task = task if task is not None else Classification()
         self.remembered: Tensor | None = None  # (positions, classes) float32, NaN where nothing was asked
         if weights is not None and (len(weights) != len(networks) or min(weights) < 0 or sum(weights) <= 0):
             raise KdError(
@@ -84,7 +91,7 @@ class Teacher(nn.Module):
                 "not all 0"
             )
         self.networks = nn.ModuleList(networks)
-        self.input_maps = nn.ModuleList(input_maps)
+        self.input_maps = nn.ModuleList(input_maps or [nn.Identity() for _ in networks])
         self.combine = combine
         shares = torch.tensor(weights if weights is not None else [1.0] * len(networks))
         self.shares = [float(s) for s in shares / shares.sum()]
@@ -101,48 +108,66 @@ class Teacher(nn.Module):
         """Record these tensors in every forward pass from now on."""
         self.taps = Taps(self.root, names, side="teacher")
 
+    def inspect_taps(self) -> bool:
+        """After a dry pass: refuse taps that fire twice; whether the pass must be repeated."""
+        return self.taps.inspect()
+
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval, whatever a trainer calls."""
         return super().train(False)
 
-    @torch.no_grad()
-    def forward(self, inputs: Tensor, features: bool = False, logits: bool = True) -> Output:
-        """``inputs`` as the data module makes them. ``features``: also return the tapped tensors.
+    def answer(self, batch: Batch, want: Want) -> Output:
+        """Its output on its own view of the batch, if there is one; kept answers where the training set was answered.
 
-        Without ``logits`` the pass ends at the last tap: what lies behind it costs nothing.
+        Nothing is computed that ``want`` does not ask for: without logits the pass ends at the last tap.
         """
-        self.taps.active = features and bool(self.taps.names)
-        self.taps.stop = self.taps.active and not logits
-        answers = []
+        if self.remembered is not None:
+            assert batch.index is not None
+            return Output(self.remembered.index_select(0, batch.index))
+        if not want.logits and not self.taps.names:
+            return Output()
+        return self(batch.views.get("teacher", batch.inputs), batch, want)
+
+    def measured(self, batch: Batch) -> Output:
+        """Its output on a batch of validation or test."""
+        return self(batch.inputs, batch)
+
+    def forward(self, inputs: Any, batch: Batch | None = None, want: Want | None = None) -> Output:
+        """Answer ``inputs`` as the data module makes them; ``batch``: what they belong to, None: the inputs alone."""
+        batch, want = batch or Batch(inputs), want or Want()
+        self.taps.active = want.features and bool(self.taps.names)
+        self.taps.stop = self.taps.active and not want.logits
+        members = []
         try:
-            for network, prepare in zip(self.networks, self.input_maps, strict=True):
-                answers.append(network(prepare(inputs)))
+            with torch.set_grad_enabled(want.input_gradient and torch.is_grad_enabled()):
+                for network, prepare in zip(self.networks, self.input_maps, strict=True):
+                    members.append(self.task.answer(network, prepare(inputs), batch, want))
         except AllTapped:
-            return Output(None, self.taps.take())
+            return Output(features=self.taps.take())
         finally:
             active, self.taps.active = self.taps.active, False
-        return Output(self._combined(answers), self.taps.take() if active else {})
+        features = self.taps.take() if active else {}
+        if len(members) == 1:
+            members[0].features |= features
+            return members[0]
+        return Output(self._combined([m.logits for m in members]), features, members=members)
 
     @torch.no_grad()
-    def remember(self, batches: Iterable[Batch], device: torch.device) -> None:
-        """Answer these images now, once for the whole training, into a table by ``batch.index``."""
+    def begin(self, batches: Iterable[Batch], device: torch.device) -> None:
+        """With ``cache``: answer these images now, once for the whole training, into a table by ``batch.index``."""
+        if not self.cache:
+            return
         index, answers = [], []
         for batch in batches:
-            inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
+            assert batch.index is not None
             index.append(batch.index)
-            answers.append(self(inputs.to(device)).rows.float())
+            batch = self.task.rows(batch.to(device))
+            answers.append(self(batch.views.get("teacher", batch.inputs), batch).logits.float())
         places, logits = torch.cat(index).to(device), torch.cat(answers)
         self.remembered = logits.new_full((int(places.max()) + 1, logits.shape[1]), torch.nan)
         self.remembered[places] = logits
 
-    def recall(self, index: Tensor) -> Output:
-        """The answers to the images with these ``index`` (B,), without a forward pass."""
-        assert self.remembered is not None, "remember() comes first"
-        return Output(self.remembered.index_select(0, index))
-
     def _combined(self, answers: list[Tensor]) -> Tensor:
-        if len(answers) == 1:
-            return answers[0]
         if len({a.shape for a in answers}) > 1:
             raise KdError(f"the teachers disagree on the classes: {', '.join(str(a.shape[-1]) for a in answers)}")
         shares = torch.tensor(self.shares, device=answers[0].device)

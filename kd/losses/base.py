@@ -1,40 +1,166 @@
-"""What every loss term sees: the answers of both networks, the batch, and the small contract of a term."""
+"""What every loss term sees: the batch, the outputs of both networks, the set-up, and the contract of a term."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 UNLABELLED = -1  # the target of a row whose label is withheld; it still belongs to the transfer set
-
-
-class Batch(NamedTuple):
-    """One batch as the data modules make it and the terms see it."""
-
-    inputs: Tensor  # (batch, channels, height, width), normalised
-    targets: Tensor  # (rows,) int64; UNLABELLED where the label is withheld
-    index: Tensor  # type: ignore[assignment]  # (batch,) int64: place in the data set, stable over epochs
-    teacher_inputs: Tensor | None = None  # what the teacher sees of the same images; None: the inputs
+OVER = ("rows", "labelled", "samples", "batch")
 
 
 @dataclass
-class Output:
-    """What a network answered: ``logits`` (rows, classes), if any term asked, and the tapped tensors by name."""
+class Batch:
+    """One batch as the data module makes it and the terms see it.
 
-    logits: Tensor | None = None
-    features: dict[str, Tensor] = field(default_factory=dict)
+    ``inputs``: a tensor (samples, …) or a mapping of such tensors (token ids, attention mask).
+    ``targets``: as the data gives them; once ``task.rows`` has seen the batch (rows,) int64, ``UNLABELLED`` where the
+    label is withheld, or (rows, classes) shares (mixup, soft labels).
+    ``index``: (samples,) int64, the place in the data set, stable over epochs; None where the data has none.
+    ``mask``: (samples, positions) bool, the positions that count, for terms that read hidden states.
+    ``views``: further inputs of the same samples by name: ``"teacher"`` (what it sees in the place of ``inputs``),
+    ``"strong"``, ``"rotated"`` …
+    ``extra``: what one producer leaves for one reader: partners and shares of a mixture, boxes, lengths of prompts.
+    """
+
+    inputs: Any
+    targets: Any = None
+    index: Tensor | None = None
+    mask: Tensor | None = None
+    views: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(_first_tensor(self.inputs))
+
+    def few(self, count: int) -> Batch:
+        """The first ``count`` samples. Call it before ``task.rows``: afterwards targets may be rows, not samples."""
+        whole = len(self)
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:count] if tensor.ndim and len(tensor) == whole else tensor
+
+        return self.map(cut)
+
+    def to(self, device: Any) -> Batch:
+        """The batch with all its tensors on a device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed, those inside of mappings and lists as well."""
+        return replace(self, **{f.name: _mapped(getattr(self, f.name), change) for f in fields(self)})
+
+
+@dataclass
+class TopK:
+    """A teacher of which the k likeliest classes are known, by ascending cost of storage all that a cache keeps.
+
+    ``ids`` (rows, k) int64, ``log_probs`` (rows, k): log softmax of these classes at T = 1; ``classes``: how many there
+    are. The mass of the tail, 1 − Σ exp(log_probs), is spread over the other classes evenly.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    classes: int
+
+    def dense(self) -> Tensor:
+        """Logits (rows, classes) whose softmax has these probabilities, and the tail's mass in equal parts."""
+        rest = self.classes - self.ids.shape[-1]
+        log_probs = at_least_float32(self.log_probs)
+        tail = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=1e-12) / max(1, rest)
+        full = tail.log().expand(*log_probs.shape[:-1], self.classes)
+        return full.scatter(-1, self.ids, log_probs)
+
+
+class Output:
+    """What a network answered.
+
+    ``logits`` (rows, classes); made from ``hidden`` (rows, width) and ``head``, or from ``topk``, when first read, so
+    that a fused loss over a large vocabulary, which reads those two, never makes them. ``features``: tap → tensor.
+    ``raw``: what the network returned (maps, boxes, a model output). ``members``: the outputs of several teachers.
+    ``views``: view → output on that view of the batch.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        *,
+        hidden: Tensor | None = None,
+        head: nn.Module | None = None,
+        topk: TopK | None = None,
+        raw: Any = None,
+        members: Sequence[Output] = (),
+        views: Mapping[str, Output] | None = None,
+    ) -> None:
+        self._logits = logits
+        self.features: dict[str, Tensor] = dict(features or {})
+        self.hidden, self.head, self.topk, self.raw = hidden, head, topk, raw
+        self.members, self.views = tuple(members), dict(views or {})
 
     @property
-    def rows(self) -> Tensor:
-        """The logits, for terms that declared that they need them."""
-        if self.logits is None:
-            raise ValueError("this term reads logits, but does not declare it: set needs_logits = True on its class")
-        return self.logits
+    def has_logits(self) -> bool:
+        """Whether there are logits, or what they are made from."""
+        return self._logits is not None or self.topk is not None or (self.hidden is not None and self.head is not None)
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits (rows, classes). ``ValueError`` where nothing gave any."""
+        if self._logits is None and self.hidden is not None and self.head is not None:
+            self._logits = self.head(self.hidden)
+        elif self._logits is None and self.topk is not None:
+            self._logits = self.topk.dense()
+        if self._logits is None:
+            raise ValueError(
+                "there are no logits: the network gives none, or this term reads them without declaring it "
+                "(needs_student_logits, needs_teacher_logits)"
+            )
+        return self._logits
+
+    def to_float32(self) -> Output:
+        """The same output with logits of at least single precision; what they are made from stays as it is."""
+        if self._logits is not None:
+            self._logits = at_least_float32(self._logits)
+        return self
+
+    def without_logits(self) -> Output:
+        """The same output with nothing to make logits from: what a term gets that declares that it reads none."""
+        return Output(features=self.features, raw=self.raw, members=self.members, views=self.views)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What :meth:`Term.prepare` may look at, before the first step.
+
+    ``student``, ``teacher``, ``batch``: of a dry pass over two samples, in eval mode, without gradient unless a term
+    needs that of the inputs. ``networks``: the bare modules by role, ``student`` and ``teacher`` (of several teachers
+    ``teacher0``, ``teacher1`` …): classifier weights, batch statistics, prefix tokens. ``train_index`` (n,) and
+    ``train_targets`` (n, …): the training set, None where the data does not tell. ``classes``: outputs of a row.
+    ``epochs``, ``steps``: the length of the run, where it is known.
+    """
+
+    student: Output
+    teacher: Output
+    batch: Batch
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    train_index: Tensor | None = None
+    train_targets: Tensor | None = None
+    classes: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Places in a table by ``batch.index``: one more than the largest index. ``ValueError`` if it is not known."""
+        if self.train_index is None:
+            raise ValueError("the training data does not tell its index, which this term keeps a table by")
+        return int(self.train_index.max()) + 1
 
 
 class Term(nn.Module):
@@ -46,19 +172,40 @@ class Term(nn.Module):
         Names of the tensors to record on each side: module names (``"layer2"``, ``"layer2.0.act:input"``) or
         integers (stage numbers of the network, negative ones from the end). ``None`` stands for all stages.
         After :meth:`prepare` both are lists of plain names, the keys of ``Output.features``.
-    ``needs_teacher``, ``needs_logits``, ``needs_labels``
-        Whether the term reads the teacher, the logits (of both networks) and ``batch.targets``.
+    ``needs_teacher``, ``needs_student_logits``, ``needs_teacher_logits``, ``needs_labels``
+        Whether the term reads the teacher at all, the logits of either network, and ``batch.targets``.
+    ``needs_views``
+        Names of ``batch.views`` on which both networks are run as well: ``Output.views``.
+    ``needs_input_gradient``
+        Whether it differentiates by ``batch.inputs``: they require a gradient then, and the teacher keeps its graph.
+    ``needs_attention_maps``
+        Whether its taps are attention maps, which fused attention does not make.
+    ``over``
+        What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``; or ``"batch"``: it is no plain mean
+        (Gram matrices, batch statistics, normalisers, contrasts, banks), and on several processes it sees the outputs
+        and the batch of all of them, gathered with their gradient.
+    ``progress``
+        Set before each step: the part of the training that is done, 0 to 1, for temperatures that change.
+
+    Buffers (banks, running statistics) are kept in checkpoints. Change them only while ``self.training``.
     """
 
     needs_teacher: bool = True
-    needs_logits: bool = True
+    needs_student_logits: bool = True
+    needs_teacher_logits: bool = True
     needs_labels: bool = False
+    needs_views: Sequence[str] = ()
+    needs_input_gradient: bool = False
+    needs_attention_maps: bool = False
+    over: str = "rows"
 
     student_taps: Sequence[str | int] | None = ()
     teacher_taps: Sequence[str | int] | None = ()
 
-    def prepare(self, student: Output, teacher: Output) -> None:
-        """Look at one dry batch (no gradient) and build adapters. Called once, before the optimiser is built.
+    progress: float = 0.0
+
+    def prepare(self, setup: Setup) -> None:
+        """Build adapters and banks from a dry pass. Called once, before the optimiser is built.
 
         Raises ``ValueError`` with one sentence when the shapes cannot be matched.
         """
@@ -66,6 +213,10 @@ class Term(nn.Module):
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean loss over the rows, a scalar."""
         raise TypeError(f"{type(self).__name__} does not define forward(student, teacher, batch)")
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        """The network that is evaluated, measured and exported: ``student``, or one with a head of this term."""
+        return student
 
     def pairs(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
         """The tapped tensors, student's and teacher's, side by side. ``ValueError`` when they are not equally many.
@@ -89,6 +240,20 @@ def _recorded(output: Output, tap: str | int, side: str) -> Tensor:
     if str(tap) not in output.features:
         raise ValueError(f"{side} tap {tap} was not recorded: there are {', '.join(output.features) or 'none'}")
     return output.features[str(tap)]
+
+
+def _first_tensor(value: Any) -> Tensor:
+    if isinstance(value, Mapping):
+        value = next(iter(value.values()))
+    return value
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    return [_mapped(part, change) for part in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------------- shared by the pure functions

@@ -151,25 +151,57 @@ def _stored(call: Callable[[Any], T]) -> T | None:
 
 
 class Shares(NamedTuple):
-    """Factors that turn a mean over this process's rows into its part of the mean over all rows of the step.
+    """Factors that turn a mean over what this process has into its part of the mean over all processes.
 
     The mean of ``factor × local mean`` over the processes, which is what gradients go through, is then the mean over
-    the whole batch, also where a process has fewer rows or fewer labels than another. Both are 0-d tensors, 1 where
-    all processes have equally many.
+    the whole batch, also where a process has fewer rows or fewer labels than another. All are 0-d tensors, 1 where all
+    processes have equally many.
     """
 
     rows: Tensor
     labelled: Tensor
+    samples: Tensor
 
 
-def shares(rows: int, labelled: Tensor) -> Shares | None:
-    """The factors of a step, for this process's ``rows`` and number of ``labelled`` ones; None for one process."""
+def shares(rows: int, labelled: Tensor, samples: int) -> Shares | None:
+    """The factors of a step, for the numbers of rows, labelled rows and samples here; None for one process."""
     if not joined():
         return None
-    own = torch.stack([torch.full_like(labelled, rows), labelled]).float()
+    own = torch.stack([torch.full_like(labelled, rows), labelled, torch.full_like(labelled, samples)]).float()
     total = own.clone()
     dist.all_reduce(total)
     return Shares(*(world_size() * own / total.clamp(min=1)))
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The tensors of all processes, in their order, behind one another along the first dimension.
+
+    Sizes may differ there. The gradient goes back to the process that each part came from, summed over all processes
+    that used it: a loss of the whole, computed by every process, has the gradient of one process once DDP averages.
+    """
+    return _GatherRows.apply(tensor) if joined() else tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
+        counts[rank()] = len(tensor)
+        dist.all_reduce(counts)
+        context.counts = counts.tolist()
+        longest = max(context.counts)
+        sent = tensor.new_zeros(longest, *tensor.shape[1:])
+        sent[: len(tensor)] = tensor
+        parts = [torch.empty_like(sent) for _ in context.counts]
+        dist.all_gather(parts, sent)
+        return torch.cat([part[:count] for part, count in zip(parts, context.counts, strict=True)])
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        start = sum(context.counts[: rank()])
+        return gradient[start : start + context.counts[rank()]]
 
 
 @torch.no_grad()
@@ -183,9 +215,15 @@ def same_buffers(network: nn.Module) -> None:
 # ---------------------------------------------------------------------- wrapping
 
 
-def ignore_in_ddp(module: nn.Module, prefix: str) -> None:
-    """Tell DDP to leave a submodule alone: a teacher's buffers would be sent round in every step."""
-    names = [n for n, _ in [*module.named_parameters(), *module.named_buffers()] if n.startswith(prefix)]
+def ignore_in_ddp(module: nn.Module, teacher: str | None, objective: str) -> None:
+    """Tell DDP which submodules to leave alone, by the prefixes of their names.
+
+    Of a frozen ``teacher`` everything: its buffers would be sent round in every step. Of the ``objective`` the buffers:
+    those of process 0 would overwrite every other process's bank or running statistics.
+    """
+    names = [n for n, _ in module.named_buffers() if n.startswith(objective)]
+    if teacher is not None:
+        names += [n for n, _ in [*module.named_parameters(), *module.named_buffers()] if n.startswith(teacher)]
     module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -22,3 +23,8 @@ def number(value: float | None) -> str:
     if value is None:
         return "none"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def shown_metric(metric: Mapping[str, Any], value: float) -> str:
+    """Write a metric for people: shares in percent, others in their own unit."""
+    return f"{100 * value:.2f}" if metric["share"] else f"{value:.4f}"

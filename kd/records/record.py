@@ -35,10 +35,30 @@ def config_hash(config: Mapping[str, Any]) -> str:
     kept["protocol"] = {k: v for k, v in config["protocol"].items() if k != "keep_predictions"}
     for role in ("student", "teacher"):
         kept[role] = {**config[role], "checkpoint": _experiment_of(config[role]["checkpoint"])}
+    if not kept.get("networks"):
+        kept.pop("networks", None)
     for key in ("cache", "trust"):  # the same answers, sooner, or from a file that is allowed to name code
         kept["teacher"].pop(key, None)
     text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def metrics_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The descriptions of the metrics that a finished run's task has measured, the main one first.
+
+    Each has the keys of :class:`kd.tasks.base.Metric`. A run of an older kd has none: then its selecting metric stands
+    for all, the more the better.
+    """
+    selecting = str((record.get("protocol") or {}).get("monitor") or "val/metric").partition("/")[2]
+    plain = {"title": selecting, "better": "max", "share": False, "unit": "", "digits": 4, "beside_teacher": False}
+    return list(record.get("metrics") or [{"name": selecting, **plain}])
+
+
+def better(record: Mapping[str, Any], measure: str) -> str:
+    """Whether ``max`` or ``min`` of a measure (``val/acc1``, ``latency_ms``) of a finished run is better."""
+    split, _, name = measure.rpartition("/")
+    found = [m["better"] for m in metrics_of(record) if m["name"] == name]
+    return found[0] if split and found else "max" if split else "min"
 
 
 def data_seeds(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,81 +18,48 @@ from torch import nn
 from kd.config import hardware
 from kd.config.instantiate import first_line, make
 from kd.config.keys import OBJECTIVE_KEYS, targets
+from kd.data.base import AdaptedData
 from kd.data.images.base import DataModule
+from kd.distill.answers import Answers
 from kd.distill.distiller import Distiller
 from kd.distill.objective import Objective
 from kd.distill.teacher import InputMap, Teacher
 from kd.errors import KdError
-from kd.losses.base import Batch, Term
+from kd.losses.base import Term
 from kd.parallel import group
 from kd.records import weight_files
 from kd.run import compatibility, described, weights
+from kd.run.data_facts import same_data
+from kd.tasks.base import Task
 
 log = logging.getLogger(__name__)
-
-# what a run reads of its data beside the loaders; the descriptions are those of kd.data.images.base.DataModule
-READ_OF_DATA = (
-    *("num_classes", "input_shape", "class_names", "mean", "std", "sizes", "split_facts"),
-    *("drop_last", "mixup", "random_view"),
-)
-MISSING = object()
 
 
 def datamodule(config: Mapping[str, Any]) -> Any:
     """The data module, set up for all splits. Of several processes one a node downloads."""
     data = make(config["data"], "data")
     if not isinstance(data, LightningDataModule):
-        raise KdError(f"{_whose(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule")
+        raise KdError(f"{_name(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule")
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not group.joined():
         data.prepare_data()
     group.barrier()
     data.setup("fit")
-    if not isinstance(data, DataModule):
-        _check_foreign(data, _whose(config))
-    return data
+    return data if isinstance(data, DataModule) else AdaptedData(data, _name(config))
 
 
-def _whose(config: Mapping[str, Any]) -> str:
+def _name(config: Mapping[str, Any]) -> str:
     return f"data._target_ = {config['data']['_target_']}"
 
 
-def _check_foreign(data: Any, whose: str) -> None:
-    """Name in one sentence all that a ``LightningDataModule`` from elsewhere lacks of what a run reads."""
-    lacking = [name for name in READ_OF_DATA if getattr(data, name, MISSING) is MISSING]
-    loaders = [f"{split}_dataloader" for split in ("train", "val", "test")]
-    unmade = [n for n in loaders if getattr(getattr(data, n), "__func__", None) is getattr(LightningDataModule, n)]
-    lacking += unmade
-    if "train_dataloader" not in unmade and not isinstance(batch := next(iter(data.train_dataloader())), Batch):
-        lacking.append(f"batches that are kd.losses.base.Batch(inputs, targets, index), not {type(batch).__name__}")
-    if lacking:
-        raise KdError(
-            f"{whose} lacks {', '.join(lacking)}: a run reads them; set them, or derive the class from "
-            "kd.data.images.base.DataModule, which needs load(), num_classes, input_shape and class_names alone"
-        )
+def network(spec: Mapping[str, Any], path: str, num_classes: int | None, input_shape: tuple[int, ...]) -> nn.Module:
+    """A network from its ``_target_``; it is given what it takes of the class count and the input's shape.
 
-
-def facts(data: Any) -> dict[str, Any]:
-    """What a network must know of the data it was trained on; stored with its weights."""
-    return {
-        "num_classes": data.num_classes,
-        "input_shape": list(data.input_shape),
-        "class_names": list(data.class_names),
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "split": dict(data.split_facts),
-        "content": getattr(data, "content", None),  # of a data module of the user's own: not known
-        "seen": getattr(data, "seen", None),
-    }
-
-
-def network(spec: Mapping[str, Any], path: str, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """A network from its ``_target_``; it is given what it takes of the class count and the input's shape."""
-    known: dict[str, Any] = {
-        "num_classes": num_classes,
-        "input_shape": tuple(input_shape),
-        "in_chans": input_shape[0],
-        "in_channels": input_shape[0],
-    }
+    So is each network inside of it, a node with a ``_target_`` among its arguments, at any depth.
+    """
+    known: dict[str, Any] = {"num_classes": num_classes} if num_classes is not None else {}
+    if len(input_shape) == 3:
+        shape = {"input_shape": tuple(input_shape), "in_chans": input_shape[0], "in_channels": input_shape[0]}
+        known |= shape
     if not isinstance(spec, Mapping) or "_target_" not in spec:
         raise KdError(f"{path} = {spec} is not a network: it needs a _target_")
     try:
@@ -100,12 +67,33 @@ def network(spec: Mapping[str, Any], path: str, num_classes: int, input_shape: t
     except Exception as error:
         raise KdError(f"{path}._target_ = {spec['_target_']}: {first_line(error)}") from error
     given = {k: v for k, v in known.items() if k in accepted and k not in spec}
-    if "num_classes" not in accepted and any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        given["num_classes"] = num_classes
-    built = make(spec, path, **given)
+    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if anything and "num_classes" in known and not str(spec["_target_"]).startswith("transformers."):
+        given.setdefault("num_classes", spec.get("num_classes", num_classes))
+    built = make(_completed(spec, known), path, **given)
     if not isinstance(built, nn.Module):
         raise KdError(f"{path}._target_ = {spec['_target_']} makes a {type(built).__name__}, not a torch module")
     return built
+
+
+def _completed(spec: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's node, with what the nodes inside of it take of ``known`` and do not set."""
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, list):
+            return [filled(part) for part in node]
+        if not isinstance(node, Mapping):
+            return node
+        inner = {key: filled(value) for key, value in node.items()}
+        if "_target_" not in inner:
+            return inner
+        try:
+            accepted = inspect.signature(get_object(inner["_target_"])).parameters
+        except Exception:  # said, with its path, where it is made
+            return inner
+        return {**{k: v for k, v in known.items() if k in accepted}, **inner}
+
+    return {key: filled(value) for key, value in spec.items()}
 
 
 def student(config: Mapping[str, Any], data: Any) -> nn.Module:
@@ -126,8 +114,24 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
     return net
 
 
-def teacher(config: Mapping[str, Any], data: Any) -> Teacher | None:
-    """The frozen teacher (or several), or None when neither a model nor a checkpoint is given."""
+def teacher(config: Mapping[str, Any], data: Any, task: Task) -> Answers | None:
+    """Where the teacher's answers come from; None when no model, checkpoint or ``teacher.answers`` is given."""
+    live, node = _live_teacher(config, data, task), config["teacher"].get("answers")
+    if node is None:
+        return live
+    known = {"teacher": live, "data": data, "task": task}
+    try:
+        accepted = inspect.signature(get_object(node["_target_"])).parameters
+    except Exception as error:
+        raise KdError(f"teacher.answers = {node}: {first_line(error)}") from error
+    built = make(node, "teacher.answers", **{k: v for k, v in known.items() if k in accepted and k not in node})
+    if not isinstance(built, Answers):
+        raise KdError(f"teacher.answers._target_ = {node['_target_']} is not a kd.distill.answers.Answers")
+    return built
+
+
+def _live_teacher(config: Mapping[str, Any], data: Any, task: Task) -> Teacher | None:
+    """The frozen network, or several."""
     section = config["teacher"]
     pairs = teacher_members(section)
     if not pairs:
@@ -137,7 +141,7 @@ def teacher(config: Mapping[str, Any], data: Any) -> Teacher | None:
     named = {node["_target_"] for role in ("student", "teacher") for _, node in targets(config[role]["model"])}
     members = [_member(model, checkpoint, section, data, named) for model, checkpoint in pairs]
     networks, maps = [n for n, _ in members], [i for _, i in members]
-    built = Teacher(networks, maps, section["combine"], section["weights"], bool(section.get("cache")))
+    built = Teacher(networks, maps, section["combine"], section["weights"], bool(section.get("cache")), task)
     built.sources = [weight_files.source_of(c, section.get("epoch")) for _, c in pairs if c is not None]
     return built
 
@@ -161,7 +165,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _member(
     model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any, named: Collection[str]
-) -> tuple[nn.Module, InputMap]:
+) -> tuple[nn.Module, nn.Module]:
     state, about = weights.read(checkpoint, section.get("epoch")) if checkpoint is not None else (None, {})
     if model is None and about.get("model") is None:
         raise KdError(
@@ -187,11 +191,13 @@ def _member(
     if state is None and spec.get("pretrained"):
         pretrained = getattr(net, "pretrained_cfg", None) or {}
         _own_head(pretrained, data, section["allow_random"])
-    elif state is not None and not recorded and section["mean"] is None:
+    elif state is not None and not recorded and section["mean"] is None and data.mean:
         log.warning(
             "%s does not record the statistics of its input: the data's are used (set teacher.mean and teacher.std)",
             checkpoint,
         )
+    if not data.mean:  # not images that were normalised: fed as they are
+        return net, nn.Identity()
     mean = _statistics("mean", section, recorded, pretrained)
     std = _statistics("std", section, recorded, pretrained)
     size = pretrained.get("input_size", recorded.get("input_shape", data.input_shape))
@@ -217,60 +223,6 @@ def _statistics(
         if source.get(which) is not None:
             return list(source[which])
     return None
-
-
-def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
-    """Refuse weights (``source``, with the facts recorded beside them) of other classes or of another split.
-
-    Weights of the same set must not have been trained on this run's test images, nor silently on its val.
-    """
-    theirs, ours = recorded.get("class_names"), list(data.class_names)
-    if theirs is not None and len(theirs) != len(ours):
-        raise KdError(f"{source} was trained on {len(theirs)} classes, the data has {len(ours)}")
-    if theirs is not None and theirs != ours:
-        first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-        differ = f"class {first} is called {theirs[first]!r} there, {ours[first]!r} in the data"
-        raise KdError(f"{source} was trained on other classes: {differ}")
-    split, here = dict(recorded.get("split") or {}), dict(data.split_facts)
-    there, same = (str(facts.pop("set", "")).rpartition(" ")[2] for facts in (split, here))  # a set is its digest
-    moved = there == same and split != here
-    cut = split.get("test_fraction") and here.get("test_fraction")
-    if cut and "cut_by" in here and "cut_by" not in split:  # whichever files were added since
-        raise KdError(
-            f"{source} may have been trained on this run's test images: it is of an older kd, which divided folders in "
-            "another way than by the names of the files; train it anew"
-        )
-    differ = ", ".join(f"data.{k} {split.get(k)} there and {here.get(k)} here" for k in _unequal(split, here))
-    if moved and here.get("test_fraction"):
-        raise KdError(f"{source} may have been trained on this run's test images: {differ}")
-    if moved:
-        log.warning("%s may have been trained on this run's validation images: %s", source, differ)
-    _same_images(recorded, data, source)
-
-
-def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    return [key for key in {**other, **one} if one.get(key) != other.get(key)]
-
-
-def _same_images(recorded: Mapping[str, Any], data: Any, source: str) -> None:
-    """Refuse weights that have seen images which are test images now; say when they were trained on other ones.
-
-    Files may have been renamed, added or exchanged since. Weights that do not say on which images they were trained
-    (of other programs) are left to the user, and so is a data module that cannot tell.
-    """
-    content = recorded.get("content")
-    if content is None or getattr(data, "content", None) in (None, content):
-        return
-    if known := data.seen_in_test(recorded["seen"]) if recorded.get("seen") else ():
-        some = f"{', '.join(known[:3])}{' …' if len(known) > 3 else ''}"
-        raise KdError(
-            f"{source} was trained on images that are test images now (at least {len(known)}: {some}): the data has "
-            "changed since. Train it anew on the data as it is, or take these images out of the test set"
-        )
-    log.warning(
-        "%s was trained on other images than this run's data, or files of other names: content %s there, %s here",
-        *(source, content, data.content),
-    )
 
 
 def _resize(asked: Any, expected: Any, given: Any) -> int | None:
@@ -316,28 +268,34 @@ def check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
 def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     """Student, teacher, objective and task as one module, prepared on the first training batch."""
     recipe = config["recipe"]
-    task = make(config["task"], "task")
+    built_task = task(config)
     optimizer = functools.partial(_optimizer, recipe["optimizer"])
     scheduler = functools.partial(_scheduler, recipe["scheduler"]) if recipe["scheduler"] else None
     net = student(config, data)
+    peers = {
+        name: network(node, f"networks.{name}", data.num_classes, data.input_shape)
+        for name, node in (config.get("networks") or {}).items()
+        if node is not None
+    }
     if hardware.settings(config)["sync_batchnorm"] and group.joined():
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     module: Distiller = make(
         {**config["distiller"], "_convert_": "none"},
         "distiller",
         student=net,
-        teacher=teacher(config, data),
+        teacher=teacher(config, data, built_task),
         objective=objective(config),
-        task=task,
+        task=built_task,
         num_classes=data.num_classes,
         optimizer=optimizer,
         scheduler=scheduler,
         scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
+        **({"peers": peers} if peers else {}),
     )
     compatibility.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
-    module.prepare(batch)
+    module.prepare(batch, data.train_index, data.train_targets, epochs=recipe["epochs"])
     if group.joined():
         module.find_unreached(batch)
         if hardware.settings(config)["sync_batchnorm"]:
@@ -345,6 +303,14 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     if not module.trainable():
         raise KdError("the student has no trainable parameters")
     return module
+
+
+def task(config: Mapping[str, Any]) -> Task:
+    """The task of a config. ``KdError`` when it is none."""
+    built = make(config["task"], "task")
+    if not isinstance(built, Task):
+        raise KdError(f"task._target_ = {config['task']['_target_']} is not a kd.tasks.base.Task")
+    return built
 
 
 def _optimizer(node: Mapping[str, Any], params: Any) -> torch.optim.Optimizer:

@@ -48,7 +48,7 @@ class SelectedWeights(Callback):
         value = float(trainer.callback_metrics[self.monitor]) if self.monitor is not None else None
         if value is None or self.best is None or (value > self.best if self.mode == "max" else value < self.best):
             self.best, self.epoch = value, trainer.current_epoch
-            self.unwritten = weights.whole_state(module.student)
+            self.unwritten = weights.whole_state(module.deployed)
             self.digest = weights.digest(self.unwritten)
 
     def write(self) -> None:

@@ -49,6 +49,8 @@ def _cache(module: Distiller, data: Any) -> None:
 def _last_batch(module: Distiller, data: Any, size: int) -> None:
     """Each process needs a row of the last batch, and batch norm two."""
     count, processes = data.sizes["train"], group.world_size()
+    if count is None:  # a stream: what it ends with is not known
+        return
     last = 0 if data.drop_last else count % size
     batch_norm = any(
         isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.student.modules()
@@ -64,6 +66,19 @@ def _last_batch(module: Distiller, data: Any, size: int) -> None:
             f"recipe.batch_size = {size} leaves a last batch of {last} image(s) ({count} in all), fewer than the "
             f"{processes} processes: set data.drop_last=true, or another batch size"
         )
-    short = next((s for s in ("val", "test") if data.sizes[s] < processes), None)
+    short = next((s for s in ("val", "test") if (data.sizes[s] or processes) < processes), None)
     if short:
         raise KdError(f"the {short} split has {data.sizes[short]} image(s), fewer than the {processes} processes")
+
+
+def check_steps(recipe: dict[str, Any], module: Distiller) -> None:
+    """Refuse what Lightning cannot do for a distiller that steps its optimisers itself, two of them for example."""
+    if module.automatic_optimization:
+        return
+    for key, idle in (("gradient_clip", None), ("accumulate", 1)):
+        if recipe[key] not in (idle, 0):
+            raise KdError(
+                f"recipe.{key} = {recipe[key]} is not allowed with {type(module).__name__}, which steps its optimisers "
+                f"itself (manual optimisation): set recipe.{key}={'null' if idle is None else idle}, and do it in "
+                "its training_step"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd.config.checks import check
 from kd.config.composition import flat
-from kd.config.instantiate import make
 from kd.config.schema import Root, Teacher
 from kd.errors import KdError, near
 from kd.records import record
@@ -68,9 +66,12 @@ def evaluate(
     """
     import torch
 
-    from kd.distill.measure import measure
+    from kd.distill.evaluation import measure
     from kd.distill.teacher import InputMap
+    from kd.losses.base import Batch, Output
     from kd.run import build, trainer, weights
+    from kd.run.data_facts import same_data
+    from kd.tasks.base import Want
 
     trainer.quieten()
     source = weights_file or config["student"]["checkpoint"]
@@ -79,56 +80,67 @@ def evaluate(
     data = build.datamodule(config)
     data.setup("test")
     without = unkept_teacher(config, run)
-    teacher = _made_again(config, data, run) if without else build.teacher(config, data)
+    task = build.task(config)
+    teacher = _made_again(config, data, task, run) if without else build.teacher(config, data, task)
     without = "" if teacher is not None else without
     if without and who == "teacher":
         raise KdError(f"{without}: there is nothing to measure (teacher.checkpoint=RUN measures another one)")
-    task = make(config["task"], "task")
     device = torch.device("cuda" if torch.cuda.is_available() and config["hardware"]["accelerator"] != "cpu" else "cpu")
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     dtype = TYPES.get(config["hardware"]["precision"], "float32")  # of the weights, as in the run
     like_run = {"device": device, "dtype": getattr(torch, dtype)}
     if teacher is not None:
         teacher.to(**like_run)
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(like_run["dtype"]) if tensor.is_floating_point() else tensor
+
+    def answered_by_teacher(batch: Batch) -> Output:
+        assert teacher is not None
+        return teacher.measured(batch.map(cast))
+
     if who == "teacher":
         if teacher is None:
             raise KdError("there is no teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
         source = config["teacher"]["checkpoint"]
-        network, beside, whose = (lambda x: teacher(x.to(**like_run)).rows), None, f"the teacher ({source})"
+        network, beside, who_measured = answered_by_teacher, None, f"the teacher ({source})"
     else:
         student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
         state, about = weights.read(source, None if weights_file else config["student"].get("epoch"))
         recorded = about.get("data", {})
-        build.same_data(recorded, data, str(source))
+        same_data(recorded, data, str(source))
         if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):
             raise KdError(f"{source} was trained on images of shape {recorded['input_shape']}, not {data.input_shape}")
-        prepare = InputMap(data.mean, data.std, recorded.get("mean"), recorded.get("std")).to(**like_run)
+        mapped = InputMap(data.mean, data.std, recorded.get("mean"), recorded.get("std")) if data.mean else None
+        prepare = torch.nn.Identity() if mapped is None else mapped.to(**like_run)
         weights.load(student, state, source, "student")
         student.to(**like_run).eval()
-        network, whose = (lambda x: student(prepare(x.to(**like_run)))), f"the student ({source})"
-        beside = (lambda x: teacher(x.to(**like_run)).rows) if teacher is not None else None
-    metrics, per_class = measure(task, data.num_classes, network, loader, device, beside, keep, whose, split)
-    if not math.isfinite(metrics["nll"]):
-        raise KdError(f"{source}: its answers are not finite on {split} (nll = {metrics['nll']})")
+
+        def answered_by_student(batch: Batch) -> Output:
+            return task.answer(student, prepare(batch.map(cast).inputs), batch, Want())
+
+        network, who_measured = answered_by_student, f"the student ({source})"
+        beside = answered_by_teacher if teacher is not None else None
+    metrics, per_class = measure(task, data.num_classes, network, loader, device, beside, keep, who_measured, split)
     return {
         "who": who,
         "split": split,
         "source": str(source),
         "rows": data.sizes[split],
         "metrics": metrics,
-        "per_class": dict(zip(data.class_names, per_class, strict=True)),
+        "per_class": dict(zip(data.class_names, per_class, strict=True)) if per_class else {},
         **({"without": without} if without else {}),
     }
 
 
-def _made_again(config: Mapping[str, Any], data: Any, run: str | Path | None) -> Any:
+def _made_again(config: Mapping[str, Any], data: Any, task: Any, run: str | Path | None) -> Any:
     """The teacher of ``run``, which has no checkpoint, where its own code makes it with the weights that taught."""
     from kd.run import build, weights
 
     there = record.read(run).get("teacher") or {} if run is not None and (Path(run) / record.FILE).is_file() else {}
     if there.get("digest") is None or there.get("weights") == TRAINED_ALONG:
         return None
-    made = build.teacher(config, data)
+    made = build.teacher(config, data, task)
     return made if made is not None and weights.digest(made.state_dict()) == there["digest"] else None
 
 

@@ -47,8 +47,7 @@ def _strategy(hardware: Mapping[str, Any], module: Any) -> Any:
     if hardware["strategy"] == "fsdp":
         size = group.world_size()
         return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=False)
-    if not module.teacher_trained:
-        group.ignore_in_ddp(module, "teacher.")
+    group.ignore_in_ddp(module, None if module.teacher_trained else "teacher.", "objective.")
     return DDPStrategy(find_unused_parameters=bool(module.unreached))
 
 

@@ -73,8 +73,8 @@ def read(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor],
         own = content.get("kd") if isinstance(content, dict) else None
         state, about = _state_dict(content, file), own.get("about", {}) if isinstance(own, dict) else {}
     facts = about.get("data", {}) if isinstance(about, dict) else None
-    shape = facts.get("input_shape", [1, 1, 1]) if isinstance(facts, dict) else None
-    if not isinstance(shape, (list, tuple)) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+    shape = facts.get("input_shape", []) if isinstance(facts, dict) else None
+    if not isinstance(shape, (list, tuple)) or len(shape) > 4 or not all(type(n) is int and n > 0 for n in shape):
         raise KdError(f"{file} cannot be read: what it says of its network and data is not what kd writes")
     return state, about
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from kd.errors import KdError
 from kd.parallel.devices import cores, devices_of, gpus
 from kd.records import manifest, record
-from kd.records.measures import measured, number
+from kd.records.measures import measured, number, shown_metric
 from kd.records.state import FAILED, FINISHED, INTERRUPTED, PRUNED
 from kd.sweeps.job import leave_a_record
 from kd.sweeps.pool import forked, warm_up
@@ -144,11 +144,13 @@ def said(run_dir: Path) -> str:
     selected, last = found["student"]["selected"], found["student"]["last"]
     names = (belongs[0].objectives if belongs else ()) or [n for n in [found["protocol"]["monitor"]] if n]
     chosen = "".join(f"{name} {number(measured(found, name))}  " for name in names)
-    other = "" if selected["epoch"] == last["epoch"] else f"; last epoch {100 * last['test']['acc1']:.2f} %"
+    main = record.metrics_of(found)[0]
+    unit = " %" if main["share"] else ""
+    at_last = f"; last epoch {shown_metric(main, last['test'][main['name']])}{unit}"
+    other = "" if selected["epoch"] == last["epoch"] else at_last
+    at_selected = f"test {main['title']} {shown_metric(main, selected['test'][main['name']])}{unit}"
     epoch = f"epoch {selected['epoch'] + 1}, which val selected{other}"
-    return (
-        f"{label}: {chosen}test top-1 {100 * selected['test']['acc1']:.2f} % ({epoch}; {found['wall_clock_s']:.1f} s)"
-    )
+    return f"{label}: {chosen}{at_selected} ({epoch}; {found['wall_clock_s']:.1f} s)"
 
 
 def _call(

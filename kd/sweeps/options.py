@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kd.config.instantiate import make
-from kd.config.values import better
 from kd.errors import KdError, near
 from kd.records import trials
 from kd.sweeps import pool
@@ -67,12 +66,12 @@ def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Directi
     ``KdError`` for a measure that the record does not have, one of the test split, or a pruner that cannot compare it.
     """
     given = settings.objectives
-    names = {base["protocol"]["monitor"]: None} if given is None else given
+    known = _measures(base)
+    names = {base["protocol"]["monitor"] or next(iter(known)): None} if given is None else given
     if not isinstance(names, Mapping):
         names = dict.fromkeys([names] if isinstance(names, str) else names)
     if not names:
         raise KdError("hydra.sweeper.objectives is empty: name a measure, for example {val/acc1: maximize}")
-    known = _measures(base)
     for name, direction in names.items():
         _check_objective(str(name), direction, known)
     if settings.pruner is not None:
@@ -82,20 +81,24 @@ def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Directi
                 "pruner compares one metric of the validation split"
             )
         trials.pruner(settings.pruner)
-    return {str(name): _natural(str(name)) for name in names}
+    return {str(name): known[str(name)] for name in names}
 
 
-def _measures(base: Mapping[str, Any]) -> list[str]:
+def _measures(base: Mapping[str, Any]) -> dict[str, Direction]:
+    """Every measure of the validation split, the task's main one first, and every cost, with its direction."""
     teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
 
-    def names() -> list[str]:
-        return make(base["task"], "task").metric_names(teacher)
+    def described() -> list[tuple[str, str]]:
+        from kd.run import build
+
+        return [(m.name, m.better) for m in build.task(base).metrics if teacher or not m.beside_teacher]
 
     pool.warm_up()
-    return [*(f"val/{name}" for name in pool.ask(names)), *COSTS]
+    metrics = {f"val/{name}": "maximize" if better == "max" else "minimize" for name, better in pool.ask(described)}
+    return {**metrics, **dict.fromkeys(COSTS, "minimize")}  # type: ignore[dict-item]
 
 
-def _check_objective(name: str, direction: Any, known: list[str]) -> None:
+def _check_objective(name: str, direction: Any, known: Mapping[str, Direction]) -> None:
     if name.startswith("test/"):
         raise KdError(
             f"hydra.sweeper.objectives: {name} is not allowed: what is chosen by the test split cannot be tested on "
@@ -105,12 +108,8 @@ def _check_objective(name: str, direction: Any, known: list[str]) -> None:
         raise KdError(
             f"hydra.sweeper.objectives: there is no measure {name}{near(name, known)}; measures: {', '.join(known)}"
         )
-    if direction not in (None, _natural(name)):
-        raise KdError(f"hydra.sweeper.objectives: {name} = {direction} is not allowed: it must be {_natural(name)}")
-
-
-def _natural(name: str) -> Direction:
-    return "maximize" if name.startswith("val/") and better(name) == "max" else "minimize"
+    if direction not in (None, known[name]):
+        raise KdError(f"hydra.sweeper.objectives: {name} = {direction} is not allowed: it must be {known[name]}")
 
 
 def reseeded(node: Mapping[str, Any] | str) -> bool:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.config.values import better
 from kd.errors import KdError
-from kd.records import sources
-from kd.records.measures import measured, number
+from kd.records import record, sources
+from kd.records.measures import measured, number, shown_metric
 from kd.records.state import DONE, FINISHED, PRUNED
 from kd.sweeps.outcome import Outcome
 
@@ -46,7 +45,9 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
     ended = sorted((o for o in outcomes if o.state.status == FINISHED), key=lambda o: _rank(o, objectives))
     columns = list(objectives or sorted({monitor(o) for o in ended}))
     table = Table()
-    for heading in ("", *columns, "test top-1 %", "agreement", "seconds"):
+    mains = list({m["name"]: m for m in (record.metrics_of(_record(o))[0] for o in ended)}.values())
+    tests = [f"test {m['title']} %" if m["share"] else f"test {m['title']}" for m in mains]
+    for heading in ("", *columns, *tests, "agreement", "seconds"):
         table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
     for outcome in ended:
         own = objectives or {monitor(outcome): ""}
@@ -54,8 +55,9 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
         test = _record(outcome)["student"]["selected"]["test"]
         agreement = f"{test['agreement']:.4f}" if "agreement" in test else ""
         seconds = f"{_record(outcome)['wall_clock_s']:.1f}"
-        table.add_row(escape(outcome.job.label), *values, f"{100 * test['acc1']:.2f}", agreement, seconds)
-    blank = [""] * (len(columns) + 2)
+        shown = [shown_metric(m, test[m["name"]]) if m["name"] in test else "" for m in mains]
+        table.add_row(escape(outcome.job.label), *values, *shown, agreement, seconds)
+    blank = [""] * (len(columns) + len(tests) + 1)
     others = [o for o in outcomes if o.state.status != FINISHED]
     for outcome in sorted(others, key=lambda o: o.state.status != PRUNED):
         table.add_row(escape(outcome.job.label), *blank, _ending(outcome))
@@ -81,6 +83,6 @@ def monitor(outcome: Outcome) -> str:
 def _rank(outcome: Outcome, objectives: Mapping[str, str] | None) -> tuple[str, float, str]:
     first = next(iter(objectives)) if objectives else monitor(outcome)
     value = measured(_record(outcome), first)
-    small = objectives[first] == "minimize" if objectives else better(first) == "min"
+    small = objectives[first] == "minimize" if objectives else record.better(_record(outcome), first) == "min"
     worst = float("inf")
     return first, worst if value is None else value if small else -value, outcome.job.label

@@ -5,60 +5,67 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError, MulticlassAccuracy
 
-from kd.losses.base import UNLABELLED
+from kd.losses.base import UNLABELLED, Batch, Output
+from kd.tasks.base import Meter, Metric, Task
+
+METRICS = (
+    Metric("acc1", "top-1", share=True),
+    Metric("acc5", "top-5", share=True),
+    Metric("nll", "NLL", better="min", digits=3),
+    Metric("ece", "ECE", better="min", share=True),
+    Metric("agreement", "agreement", share=True, beside_teacher=True),
+    Metric("kl", "KL to the teacher", better="min", digits=3, beside_teacher=True),
+)
 
 
-class Classification:
+class Classification(Task):
     """Top-1 and top-5 accuracy, NLL, expected calibration error; beside a teacher agreement and KL to it.
 
     The answer is the class with the highest logit, the first of several (:func:`hits`), in every metric.
     ``ece_bins``: equal-width confidence bins (Guo 2017).
     """
 
+    metrics = METRICS
+    counts = ("acc1", "acc5")
+    summary = ("acc1", "nll", "ece", "agreement")
+
     def __init__(self, ece_bins: int = 15) -> None:
         if ece_bins < 1:
             raise ValueError(f"ece_bins = {ece_bins} is not allowed: it must be 1 or more")
         self.ece_bins = ece_bins
 
-    counts = ("acc1", "acc5")
-    """Names of the values of :meth:`count`, as logged in training."""
-
-    def count(self, logits: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Correct answers among the labelled rows (top-1, top-5) and the number of labelled rows, all 0-d.
-
-        The lean form of a metric for the training step: a few kernels, no synchronisation.
-        """
+    def count(self, student: Output, batch: Batch) -> list[Tensor]:
+        """Right answers among the labelled rows, top-1 and top-5; of a mixture its larger share is the label."""
+        targets = batch.targets.argmax(-1) if batch.targets.is_floating_point() else batch.targets
         labelled = targets != UNLABELLED
-        found = hits(logits.detach(), targets.clamp(min=0))
-        return [(hit & labelled).sum() for hit in found], labelled.sum()
+        found = hits(student.logits.detach(), targets.clamp(min=0))
+        return [(hit & labelled).sum() for hit in found]
 
-    def metric_names(self, with_teacher: bool) -> list[str]:
-        """The names of the metrics of a split."""
-        return ["acc1", "acc5", "nll", "ece", *(["agreement", "kl"] if with_teacher else [])]
+    def meter(self, classes: int | None) -> ClassificationMeter:
+        """A fresh meter for one pass over a split of so many classes."""
+        if classes is None:
+            raise ValueError("task = classification needs to know the number of classes")
+        return ClassificationMeter(classes, self.ece_bins, self.names)
 
-    def doubt(self, measured: Mapping[str, float], recorded: Mapping[str, float], num_classes: int) -> str:
+    def doubt(self, measured: Mapping[str, float], recorded: Mapping[str, float], classes: int | None) -> str:
         """Say what is wrong with a teacher whose accuracy is near chance, or far below what its own run ``recorded``.
 
         Returns the end of a sentence, "" when nothing is: labels in another order, other images, other statistics.
         """
         found, before = measured["acc1"], recorded.get("acc1")
-        if found < 1.5 / num_classes:
-            return f"is right on {found:.1%} of the validation images, near chance (1 in {num_classes}): is it trained?"
+        if classes and found < 1.5 / classes:
+            return f"is right on {found:.1%} of the validation images, near chance (1 in {classes}): is it trained?"
         if before is not None and found < before - 0.05:
             return (
                 f"is right on {found:.1%} of the validation images, {before:.1%} in its own run: are the images, the "
                 "labels and the statistics of its input (teacher.mean, teacher.std) those that it was trained with?"
             )
         return ""
-
-    def metrics(self, num_classes: int) -> ClassificationMetrics:
-        """A fresh metric object for one pass over a split."""
-        return ClassificationMetrics(num_classes, self.ece_bins, self.metric_names)
 
 
 def hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +83,8 @@ def hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return right.squeeze(1), (right | (below > logits.shape[1] - 6)).squeeze(1)
 
 
-class ClassificationMetrics(nn.Module):
-    """Metrics of one pass: ``update`` with logits (rows, classes), then ``compute``. All in float32."""
+class ClassificationMeter(Meter):
+    """The metrics of one pass, from logits (rows, classes) and targets (rows,) int64."""
 
     def __init__(self, num_classes: int, ece_bins: int, names: Callable[[bool], list[str]]) -> None:
         super().__init__()
@@ -85,16 +92,20 @@ class ClassificationMetrics(nn.Module):
         self.acc1, self.acc5, self.nll, self.agreement, self.kl = (  # "disable": a NaN must show, not be dropped
             MeanMetric(nan_strategy="disable") for _ in range(5)
         )
-        self.per_class = MulticlassAccuracy(num_classes, average="none")
+        self.recalls = MulticlassAccuracy(num_classes, average="none")
         self.ece = BinaryCalibrationError(n_bins=ece_bins, validate_args=False)  # of "is the answer right?"
 
-    def update(self, student: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:
-        """Logits (rows, classes) of the measured network, targets (rows,), logits of its teacher if there is one."""
+    def update(self, student: Output, batch: Batch, teacher: Output | None = None) -> None:
+        """Add one batch, whose rows all have a label."""
+        self.add(student.logits, batch.targets, teacher.logits if teacher is not None else None)
+
+    def add(self, student: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:
+        """The same, from logits."""
         student = student.float()
         answer, (right, near) = student.argmax(1), hits(student, targets)
         self.acc1.update(right.float())
         self.acc5.update(near.float())
-        self.per_class.update(answer, targets)
+        self.recalls.update(answer, targets)
         self.ece.update(student.softmax(1).amax(1), right.float())
         self.nll.update(F.cross_entropy(student, targets, reduction="none"))
         if teacher is not None:
@@ -107,6 +118,6 @@ class ClassificationMetrics(nn.Module):
         """``acc1, acc5, nll, ece`` as fractions (0…1; NLL in nats), and ``agreement, kl`` beside a teacher."""
         return {name: float(getattr(self, name).compute()) for name in self.names(with_teacher)}
 
-    def accuracy_per_class(self) -> list[float]:
+    def per_class(self) -> list[float]:
         """Recall of each class, 0…1 (0 for a class without rows)."""
-        return [float(v) for v in torch.nan_to_num(self.per_class.compute())]
+        return [float(v) for v in torch.nan_to_num(self.recalls.compute())]

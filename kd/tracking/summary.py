@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.config.composition import flat
+from kd.records import record
 from kd.tracking import wandb_run
 
 _OPEN: list[Any] = []  # the W&B loggers of this process
@@ -38,8 +39,9 @@ def report_row(result: Mapping[str, Any]) -> dict[str, Any]:
         key: value for key, value in flat(result).items() if value is not None and not isinstance(value, (list, dict))
     }
     row["overrides"] = " ".join(result["overrides"])
+    main = record.metrics_of(result)[0]["name"]
     for epoch in ("selected", "last"):
-        student, teacher = (row.get(f"{who}.test.acc1") for who in (f"student.{epoch}", "teacher"))
+        student, teacher = (row.get(f"{who}.test.{main}") for who in (f"student.{epoch}", "teacher"))
         if student is not None and teacher:
             row[f"retention.{epoch}"] = student / teacher
     return row

@@ -236,6 +236,22 @@ class DataModule(lightning.LightningDataModule):
         return {**{name: len(part.targets) for name, part in self.parts.items()}, "labelled": labelled}
 
     @property
+    def train_index(self) -> Tensor:
+        """Index (n,) int64 of the training images."""
+        self.setup()
+        return self.parts["train"].index
+
+    @property
+    def train_targets(self) -> Tensor:
+        """Targets (n,) int64 of the training images, in the order of :attr:`train_index`."""
+        self.setup()
+        return self.parts["train"].targets
+
+    def example(self) -> Tensor:
+        """One black image, a batch of one."""
+        return torch.zeros(1, *self.input_shape)
+
+    @property
     def title(self) -> str:
         """What people call the set: in reports."""
         return type(self).__name__

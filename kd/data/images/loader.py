@@ -154,7 +154,8 @@ class TensorLoader(Loader):
         for rows in batches:
             targets = self.targets.index_select(0, rows) if self.mixup is None else torch.full_like(rows, UNLABELLED)
             index = self.index.index_select(0, rows)
-            yield Batch(student(rows), targets, index, None if teacher is None else teacher(rows))
+            views = {} if teacher is None else {"teacher": teacher(rows)}
+            yield Batch(student(rows), targets, index, views=views)
 
     def _teachers(self) -> View | None:
         if self.teacher_view is None:

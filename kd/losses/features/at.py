@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import Batch, Output, Term, at_least_float32, check_choice
+from kd.losses.base import Batch, Output, Setup, Term, at_least_float32, check_choice
 
 VARIANTS = ("code", "paper")
 
@@ -65,7 +65,9 @@ def _check_p(p: float) -> float:
 class AttentionTransfer(Term):
     """:func:`attention_transfer` summed over the taps; ``None`` is all stages of each network."""
 
-    needs_logits = False
+    needs_student_logits = False
+    needs_teacher_logits = False
+    over = "samples"
 
     def __init__(
         self,
@@ -79,10 +81,11 @@ class AttentionTransfer(Term):
         self.p = _check_p(p)
         self.variant = check_choice("variant", variant, VARIANTS)
 
-    def prepare(self, student: Output, teacher: Output) -> None:
+    def prepare(self, setup: Setup) -> None:
         """Refuse taps that are not equally many, or not maps (B, C, H, W)."""
-        self.pairs(student, teacher)
-        for side, taps, output in (("student", self.student_taps, student), ("teacher", self.teacher_taps, teacher)):
+        self.pairs(setup.student, setup.teacher)
+        sides = (("student", self.student_taps, setup.student), ("teacher", self.teacher_taps, setup.teacher))
+        for side, taps, output in sides:
             for tap in output.features if taps is None else taps:
                 _check_map(f"{side} tap {tap}", output.features[str(tap)])
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd.losses.adapters import KINDS, build_adapter
-from kd.losses.base import Batch, Output, Term, at_least_float32, check_choice, check_same_shape
+from kd.losses.base import Batch, Output, Setup, Term, at_least_float32, check_choice, check_same_shape
 
 VARIANTS = ("code", "paper")
 
@@ -35,7 +36,8 @@ class Hint(Term):
     :func:`~kd.losses.adapters.build_adapter`.
     """
 
-    needs_logits = False
+    needs_student_logits = False
+    needs_teacher_logits = False
 
     def __init__(
         self,
@@ -50,16 +52,17 @@ class Hint(Term):
         self.variant = check_choice("variant", variant, VARIANTS)
         self.adapters = nn.ModuleList()
 
-    def prepare(self, student: Output, teacher: Output) -> None:
-        """One adapter a pair of taps, where and of the type that the student's feature is."""
-        self.adapters = nn.ModuleList(
-            build_adapter(self.adapter, s.shape, t.shape).to(s) for s, t in self.pairs(student, teacher)
-        )
+    def prepare(self, setup: Setup) -> None:
+        """Build one adapter a pair of taps, where and of the type that the student's feature is."""
+        pairs = self.pairs(setup.student, setup.teacher)
+        self.adapters = nn.ModuleList(build_adapter(self.adapter, s.shape, t.shape).to(s) for s, t in pairs)
+        normalised = any(isinstance(m, _BatchNorm) for m in self.adapters.modules())
+        self.over = "batch" if normalised else "samples"  # batch statistics are those of the whole batch
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The sum over the taps."""
         pairs = self.pairs(student, teacher)
         if not self.adapters:
-            raise ValueError("the adapters are missing: call prepare(student, teacher) before the first batch")
+            raise ValueError("the adapters are missing: call prepare(setup) before the first batch")
         losses = [hint_loss(a(s), t, self.variant) for a, (s, t) in zip(self.adapters, pairs, strict=True)]
         return torch.stack(losses).sum()

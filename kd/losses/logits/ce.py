@@ -11,9 +11,13 @@ from kd.losses.base import UNLABELLED, Batch, Output, Term, at_least_float32
 def cross_entropy(student_logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean of −Σ_c q log softmax(z_s) over the labelled rows; q is the label, smoothed towards uniform.
 
-    ``student_logits`` (rows, classes), ``targets`` (rows,) int64 with ``UNLABELLED`` where the label is withheld,
-    ``label_smoothing`` from 0 to 1. Exactly 0, with zero gradient, when no row is labelled.
+    ``student_logits`` (rows, classes), ``targets`` (rows,) int64 with ``UNLABELLED`` where the label is withheld, or
+    (rows, classes) shares that sum to 1 (mixtures, soft labels); ``label_smoothing`` from 0 to 1. Exactly 0, with zero
+    gradient, when no row is labelled.
     """
+    if targets.is_floating_point():
+        logits = at_least_float32(student_logits)
+        return F.cross_entropy(logits, targets.to(logits.dtype), label_smoothing=label_smoothing)
     total = F.cross_entropy(
         at_least_float32(student_logits),
         targets,
@@ -28,7 +32,9 @@ class CrossEntropy(Term):
     """:func:`cross_entropy` of the student with ``batch.targets``."""
 
     needs_teacher = False
+    needs_teacher_logits = False
     needs_labels = True
+    over = "labelled"
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -38,4 +44,4 @@ class CrossEntropy(Term):
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the labelled rows."""
-        return cross_entropy(student.rows, batch.targets, self.label_smoothing)
+        return cross_entropy(student.logits, batch.targets, self.label_smoothing)

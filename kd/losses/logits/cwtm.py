@@ -29,6 +29,7 @@ class ConfidenceWeighted(Term):
     """:func:`confidence_weighted_cross_entropy` with ``batch.targets``; the paper uses it alone, T = 1."""
 
     needs_labels = True
+    over = "batch"  # the weights are shares of the whole batch
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
@@ -36,4 +37,4 @@ class ConfidenceWeighted(Term):
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The weighted mean over the labelled rows."""
-        return confidence_weighted_cross_entropy(student.rows, teacher.rows, batch.targets, self.temperature)
+        return confidence_weighted_cross_entropy(student.logits, teacher.logits, batch.targets, self.temperature)

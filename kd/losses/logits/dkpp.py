@@ -43,4 +43,4 @@ class PermutedPredictions(Term):
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows, times T²."""
-        return permuted_kl_divergence(student.rows, teacher.rows, self.temperature)
+        return permuted_kl_divergence(student.logits, teacher.logits, self.temperature)

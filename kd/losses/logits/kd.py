@@ -35,4 +35,4 @@ class KnowledgeDistillation(Term):
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows, times T²."""
-        return kl_divergence(student.rows, teacher.rows, self.temperature)
+        return kl_divergence(student.logits, teacher.logits, self.temperature)

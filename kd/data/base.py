@@ -1,0 +1,203 @@
+"""What a run needs of any data, and a user's own data module or loaders with what they lack of it found out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from lightning import LightningDataModule
+from torch import Tensor
+
+from kd.errors import KdError
+from kd.losses.base import Batch
+
+SPLITS = ("train", "val", "test")
+LABELS = ("labels", "label", "targets", "target")  # keys of a batch that is a mapping, in the order they are looked for
+INDEX = ("index", "indices", "idx")
+
+
+class RunData(Protocol):
+    """The data of a run: loaders of :class:`~kd.losses.base.Batch`, and what is known about the sets behind them.
+
+    ``num_classes``: outputs of a row, None where that means nothing; ``input_shape``: of a sample without the batch;
+    ``mean``, ``std``: that the inputs were normalised by, [] where they were not; ``sizes``: samples of ``train``,
+    ``val``, ``test`` and those of train that are ``labelled``, None where it is not known; ``split_facts``: what
+    decides which sample is in which split; ``mixup``, ``random_view``: the options that mix samples or give a teacher
+    another view in every epoch, None where there is none; ``train_index``, ``train_targets``: of the training set.
+    """
+
+    num_classes: int | None
+    input_shape: tuple[int, ...]
+    class_names: list[str]
+    mean: list[float]
+    std: list[float]
+    drop_last: bool
+    mixup: float | None
+
+    @property
+    def sizes(self) -> Mapping[str, int | None]: ...
+    @property
+    def split_facts(self) -> Mapping[str, Any]: ...
+    @property
+    def random_view(self) -> str | None: ...
+    @property
+    def train_index(self) -> Tensor | None: ...
+    @property
+    def train_targets(self) -> Tensor | None: ...
+
+    def example(self) -> Any:
+        """Inputs of one sample, a batch of one: for counting operations and measuring latency."""
+
+    def train_dataloader(self) -> Any: ...
+    def val_dataloader(self) -> Any: ...
+    def test_dataloader(self) -> Any: ...
+    def answering_dataloader(self) -> Any: ...
+
+
+class AdaptedData(LightningDataModule):
+    """A user's ``LightningDataModule``, or three loaders, as :class:`RunData`.
+
+    Batches may be :class:`~kd.losses.base.Batch`, ``(inputs, targets)``, ``(inputs, targets, index)``, or a mapping
+    with ``labels`` (and ``index``), whose other entries are the inputs. What the module has under the names of
+    :class:`RunData` counts; the rest is found out or left open. ``name``: how errors call it.
+    """
+
+    def __init__(self, own: Any, name: str = "data") -> None:
+        super().__init__()
+        self.own, self.called = own, name
+        lacking = [f"{split}_dataloader" for split in SPLITS if not _defines(own, f"{split}_dataloader")]
+        if lacking:
+            raise KdError(f"{name} lacks {', '.join(lacking)}: a run trains, validates and tests on splits of its own")
+        first = next(iter(self.train_dataloader()))
+        one = first.few(1).inputs
+        self._example = one
+        shape = tuple(one.shape[1:]) if isinstance(one, Tensor) else ()
+        self.num_classes: int | None = getattr(own, "num_classes", None)
+        self.input_shape: tuple[int, ...] = tuple(getattr(own, "input_shape", shape))
+        self.class_names = [str(c) for c in getattr(own, "class_names", range(self.num_classes or 0))]
+        self.mean, self.std = list(getattr(own, "mean", ())), list(getattr(own, "std", ()))
+        self.drop_last = bool(getattr(own, "drop_last", False))
+        self.mixup: float | None = getattr(own, "mixup", None)
+        self.random_view: str | None = getattr(own, "random_view", name)  # whether views change is not known
+        self.split_facts: Mapping[str, Any] = getattr(own, "split_facts", {})
+        self.train_index: Tensor | None = getattr(own, "train_index", None)
+        self.train_targets: Tensor | None = getattr(own, "train_targets", None)
+        self.content, self.seen = getattr(own, "content", None), getattr(own, "seen", None)
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """Samples of each split, as far as the loaders know their data set."""
+        if hasattr(self.own, "sizes"):
+            return dict(self.own.sizes)
+        counts = {split: _count(getattr(self.own, f"{split}_dataloader")()) for split in SPLITS}
+        return {**counts, "labelled": counts["train"]}
+
+    def example(self) -> Any:
+        """Inputs of the first training sample, a batch of one."""
+        return self.own.example() if hasattr(self.own, "example") else self._example
+
+    def prepare_data(self) -> None:
+        """Call the own module's."""
+        self.own.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Call the own module's."""
+        self.own.setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        """Call the own module's."""
+        self.own.teardown(stage)
+
+    def train_dataloader(self) -> Batches:
+        """The own module's batches, made into :class:`~kd.losses.base.Batch`."""
+        return Batches(self.own.train_dataloader(), self.called)
+
+    def val_dataloader(self) -> Batches:
+        """As :meth:`train_dataloader`."""
+        return Batches(self.own.val_dataloader(), self.called)
+
+    def test_dataloader(self) -> Batches:
+        """As :meth:`train_dataloader`."""
+        return Batches(self.own.test_dataloader(), self.called)
+
+    def answering_dataloader(self) -> Batches:
+        """The training set once: for answers that are kept by their index."""
+        return self.train_dataloader()
+
+
+class Loaders(LightningDataModule):
+    """Three loaders as a data module; ``facts``: attributes of :class:`RunData` that the user knows."""
+
+    def __init__(self, train: Any, val: Any, test: Any, **facts: Any) -> None:
+        super().__init__()
+        self._loaders = {"train": train, "val": val, "test": test}
+        for name, value in facts.items():
+            if value is not None:
+                setattr(self, name, value)
+
+    def train_dataloader(self) -> Any:
+        """The loader of the training set."""
+        return self._loaders["train"]
+
+    def val_dataloader(self) -> Any:
+        """The loader that picks the checkpoint."""
+        return self._loaders["val"]
+
+    def test_dataloader(self) -> Any:
+        """The loader that is read once."""
+        return self._loaders["test"]
+
+
+class Batches:
+    """The batches of a loader, each made into a :class:`~kd.losses.base.Batch`. ``name``: how errors call it."""
+
+    def __init__(self, loader: Any, name: str) -> None:
+        self.loader, self.name = loader, name
+        if hasattr(loader, "__len__"):
+            self.__class__ = _SizedBatches  # Lightning asks for a length by the class alone
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (as_batch(item, self.name) for item in self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the loader, or its sampler, which epoch begins, where it wants to know."""
+        parts: list[Any] = [self.loader, getattr(self.loader, "sampler", None)]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+
+class _SizedBatches(Batches):
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def as_batch(item: Any, name: str = "data") -> Batch:
+    """Make a :class:`~kd.losses.base.Batch` of what a loader gives. ``KdError`` when it is nothing known."""
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Tensor):
+        return Batch(item)
+    if isinstance(item, Mapping):
+        rest = dict(item)
+        targets = next((rest.pop(key) for key in LABELS if key in rest), None)
+        index = next((rest.pop(key) for key in INDEX if key in rest), None)
+        return Batch(rest, targets, index)
+    if isinstance(item, (tuple, list)) and 1 <= len(item) <= 3 and isinstance(item[0], (Tensor, Mapping)):
+        return Batch(*item)
+    raise KdError(
+        f"{name} gives batches of type {type(item).__name__}: a batch must be (inputs, targets), (inputs, targets, "
+        "index), a mapping with labels, or a kd.losses.base.Batch(inputs, targets, index)"
+    )
+
+
+def _defines(own: Any, method: str) -> bool:
+    made = getattr(own, method, None)
+    return made is not None and getattr(made, "__func__", None) is not getattr(LightningDataModule, method)
+
+
+def _count(loader: Any) -> int | None:
+    dataset: Any = getattr(loader, "dataset", None)
+    if isinstance(dataset, Sequence) or hasattr(dataset, "__len__"):
+        return len(dataset)
+    return None

@@ -1,0 +1,154 @@
+"""The end of a run: test the last and the val-selected student, keep what is to be kept, say how it went."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from kd.distill.distiller import Distiller
+from kd.parallel import group
+from kd.records import weight_files
+from kd.records.durable import replacing
+from kd.run import weights
+from kd.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+
+def close(
+    config: dict[str, Any], run_dir: Path, trainer: L.Trainer, module: Distiller, data: Any, best: Any
+) -> dict[str, Any]:
+    """Test the last and the val-selected student, each once; predictions where they are to be kept."""
+    data.setup("test")
+    last_epoch = trainer.current_epoch - 1
+    train_means = {k.partition("/")[2]: v for k, v in module.epoch_means.items()}
+    last = {"epoch": last_epoch, "train": train_means, "val": _split(module.history[last_epoch])}
+    selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(module.history[best.epoch])}
+    keep = config["protocol"]["keep_predictions"]
+    state = best.read() if group.rank() == 0 else {}
+    if best.epoch != last_epoch:
+        last.update(_test(trainer, module, data, "test_last"))
+        weights.load(module.deployed, group.broadcast(state), run_dir, "student")
+    selected.update(_test(trainer, module, data, "test", run_dir if keep else None))
+    last = {**selected, **last}  # the same student is tested once
+    if keep:
+        trainer.loggers = []  # this pass is for the file: it is no point of the curves
+        module.predictions = {}
+        trainer.validate(module, datamodule=data, verbose=False)
+        _save_predictions(run_dir / "predictions_val.npz", module)
+    outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
+    if module.teacher is not None:
+        outcome["teacher"] = _teacher_part(config, module)
+        if module.teacher_trained:
+            outcome["teacher"]["weights"] = weight_files.TRAINED_ALONG
+            if best.epoch != last_epoch:  # the teacher of that epoch is gone: nothing to agree with
+                alone = module.task.names(with_teacher=False)
+                selected["test"] = {k: v for k, v in selected["test"].items() if k in alone}
+    return outcome
+
+
+def _teacher_part(config: Mapping[str, Any], module: Distiller) -> dict[str, Any]:
+    """What the record says of the teacher; without metrics where its output cannot be compared with the student's."""
+    assert module.teacher is not None
+    part: dict[str, Any] = {"checkpoint": config["teacher"]["checkpoint"]}
+    if "val" in module.teacher_metrics:
+        part["val"] = module.teacher_metrics["val"]
+    part |= {**_which(module.teacher.sources), **module.teacher_tested}
+    made = config["teacher"]["checkpoint"] is None and len(module.teacher.networks)
+    if made and not module.sharded:  # made by its own code, perhaps with weights
+        part["digest"] = weights.digest({k: v.cpu() for k, v in module.teacher.state_dict().items()})
+    return part
+
+
+def _which(sources: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which weights taught: ``weights`` and ``epoch`` of the teacher's run, lists of several."""
+    kept = {key: [source.get(key) for source in sources] for key in ("weights", "epoch") if any(sources)}
+    return {key: found[0] if len(found) == 1 else found for key, found in kept.items()}
+
+
+def _test(trainer: L.Trainer, module: Distiller, data: Any, name: str, keep_in: Path | None = None) -> dict[str, Any]:
+    module.test_name, module.predictions = name, {} if keep_in is not None else None
+    trainer.test(module, datamodule=data, verbose=False)
+    if keep_in is not None:
+        _save_predictions(keep_in / "predictions_test.npz", module)
+    return module.tested
+
+
+def _save_predictions(path: Path, module: Distiller) -> None:
+    shard = {name: torch.cat(parts).numpy() for name, parts in (module.predictions or {}).items()}
+    module.predictions = None
+    shards = group.gather(shard)
+    if shards is None:
+        return
+    kept = {name: np.concatenate([s[name] for s in shards if s]) for name in shards[0]}
+    order = np.argsort(kept["index"], kind="stable")
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        index, target, logits = (kept[name][order] for name in ("index", "target", "logits"))
+        np.savez_compressed(file, index=index, target=target, logits=logits)
+
+
+def _split(metrics: Any) -> dict[str, float]:
+    return {name.partition("/")[2]: float(value) for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------- what is printed
+
+
+def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], data: Any) -> str:
+    """One line: what learns what from whom."""
+    roles = [f"{role} {size['parameters']:,} parameters" for role, size in measured.items()]
+    terms, count = "+".join(config["loss"]), {k: "?" if v is None else v for k, v in data.sizes.items()}
+    few = f" ({count['labelled']} labelled)" if count["labelled"] != count["train"] else ""
+    classes = f"{data.num_classes} classes, " if data.num_classes else ""
+    return (
+        f"{config['name']}: {', '.join(roles)}; loss {terms}; {classes}"
+        f"{count['train']}{few}/{count['val']}/{count['test']} train/val/test; seed {config['seed']}"
+    )
+
+
+def summary(outcome: dict[str, Any], task: Task, run_dir: Path) -> str:
+    """The end of a run: student last and selected, teacher, retention, and where everything is."""
+    student, teacher = outcome["student"], outcome.get("teacher")
+    last, selected = student["last"], student["selected"]
+    along = ", trained along" if (teacher or {}).get("weights") == weight_files.TRAINED_ALONG else ""
+    lines = {
+        f"student, last epoch ({last['epoch'] + 1})": _metrics(last, task),
+        f"student, selected by val ({selected['epoch'] + 1})": _metrics(selected, task),
+        f"teacher{along}": "none" if teacher is None else _metrics(teacher, task),
+    }
+    if teacher is None or "test" not in teacher:
+        lines["size"] = _size(student)
+    else:
+        lines["retention"] = f"{_retention(selected, teacher, task)}; {_size(student)} against {_size(teacher)}"
+    lines["run directory"] = str(run_dir.resolve())
+    return "\n".join(f"{label:<30} {text}" for label, text in lines.items())
+
+
+def _retention(student: Mapping[str, Any], teacher: Mapping[str, Any], task: Task) -> str:
+    """The student's main metric as a share of the teacher's; where less is better, how many times the teacher's."""
+    metric = task.metrics[0]
+    ratio = student["test"][metric.name] / (teacher["test"][metric.name] or 1e-12)
+    return (
+        f"{ratio:.1%} of the teacher's {metric.title}"
+        if metric.better == "max"
+        else (f"{ratio:.3f} times the teacher's {metric.title}")
+    )
+
+
+def _metrics(part: Mapping[str, Any], task: Task) -> str:
+    if "test" not in part:
+        return "not measured: its output is not compared with the student's"
+    test, main = part["test"], task.metrics[0]
+    others = [m for m in task.metrics if m is not main and m.name in (task.summary or test) and m.name in test]
+    beside = "".join(f"  {m.title} {test[m.name]:.4f}" for m in others)
+    return f"val {main.title} {part['val'][main.name]:.4f}  test {main.title} {test[main.name]:.4f}{beside}"
+
+
+def _size(part: Mapping[str, Any]) -> str:
+    return f"{part['parameters']:,} parameters, {part['macs']:,} MACs" if "parameters" in part else "no network here"

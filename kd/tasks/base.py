@@ -1,0 +1,140 @@
+"""What a task is: what a row, a target and a metric are, and how a network of the task is called."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import KdError
+from kd.losses.base import UNLABELLED, Batch, Output
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a split: ``name`` (``acc1``, logged as ``val/acc1``) and how people read it.
+
+    ``title``: in tables. ``better``: which direction is. ``share``: whether it lies in 0 to 1 and is shown in percent;
+    ``unit`` and ``digits`` behind the point otherwise. ``beside_teacher``: whether it compares with a teacher's output,
+    so that a network alone does not have it.
+    """
+
+    name: str
+    title: str
+    better: Literal["max", "min"] = "max"
+    share: bool = False
+    unit: str = ""
+    digits: int = 2
+    beside_teacher: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """The description that is written into ``result.json``."""
+        return asdict(self)
+
+
+class Want(NamedTuple):
+    """What is asked of a network in one pass: ``logits`` or not, ``features`` or not, with a graph or not."""
+
+    logits: bool = True
+    features: bool = False
+    input_gradient: bool = False
+
+
+class Meter(nn.Module, ABC):
+    """The metrics of one pass over a split; ``update`` with each batch, then ``compute``. All in float32."""
+
+    @abstractmethod
+    def update(self, student: Output, batch: Batch, teacher: Output | None = None) -> None:
+        """Add one batch: the measured network's output, and its teacher's if there is one."""
+
+    @abstractmethod
+    def compute(self, with_teacher: bool) -> dict[str, float]:
+        """The metrics by name over all processes; with those beside a teacher or without."""
+
+    def per_class(self) -> list[float]:
+        """The main metric for each class; empty where the task has none."""
+        return []
+
+
+class Task(ABC):
+    """A task. ``metrics``: the first one selects the checkpoint and is "the" number in tables.
+
+    ``counts``: names of what :meth:`count` returns, logged in training as means over the labelled rows.
+    ``summary``: the metrics that the last lines of a run show; empty: all. ``needs_logits``: whether the metrics are
+    made of the logits, so that they say nothing where no term trains them.
+    """
+
+    metrics: Sequence[Metric]
+    counts: Sequence[str] = ()
+    summary: Sequence[str] = ()
+    needs_logits: bool = True
+
+    def rows(self, batch: Batch) -> Batch:
+        """The batch with one target a row: shift, mask and flatten here, once. An image is a row as it stands."""
+        return batch
+
+    def answer(self, network: nn.Module, inputs: Any, batch: Batch, want: Want) -> Output:
+        """Call a network; its logits, if any, are rows × classes. A mapping of inputs becomes keyword arguments.
+
+        ``batch`` has been through :meth:`rows`. A network that answers with a mapping or a model output gives its
+        ``logits``; of a tuple the first tensor counts.
+        """
+        raw = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
+        return Output(self.logits(raw), raw=None if isinstance(raw, Tensor) else raw)
+
+    def logits(self, raw: Any) -> Tensor | None:
+        """The logits in what a network returned, None if there are none."""
+        if isinstance(raw, Mapping):
+            return raw.get("logits")
+        if isinstance(raw, (tuple, list)):
+            return next((part for part in raw if isinstance(part, Tensor)), None)
+        return raw if isinstance(raw, Tensor) else getattr(raw, "logits", None)
+
+    def agree(self, student: Output, teacher: Output, classes: int | None, compared: bool) -> None:
+        """Refuse outputs of a dry pass that cannot be compared; ``classes``: of the data, None if it has none.
+
+        ``compared``: whether a term reads the teacher's logits. ``KdError`` names both numbers.
+        """
+        sides = {"student": student, "teacher": teacher} if compared else {"student": student}
+        found = {side: output.logits.shape[-1] for side, output in sides.items() if output.has_logits}
+        for side, number in found.items():
+            if classes is not None and number != classes:
+                raise KdError(f"the {side} answers {number} classes, the data has {classes}")
+        if len(set(found.values())) > 1:
+            raise KdError(f"the student answers {found['student']} outputs a row, the teacher {found['teacher']}")
+
+    def labelled(self, batch: Batch) -> Tensor:
+        """Number of labelled rows of a batch that has been through :meth:`rows`, 0-d."""
+        targets = batch.targets
+        if targets is None:
+            return torch.tensor(0)
+        if targets.is_floating_point():  # shares, or numbers to regress on: every row has one
+            return torch.tensor(len(targets), device=targets.device)
+        return (targets != UNLABELLED).sum()
+
+    def count(self, student: Output, batch: Batch) -> list[Tensor]:
+        """Sums over the labelled rows for the training curves, in the order of ``counts``, 0-d each.
+
+        A few kernels, no synchronisation. A task that must not make logits in training returns nothing.
+        """
+        return []
+
+    @abstractmethod
+    def meter(self, classes: int | None) -> Meter:
+        """A fresh meter for one pass; ``classes``: outputs of a row, None where that means nothing."""
+
+    def doubt(self, measured: Mapping[str, float], recorded: Mapping[str, float], classes: int | None) -> str:
+        """The end of a sentence on a teacher whose metrics are not what they should be; "" when nothing is wrong."""
+        return ""
+
+    def metric(self, name: str) -> Metric | None:
+        """A metric by its name."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+    def names(self, with_teacher: bool) -> list[str]:
+        """The names of the metrics of a split."""
+        return [m.name for m in self.metrics if with_teacher or not m.beside_teacher]
