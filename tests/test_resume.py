@@ -240,7 +240,7 @@ def test_a_log_that_is_replaced_lets_no_second_process_in(tmp_path: Path, monkey
 def test_a_run_of_before_the_lock_file(tmp_path: Path) -> None:
     record.write(tmp_path, {"schema": 1, "status": "running"})
     with (tmp_path / "train.log").open("w") as log:
-        assert state.look(tmp_path).status == state.INTERRUPTED
+        assert state.state_of(tmp_path).status == state.INTERRUPTED
         fcntl.flock(log, fcntl.LOCK_EX)
-        assert state.look(tmp_path).status == state.RUNNING
+        assert state.state_of(tmp_path).status == state.RUNNING
     assert not (tmp_path / lock.RUN).exists()

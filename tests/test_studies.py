@@ -18,7 +18,7 @@ from kd.report.frame import finished, read_results
 from kd.report.report import build
 from kd.report.told import notes
 from kd.studies import spec
-from kd.sweeps.refusals import refuse_twins
+from kd.sweeps.refusals import refuse_duplicates
 from kd.sweeps.study import RESULTS, plan
 
 EXPERIMENTS = CONF.parent / "experiments"
@@ -66,7 +66,7 @@ def test_every_row_builds(name: str, tmp_path: Path) -> None:
     study = spec.load(EXPERIMENTS / name)
     vocabulary.check(study)
     configs = configs_of(study, tmp_path)
-    refuse_twins(configs)
+    refuse_duplicates(configs)
     built: set[str] = set()
     for row, config in configs.items():
         read = rows_read(config["teacher"]["checkpoint"], tmp_path)
@@ -144,7 +144,7 @@ def test_the_study_that_the_index_shows_can_be_run(tmp_path: Path) -> None:
     (tmp_path / "own" / "study.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
     study = spec.load(tmp_path / "own")
     assert list(study.rows) == ["teacher", "alone", "soft_2", "soft_4"]
-    refuse_twins(configs_of(study, tmp_path / "runs"))
+    refuse_duplicates(configs_of(study, tmp_path / "runs"))
 
 
 def test_the_study_that_the_readme_shows_is_one(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kd.config.compose import checked
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.records import record
 from kd.records.weight_files import LAST, SELECTED
 from kd.run.evaluate import evaluate, run_config
@@ -85,7 +85,7 @@ def _run_directory(argument: str) -> str:
     if Path(argument).is_file():
         raise KdError(f"{argument} is a file: kd eval takes a run directory, or student.checkpoint={argument}")
     if not Path(argument).is_dir():
-        known = near(argument, OWN)
+        known = did_you_mean(argument, OWN)
         raise KdError(f"{argument} is neither a run directory nor KEY=VALUE{known}")
     return argument
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.tracking.wandb_sync import sync
 
 USAGE = """kd wandb sync [DIR ...]
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 1
     verb, *rest = argv
     if verb != "sync":
-        raise KdError(f"there is no kd wandb {verb}{near(verb, ['sync'])}: kd wandb sync [DIR ...]")
+        raise KdError(f"there is no kd wandb {verb}{did_you_mean(verb, ['sync'])}: kd wandb sync [DIR ...]")
     flags = [a for a in rest if a.startswith("-")]
     if flags:
         raise KdError(f"kd wandb sync takes directories only (given: {', '.join(flags)})")

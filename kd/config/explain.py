@@ -1,4 +1,4 @@
-"""Hydra's complaints, said in one plain sentence that names the key, the value, the file and what is near."""
+"""Turn Hydra's complaints into one sentence that names the key, the value, the file and similar names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kd.config import composition, timm_source
 from kd.config.composition import CONF
 from kd.config.keys import targets
 from kd.config.signature import arguments
-from kd.errors import near, yaml_problem
+from kd.errors import did_you_mean, yaml_problem
 
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launchers that come with an extra
 KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -28,7 +28,7 @@ COMPOSING = (*KNOWN, ValueError, AssertionError)
 
 
 def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[str] = ()) -> str:
-    """One sentence for an exception that Hydra, OmegaConf or the YAML reader raised while composing.
+    """Write one sentence for an exception that Hydra, OmegaConf or the YAML reader raised while composing.
 
     ``search``: where configuration files are beside the package's own, as in ``hydra.searchpath``.
     """
@@ -84,7 +84,7 @@ def _missing_file(text: str, overrides: Sequence[str]) -> str:
         return f"{group}={option} does not exist: there is no group {group}"
     if group == "hydra/launcher" and option in EXTRAS:
         return f"{group}={option} needs a package that is not installed: pip install 'kd[{EXTRAS[option]}]'"
-    hint = near(option, options)
+    hint = did_you_mean(option, options)
     if group == "model" and (of_timm := _network_of_timm(option, overrides)):
         return of_timm
     return f"{group}={option} does not exist{hint}; options of {group}: {', '.join(options)}"
@@ -154,12 +154,12 @@ def _not_an_option(key: str, text: str, cause: str, overrides: Sequence[str], se
     if deeper and deeper[1].startswith(f"{key}."):
         key = deeper[1]
     given = next((o for o in overrides if o.split("=")[0] in (key, given)), key)
-    return f"{where}{given}: there is no option {key}{near(key, {*keys, *_groups(search)})}"
+    return f"{where}{given}: there is no option {key}{did_you_mean(key, {*keys, *_groups(search)})}"
 
 
 def _key_or_value(text: str, search: Sequence[str]) -> str:
     full_key = re.search(r"full_key: (\S+)", text)
     first = text.splitlines()[0]
     if full_key and re.match(r"Key '.*' (is )?not in", first):
-        return f"there is no option {full_key[1]}{near(full_key[1], known_keys((), search))}"
+        return f"there is no option {full_key[1]}{did_you_mean(full_key[1], known_keys((), search))}"
     return f"{full_key[1]}: {_lower(first)}" if full_key else first

@@ -1,4 +1,4 @@
-"""The rules of the hardware section, as far as they are known before the machine is asked. No torch."""
+"""The rules of the hardware section, as far as they are known without the machine. No torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The hardware section, complete also in the config of a run that is older than one of its options."""
+    """Complete the hardware section, also in the config of a run that is older than one of its options."""
     return {**asdict(Hardware()), **config["hardware"]}
 
 
 def problems(hardware: Mapping[str, Any], batch_size: int) -> Iterator[str]:
-    """One sentence for each setting that is not allowed."""
+    """Yield one sentence for each setting that is not allowed."""
     for key, choices in CHOICES.items():
         if hardware[key] not in choices:
             allowed = ", ".join("null" if c is None else c for c in choices)

@@ -14,7 +14,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 from pkgutil import get_importer
 
-from kd.errors import near
+from kd.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _in_module(spec: ModuleSpec, names: list[str], depth: int) -> Arguments:
             if _is_dynamic(body):
                 return UNKNOWN
             known = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-            raise LookupError(f"there is no {name!r} in {spec.name}{near(name, known)}")
+            raise LookupError(f"there is no {name!r} in {spec.name}{did_you_mean(name, known)}")
         if isinstance(node, ast.ImportFrom):
             return _follow(spec, node, name, names[position + 1 :], depth)
         if isinstance(node, ast.FunctionDef):

@@ -149,7 +149,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """The resolved config of a run."""
     import yaml
 
-    from kd.records import yaml_text  # here, as yaml: most commands read no config of a run
+    from kd.records import yaml_text  # start-up: as yaml, most commands read no config of a run
 
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():

@@ -35,7 +35,7 @@ def read_by(config: Mapping[str, Any], networks: Sequence[Any] = ()) -> dict[str
     ``networks``: further ones, that the config does not name. Left out are targets without own code, and those of
     sections that change no result, as loggers.
     """
-    from kd.config.keys import targets  # here, as omegaconf comes with it: a report only compares
+    from kd.config.keys import targets  # start-up: omegaconf comes with it, a report only compares
 
     nodes = [node for path, node in targets(config) if changes_results(path)]
     with suppress(RecursionError):  # a stranger's file may be nested as deep as it likes
@@ -81,8 +81,8 @@ def code_of(target: str) -> Code | None:
     Imports are followed wherever they stand in a file, those inside of functions too, by their names alone.
     None when there is no such module; empty when it is no own code.
     """
-    look = functools.cache(find)  # of this moment: files come and go while a sweep runs
-    if look(target.partition(".")[0]) is None:
+    found_now = functools.cache(find)  # of this moment: files come and go while a sweep runs
+    if found_now(target.partition(".")[0]) is None:
         return None
     found: Code = {}
     waiting = [target]
@@ -93,7 +93,7 @@ def code_of(target: str) -> Code | None:
             continue
         for count in range(1, len(parts) + 1):
             module = ".".join(parts[:count])
-            spec = look(module)
+            spec = found_now(module)
             if spec is None:
                 break
             package = spec.submodule_search_locations is not None

@@ -26,8 +26,8 @@ class State:
     record: Mapping[str, Any] | None = None
 
 
-def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
-    """The state of a job. A run that says "running" was killed, unless a process still holds its lock.
+def state_of(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
+    """Read the state of a job. A run that says "running" was killed, unless a process still holds its lock.
 
     With ``config``: ``KdError`` when the directory holds a run of another configuration.
     """
@@ -60,13 +60,13 @@ def resumable(run_dir: Path, before: Mapping[str, Any]) -> bool:
 
 
 def busy(run_dir: Path) -> bool:
-    """Whether a process, perhaps on another node, trains in a run directory; before version 0.1 it locked its log."""
+    """Tell whether a process, perhaps on another node, trains in a directory; before version 0.1 it locked its log."""
     file = run_dir / lock.RUN
     return lock.busy(file if file.exists() else run_dir / "train.log")
 
 
 def same_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether two configs are of the same experiment, with the same seeds of its own, its data and what it reads."""
+    """Tell whether two configs are of one experiment, with the same seeds of its own, its data and what it reads."""
     seeds = [(c["seed"], c["data"].get("seed"), c["data"].get("split_seed"), _seeds_read(c)) for c in (there, here)]
     return record.config_hash(there) == record.config_hash(here) and seeds[0] == seeds[1]
 
@@ -76,9 +76,7 @@ def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, A
     if same_run(there, here):
         return
     if gone := weight_files.absent(here):
-        raise KdError(
-            f"{gone} does not exist: whether {run_dir} is a run of it cannot be told (its results: kd report)"
-        )
+        raise KdError(f"{gone} does not exist: whether {run_dir} is a run of it is not known (its results: kd report)")
     old, new = flat(there), flat(here)
     ignored = tuple(f"{section}." for section in record.NOT_THE_EXPERIMENT)
     differ = [

@@ -31,6 +31,8 @@ from kd.records import weight_files
 from kd.run import compatibility, described, weights
 from kd.run.data_facts import same_data
 from kd.tasks.base import Task
+from kd.tracking.loggers import complete
+from kd.tracking.summary import keep_open
 
 log = logging.getLogger(__name__)
 
@@ -323,9 +325,6 @@ def _scheduler(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any
 
 def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
     """The loggers of the config, completed with where the run writes; ``finish_loggers`` closes them."""
-    from kd.tracking.loggers import complete
-    from kd.tracking.summary import keep_open
-
     built = []
     for name, node in config["logger"].items():
         if node is not None:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.config.checks import check
 from kd.config.composition import flat
 from kd.config.schema import Root, Teacher
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.records import record
 from kd.records.weight_files import TRAINED_ALONG
 
@@ -40,7 +40,9 @@ def changed(config: Mapping[str, Any], overrides: Sequence[str], own: Collection
     for override in overrides:
         key = override.partition("=")[0]
         if key not in known:
-            raise KdError(f"{override}: the run has no key {key}{near(key, {*known, *own})} (groups cannot be changed)")
+            raise KdError(
+                f"{override}: the run has no key {key}{did_you_mean(key, {*known, *own})} (groups cannot be changed)"
+            )
         if key in RESOLVED:
             raise KdError(f"{override} changes nothing here, a run's config is resolved: {RESOLVED[key]}")
     try:
@@ -66,12 +68,12 @@ def evaluate(
     """
     import torch
 
-    from kd.distill.evaluation import measure
-    from kd.distill.teacher import InputMap
-    from kd.losses.base import Batch, Output
-    from kd.run import build, trainer, weights
-    from kd.run.data_facts import same_data
-    from kd.tasks.base import Want
+    from kd.distill.evaluation import measure  # start-up: torch, as all of these
+    from kd.distill.teacher import InputMap  # start-up
+    from kd.losses.base import Batch, Output  # start-up
+    from kd.run import build, trainer, weights  # start-up
+    from kd.run.data_facts import same_data  # start-up
+    from kd.tasks.base import Want  # start-up
 
     trainer.quieten()
     source = weights_file or config["student"]["checkpoint"]
@@ -135,7 +137,7 @@ def evaluate(
 
 def _made_again(config: Mapping[str, Any], data: Any, task: Any, run: str | Path | None) -> Any:
     """The teacher of ``run``, which has no checkpoint, where its own code makes it with the weights that taught."""
-    from kd.run import build, weights
+    from kd.run import build, weights  # start-up: torch
 
     there = record.read(run).get("teacher") or {} if run is not None and (Path(run) / record.FILE).is_file() else {}
     if there.get("digest") is None or there.get("weights") == TRAINED_ALONG:
@@ -146,7 +148,7 @@ def _made_again(config: Mapping[str, Any], data: Any, task: Any, run: str | Path
 
 def unkept_teacher(config: Mapping[str, Any], run: str | Path | None = None) -> str:
     """Why the network that taught cannot be had: its weights were random, or the run changed them; else ""."""
-    from kd.run.build import teacher_members
+    from kd.run.build import teacher_members  # start-up: torch
 
     if run is not None and (Path(run) / record.FILE).is_file():
         about = record.read(run).get("teacher") or {}

@@ -41,12 +41,12 @@ def check_config(run_dir: Path, config: Mapping[str, Any], before: Mapping[str, 
 
 
 def check_files(run_dir: Path) -> Progress:
-    """How far the run has come; makes ``student.safetensors`` the file that its checkpoint speaks of.
+    """Tell how far the run has come, and make ``student.safetensors`` the file that its checkpoint names.
 
     Where a run was killed before that file was written, or it was lost, and the checkpoint is of the selected epoch,
     it is written again from there. ``Refused`` where the checkpoint is damaged, or the file missing or another one.
     """
-    from kd.run import weights
+    from kd.run import weights  # start-up: torch
 
     checkpoint = run_dir / CHECKPOINT
     try:
@@ -88,7 +88,7 @@ def intact(checkpoint: Path) -> bool:
 
 def _selected(file: Path) -> tuple[dict[str, Any], int | None] | None:
     """The weights of a file and the epoch that it was written at; None where it is missing or cannot be read."""
-    from kd.run import weights
+    from kd.run import weights  # start-up: torch
 
     try:
         state, about = weights.read(file)

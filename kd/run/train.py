@@ -125,7 +125,7 @@ def fit(
     """Fit in this process, alone or as one of several; the part of the record that this yields.
 
     ``ending``: given in a process that kd started for this alone. There process 0 also logs and closes its loggers;
-    after a failure at that end, as a server that is away must not hold the news back.
+    after a failure at that end, as a server that is away must not delay it.
     """
     from kd.parallel import group  # start-up: torch
     from kd.run import trainer  # start-up: torch

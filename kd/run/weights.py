@@ -95,7 +95,7 @@ def read_pickle(file: Path) -> Any:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: optimiser steps, epochs, and seconds in all its sittings."""
+    """How far a run has come: optimiser steps, epochs, and seconds in all its sessions."""
 
     steps: int = 0
     epochs: int = 0
@@ -142,21 +142,21 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     return state
 
 
-def load(network: nn.Module, state: dict[str, Tensor], source: str | Path, whose: str) -> None:
+def load(network: nn.Module, state: dict[str, Tensor], source: str | Path, role: str) -> None:
     """Put a state dict into a network, strictly. ``KdError`` names the first tensors that do not fit."""
     own = network.state_dict()
     for name in own.keys() & state.keys():
         if own[name].shape != state[name].shape:
             raise KdError(
-                f"{source} does not fit the {whose}: {name} is {tuple(state[name].shape)} in the file "
+                f"{source} does not fit the {role}: {name} is {tuple(state[name].shape)} in the file "
                 f"and {tuple(own[name].shape)} in the network"
             )
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
         parts = [f"lacks {', '.join(missing[:3])}" if missing else "", f"has {', '.join(extra[:3])}" if extra else ""]
-        said = " and ".join(part for part in parts if part)
+        differ = " and ".join(part for part in parts if part)
         raise KdError(
-            f"{source} does not fit the {whose}: the file {said} ({len(missing)} missing, {len(extra)} unexpected)"
+            f"{source} does not fit the {role}: the file {differ} ({len(missing)} missing, {len(extra)} unexpected)"
         )
     if any(hasattr(tensor, "full_tensor") for tensor in own.values()):  # sharded
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

@@ -1,4 +1,4 @@
-"""What every kind of sweep shares: compose and check all jobs, run what is missing in order, say how each one ended."""
+"""What every kind of sweep does: compose and check all jobs, run what is missing in order, report how each ended."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from kd.config.compose import check_composed
 from kd.errors import KdError, MachineFailure
 from kd.records import inputs, lock, manifest
 from kd.records.manifest import Job, Manifest
-from kd.records.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
+from kd.records.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, state_of
 from kd.studies import spec
-from kd.sweeps.job import leave_a_record
+from kd.sweeps.job import ensure_record
 from kd.sweeps.outcome import Outcome
 from kd.sweeps.plugins import register
 from kd.sweeps.refusals import (
     advice,
+    name_jobs,
+    refuse_duplicates,
     refuse_missing_hardware,
-    refuse_twins,
     refuse_unbuildable,
     refuse_unwritable,
-    whose,
 )
 
 LOCK = "sweep.lock"
@@ -49,7 +49,7 @@ class Engine:
         )
 
     def compose(self, job: Job) -> dict[str, Any]:
-        """The checked config of a job. ``KdError`` when it does not compose or cannot work."""
+        """Compose and check the config of a job. ``KdError`` when it does not compose or cannot work."""
         before = HydraConfig.instance().cfg
         try:
             cfg = self._composed([*job.overrides, *self._place(job)])
@@ -59,7 +59,7 @@ class Engine:
             HydraConfig.instance().cfg = before
 
     def terms(self, overrides: Sequence[str]) -> frozenset[str]:
-        """The loss terms that these overrides choose. ``KdError`` when they do not compose."""
+        """Find the loss terms that these overrides choose. ``KdError`` when they do not compose."""
         loss = OmegaConf.to_container(self._composed(overrides).loss, resolve=False)
         return frozenset(n for n, node in loss.items() if isinstance(node, Mapping) and "_target_" in node)  # type: ignore[union-attr, misc]
 
@@ -72,7 +72,7 @@ class Engine:
             raise KdError(explain.explain(error, overrides, search)) from error
 
     def compose_all(self, jobs: Sequence[Job], kind: str = "sweep") -> dict[str, dict[str, Any]]:
-        """The checked config of every job by its name. ``KdError`` with each complaint once, and whose it is."""
+        """Compose and check the config of every job. ``KdError`` with each complaint once, and its jobs."""
         configs: dict[str, dict[str, Any]] = {}
         wrong: dict[str, list[Job]] = {}
         for job in jobs:
@@ -87,7 +87,7 @@ class Engine:
             for complaint, some in wrong.items():
                 known = kind != "study" and complaint.startswith(some[0].overrides)  # it names what was swept
                 named = known or len(some) == everyone
-                lines.append(complaint if named else f"{whose(some, kind)}: {complaint}")
+                lines.append(complaint if named else f"{name_jobs(some, kind)}: {complaint}")
             raise KdError("\n".join(lines))
         return configs
 
@@ -112,7 +112,7 @@ class Engine:
         many ran before, of how many.
         """
         configs = self.compose_all(jobs, kind)
-        refuse_twins(configs, kind)
+        refuse_duplicates(configs, kind)
         ordered = list(waves(jobs))
         refuse_unwritable(self.directory)
         plan = Manifest(kind, name, {job.name: job for job in jobs}, folder)
@@ -135,15 +135,15 @@ class Engine:
     def _missing(
         self, jobs: Sequence[Job], configs: Mapping[str, dict[str, Any]], plan: Manifest
     ) -> dict[str, dict[str, Any]]:
-        """The configs of what must run. ``KdError``, before anything starts, when one of the runs cannot go on.
+        """Find the configs of what must run. ``KdError``, before anything starts, when one of the runs cannot go on.
 
-        A job that reads a missing run is looked at in its turn.
+        A job that reads a missing run is checked in its turn.
         """
         missing, wrong = {}, []
         for job in jobs:
-            ready = all(look(self.directory / other).status == FINISHED for other in job.after)
+            ready = all(state_of(self.directory / other).status == FINISHED for other in job.after)
             try:
-                state = look(self.directory / job.name, configs[job.name] if ready else None)
+                state = state_of(self.directory / job.name, configs[job.name] if ready else None)
             except KdError as error:
                 wrong.append(str(error))
                 continue
@@ -165,7 +165,7 @@ class Engine:
 
     @contextmanager
     def locked(self, kind: str, name: str, folder: str = "") -> Iterator[None]:
-        """The directory is this sweep's, and no other process's, until the end; :meth:`run` may be called inside."""
+        """Hold the directory, against other processes, until the end; :meth:`run` may be called inside."""
         if self.holds:
             yield
             return
@@ -191,7 +191,7 @@ class Engine:
                 state = State(MISSING, f"not started: {earlier[lacking[0]].job.label} did not finish")
             else:
                 try:
-                    state = look(run_dir, configs[job.name])  # what it reads is there now and counts by its hash
+                    state = state_of(run_dir, configs[job.name])  # what it reads is there now and counts by its hash
                 except KdError as error:  # one job does not stop the others
                     state = State(FAILED, str(error))
                 else:
@@ -216,23 +216,23 @@ class Engine:
         for job, end in zip(jobs, ends or (), strict=False):
             if isinstance(end, Exception):
                 reason = str(end).strip().splitlines()[-1] if str(end) else type(end).__name__
-                self._leave(job, f"the launcher says: {reason}")
+                self._ensure_record(job, f"the launcher says: {reason}")
 
     def _ended(self, job: Job) -> Outcome:
         run_dir = self.directory / job.name
-        missing = look(run_dir).status == MISSING
+        missing = state_of(run_dir).status == MISSING
         try:
-            self._leave(job, "the launcher did not run it" if missing else "it stopped without a word")
+            self._ensure_record(job, "the launcher did not run it" if missing else "it stopped without a record")
         except MachineFailure as error:  # there is no room for a record
             return Outcome(job, run_dir, State(FAILED, str(error)))
-        return Outcome(job, run_dir, look(run_dir))
+        return Outcome(job, run_dir, state_of(run_dir))
 
-    def _leave(self, job: Job, reason: str) -> None:
-        """A record for a job without an end. What was begun is interrupted, to go on; what still runs is left alone."""
+    def _ensure_record(self, job: Job, reason: str) -> None:
+        """Write a record for a job without an end. What was begun is interrupted, to go on; what still runs stays."""
         run_dir = self.directory / job.name
-        there = look(run_dir).status
+        there = state_of(run_dir).status
         if there != RUNNING:
-            leave_a_record(run_dir, job.overrides, FAILED if there == MISSING else INTERRUPTED, reason)
+            ensure_record(run_dir, job.overrides, FAILED if there == MISSING else INTERRUPTED, reason)
 
 
 def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
@@ -251,7 +251,7 @@ def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 
 def _joined(directory: Path, plan: Manifest) -> Manifest:
-    """The plan together with what the directory's manifest lists already. ``KdError`` when they do not fit."""
+    """Add what the directory's manifest lists already to the plan. ``KdError`` when they do not fit."""
     if not (directory / manifest.FILE).exists():
         # the lock and a temporary file are all that a sweep leaves that was killed at once
         if directory.is_dir() and any(not f.name.startswith((LOCK, ".")) for f in directory.iterdir()):

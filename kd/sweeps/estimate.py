@@ -25,14 +25,14 @@ from kd.parallel import launch
 from kd.parallel.devices import cores, gpus
 from kd.records import record
 from kd.records.manifest import Job
-from kd.records.state import FINISHED, State, look
+from kd.records.state import FINISHED, State, state_of
 from kd.report.console import print_table
 from kd.studies import graph
 from kd.studies.spec import Study
 from kd.sweeps.engine import Engine, waves
-from kd.sweeps.local import Share, shares
-from kd.sweeps.pool import ask, warm_up
-from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
+from kd.sweeps.local import Resources, resources
+from kd.sweeps.pool import preload, run_in_subprocess
+from kd.sweeps.refusals import refuse_duplicates, refuse_unbuildable
 
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones
 EPOCH = re.compile(r"^(\S+ \S+) INFO epoch \d+/\d+ ", re.MULTILINE)  # in train.log, when one has ended
@@ -61,7 +61,7 @@ def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
     ``KdError`` that names the rows which cannot be built.
     """
     configs = engine.compose_all(jobs, "study")
-    refuse_twins(configs, "study")
+    refuse_duplicates(configs, "study")
     refuse_unbuildable(configs, engine.directory)
     slots = _slots(engine, list(configs.values()))
     lines, problems, clock = [], [], Clock(slots[0].threads)
@@ -97,11 +97,11 @@ def makespan(jobs: Sequence[Job], seconds: Mapping[str, float], together: int) -
     return total
 
 
-def _slots(engine: Engine, configs: Sequence[Mapping[str, Any]]) -> list[Share]:
+def _slots(engine: Engine, configs: Sequence[Mapping[str, Any]]) -> list[Resources]:
     launcher: Any = engine.launcher
     if not hasattr(launcher, "n_jobs"):  # of a cluster: it decides
-        return [Share(cores())]
-    return shares([config["hardware"] for config in configs], launcher.n_jobs, launcher.jobs_per_gpu)
+        return [Resources(cores())]
+    return resources([config["hardware"] for config in configs], launcher.n_jobs, launcher.jobs_per_gpu)
 
 
 def _lines(directory: Path, jobs: Sequence[Job], configs: Mapping[str, Mapping[str, Any]]) -> list[Line]:
@@ -109,7 +109,7 @@ def _lines(directory: Path, jobs: Sequence[Job], configs: Mapping[str, Mapping[s
     states = {}
     for job in jobs:
         rows.setdefault(job.name.partition("/")[0], []).append(job)
-        states[job.name] = look(directory / job.name, None if job.after else configs[job.name])
+        states[job.name] = state_of(directory / job.name, None if job.after else configs[job.name])
     return [Line(row, part, [states[job.name] for job in part]) for row, part in rows.items()]
 
 
@@ -159,8 +159,8 @@ class Clock:
         """What :func:`time_steps` returns."""
         key = speed(config)
         if key not in self.known:
-            warm_up()
-            self.known[key] = ask(functools.partial(time_steps, config, self.threads))
+            preload()
+            self.known[key] = run_in_subprocess(functools.partial(time_steps, config, self.threads))
         return self.known[key]
 
 
@@ -200,7 +200,7 @@ def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]
     import lightning as L
     import torch
 
-    from kd.run import build, callbacks, trainer
+    from kd.run import build, callbacks, trainer  # start-up: torch
 
     class Stopwatch(callbacks.Callback):
         times: list[float]

@@ -1,4 +1,4 @@
-"""Second looks at the finished runs of a study: other test images, or one bias that validation chooses."""
+"""Further evaluations of the finished runs of a study: other test images, or one bias that validation chooses."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from kd.config.instantiate import make
 from kd.errors import KdError
 from kd.records import record
 from kd.records.manifest import Job
-from kd.records.state import FINISHED, look
+from kd.records.state import FINISHED, state_of
+from kd.records.weight_files import LAST, SELECTED
 from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
-from kd.run.evaluate import changed
+from kd.run.evaluate import changed, run_config
+from kd.run.evaluate import evaluate as measure
 from kd.studies.spec import STUDY, Evaluation, Study
 from kd.sweeps.engine import Engine
-from kd.sweeps.local import Share, shares
+from kd.sweeps.local import Resources, resources
 from kd.sweeps.outcome import Outcome
-from kd.sweeps.pool import ask, forked, warm_up
+from kd.sweeps.pool import forked, preload, run_in_subprocess
 
 
 def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[str]:
@@ -39,9 +41,9 @@ def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[s
         return []
     made_now = dict.fromkeys(evaluation.name for _, names in todo for evaluation in names)
     print(f"evaluations of {len(todo)} {'run' if len(todo) == 1 else 'runs'}: {', '.join(made_now)}", flush=True)
-    warm_up()
+    preload()
     hardware = [{**settings(record.read_config(run_dir)), "devices": 1} for run_dir, _ in todo]
-    slots = shares(hardware, getattr(launcher, "n_jobs", 1), getattr(launcher, "jobs_per_gpu", 1))
+    slots = resources(hardware, getattr(launcher, "n_jobs", 1), getattr(launcher, "jobs_per_gpu", 1))
     calls = [functools.partial(_child, study, run_dir, names, slots) for run_dir, names in todo]
     failed = [todo[position][0] for position, code in forked(calls, len(slots)) if code]
     return [
@@ -52,7 +54,7 @@ def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[s
 
 def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
     """``KdError`` for an evaluation that will not work: before the first run, not after the last."""
-    if all(look(engine.directory / job.name).status == FINISHED for job in jobs):
+    if all(state_of(engine.directory / job.name).status == FINISHED for job in jobs):
         return
     firsts: dict[str, Job] = {}
     for job in jobs:
@@ -67,8 +69,8 @@ def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
             except KdError as error:
                 raise KdError(f"{where} (row {row}): {error}") from None
     if wanted:
-        warm_up()
-        ask(functools.partial(_check_data, wanted))
+        preload()
+        run_in_subprocess(functools.partial(_check_data, wanted))
 
 
 def _check_data(wanted: Sequence[tuple[str, Mapping[str, Any], Sequence[int]]]) -> None:
@@ -97,10 +99,10 @@ def made(study: Study, evaluation: Evaluation) -> dict[str, Any]:
     return {"epoch": study.epoch, "eval": list(evaluation.eval), "bias": list(evaluation.bias)}
 
 
-def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], slots: Sequence[Share], slot: int) -> None:
+def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], slots: Sequence[Resources], slot: int) -> None:
     import torch
 
-    slots[slot].take()
+    slots[slot].apply()
     torch.set_num_threads(slots[slot].threads)
     try:
         there = read_evaluations(run_dir)
@@ -120,9 +122,6 @@ def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, flo
 
     With ``bias``: ``acc1``, ``class_I`` and the ``bias`` itself, an amount of logits.
     """
-    from kd.records.weight_files import LAST, SELECTED
-    from kd.run.evaluate import evaluate as measure
-    from kd.run.evaluate import run_config
 
     config = run_config(run_dir, evaluation.eval)
     weights = run_dir / (LAST if epoch == "last" else SELECTED)

@@ -15,7 +15,7 @@ from kd.errors import KdError
 from kd.records.manifest import Job
 from kd.sweeps.engine import Engine
 from kd.sweeps.outcome import Outcome
-from kd.sweeps.table import conclude
+from kd.sweeps.table import print_results
 from kd.sweeps.terms import Terms
 
 LONGEST = 120  # characters of a directory's name
@@ -29,7 +29,7 @@ def sweep(engine: Engine, arguments: Sequence[str]) -> list[Outcome]:
     if len(every) > len(jobs):
         opening += f" ({len(every)} combinations: a term's keys apply where it is chosen, equal jobs run once)"
     outcomes = engine.run("sweep", engine.directory.name, jobs, opening)
-    conclude(engine.directory, outcomes)
+    print_results(engine.directory, outcomes)
     return outcomes
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from kd.config.compose import check_composed
 from kd.errors import KdError, named
 from kd.records import manifest, record
-from kd.records.state import DONE, FAILED, RUNNING, look, resumable
+from kd.records.state import DONE, FAILED, RUNNING, resumable, state_of
 from kd.records.weight_files import CHECKPOINT, LAST, SELECTED
 from kd.run import resume
 from kd.run.train import resume as go_on
@@ -29,7 +29,7 @@ LOGGED = ("wandb", "tensorboard")
 
 
 def task(cfg: DictConfig) -> str:
-    """What a Hydra launcher calls in each job, perhaps on another machine: returns the status and never raises.
+    """Run a job for a Hydra launcher, perhaps on another machine: returns the status and never raises.
 
     A job that a scheduler preempted and queued again goes on from its last checkpoint.
     """
@@ -40,7 +40,7 @@ def task(cfg: DictConfig) -> str:
         return work(check_composed(cfg), run_dir, overrides)
     except Exception as error:
         with suppress(KdError, OSError):  # where there is no room, the sweep says it for the job
-            leave_a_record(run_dir, overrides, FAILED, f"{error}" or type(error).__name__)
+            ensure_record(run_dir, overrides, FAILED, f"{error}" or type(error).__name__)
         return FAILED
 
 
@@ -49,7 +49,7 @@ def work(config: Mapping[str, Any], run_dir: Path, overrides: Sequence[str]) -> 
 
     What failed by itself is started anew: the same weights would only fail again. Raises what the training raises.
     """
-    state = look(run_dir, config)
+    state = state_of(run_dir, config)
     if state.status in (*DONE, RUNNING):
         return state.status
     if state.record is not None:
@@ -86,8 +86,8 @@ def _set_aside(folder: Path) -> None:
         folder.rename(folder.with_name(f"{folder.name}_{number}"))
 
 
-def leave_a_record(run_dir: Path, overrides: Sequence[str], status: str, error: str) -> None:
-    """See to it that the job has a record of why it did not finish; what is there already is kept.
+def ensure_record(run_dir: Path, overrides: Sequence[str], status: str, error: str) -> None:
+    """Write a record of why the job did not finish, unless it has one that ended.
 
     ``MachineFailure`` where it cannot be written.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kd.config.instantiate import make
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.records import trials
 from kd.sweeps import pool
 
@@ -55,7 +55,7 @@ class Settings:
             return
         if not (isinstance(value, str) or value is None) or str(value or "null") not in known:
             raise KdError(
-                f"hydra.sweeper.{name} = {value} is not allowed{near(str(value), known)}: it must be "
+                f"hydra.sweeper.{name} = {value} is not allowed{did_you_mean(str(value), known)}: it must be "
                 f"{', '.join(known)} or a node with _target_: optuna.{name}s.…"
             )
 
@@ -89,12 +89,15 @@ def _measures(base: Mapping[str, Any]) -> dict[str, Direction]:
     teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
 
     def described() -> list[tuple[str, str]]:
-        from kd.run import build
+        from kd.run import build  # start-up: torch
 
         return [(m.name, m.better) for m in build.task(base).metrics if teacher or not m.beside_teacher]
 
-    pool.warm_up()
-    metrics = {f"val/{name}": "maximize" if better == "max" else "minimize" for name, better in pool.ask(described)}
+    pool.preload()
+    metrics = {
+        f"val/{name}": "maximize" if better == "max" else "minimize"
+        for name, better in pool.run_in_subprocess(described)
+    }
     return {**metrics, **dict.fromkeys(COSTS, "minimize")}  # type: ignore[dict-item]
 
 
@@ -106,7 +109,8 @@ def _check_objective(name: str, direction: Any, known: Mapping[str, Direction]) 
         )
     if name not in known:
         raise KdError(
-            f"hydra.sweeper.objectives: there is no measure {name}{near(name, known)}; measures: {', '.join(known)}"
+            f"hydra.sweeper.objectives: there is no measure {name}{did_you_mean(name, known)}; measures: "
+            f"{', '.join(known)}"
         )
     if direction not in (None, known[name]):
         raise KdError(f"hydra.sweeper.objectives: {name} = {direction} is not allowed: it must be {known[name]}")

@@ -28,7 +28,9 @@ class LocalLauncher(Launcher):
 
     def __init__(self, n_jobs: int | str = 1, jobs_per_gpu: int = 1) -> None:
         self.n_jobs, self.jobs_per_gpu = n_jobs, jobs_per_gpu
-        self.total: int | None = None  # jobs of the whole sweep, for what is said as they end; null: those of a launch
+        self.total: int | None = (
+            None  # jobs of the whole sweep, for the lines as they end; None: those of a launch
+        )
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra gives before :meth:`launch`."""

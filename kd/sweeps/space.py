@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from kd.config import explain
 from kd.config.composition import key_of
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.sweeps.grid import axis, short_names
 
 
@@ -36,8 +36,8 @@ class Space:
         """Its values for people: short names, four digits."""
         names = short_names(list(self.axes))
         values = {k: f"{v:.4g}" if isinstance(v, float) else f"{v}" for k, v in params.items()}
-        told = {key_of(override) for override in self.overrides(params)}
-        return " ".join(f"{names[key]}={values[key]}" for key in self.axes if key.lstrip("+") in told)
+        chosen = {key_of(override) for override in self.overrides(params)}
+        return " ".join(f"{names[key]}={values[key]}" for key in self.axes if key.lstrip("+") in chosen)
 
     def corners(self) -> list[dict[str, Any]]:
         """The first value of every axis, then each end (or each choice) of one axis after the other."""
@@ -83,7 +83,9 @@ def _axis(override: Override) -> Any:
     sweep, line = override.value(), override.input_line
     tags = set(getattr(sweep, "tags", ()))
     for tag in tags - {"log"}:
-        raise KdError(f"{line}: there is no tag {tag}{near(tag, ['log'])}: only tag(log, interval(…)) means something")
+        raise KdError(
+            f"{line}: there is no tag {tag}{did_you_mean(tag, ['log'])}: only tag(log, interval(…)) means something"
+        )
     if tags and not isinstance(sweep, IntervalSweep):
         raise KdError(f"{line}: the tag log goes with an interval: tag(log, interval(LOW, HIGH))")
     if isinstance(sweep, IntervalSweep):

@@ -8,10 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from kd.errors import KdError, near
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from kd.errors import KdError, did_you_mean
 from kd.records import record
 from kd.records.manifest import Job
-from kd.records.state import FINISHED, look, same_run
+from kd.records.state import FINISHED, same_run, state_of
 from kd.report import vocabulary
 from kd.report.console import print_report
 from kd.report.frame import RESULTS, check_protocol, finished, of_study, read_results, write_results
@@ -22,6 +24,7 @@ from kd.sweeps import estimate, evaluations
 from kd.sweeps.engine import Engine
 from kd.sweeps.outcome import Outcome
 from kd.sweeps.refusals import advice, refuse_unwritable
+from kd.tracking.wandb_report import log_report
 
 
 def sweep(
@@ -53,7 +56,7 @@ def sweep(
         problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
         try:
             complete = not problems and all(o.state.status == FINISHED for o in outcomes)
-            _conclude(study, engine, outcomes, kept if own and complete else None)
+            _write_results(study, engine, outcomes, kept if own and complete else None)
         except KdError as error:
             if not problems:
                 raise
@@ -74,12 +77,12 @@ def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: S
     hashes: dict[str, str] = {}  # of a row, the same for all its seeds
     for job in plan(study, engine.directory, (), None, arguments):
         row, run_dir = job.name.partition("/")[0], engine.directory / job.name
-        if job.name in planned or (state := look(run_dir)).status != FINISHED or state.record is None:
+        if job.name in planned or (state := state_of(run_dir)).status != FINISHED or state.record is None:
             continue
         if hashes.get(row) != state.record.get("config_hash"):
             config = engine.compose_all([job], "study")[job.name]
             try:
-                look(run_dir, config)
+                state_of(run_dir, config)
             except KdError as error:
                 raise KdError(advice(str(error))) from None
             hashes[row] = record.config_hash(config)
@@ -128,14 +131,14 @@ def _chosen(study: Study, only: Sequence[str]) -> list[Row]:
         found = fnmatch.filter(study.rows, pattern)
         if not found:
             rows = ", ".join(study.rows)
-            raise KdError(f"--only {pattern}: {study.folder} has no such row{near(pattern, study.rows)}; rows: {rows}")
+            raise KdError(
+                f"--only {pattern}: {study.folder} has no such row{did_you_mean(pattern, study.rows)}; rows: {rows}"
+            )
         names += found
     return [study.rows[name] for name in dict.fromkeys(names)]
 
 
 def _refuse_swept(arguments: Sequence[str]) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     for override in OverridesParser.create().parse_overrides(list(arguments)):
         key = override.get_key_element()
         if override.is_sweep_override():
@@ -147,7 +150,7 @@ def _refuse_swept(arguments: Sequence[str]) -> None:
 # ---------------------------------------------------------------------- what comes out
 
 
-def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: Path | None) -> None:
+def _write_results(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: Path | None) -> None:
     """``results.csv`` and the report, of all runs that are there.
 
     ``kept``: the results in the study's own folder, written once nothing is missing; None when these runs are of other
@@ -176,14 +179,14 @@ def _left_out(study: Study, directory: Path) -> list[str]:
     others = [pair for pair in every if _finished(directory / pair[0] / f"seed{pair[1]}")]
     if not others:
         return []
-    said = f"Seeds {', '.join(map(str, study.seeds))} only, as asked (--seeds)"
-    print(said := f"{said}: {len(others)} finished runs of other seeds are left out.")
-    return [said]
+    sentence = f"Seeds {', '.join(map(str, study.seeds))} only, as asked (--seeds)"
+    print(sentence := f"{sentence}: {len(others)} finished runs of other seeds are left out.")
+    return [sentence]
 
 
 def _finished(run_dir: Path) -> bool:
     try:
-        return look(run_dir).status == FINISHED
+        return state_of(run_dir).status == FINISHED
     except KdError:  # a record that cannot be read
         return False
 
@@ -193,8 +196,6 @@ def _to_wandb(study: Study, engine: Engine, report: Report, outcomes: Sequence[O
     settings = _wandb(outcomes)
     if settings is None:
         return
-    from kd.tracking.wandb_report import log_report
-
     log_report(engine.directory, study.name, report.table, report.figures, settings)
 
 

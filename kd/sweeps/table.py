@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from kd.errors import KdError
 from kd.records import record, sources
 from kd.records.measures import measured, number, shown_metric
@@ -13,12 +17,12 @@ from kd.records.state import DONE, FINISHED, PRUNED
 from kd.sweeps.outcome import Outcome
 
 
-def conclude(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
+def print_results(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
     """Print the table; ``KdError`` that lists the jobs without a result, if there are any."""
     show(outcomes, objectives)
     if targets := sources.mixed(_record(o) for o in outcomes if o.state.status in DONE):
         print(f"_target_ = {', '.join(targets)} was changed while the jobs ran: not all of them are of the same code")
-    print(f"{directory}: kd report {_near(directory)} makes tables and figures of it", flush=True)
+    print(f"{directory}: kd report {_relative(directory)} makes tables and figures of it", flush=True)
     failed = [o for o in outcomes if o.state.status not in DONE]
     if failed:
         reasons = [f"{o.job.label}: {o.state.status}: {o.state.reason}" for o in failed]
@@ -26,7 +30,7 @@ def conclude(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[s
         raise KdError("\n".join([f"{len(failed)} of {len(outcomes)} jobs have no result ({again}):", *reasons]))
 
 
-def _near(directory: Path) -> Path:
+def _relative(directory: Path) -> Path:
     try:
         return directory.relative_to(Path.cwd())
     except ValueError:
@@ -38,10 +42,6 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
 
     ``objectives``: measure → "maximize" or "minimize".
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     ended = sorted((o for o in outcomes if o.state.status == FINISHED), key=lambda o: _rank(o, objectives))
     columns = list(objectives or sorted({monitor(o) for o in ended}))
     table = Table()

@@ -35,7 +35,7 @@ def complete(name: str, node: Mapping[str, Any], config: Mapping[str, Any], run_
 
 
 def describe(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """What W&B is told of a run: id, group, name, job type and tags.
+    """Describe a run for W&B: id, group, name, job type and tags.
 
     A job of a sweep or study is grouped under its name, and named after what differs; a run that a W&B sweep agent
     started (``WANDB_SWEEP_ID``, ``WANDB_RUN_ID``) is the agent's run. Job types: "teacher" when other jobs learn from
@@ -65,7 +65,7 @@ def describe(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """A name that says what differs: experiment, terms, seed."""
+    """Make a name of what differs: experiment, terms, seed."""
     return f"{config['name']} {'+'.join(config['loss'])} seed{config['seed']}"
 
 
