@@ -110,7 +110,7 @@ def _parsed(argv: Sequence[str]) -> tuple[Path, int, int]:
 
 
 def directory(out: Path, arm: str, seed: int) -> Path:
-    """The run directory of one arm and seed."""
+    """Return the run directory of one arm and seed."""
     return out / arm / f"seed{seed}"
 
 
@@ -159,7 +159,7 @@ def _run_one(arm: Arm, seed: int, out: Path, slot: int) -> None:
 
 
 def column(out: Path, arm: str, seeds: int, *keys: str) -> np.ndarray:
-    """One number of each seed's record, in percent: ``keys`` lead to it."""
+    """Return one number of each seed's record, in percent: ``keys`` lead to it."""
     values = []
     for seed in range(seeds):
         part: Any = record.read(directory(out, arm, seed))

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _split_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], list[str], str | None]:
-    """The verb's own arguments, overrides of the config, and the folder of ``--config-dir``."""
+    """Return the verb's own arguments, overrides of the config, and the folder of ``--config-dir``."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     try:
@@ -81,7 +81,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], list[str], st
 
 
 def _run_directory(argument: str) -> str:
-    """An argument without a ``KEY=`` is a run directory. ``KdError`` for files and typos."""
+    """Read an argument without a ``KEY=`` as a run directory. ``KdError`` for files and typos."""
     if Path(argument).is_file():
         raise KdError(f"{argument} is a file: kd eval takes a run directory, or student.checkpoint={argument}")
     if not Path(argument).is_dir():

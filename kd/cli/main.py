@@ -29,7 +29,7 @@ MODULES = {
 
 
 def usage() -> str:
-    """What ``kd --help`` prints."""
+    """Return what ``kd --help`` prints."""
     verbs = "\n".join(f"  {verb:<7}{text}" for verb, text in VERBS.items())
     return f"kd {__version__}: knowledge distillation\n\nkd VERB [arguments]\n\n{verbs}\n\nkd VERB --help says more."
 

@@ -51,7 +51,7 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
 
 
 def _absolute(path: Any) -> Any:
-    """Existing paths made absolute, so that a run's config means the same from every directory."""
+    """Make existing paths absolute, so that a run's config means the same from every directory."""
     if isinstance(path, list):
         return [_absolute(p) for p in path]
     if not isinstance(path, str):

@@ -101,7 +101,7 @@ def _network_of_timm(option: str, overrides: Sequence[str]) -> str:
 
 
 def known_keys(overrides: Sequence[str], search: Sequence[str]) -> list[str]:
-    """The keys of the config that the groups among the overrides compose to, and the arguments of its targets."""
+    """List the keys of the config that the overridden groups compose to, and the arguments of its targets."""
     running = GlobalHydra.instance().hydra  # of a sweep, which composes its jobs
     groups = [o for o in overrides if composition.key_of(o).partition("@")[0] in _groups(search)]
     for attempt in (groups, []):
@@ -136,7 +136,7 @@ def _arguments(cfg: DictConfig) -> Iterator[tuple[str, str]]:
 
 
 def searched(search: Sequence[str]) -> list[str]:
-    """The override that adds places of configuration files, such as ``file:///home/me/conf``."""
+    """Return the override that adds places of configuration files, such as ``file:///home/me/conf``."""
     quoted = ",".join("'" + place.replace("'", r"\'") + "'" for place in dict.fromkeys(search))
     return [f"hydra.searchpath=[{quoted}]"] if search else []
 

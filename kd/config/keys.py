@@ -41,7 +41,7 @@ MADE = {
 
 
 def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...] = ()) -> Iterator[str]:
-    """One sentence for each key that there is not, or that has no effect.
+    """Yield one sentence for each key that there is not, or that has no effect.
 
     ``line``: what the command line sets (:func:`kd.config.composition.command_line`); ``skip``: sections without
     effect here.
@@ -57,7 +57,7 @@ def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every node with a ``_target_`` and its dotted path, outer ones first."""
+    """Yield every node with a ``_target_`` and its dotted path, outer ones first."""
     if isinstance(node, Mapping):
         if "_target_" in node:
             yield path, node
@@ -82,7 +82,7 @@ def drop_left_out(values: dict[str, Any], line: Mapping[str, str]) -> None:
 
 
 def _made(node: Any) -> bool:
-    """Whether a node makes something, or says that there is nothing to make, or that it has no value yet."""
+    """Tell whether a node makes something, or says that there is nothing to make, or that it has no value yet."""
     return node in (None, "???") or (isinstance(node, Mapping) and "_target_" in node)
 
 
@@ -103,7 +103,7 @@ def _unknown(path: str, line: Mapping[str, str], known: Iterable[str]) -> str:
 
 
 def _typed(path: str, line: Mapping[str, str]) -> Iterator[str]:
-    """The overrides that set this key, or one below it."""
+    """Yield the overrides that set this key, or one below it."""
     return (override for key, override in line.items() if key == path or key.startswith(f"{path}."))
 
 
@@ -150,7 +150,7 @@ def _of_the_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tu
 
 
 def _mistyped(path: str, names: Iterable[str], line: Mapping[str, str]) -> str:
-    """The argument that a typed key is nearly equal to, where the target takes any; "" if a ``+`` or a file has it."""
+    """Find the argument that a typed key resembles, where the target takes any; "" if a ``+`` or a file has it."""
     key = path.rpartition(".")[2]
     if line.get(path, "+").startswith("+") or composition.files_with(key):
         return ""
@@ -158,7 +158,7 @@ def _mistyped(path: str, names: Iterable[str], line: Mapping[str, str]) -> str:
 
 
 def _where(path: str, key: str, line: Mapping[str, str]) -> str:
-    """The override that sets this key, or the configuration files that spell it, for the complaint about it."""
+    """Return the override that sets this key, or the configuration files that spell it, for the complaint about it."""
     if override := line.get(f"{path}.{key}"):
         return f" [command line: {override}]"
     group, name, *_ = [*path.split("."), ""]  # Hydra does not list the options of groups chosen as lists
@@ -198,7 +198,7 @@ def _below_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tup
 
 
 def _along(values: Mapping[str, Any], parts: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-    """The mappings on the way down, as far as there are any."""
+    """Yield the mappings on the way down, as far as there are any."""
     node: Any = values
     for part in parts:
         node = node.get(part)

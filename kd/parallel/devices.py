@@ -13,7 +13,7 @@ GPU = ("gpu", "cuda")
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -51,7 +51,7 @@ def _count_gpus(accelerator: str, devices: Any) -> int:
 
 
 def gpus() -> list[str]:
-    """The NVIDIA GPUs that this process may use, by number, found without touching them."""
+    """List the NVIDIA GPUs that this process may use, by number, found without touching them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [g for g in visible.split(",") if g.strip() and g.strip() != "-1"]
@@ -64,7 +64,7 @@ def gpus() -> list[str]:
 
 
 def devices_of(hardware: Mapping[str, Any], there: int) -> int:
-    """How many of the GPUs that are ``there``, or processes on the CPU, a job of this hardware section takes.
+    """Count the GPUs, of those that are ``there``, or processes on the CPU, a job of this hardware section takes.
 
     A job that names its GPUs by number takes them all: nothing may be renumbered under it. ``KdError``: more than
     there are.

@@ -91,6 +91,6 @@ def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, A
 
 
 def _seeds_read(config: Mapping[str, Any]) -> list[Any]:
-    """The seeds of the runs that a run reads: those of one experiment have one hash, and are other networks."""
+    """Return the seeds of the runs that a run reads: those of one experiment have one hash, and are other networks."""
     given = [p for role in ("student", "teacher") for p in weight_files.paths(config[role]["checkpoint"])]
     return [record.read(p).get("seed") if (Path(p) / record.FILE).is_file() else None for p in given]

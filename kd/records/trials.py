@@ -50,7 +50,7 @@ def require_optuna() -> None:
 
 
 def absolute(url: str | None) -> str | None:
-    """An SQLite URL with an absolute path: it must mean the same file from everywhere."""
+    """Return an SQLite URL with an absolute path: it must mean the same file from everywhere."""
     prefix = "sqlite:///"
     return prefix + os.path.abspath(url[len(prefix) :]) if url and url.startswith(prefix) else url
 
@@ -92,7 +92,7 @@ def write_settings(directory: Path, settings: Mapping[str, Any] | None) -> None:
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
-    """What the parent wrote; None: the search has no pruner."""
+    """Return what the parent wrote; None: the search has no pruner."""
     file = directory / SETTINGS
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 

@@ -31,7 +31,7 @@ ALLOW = "set teacher.trust=true if you trust the file, or name the network yours
 
 
 def network(node: Any, source: str, named: Collection[str] = (), trust: bool = False) -> dict[str, Any]:
-    """The description of a network in the file ``source``, or ``KdError`` when building it could run foreign code.
+    """Check the description of a network in the file ``source``: ``KdError`` when building it could run other code.
 
     ``named``: every ``_target_`` that the user's own configuration gives to a network; ``trust``: whether the user
     allows others. Weights are never fetched for it: they are in the file.
@@ -69,7 +69,7 @@ def _never(source: str, target: str) -> KdError:
 
 
 def _of_the_system(path: str) -> bool:
-    """Whether a dotted path lies in Python itself, or in parts of libraries that run what they are given."""
+    """Tell whether a dotted path lies in Python itself, or in parts of libraries that run what they are given."""
     top = path.partition(".")[0]
     if top == "torch":
         return not path.startswith("torch.nn.")
@@ -77,7 +77,7 @@ def _of_the_system(path: str) -> bool:
 
 
 def _offered(target: str) -> bool:
-    """Whether a library offers this as a network: a class of it, or a factory that it lists."""
+    """Tell whether a library offers this as a network: a class of it, or a factory that it lists."""
     root = next((root for root in LIBRARIES if target.startswith(f"{root}.")), None)
     made = None if root is None else found(target)
     if root is None or made is None or not f"{module_of(made)}.".startswith(f"{root}."):

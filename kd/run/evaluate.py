@@ -136,7 +136,7 @@ def evaluate(
 
 
 def _made_again(config: Mapping[str, Any], data: Any, task: Any, run: str | Path | None) -> Any:
-    """The teacher of ``run``, which has no checkpoint, where its own code makes it with the weights that taught."""
+    """Make the teacher of ``run``, which has no checkpoint, where its own code gives it the weights that taught."""
     from kd.run import build, weights  # start-up: torch
 
     there = record.read(run).get("teacher") or {} if run is not None and (Path(run) / record.FILE).is_file() else {}
@@ -147,7 +147,7 @@ def _made_again(config: Mapping[str, Any], data: Any, task: Any, run: str | Path
 
 
 def unkept_teacher(config: Mapping[str, Any], run: str | Path | None = None) -> str:
-    """Why the network that taught cannot be had: its weights were random, or the run changed them; else ""."""
+    """Tell why the network that taught cannot be had: its weights were random, or the run changed them; else ""."""
     from kd.run.build import teacher_members  # start-up: torch
 
     if run is not None and (Path(run) / record.FILE).is_file():

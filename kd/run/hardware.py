@@ -80,7 +80,7 @@ def warn_of_slow_precision(config: Mapping[str, Any]) -> None:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 numbers by itself, as far as torch can tell."""
+    """Tell whether the CPU multiplies bfloat16 numbers by itself, as far as torch can tell."""
     if hasattr(torch.cpu, "get_capabilities"):
         return any("bf16" in name and bool(value) for name, value in torch.cpu.get_capabilities().items())
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")

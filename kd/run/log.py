@@ -21,7 +21,7 @@ class _Console(logging.StreamHandler):
         logging.Handler.__init__(self)
 
     def handleError(self, log_record: logging.LogRecord) -> None:
-        """A reader that went away (``| head``) does not stop a run, nor fill the terminal; nor does a full disk."""
+        """Ignore a reader that went away (``| head``) and a full disk: neither stops a run or fills the terminal."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(log_record)
 
@@ -61,7 +61,7 @@ def start_logging(run_dir: Path) -> list[logging.Handler]:
 
 
 def _is_stdout(stream: Any) -> bool:
-    """Whether what is printed goes into this file already, as in the jobs of a sweep."""
+    """Tell whether what is printed goes into this file already, as in the jobs of a sweep."""
     try:
         return os.path.samestat(os.fstat(sys.stdout.fileno()), os.fstat(stream.fileno()))
     except (OSError, ValueError, AttributeError):  # replaced by something that is no file

@@ -44,7 +44,7 @@ class StopWhenPruned(Callback):
             trainer.should_stop = True
 
     def outcome(self, history: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-        """The part of the record that a stopped run yields: no test, nothing that a finished run would have."""
+        """Return the part of the record that a stopped run yields: no test, nothing that a finished run would have."""
         assert self.epoch is not None
         metrics = {name.partition("/")[2]: float(value) for name, value in history[self.epoch].items()}
         value = history[self.epoch][self.measure]
@@ -70,7 +70,7 @@ class Trial:
 
 
 def callback(run_dir: Path) -> StopWhenPruned | None:
-    """The callback for a run that is a running trial of a search with a pruner; None for every other run."""
+    """Return the callback for a run that is a running trial of a search with a pruner; None for every other run."""
     found = _find(run_dir) if group.rank() == 0 else None
     measure = group.broadcast(found and found[0])
     return StopWhenPruned(measure, found and found[1]) if measure is not None else None

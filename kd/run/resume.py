@@ -77,7 +77,7 @@ def check_files(run_dir: Path) -> Progress:
 
 
 def intact(checkpoint: Path) -> bool:
-    """Whether every byte that counts of a file of ``torch.save`` is as it was written, by the checksums inside."""
+    """Tell whether every byte that counts of a file of ``torch.save`` is as it was written, by the checksums inside."""
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             # torch writes no attributes, and takes an entry for a directory where one says so
@@ -87,7 +87,7 @@ def intact(checkpoint: Path) -> bool:
 
 
 def _selected(file: Path) -> tuple[dict[str, Any], int | None] | None:
-    """The weights of a file and the epoch that it was written at; None where it is missing or cannot be read."""
+    """Return the weights of a file and the epoch that it was written at; None where it is missing or cannot be read."""
     from kd.run import weights  # start-up: torch
 
     try:

@@ -60,7 +60,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 
 def read(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in a file (or run directory, of an epoch), and what was recorded with it (empty when nothing was).
+    """Read the state dict in a file (or run directory, of an epoch), and what was recorded with it (else empty).
 
     Files are read without running code: a pickle that needs more than tensors and plain containers is refused.
     Raises ``KdError`` for files that are missing, truncated, or no checkpoints.
@@ -80,7 +80,7 @@ def read(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor],
 
 
 def read_pickle(file: Path) -> Any:
-    """The content of a file that ``torch.save`` wrote, read without running code. ``KdError`` as :func:`read`."""
+    """Read a file that ``torch.save`` wrote, without running code. ``KdError`` as :func:`read`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is said below
@@ -103,12 +103,12 @@ class Progress:
 
 
 def progress(checkpoint: Path) -> Progress:
-    """What a checkpoint to resume from says of it. ``KdError`` as :func:`read`."""
+    """Return what a checkpoint to resume from says of it. ``KdError`` as :func:`read`."""
     return progress_of(read_pickle(checkpoint), checkpoint)
 
 
 def progress_of(there: Any, checkpoint: Path) -> Progress:
-    """The same, of a checkpoint that was read already."""
+    """Return the same, of a checkpoint that was read already."""
     try:
         seconds = there["callbacks"].get("WallClock", {}).get("seconds", 0.0)
         return Progress(int(there["global_step"]), int(there["epoch"]) + 1, round(float(seconds), 3))

@@ -273,7 +273,7 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One process a sweep: the lock falls with the process."""
+    """Hold the lock of a sweep, which falls with the process."""
     with ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)

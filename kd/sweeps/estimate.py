@@ -114,7 +114,7 @@ def _lines(directory: Path, jobs: Sequence[Job], configs: Mapping[str, Mapping[s
 
 
 def _timed(line: Line, directory: Path, configs: Mapping[str, Mapping[str, Any]], clock: Clock) -> Line:
-    """With the seconds of a run: the median of what its other seeds took, else by a few steps."""
+    """Add the seconds of a run: the median of what its other seeds took, else by a few steps."""
     if not line.missing:
         return line
     ended = zip(line.jobs, line.states, strict=True)
@@ -156,7 +156,7 @@ class Clock:
         self.known: dict[str, tuple[int, float, float]] = {}
 
     def __call__(self, config: dict[str, Any]) -> tuple[int, float, float]:
-        """What :func:`time_steps` returns."""
+        """Time the steps of a config, see :func:`time_steps`."""
         key = speed(config)
         if key not in self.known:
             preload()
@@ -165,7 +165,7 @@ class Clock:
 
 
 def speed(config: Mapping[str, Any]) -> str:
-    """The same for configs whose steps cost the same: all but names, seeds, length and what only scales a loss."""
+    """Write what is the same for configs whose steps cost the same: not names, seeds, length, scales of a loss."""
     ignored = ({*record.NOT_THE_EXPERIMENT} - {"hardware"}) | {"protocol"}
     kept = {key: value for key, value in config.items() if key not in ignored}
     kept["data"] = _without(config["data"], "seed", "split_seed")
@@ -256,7 +256,7 @@ def _times(line: Line) -> tuple[str, str, str]:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: ``0.4 s``, ``42 s``, ``3.5 min``, ``2.1 h``."""
+    """Write a time for people: ``0.4 s``, ``42 s``, ``3.5 min``, ``2.1 h``."""
     if seconds < 90:
         return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
     return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

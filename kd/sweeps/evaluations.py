@@ -87,7 +87,7 @@ def _check_data(wanted: Sequence[tuple[str, Mapping[str, Any], Sequence[int]]]) 
 
 
 def lacking(study: Study, outcome: Outcome) -> list[Evaluation]:
-    """The evaluations that a run should have and has not, or has as the study defined them before."""
+    """Return the evaluations that a run should have and has not, or has as the study defined them before."""
     row = outcome.job.name.partition("/")[0]
     there = read_evaluations(outcome.run_dir)
     wanted = [e for e in study.evaluations.values() if e.rows is None or row in e.rows]
@@ -95,7 +95,7 @@ def lacking(study: Study, outcome: Outcome) -> list[Evaluation]:
 
 
 def made(study: Study, evaluation: Evaluation) -> dict[str, Any]:
-    """How an evaluation is made; kept beside its numbers."""
+    """Tell how an evaluation is made; kept beside its numbers."""
     return {"epoch": study.epoch, "eval": list(evaluation.eval), "bias": list(evaluation.bias)}
 
 
@@ -145,7 +145,7 @@ def _classes(accuracies: list[float]) -> dict[str, float]:
 
 
 def best_bias(logits: np.ndarray, target: np.ndarray, classes: Sequence[int]) -> float:
-    """The number which, added to the logits of ``classes``, gets most rows right; of equals the middle one.
+    """Return the number which, added to the logits of ``classes``, gets most rows right; of equals the middle one.
 
     ``logits``: (rows, all classes); ``target``: (rows,). Exact: the answer of a row changes once, where the best of
     ``classes`` overtakes the best of the others (the bias fix of Hinton 2015, section 3, which used the test set).

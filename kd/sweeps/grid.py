@@ -34,7 +34,7 @@ def sweep(engine: Engine, arguments: Sequence[str]) -> list[Outcome]:
 
 
 def plan(engine: Engine, arguments: Sequence[str]) -> list[Job]:
-    """One job for each combination; equal ones where they differ in keys of a term that they do not have.
+    """Return one job for each combination; equal ones where they differ in keys of a term that they do not have.
 
     ``KdError`` for an empty axis, a repeated value, two jobs of one directory.
     """
@@ -66,7 +66,7 @@ def plan(engine: Engine, arguments: Sequence[str]) -> list[Job]:
 
 
 def axis(override: Override) -> tuple[str, list[str | None]]:
-    """Key and values of one argument; a single value when it does not sweep, None when it deletes a key."""
+    """Return key and values of one argument; a single value when it does not sweep, None when it deletes a key."""
     if override.is_sweep_override():
         if not override.is_discrete_sweep():
             raise KdError(

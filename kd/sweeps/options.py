@@ -85,7 +85,7 @@ def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Directi
 
 
 def _measures(base: Mapping[str, Any]) -> dict[str, Direction]:
-    """Every measure of the validation split, the task's main one first, and every cost, with its direction."""
+    """Return every measure of the validation split, the task's main one first, and every cost, with its direction."""
     teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
 
     def described() -> list[tuple[str, str]]:
@@ -117,12 +117,12 @@ def _check_objective(name: str, direction: Any, known: Mapping[str, Direction]) 
 
 
 def reseeded(node: Mapping[str, Any] | str) -> bool:
-    """Whether a sampler is made anew for each trial: those that keep nothing but random numbers between trials."""
+    """Tell whether a sampler is made anew for each trial: those that keep nothing but random numbers between trials."""
     return isinstance(node, str) or node["_target_"] in [known["_target_"] for known in SAMPLERS.values()]
 
 
 def sampler(node: Mapping[str, Any] | str, seed: int | None, number: int) -> Any:
-    """The sampler of trial ``number``, seeded by both (None: by chance); one not :func:`reseeded` as its node says.
+    """Make the sampler of trial ``number``, seeded by both (None: by chance); one not :func:`reseeded` as its node.
 
     ``KdError`` when it cannot be made.
     """

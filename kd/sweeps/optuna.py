@@ -109,7 +109,7 @@ class Search:
                 )
 
     def trials(self) -> list[Any]:
-        """The trials that count, a failed one that was tried again only once; not those waiting for their turn."""
+        """List the trials that count, a failed one that was tried again only once; not those waiting for their turn."""
         found = [t for t in self.study.get_trials(deepcopy=False) if job_of(t) is not None]
         again = {t.user_attrs.get("retries") for t in found}
         return [t for t in found if t.number not in again and t.state != self.states.WAITING]
@@ -137,7 +137,7 @@ class Search:
             self._run(batch)
 
     def _ask(self) -> Any:
-        """A new trial, which has its directory: one of its own, or that of an earlier trial of the same values."""
+        """Ask for a trial and give it a directory: its own, or that of an earlier trial of the same values."""
         earlier = self.trials()
         if reseeded(self.settings.sampler):
             self.study.sampler = sampler(self.settings.sampler, self.settings.seed, len(earlier))
@@ -190,7 +190,7 @@ class Search:
             print(f"  {count:>{len(str(total))}}/{total}  {label}: {_shown(values) or state.status}", flush=True)
 
     def outcomes(self) -> list[Outcome]:
-        """Each run of the search once."""
+        """Return each run of the search once."""
         found: dict[str, Outcome] = {}
         for trial in self.trials():
             name = str(job_of(trial))
@@ -200,12 +200,12 @@ class Search:
         return list(found.values())
 
     def _judged(self, state: State) -> State:
-        """A run that trained to its end without a number for each objective has failed."""
+        """Turn a run that trained to its end without a number for each objective into a failed one."""
         lacking = [n for n in self.objectives if state.status == FINISHED and measured(state.record, n) is None]
         return State(FAILED, f"it has no finite {lacking[0]}", state.record) if lacking else state
 
     def print_results(self, outcomes: Sequence[Outcome]) -> None:
-        """The table, what is best, and how to train it again. ``KdError`` when a trial has no result."""
+        """Print the table, what is best, and how to train it again. ``KdError`` when a trial has no result."""
         again = len(self.trials()) - len(outcomes)
         if again:
             print(f"{again} trials drew the values of an earlier one, whose run counts for both")
@@ -229,7 +229,7 @@ class Search:
 
 
 def _batch(batch: int | None, engine: Engine, base: Mapping[str, Any]) -> int:
-    """How many trials are asked for together: what was given, or as many as the local launcher runs at once."""
+    """Count the trials that are asked for together: what was given, or as many as the local launcher runs at once."""
     if batch is not None:
         return batch
     launcher = engine.launcher

@@ -28,16 +28,14 @@ class LocalLauncher(Launcher):
 
     def __init__(self, n_jobs: int | str = 1, jobs_per_gpu: int = 1) -> None:
         self.n_jobs, self.jobs_per_gpu = n_jobs, jobs_per_gpu
-        self.total: int | None = (
-            None  # jobs of the whole sweep, for the lines as they end; None: those of a launch
-        )
+        self.total: int | None = None  # jobs of the whole sweep, for the lines as they end; None: those of a launch
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra gives before :meth:`launch`."""
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def at_once(self, *hardware: Mapping[str, Any]) -> int:
-        """How many jobs with these hardware sections run together. ``KdError`` when there is no room for so many."""
+        """Count the jobs with these hardware sections that run together. ``KdError`` when there is no room for them."""
         from kd.sweeps.local import division  # start-up
 
         return division(hardware, self.n_jobs, self.jobs_per_gpu)[0]

@@ -111,7 +111,7 @@ def _die_with_the_parent() -> None:
 
 
 def _interrupt(processes: list[BaseProcess], patience: float = 20.0) -> None:
-    """As Ctrl-C does: a child writes its record and ends; one that does not is killed."""
+    """End processes as Ctrl-C does: a child writes its record and ends; one that does not is killed."""
     for process in processes:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGINT)

@@ -76,7 +76,7 @@ def refuse_unwritable(directory: Path) -> None:
 
 
 def advice(sentence: str) -> str:
-    """A complaint about runs of a study; where it advises another ``hydra.sweep.dir``, with how to choose one."""
+    """Add to a complaint of a study that advises another ``hydra.sweep.dir`` how to choose one."""
     advised = sentence.endswith("hydra.sweep.dir")
     return f"{sentence} (an argument of kd study: hydra.sweep.dir=DIR)" if advised else sentence
 

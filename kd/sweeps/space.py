@@ -29,25 +29,25 @@ class Space:
     applying: Callable[[Sequence[str]], tuple[str, ...]] = tuple
 
     def overrides(self, params: Mapping[str, Any]) -> tuple[str, ...]:
-        """The command line of one trial, complete."""
+        """Return the command line of one trial, complete."""
         return self.applying([*self.fixed, *(f"{key}={text(params[key])}" for key in self.axes)])
 
     def label(self, params: Mapping[str, Any]) -> str:
-        """Its values for people: short names, four digits."""
+        """Write the values of a trial for people: short names, four digits."""
         names = short_names(list(self.axes))
         values = {k: f"{v:.4g}" if isinstance(v, float) else f"{v}" for k, v in params.items()}
         chosen = {key_of(override) for override in self.overrides(params)}
         return " ".join(f"{names[key]}={values[key]}" for key in self.axes if key.lstrip("+") in chosen)
 
     def corners(self) -> list[dict[str, Any]]:
-        """The first value of every axis, then each end (or each choice) of one axis after the other."""
+        """Return the first value of every axis, then each end (or each choice) of one axis after the other."""
         ends = {k: list(d.choices) if hasattr(d, "choices") else [d.low, d.high] for k, d in self.axes.items()}
         first = {key: values[0] for key, values in ends.items()}
         return [first, *({**first, key: v} for key, values in ends.items() for v in values[1:] if v != values[0])]
 
 
 def text(value: Any) -> str:
-    """A value as it is written on the command line, so that it is read back as the same number."""
+    """Return a value as it is written on the command line, so that it is read back as the same number."""
     return repr(value) if isinstance(value, float) else str(value)
 
 

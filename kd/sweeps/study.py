@@ -89,7 +89,7 @@ def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: S
 
 
 def _same_experiments(study: Study, engine: Engine, jobs: Sequence[Job], arguments: Sequence[str]) -> bool:
-    """Whether the arguments leave every row what it is: another launcher or logger, no other recipe or split."""
+    """Tell whether the arguments leave every row what it is: another launcher or logger, no other recipe or split."""
     if not arguments:
         return True
     plain = {job.name: job for job in plan(study, engine.directory, (), None, ())}
@@ -103,7 +103,7 @@ def _same_experiments(study: Study, engine: Engine, jobs: Sequence[Job], argumen
 def plan(
     study: Study, directory: Path, only: Sequence[str], seeds: Sequence[int] | None, arguments: Sequence[str]
 ) -> list[Job]:
-    """A job for each run that is wanted or read by one that is. ``KdError`` for a row that does not exist."""
+    """Return a job for each run that is wanted or read by one that is. ``KdError`` for a row that does not exist."""
     wanted = [(row, seed) for row in _chosen(study, only) for seed in row.seeds if seeds is None or seed in seeds]
     jobs: dict[str, Job] = {}
 
@@ -173,7 +173,7 @@ def _write_results(study: Study, engine: Engine, outcomes: Sequence[Outcome], ke
 
 
 def _left_out(study: Study, directory: Path) -> list[str]:
-    """A sentence on finished runs of the study's own seeds that are not in the report, because of ``--seeds``."""
+    """Write a sentence on finished runs of the study's own seeds that ``--seeds`` keeps out of the report."""
     own, here = spec.load(study.folder), {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
     every = [(name, seed) for name, row in own.rows.items() for seed in row.seeds if (name, seed) not in here]
     others = [pair for pair in every if _finished(directory / pair[0] / f"seed{pair[1]}")]
@@ -192,7 +192,7 @@ def _finished(run_dir: Path) -> bool:
 
 
 def _to_wandb(study: Study, engine: Engine, report: Report, outcomes: Sequence[Outcome]) -> None:
-    """The report as a W&B run, when the runs log there."""
+    """Send the report as a W&B run, when the runs log there."""
     settings = _wandb(outcomes)
     if settings is None:
         return

@@ -76,7 +76,7 @@ def _record(outcome: Outcome) -> Any:
 
 
 def monitor(outcome: Outcome) -> str:
-    """The metric that picked the job's epoch."""
+    """Return the metric that picked the job's epoch."""
     return str(_record(outcome)["protocol"]["monitor"])
 
 

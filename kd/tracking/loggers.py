@@ -70,7 +70,7 @@ def run_name(config: Mapping[str, Any]) -> str:
 
 
 def _swept() -> str:
-    """The parameters that a W&B sweep agent chose, ``loss.kd.temperature=4, seed=1``; nothing without an agent."""
+    """Write what a W&B sweep agent chose, ``loss.kd.temperature=4, seed=1``; nothing without an agent."""
     import yaml
 
     try:
@@ -104,7 +104,7 @@ def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
 
 
 def whole(logger: CSVLogger) -> CSVLogger:
-    """The logger; where a new column makes it write all rows again, it replaces its file in one step.
+    """Return the logger; where a new column makes it write all rows again, it replaces its file in one step.
 
     Lightning empties the file first: a process killed then would lose the curves.
     """

@@ -34,7 +34,7 @@ def finish_loggers(result: Mapping[str, Any]) -> None:
 
 
 def report_row(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run as one flat row, ``student.selected.test.acc1`` …, and its retention; no nulls."""
+    """Return the record of a run as one flat row, ``student.selected.test.acc1`` …, and its retention; no nulls."""
     row = {
         key: value for key, value in flat(result).items() if value is not None and not isinstance(value, (list, dict))
     }

@@ -48,7 +48,7 @@ def sync(directories: Sequence[Path], timeout: float = 600) -> int:
 
 
 def _by_run(file: Path) -> tuple[str, Path]:
-    """Files of one W&B run, the parts of a resumed run, belong together, in the order of their dates."""
+    """Order by run, as the parts of a resumed one belong together, then by date."""
     return f"{file.parents[2]}/{file.stem}", Path(file.parent.name.removeprefix("offline-"))
 
 
