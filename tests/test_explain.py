@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 
-from kd.cli.hydra_app import checked
 from kd.config import timm_source
+from kd.config.compose import checked
 from kd.config.explain import explain, known_keys
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 
 DKD = "from kd.losses.base import Term\n\n\nclass DKD(Term):\n    def __init__(self, beta: float = 8.0): ...\n"
 
@@ -217,9 +217,9 @@ def test_abbreviations_of_the_field_are_understood(overrides: tuple[str, ...]) -
 
 def test_the_same_section_comes_first() -> None:
     known = ["loss.at.weight", "loss.kd.weight", "recipe.epochs"]
-    assert near("loss.kd.alpha", known) == " (near: loss.kd.weight, loss.at.weight)"
-    assert near("recipe.epoch", known) == " (near: recipe.epochs)"
-    assert near("nothing", known) == ""
+    assert did_you_mean("loss.kd.alpha", known) == " (near: loss.kd.weight, loss.at.weight)"
+    assert did_you_mean("recipe.epoch", known) == " (near: recipe.epochs)"
+    assert did_you_mean("nothing", known) == ""
 
 
 # ---------------------------------------------------------------------- networks of timm

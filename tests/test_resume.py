@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.records import lock, record, state
@@ -280,7 +280,7 @@ def test_a_lock_that_is_deleted_lets_no_second_process_in(tmp_path: Path, monkey
 def test_a_run_of_before_the_lock_file(tmp_path: Path) -> None:
     record.write(tmp_path, {"schema": 1, "status": "running"})
     with (tmp_path / "train.log").open("w") as log:
-        assert state.look(tmp_path).status == state.INTERRUPTED
+        assert state.state_of(tmp_path).status == state.INTERRUPTED
         fcntl.flock(log, fcntl.LOCK_EX)
-        assert state.look(tmp_path).status == state.RUNNING
+        assert state.state_of(tmp_path).status == state.RUNNING
     assert not (tmp_path / lock.RUN).exists()

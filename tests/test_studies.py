@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from kd.cli import hydra_app
+from kd.config.compose import checked
 from kd.config.composition import CONF
+from kd.config.instantiate import make
 from kd.report import vocabulary
 from kd.report.frame import finished, read_results
 from kd.report.report import build
 from kd.report.told import notes
 from kd.studies import spec
-from kd.sweeps.refusals import refuse_twins
+from kd.sweeps.refusals import refuse_duplicates
 from kd.sweeps.study import RESULTS, plan
 
 EXPERIMENTS = CONF.parent / "experiments"
@@ -29,7 +30,7 @@ def configs_of(study: spec.Study, directory: Path) -> dict[str, dict[str, Any]]:
     """The checked config of the first run of every row; what they read lies in ``directory``, which does not exist."""
     jobs = {job.name: job for job in plan(study, directory, (), None, ())}
     firsts = {name: f"{name}/seed{row.seeds[0]}" for name, row in study.rows.items()}
-    return {name: hydra_app.checked(jobs[first].overrides) for name, first in firsts.items()}
+    return {name: checked(jobs[first].overrides) for name, first in firsts.items()}
 
 
 def rows_read(checkpoint: Any, directory: Path) -> list[str]:
@@ -41,9 +42,8 @@ def rows_read(checkpoint: Any, directory: Path) -> list[str]:
 def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
     """A few images of the shape and classes of a data set, which need not be there, under the same options."""
     from kd.data.images.base import DataModule
-    from kd.run import build
 
-    data = build.make(node, "data")
+    data = make(node, "data")
     common = {key: node[key] for key in inspect.signature(DataModule.__init__).parameters if key in node}
     few = {"train_size": None, "label_fraction": 1.0, "batch_size": 8, "val_fraction": 0.1}
     common["augment"] = {k: v for k, v in (node.get("augment") or {}).items() if k != "scale"}  # of image files only
@@ -66,7 +66,7 @@ def test_every_row_builds(name: str, tmp_path: Path) -> None:
     study = spec.load(EXPERIMENTS / name)
     vocabulary.check(study)
     configs = configs_of(study, tmp_path)
-    refuse_twins(configs)
+    refuse_duplicates(configs)
     built: set[str] = set()
     for row, config in configs.items():
         read = rows_read(config["teacher"]["checkpoint"], tmp_path)
@@ -144,7 +144,7 @@ def test_the_study_that_the_index_shows_can_be_run(tmp_path: Path) -> None:
     (tmp_path / "own" / "study.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
     study = spec.load(tmp_path / "own")
     assert list(study.rows) == ["teacher", "alone", "soft_2", "soft_4"]
-    refuse_twins(configs_of(study, tmp_path / "runs"))
+    refuse_duplicates(configs_of(study, tmp_path / "runs"))
 
 
 def test_the_study_that_the_readme_shows_is_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hydra's complaints, said in one plain sentence that names the key, the value, the file and what is near."""
+"""Turn Hydra's complaints into one sentence that names the key, the value, the file and similar names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kd.config import composition, timm_source
 from kd.config.composition import CONF
 from kd.config.keys import targets
 from kd.config.signature import arguments
-from kd.errors import ALIASES, near, yaml_problem
+from kd.errors import ALIASES, did_you_mean, yaml_problem
 
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launchers that come with an extra
 KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -28,7 +28,7 @@ COMPOSING = (*KNOWN, ValueError, AssertionError)
 
 
 def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[str] = ()) -> str:
-    """One sentence for an exception that Hydra, OmegaConf or the YAML reader raised while composing.
+    """Write one sentence for an exception that Hydra, OmegaConf or the YAML reader raised while composing.
 
     ``search``: where configuration files are beside the package's own, as in ``hydra.searchpath``.
     """
@@ -94,7 +94,7 @@ def _missing_file(text: str, overrides: Sequence[str]) -> str:
         return f"{group}={option} does not exist: there is no group {group}"
     if group == "hydra/launcher" and option in EXTRAS:
         return f"{group}={option} needs a package that is not installed: pip install 'kd[{EXTRAS[option]}]'"
-    hint = near(option, options)
+    hint = did_you_mean(option, options)
     if group == "model" and (of_timm := _network_of_timm(option, overrides)):
         return of_timm
     return f"{group}={option} does not exist{hint}; options of {group}: {', '.join(options)}"
@@ -111,7 +111,7 @@ def _network_of_timm(option: str, overrides: Sequence[str]) -> str:
 
 
 def known_keys(overrides: Sequence[str], search: Sequence[str]) -> list[str]:
-    """The keys of the config that the groups among the overrides compose to, and the arguments of its targets."""
+    """List the keys of the config that the overridden groups compose to, and the arguments of its targets."""
     running = GlobalHydra.instance().hydra  # of a sweep, which composes its jobs
     groups = [o for o in overrides if composition.key_of(o).partition("@")[0] in _groups(search)]
     for attempt in (groups, []):
@@ -150,7 +150,7 @@ def _arguments(cfg: DictConfig) -> Iterator[tuple[str, str]]:
 
 
 def searched(search: Sequence[str]) -> list[str]:
-    """The override that adds places of configuration files, such as ``file:///home/me/conf``."""
+    """Return the override that adds places of configuration files, such as ``file:///home/me/conf``."""
     quoted = ",".join("'" + place.replace("'", r"\'") + "'" for place in dict.fromkeys(search))
     return [f"hydra.searchpath=[{quoted}]"] if search else []
 
@@ -168,7 +168,7 @@ def _not_an_option(key: str, text: str, cause: str, overrides: Sequence[str], se
     if deeper and deeper[1].startswith(f"{key}."):
         key = deeper[1]
     given = next((o for o in overrides if o.split("=")[0] in (key, given)), key)
-    hint = _of_other_terms(key, keys, overrides, search) or near(key, {*keys, *_groups(search)})
+    hint = _of_other_terms(key, keys, overrides, search) or did_you_mean(key, {*keys, *_groups(search)})
     return f"{where}{given}: there is no option {key}{hint}"
 
 
@@ -194,5 +194,5 @@ def _key_or_value(text: str, search: Sequence[str]) -> str:
     full_key = re.search(r"full_key: (\S+)", text)
     first = text.splitlines()[0]
     if full_key and re.match(r"Key '.*' (is )?not in", first):
-        return f"there is no option {full_key[1]}{near(full_key[1], known_keys((), search))}"
+        return f"there is no option {full_key[1]}{did_you_mean(full_key[1], known_keys((), search))}"
     return f"{full_key[1]}: {_lower(first)}" if full_key else first

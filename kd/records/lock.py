@@ -35,7 +35,7 @@ def held(file: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def busy(file: Path) -> bool:
-    """Whether a process, perhaps on another node, holds the lock on a file."""
+    """Tell whether a process, perhaps on another node, holds the lock on a file."""
     try:
         handle = file.open()
     except OSError:

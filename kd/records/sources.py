@@ -30,12 +30,12 @@ Code = dict[str, str | None]
 
 
 def read_by(config: Mapping[str, Any], networks: Sequence[Any] = ()) -> dict[str, Code | None]:
-    """Which own code a run of this config runs: ``_target_`` → modules, None where there is no such module.
+    """Return which own code a run of this config runs: ``_target_`` → modules, None where there is no such module.
 
     ``networks``: further ones, that the config does not name. Left out are targets without own code, and those of
     sections that change no result, as loggers.
     """
-    from kd.config.keys import targets  # here, as omegaconf comes with it: a report only compares
+    from kd.config.keys import targets  # start-up: omegaconf comes with it, a report only compares
 
     nodes = [node for path, node in targets(config) if changes_results(path)]
     with suppress(RecursionError):  # a stranger's file may be nested as deep as it likes
@@ -46,7 +46,7 @@ def read_by(config: Mapping[str, Any], networks: Sequence[Any] = ()) -> dict[str
 
 
 def changed(record: Mapping[str, Any]) -> str:
-    """A sentence when own code that a run of this record ran is other code now; "" when not, or not known."""
+    """Return a sentence when own code that a run of this record ran is other code now; "" when not, or not known."""
     for target, before in _known(record).items():
         now = code_of(target)
         if not now or not isinstance(before, Mapping):
@@ -71,7 +71,7 @@ def fingerprint(record: Mapping[str, Any], targets: Collection[str]) -> str:
 
 
 def mixed(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The targets that runs of these records ran with different code."""
+    """Return the targets that runs of these records ran with different code."""
     seen: dict[str, set[str]] = {}
     for record in records:
         for target, code in _known(record).items():
@@ -80,13 +80,13 @@ def mixed(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def code_of(target: str) -> Code | None:
-    """The own modules that a dotted target runs: its own, what that imports, and the packages they are in.
+    """Return the own modules that a dotted target runs: its own, what that imports, and the packages they are in.
 
     Imports are followed wherever they stand in a file, those inside of functions too, by their names alone.
     None when there is no such module; empty when it is no own code.
     """
-    look = functools.cache(find)  # of this moment: files come and go while a sweep runs
-    if look(target.partition(".")[0]) is None:
+    found_now = functools.cache(find)  # of this moment: files come and go while a sweep runs
+    if found_now(target.partition(".")[0]) is None:
         return None
     found: Code = {}
     waiting = [target]
@@ -97,7 +97,7 @@ def code_of(target: str) -> Code | None:
             continue
         for count in range(1, len(parts) + 1):
             module = ".".join(parts[:count])
-            spec = look(module)
+            spec = found_now(module)
             if spec is None:
                 break
             package = spec.submodule_search_locations is not None
@@ -119,7 +119,7 @@ def _absolute(level: int, name: str, package: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _installed(package: str) -> bool:
-    """Whether an outermost package is no own code; False as well for one that does not exist or has no file."""
+    """Tell whether an outermost package is no own code; False as well for one that does not exist or has no file."""
     spec = find(package)
     if package == "kd" or spec is None or spec.origin is None:
         return package == "kd"
@@ -134,7 +134,7 @@ def _below_installed(file: str) -> bool:
 
 
 def _file(module: str) -> str:
-    """Where a module lies, as seen from the working directory; its name when it is nowhere."""
+    """Tell where a module lies, as seen from the working directory; its name when it is nowhere."""
     spec = find(module)
     if spec is None or spec.origin is None:
         return module
@@ -174,7 +174,7 @@ def _parsed(file: str, changed: int, size: int) -> tuple[str, Imports]:
 
 
 def _spelled(tree: ast.AST) -> str:
-    """A syntax tree as text, without comments, docstrings and layout.
+    """Return a syntax tree as text, without comments, docstrings and layout.
 
     Python 3.10 to 3.13 spell it alike; ``ast.dump`` and ``ast.unparse`` differ between them: a new Python alone would
     make runs outdated.
@@ -200,7 +200,7 @@ def _spelled(tree: ast.AST) -> str:
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Every name that is imported, those of ``from`` as well: each may be a module."""
+    """Yield every name that is imported, those of ``from`` as well: each may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)

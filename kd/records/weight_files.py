@@ -68,18 +68,18 @@ def recorded_of(file: Path) -> dict[str, Any]:
 
 
 def paths(checkpoint: Any) -> list[str]:
-    """What a config says of ``teacher.checkpoint`` or ``student.checkpoint``, null, a path or a list, as a list."""
+    """List what a config gives as ``teacher.checkpoint`` or ``student.checkpoint``: null, a path or a list."""
     return [str(c) for c in (checkpoint if isinstance(checkpoint, (list, tuple)) else [checkpoint]) if c is not None]
 
 
 def read_by(config: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """Which weights a run of this config reads: key → fingerprints, None for a file that is not there (yet)."""
+    """Return which weights a run of this config reads: key → fingerprints, None for a file that is not there (yet)."""
     found = {f"{role}.checkpoint": _fingerprints(config[role]) for role in ("student", "teacher")}
     return {key: given for key, given in found.items() if given}
 
 
 def changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """A sentence when the weights that a run of this record has read are others now; "" when not, or not known.
+    """Return a sentence when the weights that a run of this record has read are others now; "" when not, or not known.
 
     ``config``: of the run, or as much of it as says ``{role: {checkpoint: …, epoch: …}}``.
     """
@@ -98,7 +98,7 @@ def _fingerprints(section: Mapping[str, Any]) -> list[str | None]:
 
 
 def absent(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> str:
-    """The first checkpoint of a config that does not exist, as ``teacher.checkpoint = PATH``; "" when all do.
+    """Return the first checkpoint of a config that does not exist, as ``teacher.checkpoint = PATH``; "" when all do.
 
     ``record``: of a run of this config; " (fingerprint …)" says which weights it read there, if that is known.
     """
@@ -112,7 +112,7 @@ def absent(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -
 
 
 def network(path: str) -> Any:
-    """The network that a safetensors file says it belongs to, a node with a ``_target_``; None where it says none."""
+    """Read the network that a safetensors file names, a node with a ``_target_``; None where it names none."""
     try:
         with locate(path).open("rb") as content:
             metadata = json.loads(content.read(int.from_bytes(content.read(8), "little")))["__metadata__"]

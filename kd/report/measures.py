@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 
 EPOCHS = {"last": "last epoch", "selected": "val-selected"}
 SHARES = {"acc1", "acc5", "agreement", "ece", "error", "gap", "retention"}  # kept as fractions, shown in percent
@@ -126,4 +126,4 @@ def resolve(columns: Iterable[str], measure: str, epoch: str) -> str:
         if column in known:
             return column
     without = {re.sub("^(last|selected)/", "", c) for c in known if "/" in c}
-    raise KdError(f"measure = {measure} is not in any run{near(measure, without)}")
+    raise KdError(f"measure = {measure} is not in any run{did_you_mean(measure, without)}")

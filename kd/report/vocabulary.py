@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.report.frame import CLASSES
 from kd.report.measures import EPOCHS, Measure
 from kd.studies.spec import PUBLISHED, STUDY, Study
@@ -29,7 +29,7 @@ def check(study: Study) -> None:
     for where, measure in () if own_task else _wanted(study):
         if not _known(measure, study.epoch, known):
             short = {column.removeprefix(f"{study.epoch}/") for column in known}
-            raise KdError(f"{where} = {measure} is not allowed: no run measures that{near(measure, short)}")
+            raise KdError(f"{where} = {measure} is not allowed: no run measures that{did_you_mean(measure, short)}")
     for where, row, measure in _of_rows(study):
         evaluation = study.evaluations.get(measure.partition("/")[0])
         if evaluation is not None and evaluation.rows is not None and row not in evaluation.rows:

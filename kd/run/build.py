@@ -1,4 +1,4 @@
-"""From a checked config to objects. The only calls of ``hydra.utils.instantiate``."""
+"""From a checked config to objects."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from lightning import LightningDataModule
 from torch import nn
 
 from kd.config import hardware
+from kd.config.instantiate import first_line, make
 from kd.config.keys import OBJECTIVE_KEYS, targets
 from kd.data.base import AdaptedData
 from kd.data.images.base import DataModule
@@ -31,28 +31,10 @@ from kd.records import weight_files
 from kd.run import compatibility, described, integrity, weights
 from kd.run.data_facts import same_data
 from kd.tasks.base import Task
+from kd.tracking.loggers import complete
+from kd.tracking.summary import keep_open
 
 log = logging.getLogger(__name__)
-
-
-def make(node: Mapping[str, Any], path: str, **extra: Any) -> Any:
-    """Instantiate a node; whatever it complains about becomes one sentence that begins with its path."""
-    described.refuse_system(node, path)
-    try:
-        return instantiate(dict(node), **extra)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, KdError):
-            raise cause from None
-        raise KdError(f"{path}: {_first_line(cause or error)}") from error
-    except (ValueError, TypeError) as error:
-        raise KdError(f"{path}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # "Error loading 'own.Term':", and what went wrong
-    return said.replace(".__init__()", "()")
 
 
 def datamodule(config: Mapping[str, Any]) -> Any:
@@ -85,7 +67,7 @@ def network(spec: Mapping[str, Any], path: str, num_classes: int | None, input_s
     try:
         accepted = inspect.signature(get_object(spec["_target_"])).parameters
     except Exception as error:
-        raise KdError(f"{path}._target_ = {spec['_target_']}: {_first_line(error)}") from error
+        raise KdError(f"{path}._target_ = {spec['_target_']}: {first_line(error)}") from error
     given = {k: v for k, v in known.items() if k in accepted and k not in spec}
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if anything and "num_classes" in known and not str(spec["_target_"]).startswith("transformers."):
@@ -143,7 +125,7 @@ def teacher(config: Mapping[str, Any], data: Any, task: Task) -> Answers | None:
     try:
         accepted = inspect.signature(get_object(node["_target_"])).parameters
     except Exception as error:
-        raise KdError(f"teacher.answers = {node}: {_first_line(error)}") from error
+        raise KdError(f"teacher.answers = {node}: {first_line(error)}") from error
     built = make(node, "teacher.answers", **{k: v for k, v in known.items() if k in accepted and k not in node})
     if not isinstance(built, Answers):
         raise KdError(f"teacher.answers._target_ = {node['_target_']} is not a kd.distill.answers.Answers")
@@ -367,12 +349,10 @@ def _scheduler(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any
 
 
 def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
-    """The loggers of the config, told where the run writes; ``kd.tracking.loggers.finish_wandb`` closes them."""
-    from kd.tracking.loggers import complete, opened
-
+    """The loggers of the config, completed with where the run writes; ``finish_loggers`` closes them."""
     built = []
     for name, node in config["logger"].items():
         if node is not None:
             built.append(make(complete(name, node, config, run_dir), f"logger.{name}"))
-    opened(built)
+    keep_open(built)
     return built

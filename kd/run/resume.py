@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import KdError
-from kd.records import inputs, sources, weight_files
+from kd.records import inputs, weight_files
 from kd.records.weight_files import CHECKPOINT, SELECTED
 from kd.run import integrity
 
@@ -24,18 +24,6 @@ log = logging.getLogger(__name__)
 
 class Refused(KdError):
     """A run cannot go on from what its directory holds; nothing was written."""
-
-
-def possible(run_dir: Path, before: Mapping[str, Any]) -> bool:
-    """Whether a run of this record, not finished, has a checkpoint from which it is worth while to go on.
-
-    Not where the run itself failed, by its configuration or a loss that is not finite: it would fail again. Nor where
-    something unexpected was raised and the user's own code has been changed since: that was the mending.
-    """
-    failure = before.get("failure")
-    if failure == "run" or (failure == "unexpected" and sources.changed(before)):
-        return False
-    return (run_dir / CHECKPOINT).is_file()
 
 
 def check_config(run_dir: Path, config: Mapping[str, Any], before: Mapping[str, Any]) -> None:
@@ -55,12 +43,12 @@ def check_config(run_dir: Path, config: Mapping[str, Any], before: Mapping[str, 
 
 
 def check_files(run_dir: Path) -> Progress:
-    """How far the run has come; makes ``student.safetensors`` the file that its checkpoint speaks of.
+    """Tell how far the run has come, and make ``student.safetensors`` the file that its checkpoint names.
 
     Where a run was killed before that file was written, or it was lost, and the checkpoint is of the selected epoch,
     it is written again from there. ``Refused`` where the checkpoint is damaged, or the file missing or another one.
     """
-    from kd.run import weights
+    from kd.run import weights  # start-up: torch
 
     checkpoint = run_dir / CHECKPOINT
     try:
@@ -91,7 +79,7 @@ def check_files(run_dir: Path) -> Progress:
 
 
 def intact(checkpoint: Path) -> bool:
-    """Whether every byte that counts of a file of ``torch.save`` is as it was written, by the checksums inside."""
+    """Tell whether every byte that counts of a file of ``torch.save`` is as it was written, by the checksums inside."""
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             # torch writes no attributes, and takes an entry for a directory where one says so
@@ -101,8 +89,8 @@ def intact(checkpoint: Path) -> bool:
 
 
 def _selected(file: Path) -> tuple[dict[str, Any], int | None] | None:
-    """The weights of a file and the epoch that it was written at; None where it is missing or cannot be read."""
-    from kd.run import weights
+    """Return the weights of a file and the epoch that it was written at; None where it is missing or cannot be read."""
+    from kd.run import weights  # start-up: torch
 
     try:
         state, about = weights.read(file)

@@ -10,13 +10,13 @@ from typing import Any
 import lightning as L
 import torch
 
-from kd.config import hardware
+from kd.config.instantiate import make
 from kd.data.images.base import DataModule
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
 from kd.records import record, weight_files
-from kd.run import build, callbacks, compatibility, cost, finish, pruning, weights
+from kd.run import build, callbacks, compatibility, cost, finish, hardware, pruning, weights
 from kd.run.data_facts import facts
 from kd.tracking import loggers
 
@@ -125,7 +125,7 @@ def make_trainer(
         "num_sanity_val_steps": 0,  # the dry batch and the teacher's measurement have seen the split already
         "use_distributed_sampler": False,  # the data modules shard by themselves
     }
-    return build.make(
+    return make(
         {"_target_": "lightning.Trainer", **(config["hardware"]["trainer"] or {})},
         f"hardware.accelerator = {config['hardware']['accelerator']}",
         **arguments,

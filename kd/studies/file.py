@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from kd.errors import KdError, near, yaml_problem
+from kd.errors import KdError, did_you_mean, yaml_problem
 from kd.records import yaml_text
 from kd.studies import graph
 
@@ -107,7 +107,7 @@ def refuse_unknown(node: Iterable[str], known: Iterable[str], what: str) -> None
     known = set(known)
     for key in node:
         if key not in known:
-            raise KdError(f"{what} has no option {key}{near(str(key), known)}")
+            raise KdError(f"{what} has no option {key}{did_you_mean(str(key), known)}")
 
 
 def make(kind: Any, node: Any, what: str, **given: Any) -> Any:
@@ -176,7 +176,7 @@ def _check_override(override: str, what: str) -> None:
 
 def _there(name: str, known: Iterable[str], kind: str, what: str) -> None:
     if name not in known:
-        raise KdError(f"{what}: there is no {kind} {name}{near(name, known)}")
+        raise KdError(f"{what}: there is no {kind} {name}{did_you_mean(name, known)}")
 
 
 def _check_condition(study: Study, condition: Condition, what: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.studies import graph
 from kd.studies.file import check, listed, make, named, read, typed
 
@@ -147,7 +147,7 @@ def load(name_or_folder: str | Path, seeds: Sequence[int] | None = None) -> Stud
     node = read(file)
     hints = {k: v for k, v in get_type_hints(Study).items() if k not in ("name", "folder", "published")}
     for key in node.keys() - hints.keys() - {"overrides"}:
-        raise KdError(f"{file}: there is no option {key}{near(key, hints)}")
+        raise KdError(f"{file}: there is no option {key}{did_you_mean(key, hints)}")
     given = {"seeds": [0], **{k: v for k, v in node.items() if v is not None}}
     own = _seeds(given["seeds"] if seeds is None else list(seeds), f"{file}: seeds")
     plain = {k: typed(given.get(k, ""), str, f"{file}: {k}") for k in ("question", "paper", "cost", "claim")}
@@ -181,7 +181,7 @@ def _folder(name_or_folder: str | Path) -> Path:
         there = names()
         known = f"; studies: {', '.join(there)}" if there else ""
         raise NoStudy(
-            f"there is no study {name_or_folder}{near(str(name_or_folder), there)}: no {folder / STUDY}{known}"
+            f"there is no study {name_or_folder}{did_you_mean(str(name_or_folder), there)}: no {folder / STUDY}{known}"
         )
     return folder
 
@@ -225,7 +225,9 @@ def _rows(node: Mapping[str, Any], seeds: tuple[int, ...], file: Path) -> dict[s
         line["seeds"] = seeds if own is None else _seeds(own, f"{what}: seeds")
         row = make(Row, line, what, name=name, template=template)
         if left := LEFT.search(row.label) if template else None:
-            known = f"{near(left[1], map(str, row.values))}; variables: {', '.join(map(str, row.values)) or 'none'}"
+            known = (
+                f"{did_you_mean(left[1], map(str, row.values))}; variables: {', '.join(map(str, row.values)) or 'none'}"
+            )
             raise KdError(f"{what}: label = {row.label} is not allowed: there is no variable {left[1]}{known}")
         rows[name] = replace(row, overrides=(*common, *row.overrides))
     return rows

@@ -14,7 +14,7 @@ from kd.records.state import FINISHED, State
 from kd.report.frame import read_evaluations
 from kd.studies import spec
 from kd.sweeps import evaluations, local
-from kd.sweeps.engine import Outcome
+from kd.sweeps.outcome import Outcome
 
 
 @pytest.fixture

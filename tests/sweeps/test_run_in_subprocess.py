@@ -10,7 +10,7 @@ def test_ask_returns_raises_and_says_when_nobody_answers() -> None:
     code = """
 import os
 from kd.errors import KdError
-from kd.sweeps.pool import ask
+from kd.sweeps.pool import run_in_subprocess
 
 def refuses(): raise ValueError("loss.kd needs a teacher")
 def silent(): raise LookupError
