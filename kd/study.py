@@ -31,10 +31,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     name, options, overrides = _parsed(argv)
     from kd.app import run
-    from kd.studies import spec
+    from kd.studies import load
     from kd.train import train
 
-    study = spec.load(name, options["seeds"])  # bad input is found out before Hydra starts
+    study = load.load_study(name, options["seeds"])  # bad input is found out before Hydra starts
     own = ["--config-dir", options["config_dir"]] if options["config_dir"] else []
     return run(["-m", *own, *_sweeper(name, study.name, options), *_launcher(overrides), *overrides], train)
 
@@ -58,10 +58,10 @@ def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     overrides = [a for a in [given.name, *rest] if a and "=" in a]
     names = [a for a in [given.name, *rest] if a and "=" not in a]
     if len(names) != 1:
-        from kd.studies.spec import names as studies
+        from kd.studies.load import study_names
 
         raise KdError(f"kd study takes the name of one study, given: {', '.join(names) or 'none'}"
-                      f" (studies: {', '.join(studies()) or 'none here'})")  # fmt: skip
+                      f" (studies: {', '.join(study_names()) or 'none here'})")  # fmt: skip
     options = {
         "only": [n for n in (given.only or "").split(",") if n],
         "seeds": _numbers(given.seeds),

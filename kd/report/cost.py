@@ -15,7 +15,7 @@ from kd.report.figures import capital, role
 from kd.report.frame import values
 from kd.report.measures import Measure
 from kd.report.style import styled
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 MOST_NAMES = 14  # points with their names; of more, only the best have one
 COSTS = (("student/latency_ms", "latency, ms an image"), ("student/macs", "multiply-accumulates an image"),

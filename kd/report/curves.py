@@ -16,7 +16,7 @@ from kd.report import style
 from kd.report.claims import label_of, predictions
 from kd.report.frame import finished
 from kd.report.style import GREY, INK, SOFT, STUDENT, TEACHER, styled
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 MOST = 8  # lines, or panels, that one figure can hold
 BINS = 15  # of confidence, those of the calibration error

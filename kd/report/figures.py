@@ -15,7 +15,7 @@ from kd.report.claims import known, label_of
 from kd.report.frame import measure_of, values
 from kd.report.measures import Measure
 from kd.report.style import ALONE, INK, SOFT, STUDENT, TEACHER, styled
-from kd.studies.spec import Figure, Study
+from kd.studies.study import Figure, Study
 
 MOST_BARS = 40
 

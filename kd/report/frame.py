@@ -12,9 +12,9 @@ import pandas as pd
 
 from kd import inputs, record, weight_files
 from kd.errors import KdError
-from kd.report import told
+from kd.report import override_drift
 from kd.report.measures import EPOCHS, Measure
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 SCHEMA = 1  # of results.csv
 RESULTS = "results.csv"  # in the folder of a study, and beside its runs
@@ -44,7 +44,7 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
         if (
             found["status"] in ("failed", "interrupted") and "config_hash" not in found
         ):  # a job of a sweep that could not begin
-            about = {"seed": seed_told(found["overrides"]), "status": found["status"], "error": found["error"]}
+            about = {"seed": seed_of(found["overrides"]), "status": found["status"], "error": found["error"]}
             return {"row": row, **about, "run": path}
         if lacking := _not_finite(found):
             error = f"{lacking} is not finite (null in {record.FILE}): the predictions are no numbers; train it anew"
@@ -68,7 +68,7 @@ def _not_finite(found: Mapping[str, Any]) -> str:
     return ""
 
 
-def seed_told(overrides: Sequence[str]) -> int:
+def seed_of(overrides: Sequence[str]) -> int:
     """The seed among the overrides of a run that has not begun."""
     given = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("seed=")]
     return int(given[-1]) if given and given[-1].lstrip("-").isdigit() else 0
@@ -183,7 +183,11 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
         for seed in row.seeds or study.seeds:
             run_dir = runs_dir / name / f"seed{seed}"
             if (run_dir / record.FILE).is_file():
-                line = {**of_run(run_dir, name, runs_dir), "seed": seed, **told.by(study, row, seed, run_dir)}
+                line = {
+                    **of_run(run_dir, name, runs_dir),
+                    "seed": seed,
+                    **override_drift.columns_of(study, row, seed, run_dir),
+                }
                 rows.append(line | (_outdated(run_dir, runs_dir) if line["status"] == FINISHED else {}))
             else:
                 rows.append({"row": name, "seed": seed, "status": "missing"})

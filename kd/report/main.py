@@ -11,12 +11,12 @@ import pandas as pd
 
 from kd import manifest, record, sources
 from kd.errors import KdError
-from kd.report import gather, swept, tables, vocabulary
+from kd.report import gather, sweep_summary, tables, vocabulary
 from kd.report.frame import FINISHED, RESULTS, finished, of_study, read_results
 from kd.report.report import Report, build
 from kd.report.validation import by_validation, order
-from kd.studies import spec
-from kd.studies.spec import Study
+from kd.studies import load
+from kd.studies.study import STUDY, Study
 
 COLUMNS = 5  # of the table that the terminal shows
 USAGE = """kd report STUDY|RUNS... [out=DIR]
@@ -33,7 +33,7 @@ Tables, intervals and figures of runs: report.html (one file, opens offline), re
 
 
 def main(argv: Sequence[str]) -> int:
-    """Find out what was given, build the report, print the table and where everything is."""
+    """Find the runs that were given, build the report, print the table and where everything is."""
     if any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     given = _gathered(targets)
     study, frame, runs_dir = given.study, given.frame, given.runs_dir
     print(f"from {runs_dir or study.folder / RESULTS}")
-    say(study, build(study, frame, runs_dir, out or given.out, given.about))
+    print_report(study, build(study, frame, runs_dir, out or given.out, given.about))
     return 0
 
 
@@ -60,7 +60,7 @@ def _parsed(argv: Sequence[str]) -> tuple[list[str], Path | None]:
 
 @dataclass(frozen=True)
 class Given:
-    """The study (or what stands for one), its frame, the runs' directory if there is one, where to write, the head."""
+    """Bundle the study (or what stands for one), its frame, the runs' directory, where to write, and the head."""
 
     study: Study
     frame: pd.DataFrame
@@ -72,15 +72,15 @@ class Given:
 def _gathered(targets: Sequence[str]) -> Given:
     first = Path(targets[0])
     if len(targets) == 1:
-        if (first / spec.STUDY).is_file() or not first.exists():
+        if (first / STUDY).is_file() or not first.exists():
             try:
                 return _of_study(targets[0])
-            except spec.NoStudy as error:
+            except load.NoStudy as error:
                 raise KdError(f"{error}; nor is there a run or a sweep of that name") from None
         if (first / manifest.FILE).is_file():
             given = manifest.read(first)
             if given.kind == "study":
-                there = (Path(given.folder) / spec.STUDY).is_file()  # else it was moved
+                there = (Path(given.folder) / STUDY).is_file()  # else it was moved
                 return _of_study(given.folder if there else given.name, first)
             return _of_runs(*gather.read_sweep(first), first, first, "Swept", given.objectives)
     found = [run for target in targets for run in _runs(Path(target))]
@@ -93,9 +93,9 @@ def _gathered(targets: Sequence[str]) -> Given:
 def _of_runs(
     study: Study, frame: pd.DataFrame, base: Path, out: Path, differ: str, objectives: Sequence[str] = ()
 ) -> Given:
-    """A sweep, or other runs: ordered by validation, with a head that says what they are."""
+    """Gather a sweep, or other runs: ordered by validation, with a head that says what they are."""
     study = by_validation(study, frame, objectives)
-    about = [*swept.paragraphs(frame, base, differ), *([order(study, frame)] if len(study.rows) > 1 else [])]
+    about = [*sweep_summary.paragraphs(frame, base, differ), *([order(study, frame)] if len(study.rows) > 1 else [])]
     if other := _other_code(frame, base):
         print(other)
         about.append(other)
@@ -104,19 +104,19 @@ def _of_runs(
 
 def _other_code(frame: pd.DataFrame, base: Path) -> str:
     """Say how many of the runs were made by own code that is other code now; "" for none, or where it is not known."""
-    said = [sources.changed(record.read(base / str(run))) for run in finished(frame)["run"].dropna()]
-    found = [sentence for sentence in said if sentence]
-    return f"Outdated, {len(found)} of {len(said)} runs: {found[0]}." if found else ""
+    sentences = [sources.changed(record.read(base / str(run))) for run in finished(frame)["run"].dropna()]
+    found = [sentence for sentence in sentences if sentence]
+    return f"Outdated, {len(found)} of {len(sentences)} runs: {found[0]}." if found else ""
 
 
 def _of_study(name: str, runs_dir: Path | None = None) -> Given:
-    study = spec.load(name)
+    study = load.load_study(name)
     vocabulary.check(study)
     directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
     file = study.folder / RESULTS
     there = manifest.read(directory).folder if (directory / manifest.FILE).is_file() else ""
-    strangers = bool(there) and spec.another(Path(there), study.folder)
-    if strangers:
+    is_of_another = bool(there) and load.is_other_study(Path(there), study.folder)
+    if is_of_another:
         print(f"{directory} holds the runs of the study in {there}: they are left out")
     elif any(directory.glob(f"*/seed*/{record.FILE}")):
         frame, kept = of_study(study, directory), None
@@ -128,13 +128,13 @@ def _of_study(name: str, runs_dir: Path | None = None) -> Given:
         print(f"{lacking} of {len(frame)} runs are not finished in {directory} (their report: kd report {directory})")
         return Given(study, kept, None, directory)
     if not file.is_file():
-        whose = " of it" if strangers else ""
-        raise KdError(f"{study.name} has no results: no runs{whose} in {directory}, no {RESULTS} in {study.folder}")
+        of_it = " of it" if is_of_another else ""
+        raise KdError(f"{study.name} has no results: no runs{of_it} in {directory}, no {RESULTS} in {study.folder}")
     return Given(study, read_results(file, study), None, directory)
 
 
 def _runs(target: Path) -> list[gather.Found]:
-    """One run, the jobs of a sweep, or every run below a folder."""
+    """List one run, the jobs of a sweep, or every run below a folder."""
     if (target / manifest.FILE).is_file():
         return gather.of_sweep(target)
     if (target / record.FILE).is_file():
@@ -145,17 +145,17 @@ def _runs(target: Path) -> list[gather.Found]:
     return [gather.of_run_dir(run_dir) for run_dir in found]
 
 
-def say(study: Study, report: Report) -> None:
-    """Print the first columns of the table, the verdict with its reasons, and where the pages are."""
+def print_report(study: Study, report: Report) -> None:
+    """Print the first columns of the table, the verdict with its conditions, and where the pages are."""
     from kd.report.console import print_table
 
     grid = tables.main_grid(study, report.table, report.shown)
     some = slice(0, COLUMNS)  # the page has all
     print_table(study.question or study.name, grid.head[some], [row[some] for row in grid.rows])
-    if report.verdict:
-        print(f"The claim: {study.claim}\n{report.verdict}:")
-        for reason in report.reasons:
-            print(f"  {reason}")
+    if report.verdict.conditions:
+        print(f"The claim: {study.claim}\n{report.verdict.headline}:")
+        for judged in report.verdict.conditions:
+            print(f"  {judged.text}")
     for note in report.notes:
         print(note)
     for path in report.paths.values():

@@ -9,7 +9,7 @@ import pandas as pd
 from kd.report.claims import label_of
 from kd.report.frame import FINISHED, finished
 from kd.report.tables import NOTHING, Grid
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 # unit of a duration, its seconds, decimals, and the seconds that the shortest of a column must have
 UNITS = (("hours", 3600.0, 2, 1800.0), ("minutes", 60.0, 1, 12.0), ("seconds", 1.0, 1, 0.0))

@@ -14,7 +14,7 @@ from kd.report import stats
 from kd.report.claims import aligned, label_of
 from kd.report.frame import finished, values
 from kd.report.measures import Measure
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 Combination = tuple[tuple[str, Any], ...]
 """The grid variables in a row's name with their values: ``(("net", "vgg8"), ("teacher", "vgg13"))``."""

@@ -12,7 +12,7 @@ import pandas as pd
 
 from kd.report.frame import finished
 from kd.report.measures import Measure
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 EPOCH, TEST, USUAL = "selected", "test/acc1", "val/acc1"
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from kd import explain, inputs, lock, manifest
 from kd.errors import KdError, MachineFailure
 from kd.manifest import Job, Manifest
-from kd.studies import spec
+from kd.studies import load
 from kd.sweeps.job import checked, leave_a_record
 from kd.sweeps.refusals import (
     advice,
@@ -263,7 +263,7 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             f"{directory} belongs to the {there.kind} {there.name}, not to the {plan.kind} {plan.name}: choose another "
             "hydra.sweep.dir"
         )
-    if there.folder and there.folder != plan.folder and spec.another(Path(there.folder), Path(plan.folder)):
+    if there.folder and there.folder != plan.folder and load.is_other_study(Path(there.folder), Path(plan.folder)):
         raise KdError(
             f"{directory} belongs to the study in {there.folder}, not to the one in {plan.folder}: choose another "
             "hydra.sweep.dir, or another name for the folder"

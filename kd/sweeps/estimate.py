@@ -24,8 +24,8 @@ from kd.errors import KdError
 from kd.hardware import settings
 from kd.manifest import Job
 from kd.report.console import print_table
-from kd.studies import graph
-from kd.studies.spec import Study
+from kd.studies import references
+from kd.studies.study import Study
 from kd.sweeps.engine import Engine, waves
 from kd.sweeps.local import Share, cores, gpus, shares
 from kd.sweeps.pool import ask, warm_up
@@ -244,7 +244,7 @@ def _seeds(line: Line) -> tuple[str, str]:
 
 
 def _after(study: Study, row: str) -> str:
-    return ", ".join(dict.fromkeys(name for name, _ in graph.references(study.rows[row]))) or "–"
+    return ", ".join(dict.fromkeys(name for name, _ in references.rows_read(study.rows[row]))) or "–"
 
 
 def _times(line: Line) -> tuple[str, str, str]:

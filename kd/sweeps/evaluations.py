@@ -18,7 +18,7 @@ from kd.evaluate import changed
 from kd.hardware import settings
 from kd.manifest import Job
 from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
-from kd.studies.spec import STUDY, Evaluation, Study
+from kd.studies.study import STUDY, Evaluation, Study
 from kd.sweeps.engine import Engine, Outcome
 from kd.sweeps.local import Share, shares
 from kd.sweeps.pool import ask, forked, warm_up

@@ -10,7 +10,7 @@ import pytest
 from kd.errors import KdError
 from kd.report import cost, curves, figures, frame, style
 from kd.report.measures import Measure
-from kd.studies.spec import Figure, Published, Row
+from kd.studies.study import Figure, Published, Row
 
 ACC, ERRORS = Measure("last/test/acc1"), Measure("last/test/errors")
 
