@@ -126,7 +126,7 @@ def tables_of(text: str) -> Iterator[list[dict[str, str]]]:
     """The Markdown tables of a text, each row as head → cell, without the bold."""
     head: list[str] | None = None
     rows: list[dict[str, str]] = []
-    for line in [*text.splitlines(), ""]:
+    for line in [*text.replace("\u00a0", " ").splitlines(), ""]:
         if not line.startswith("|"):
             if head is not None:
                 yield rows
