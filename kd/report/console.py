@@ -1,4 +1,4 @@
-"""A table of arms over seeds on the terminal: mean ± std, the paired difference, the published number, a figure."""
+"""Print a table of arms over seeds: mean ± std, the paired difference, the published number, a figure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Table:
     published: str
 
     def difference(self) -> tuple[float, float, float]:
-        """The mean paired difference over seeds and its 95 % interval (Student's t)."""
+        """Return the mean paired difference over seeds and its 95 % interval (Student's t)."""
         better, worse = (self.rows[i].values[self.measure] for i in self.compare)
         return paired_interval(better, worse)
 
@@ -50,7 +50,7 @@ class Table:
         print(f"figure:    {self.figure(out / f'{self.key}.png').resolve()}", flush=True)
 
     def figure(self, path: Path) -> Path:
-        """Bars of the measured column with a dot for every seed."""
+        """Draw bars of the measured column with a dot for every seed."""
         from kd.report import figures, style
 
         rows = []
@@ -63,7 +63,7 @@ class Table:
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> None:
-    """A table on the terminal; all columns but the first are set right."""
+    """Print a table on the terminal; all columns but the first are set right."""
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text

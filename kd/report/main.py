@@ -1,4 +1,4 @@
-"""``kd report STUDY|RUNS…``: tables, figures and a page of a study, a sweep, or any runs. No torch."""
+"""Run ``kd report STUDY|RUNS…``: tables, figures and a page of a study, a sweep, or any runs. No torch."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def of_protocol(
         "Gap recovered: (distilled − alone) ÷ (teacher − alone) of the first measure, of the rows of this page.": (
             "gap recovered" in table
         ),
-        "Retention: test top-1, student ÷ teacher with the weights that taught, mostly those that its validation "
+        "Retention: test top-1, student ÷ teacher with the weights that it learned from, mostly those that validation "
         "picked; its own row may be of the last epoch.": "retention" in table,
         "Agreement: student and teacher choose the same class.": any(m.name == "agreement" for m in shown),
     }

@@ -108,7 +108,7 @@ def _published(study: Study, frame: pd.DataFrame) -> Section | None:
             "Not the paper's data, models or recipe: the numbers stand side by side, but one cannot confirm or refute "
             "the other."
         )
-    dash = f"{tables.NOTHING}: not measured yet, or no interval (one seed, or all seeds alike)."
+    dash = f"{tables.NOTHING}: not measured yet, or no interval (one seed, all seeds alike, or the other one applies)."
     small = [comparable, dash] if notes.dashes(grid) else [comparable]
     if tables.ONE_RUN in grid.head:
         small.append(

@@ -13,13 +13,13 @@ from kd import record
 from kd.report.frame import FINISHED, finished
 
 MOST = 6  # values that are listed; of more, numbers have their range
-IRRELEVANT = ("seed=", "name=", "hydra.", "paths.", "logger")  # say nothing of the experiment
+IRRELEVANT = ("seed=", "name=", "hydra.", "paths.", "logger")  # tell nothing of the experiment
 
 
 def paragraphs(frame: pd.DataFrame, runs_dir: Path, differ: str) -> list[str]:
     """Write sentences from the records and configs of the runs that are there: what differs, what does not.
 
-    ``differ``: the words before what differs. Runs that were only listed have nothing to say.
+    ``differ``: the words before what differs. Runs that were only listed have nothing to add.
     """
     dirs = [runs_dir / str(run) for run in frame["run"].dropna()]
     records = [record.read(run_dir) for run_dir in dirs]

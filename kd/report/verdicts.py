@@ -83,8 +83,8 @@ class Verdict:
 def verdict(study: Study, compared: Mapping[str, Compared], frame: pd.DataFrame) -> Verdict:
     """Judge every condition of a study.
 
-    A condition is ``incomplete`` while a run of the rows that it compares is not finished: to look at some of the seeds
-    and stop when they please would be no test. That all conditions are ``supported`` needs no correction for their
+    A condition is ``incomplete`` while a run of the rows that it compares is not finished: to judge by some seeds and
+    stop when they please would be no test. That all conditions are ``supported`` needs no correction for their
     number (an intersection-union test); of ``contradicted`` and ``rejected`` the error grows with it.
     """
     unfinished = set(frame["row"][frame["status"] != FINISHED])

@@ -115,7 +115,7 @@ def _of_rows(study: Study) -> Iterator[tuple[str, str, str]]:
 
 
 def _wanted(study: Study) -> Iterator[tuple[str, str]]:
-    """Every measure that the study names, and where."""
+    """Yield every measure that the study names, and where."""
     file = study.folder / STUDY
     yield f"{file}: measure", study.measure
     yield from ((f"{file}: columns", column) for column in study.columns)

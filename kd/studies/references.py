@@ -53,8 +53,8 @@ def hash_overrides(overrides: Sequence[str], read: Sequence[str]) -> str:
 
 def runs_read(study: Study, row: Row, seed: int) -> Iterator[tuple[str, int]]:
     """Yield row and seed of the runs that one run of ``row`` reads. ``KdError`` for one that there is not."""
-    for name, asked in rows_read(row):
-        yield name, run_of(study, row, name, seed if asked is None else asked, asked is not None)
+    for name, given in rows_read(row):
+        yield name, run_of(study, row, name, seed if given is None else given, given is not None)
 
 
 def run_of(study: Study, row: Row, name: str, seed: int, exact: bool) -> int:

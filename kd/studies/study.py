@@ -1,4 +1,4 @@
-"""The dataclasses of a study: rows, comparisons, conditions, evaluations, figures, published numbers. No torch."""
+"""Describe a study by dataclasses: rows, comparisons, conditions, evaluations, figures, published numbers. No torch."""
 
 from __future__ import annotations
 
