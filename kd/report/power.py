@@ -18,7 +18,7 @@ from kd.report.measures import Measure
 from kd.report.tables import NOTHING
 from kd.studies.study import STUDY, Comparison, Study
 
-POWER = f"two-sided paired t-test at 5 %, power {stats.POWER:.0%}"
+POWER = f"two-sided paired t-test at 5 %, power {100 * stats.POWER:.0f} %"
 
 
 @dataclass(frozen=True)

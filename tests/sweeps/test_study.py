@@ -417,24 +417,23 @@ def test_a_study_from_nothing_to_its_report(
         "seen": {"eval": ["data.eval_batch_size=8"], "rows": ["alone"]},
         "fixed": {"bias": [3], "rows": ["teacher"]},
     }
-    folder = write(tmp_path / "experiments" / "tiny", rows=few, evaluations=looks)
+    folder = write(tmp_path / "experiments" / "tiny", rows=few, evaluations=looks, exploratory=False)
     runs = tmp_path / "runs" / "study_tiny"
 
-    write(folder, exploratory=False)
-    for arguments in (("--dry-run",), ()):
-        refused = kd(tmp_path, "tiny", *arguments)
-        assert refused.returncode == 1
-        assert "the design is not known to show the smallest effect of interest" in refused.stderr
-        assert ("tiny: what the design can show" in refused.stdout) == bool(arguments)
-        assert not runs.exists()
-    write(folder)
+    sentence = "the design is not known to show the smallest effect of interest"
     planned = kd(tmp_path, "tiny", "--dry-run")
-    assert planned.returncode == 0, planned.stderr
-    assert "tiny: what the design can show (exploratory)" in planned.stdout
+    assert planned.returncode == 1
+    assert sentence in planned.stderr
+    assert "tiny: what the design can show\n" in planned.stdout
     assert "tiny: 5 of 5 runs are missing" in planned.stdout
     assert "ms each" in planned.stdout
     assert not runs.exists()
+    refused = inside("study", "tiny")
+    assert (refused.code, refused.out) == (1, "")
+    assert sentence in refused.err
+    assert not runs.exists()
 
+    write(folder, rows=few, evaluations=looks)
     part = kd(tmp_path, "tiny", "--only", "T4", "--seeds", "0")
     assert part.returncode == 0, part.stderr
     assert "2 runs in" in part.stdout
