@@ -262,13 +262,13 @@ def test_a_lock_that_is_deleted_lets_no_second_process_in(tmp_path: Path, monkey
         record.write(tmp_path, {**about, "process": theirs})
         with pytest.raises(KdError, match=f"is in use: process {other.pid} trains in it"):
             train.train(config, tmp_path, short)
-        assert state.look(tmp_path).status == state.RUNNING
+        assert state.state_of(tmp_path).status == state.RUNNING
         for change in ({"began": theirs["began"] - 1}, {"host": "elsewhere"}, {"began": None}, {"pid": "x"}):
             assert not lock.alive({**theirs, **change})
         other.kill()
         while lock.alive(theirs):
             time.sleep(0.01)
-        assert state.look(tmp_path).status == state.INTERRUPTED, "it waits to be reaped"
+        assert state.state_of(tmp_path).status == state.INTERRUPTED, "it waits to be reaped"
         other.wait()
         return {"student": {}}
 

@@ -9,7 +9,7 @@ from typing import Any
 from kd.cli.hydra_app import run
 from kd.errors import KdError
 from kd.run.train import train
-from kd.studies import spec
+from kd.studies import load
 
 USAGE = """kd study NAME [--only ROW,...] [--seeds N,...] [--dry-run] [--config-dir DIR] [KEY=VALUE ...]
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     name, options, overrides = _parsed(argv)
-    study = spec.load(name, options["seeds"])  # bad input is found out before Hydra starts
+    study = load.load_study(name, options["seeds"])  # bad input is found out before Hydra starts
     own = ["--config-dir", options["config_dir"]] if options["config_dir"] else []
     return run(["-m", *own, *_sweeper(name, study.name, options), *_launcher(overrides), *overrides], train)
 
@@ -58,7 +58,7 @@ def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     names = [a for a in [given.name, *rest] if a and "=" not in a]
     if len(names) != 1:
         raise KdError(f"kd study takes the name of one study, given: {', '.join(names) or 'none'}"
-                      f" (studies: {', '.join(spec.names()) or 'none here'})")  # fmt: skip
+                      f" (studies: {', '.join(load.study_names()) or 'none here'})")  # fmt: skip
     options = {
         "only": [n for n in (given.only or "").split(",") if n],
         "seeds": _numbers(given.seeds),

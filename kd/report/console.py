@@ -14,7 +14,7 @@ from rich.text import Text
 from kd.report import figures, style, tables
 from kd.report.report import Report
 from kd.report.stats import paired_interval
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 COLUMNS = 5  # of a report's table that the terminal shows
 
@@ -39,7 +39,7 @@ class Table:
     published: str
 
     def difference(self) -> tuple[float, float, float]:
-        """The mean paired difference over seeds and its 95 % interval (Student's t)."""
+        """Return the mean paired difference over seeds and its 95 % interval (Student's t)."""
         better, worse = (self.rows[i].values[self.measure] for i in self.compare)
         return paired_interval(better, worse)
 
@@ -58,7 +58,7 @@ class Table:
         print(f"figure:    {self.figure(out / f'{self.key}.png').resolve()}", flush=True)
 
     def figure(self, path: Path) -> Path:
-        """Bars of the measured column with a dot for every seed."""
+        """Draw bars of the measured column with a dot for every seed."""
         rows = []
         for position, row in enumerate(self.rows):
             ink = style.STUDENT if position == self.compare[0] else style.ALONE
@@ -83,14 +83,14 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
 
 
 def print_report(study: Study, report: Report) -> None:
-    """Print the first columns of the table, the verdict with its reasons, and where the pages are."""
+    """Print the first columns of the table, the verdict with its conditions, and where the pages are."""
     grid = tables.main_grid(study, report.table, report.shown)
     some = slice(0, COLUMNS)  # the page has all
     print_table(study.question or study.name, grid.head[some], [row[some] for row in grid.rows])
-    if report.verdict:
-        print(f"The claim: {study.claim}\n{report.verdict}:")
-        for reason in report.reasons:
-            print(f"  {reason}")
+    if report.verdict.conditions:
+        print(f"The claim: {study.claim}\n{report.verdict.headline}:")
+        for judged in report.verdict.conditions:
+            print(f"  {judged.text}")
     for note in report.notes:
         print(note)
     for path in report.paths.values():

@@ -1,4 +1,4 @@
-"""Run directories that belong to no study → rows that share all but the seed, as a study without a claim. No torch."""
+"""Gather runs that belong to no study into rows that share all but the seed: a study without a claim. No torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.records import manifest, record, sources
-from kd.report.frame import finished, of_run, seed_told, table
+from kd.report.frame import finished, of_run, seed_of, table
 from kd.report.validation import EPOCH, TEST, monitored
-from kd.studies.spec import Figure, Row, Study
+from kd.studies.study import Figure, Row, Study
 
 SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
 CODE = "code=sha256:"
@@ -25,7 +25,7 @@ PLACES = ("hydra.", "paths.", "name=", "teacher.checkpoint=", "student.checkpoin
 
 @dataclass(frozen=True)
 class Found:
-    """A run that may not exist yet, and what it was told."""
+    """A run that may not exist yet, and its overrides."""
 
     run_dir: Path
     overrides: tuple[str, ...]
@@ -34,7 +34,7 @@ class Found:
 
 
 def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.DataFrame]:
-    """A study with a row for each group, best first, and the frame of its runs; paths relative to ``base``."""
+    """Make a study with a row for each group, best first, and the frame of its runs; paths relative to ``base``."""
     found = _by_code(_by_teacher(found))
     labels = _labels(found)
     lines = []
@@ -43,7 +43,7 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
         if (run.run_dir / record.FILE).is_file():
             lines.append(of_run(run.run_dir, row, base))
         else:
-            lines.append({"row": row, "seed": seed_told(run.overrides), "status": "missing"})
+            lines.append({"row": row, "seed": seed_of(run.overrides), "status": "missing"})
     frame = table(lines)
     doubled = frame[frame.duplicated(["row", "seed"])]
     if len(doubled):
@@ -72,7 +72,7 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
 
 
 def _best_first(frame: pd.DataFrame) -> list[str]:
-    """The rows by validation; those without a finished run last, in the order of their runs."""
+    """Order the rows by validation; those without a finished run last, in the order of their runs."""
     measure, done = monitored(frame), finished(frame)
     rows = list(dict.fromkeys(frame["row"]))
     if measure.column not in done:
@@ -83,12 +83,12 @@ def _best_first(frame: pd.DataFrame) -> list[str]:
 
 
 def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:
-    """A sweep's directory as a study without a claim, and the frame of its runs."""
+    """Read a sweep's directory as a study without a claim, and the frame of its runs."""
     return study_of(directory.resolve().name, of_sweep(directory), directory)
 
 
 def of_sweep(directory: Path) -> list[Found]:
-    """The jobs of a sweep, also those without a result."""
+    """List the jobs of a sweep, also those without a result."""
     there = manifest.read(directory)
     if not there.jobs:
         raise KdError(f"{directory} is a {there.kind} without jobs: none has begun yet, so there is nothing to report")
@@ -98,12 +98,12 @@ def of_sweep(directory: Path) -> list[Found]:
 def _of_job(run_dir: Path, job: manifest.Job, searched: bool) -> Found:
     name = " ".join(w for w in job.label.split(" ") if not SEEDS.match(w))  # as the table of the sweep names it
     # what was searched may have seventeen digits: all but a seed tells its rows apart
-    told = (o for o in job.overrides if not SEEDS.match(o)) if searched else _told(job.overrides)
-    return Found(run_dir, job.overrides, " ".join([*told, name]), name)
+    overrides = (o for o in job.overrides if not SEEDS.match(o)) if searched else _distinguishing(job.overrides)
+    return Found(run_dir, job.overrides, " ".join([*overrides, name]), name)
 
 
 def of_run_dir(run_dir: Path) -> Found:
-    """A run by itself: it shares its group with runs of the same configuration and name."""
+    """Describe a run by itself: it shares its group with runs of the same configuration and name."""
     found = record.read(run_dir)
     try:
         name = found["name"]
@@ -129,7 +129,7 @@ def _by_teacher(found: Sequence[Found]) -> list[Found]:
 
 
 def _teacher(there: Mapping[str, Any]) -> tuple[str, str]:
-    """Where the teacher of a finished run lay, and the fingerprint of its weights; "" for what is not known."""
+    """Return where the teacher of a finished run was, and the fingerprint of its weights; "" for what is not known."""
     known = (there.get("weights_read") or {}).get("teacher.checkpoint") or ()
     path = str((there.get("teacher") or {}).get("checkpoint", ""))
     return path, "teacher=sha256:" + "+".join(map(str, known)) if known and path else ""
@@ -147,18 +147,18 @@ def _marked(run: Found, what: str) -> Found:
     return replace(run, group=f"{run.group} {what}", overrides=(*run.overrides, what))
 
 
-def _told(overrides: Sequence[str]) -> list[str]:
+def _distinguishing(overrides: Sequence[str]) -> list[str]:
     return [o for o in overrides if not SEEDS.match(o) and not o.lstrip("+").startswith(PLACES)]
 
 
 def _labels(found: Sequence[Found]) -> dict[str, str]:
-    """Group → its name where only it has that, else what it was told that not all were; a number behind equal ones."""
-    told = {run.group: [w.lstrip("+") for w in _told(run.overrides)] for run in found}
+    """Label each group: by its name if unique, else by the overrides that not all have; equal labels get a number."""
+    words_of = {run.group: [w.lstrip("+") for w in _distinguishing(run.overrides)] for run in found}
     names = {run.group: run.name for run in found}
-    common = set.intersection(*(set(words) for words in told.values())) if len(told) > 1 else set()
-    keys = {w.partition("=")[0] for words in told.values() for w in words if w not in common}
+    common = set.intersection(*(set(words) for words in words_of.values())) if len(words_of) > 1 else set()
+    keys = {w.partition("=")[0] for words in words_of.values() for w in words if w not in common}
     labels: dict[str, str] = {}
-    for group, words in told.items():
+    for group, words in words_of.items():
         name = names[group]
         if name and list(names.values()).count(name) == 1:
             wanted = " ".join([name, *(w for w in words if w.startswith(CODE))])
@@ -173,14 +173,14 @@ def _labels(found: Sequence[Found]) -> dict[str, str]:
 
 
 def _short(word: str, keys: Collection[str]) -> str:
-    """``loss.kd.temperature=4`` → ``temperature=4`` where no other key ends like that."""
+    """Shorten ``loss.kd.temperature=4`` to ``temperature=4`` where no other key ends like that."""
     key, equals, value = word.partition("=")
     end = key.rsplit(".", 1)[-1]
     return f"{end if [k.rsplit('.', 1)[-1] for k in keys].count(end) == 1 else key}{equals}{value}"
 
 
 def _values(label: str) -> dict[str, Any]:
-    """The numbers in a label: ``temperature=4`` → ``{"temperature": 4}``."""
+    """Read the numbers in a label: ``temperature=4`` → ``{"temperature": 4}``."""
     found: dict[str, Any] = {}
     for part in label.split(" "):
         key, equals, text = part.partition("=")
@@ -190,7 +190,7 @@ def _values(label: str) -> dict[str, Any]:
 
 
 def _figures(values: Sequence[Mapping[str, Any]]) -> tuple[Figure, ...]:
-    """Lines over a number that was swept; lines and a map over two."""
+    """Choose the figures: lines over a number that differs; lines and a map over two."""
     keys = [key for key in dict.fromkeys(k for v in values for k in v) if len({v[key] for v in values if key in v}) > 2]
     if not keys or len(keys) > 2:
         return ()

@@ -11,11 +11,11 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.records import manifest, record, sources
-from kd.report import gather, swept, vocabulary
+from kd.report import gather, sweep_summary, vocabulary
 from kd.report.frame import FINISHED, RESULTS, finished, of_study, read_results
 from kd.report.validation import by_validation, order
-from kd.studies import spec
-from kd.studies.spec import Study
+from kd.studies import load
+from kd.studies.study import STUDY, Study
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ def gathered(targets: Sequence[str]) -> Given:
     """Find what was named: a study, a sweep, runs or folders of runs. ``KdError`` when it is none of these."""
     first = Path(targets[0])
     if len(targets) == 1:
-        if (first / spec.STUDY).is_file() or not first.exists():
+        if (first / STUDY).is_file() or not first.exists():
             try:
                 return _of_study(targets[0])
-            except spec.NoStudy as error:
+            except load.NoStudy as error:
                 raise KdError(f"{error}; nor is there a run or a sweep of that name") from None
         if (first / manifest.FILE).is_file():
             given = manifest.read(first)
             if given.kind == "study":
-                there = (Path(given.folder) / spec.STUDY).is_file()  # else it was moved
+                there = (Path(given.folder) / STUDY).is_file()  # else it was moved
                 return _of_study(given.folder if there else given.name, first)
             return _of_runs(*gather.read_sweep(first), first, first, "Swept", given.objectives)
     found = [run for target in targets for run in _runs(Path(target))]
@@ -60,7 +60,7 @@ def _of_runs(
 ) -> Given:
     """Order a sweep, or other runs, by validation, and say at the head what they are."""
     study = by_validation(study, frame, objectives)
-    about = [*swept.paragraphs(frame, base, differ), *([order(study, frame)] if len(study.rows) > 1 else [])]
+    about = [*sweep_summary.paragraphs(frame, base, differ), *([order(study, frame)] if len(study.rows) > 1 else [])]
     if other := _other_code(frame, base):
         print(other)
         about.append(other)
@@ -75,13 +75,13 @@ def _other_code(frame: pd.DataFrame, base: Path) -> str:
 
 
 def _of_study(name: str, runs_dir: Path | None = None) -> Given:
-    study = spec.load(name)
+    study = load.load_study(name)
     vocabulary.check(study)
     directory = runs_dir or Path(os.environ.get("KD_RUNS", "runs")) / f"study_{study.name}"
     file = study.folder / RESULTS
     there = manifest.read(directory).folder if (directory / manifest.FILE).is_file() else ""
-    strangers = bool(there) and spec.another(Path(there), study.folder)
-    if strangers:
+    is_of_another = bool(there) and load.is_other_study(Path(there), study.folder)
+    if is_of_another:
         print(f"{directory} holds the runs of the study in {there}: they are left out")
     elif any(directory.glob(f"*/seed*/{record.FILE}")):
         frame, kept = of_study(study, directory), None
@@ -93,13 +93,13 @@ def _of_study(name: str, runs_dir: Path | None = None) -> Given:
         print(f"{lacking} of {len(frame)} runs are not finished in {directory} (their report: kd report {directory})")
         return Given(study, kept, None, directory)
     if not file.is_file():
-        own = " of it" if strangers else ""
-        raise KdError(f"{study.name} has no results: no runs{own} in {directory}, no {RESULTS} in {study.folder}")
+        of_it = " of it" if is_of_another else ""
+        raise KdError(f"{study.name} has no results: no runs{of_it} in {directory}, no {RESULTS} in {study.folder}")
     return Given(study, read_results(file, study), None, directory)
 
 
 def _runs(target: Path) -> list[gather.Found]:
-    """Read one run, the jobs of a sweep, or every run below a folder."""
+    """List one run, the jobs of a sweep, or every run below a folder."""
     if (target / manifest.FILE).is_file():
         return gather.of_sweep(target)
     if (target / record.FILE).is_file():

@@ -20,7 +20,7 @@ from kd.errors import KdError, MachineFailure
 from kd.records import inputs, lock, manifest
 from kd.records.manifest import Job, Manifest
 from kd.records.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, state_of
-from kd.studies import spec
+from kd.studies import load
 from kd.sweeps.job import ensure_record
 from kd.sweeps.outcome import Outcome
 from kd.sweeps.plugins import register
@@ -263,7 +263,7 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             f"{directory} belongs to the {there.kind} {there.name}, not to the {plan.kind} {plan.name}: choose another "
             "hydra.sweep.dir"
         )
-    if there.folder and there.folder != plan.folder and spec.another(Path(there.folder), Path(plan.folder)):
+    if there.folder and there.folder != plan.folder and load.is_other_study(Path(there.folder), Path(plan.folder)):
         raise KdError(
             f"{directory} belongs to the study in {there.folder}, not to the one in {plan.folder}: choose another "
             "hydra.sweep.dir, or another name for the folder"

@@ -27,8 +27,8 @@ from kd.records import record
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, State, state_of
 from kd.report.console import print_table
-from kd.studies import graph
-from kd.studies.spec import Study
+from kd.studies import references
+from kd.studies.study import Study
 from kd.sweeps.engine import Engine, waves
 from kd.sweeps.local import Resources, resources
 from kd.sweeps.pool import preload, run_in_subprocess
@@ -246,7 +246,7 @@ def _seeds(line: Line) -> tuple[str, str]:
 
 
 def _after(study: Study, row: str) -> str:
-    return ", ".join(dict.fromkeys(name for name, _ in graph.references(study.rows[row]))) or "–"
+    return ", ".join(dict.fromkeys(name for name, _ in references.rows_read(study.rows[row]))) or "–"
 
 
 def _times(line: Line) -> tuple[str, str, str]:

@@ -22,7 +22,7 @@ from kd.records.weight_files import LAST, SELECTED
 from kd.report.frame import CLASSES, read_evaluations
 from kd.run.evaluate import changed, run_config
 from kd.run.evaluate import evaluate as measure
-from kd.studies.spec import STUDY, Evaluation, Study
+from kd.studies.study import STUDY, Evaluation, Study
 from kd.sweeps.engine import Engine
 from kd.sweeps.local import Resources, resources
 from kd.sweeps.outcome import Outcome

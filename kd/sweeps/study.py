@@ -14,12 +14,12 @@ from kd.errors import KdError, did_you_mean
 from kd.records import record
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, same_run, state_of
-from kd.report import vocabulary
+from kd.report import power, vocabulary
 from kd.report.console import print_report
 from kd.report.frame import RESULTS, check_protocol, finished, of_study, read_results, write_results
 from kd.report.report import Report, build
-from kd.studies import graph, spec
-from kd.studies.spec import Row, Study
+from kd.studies import load, references
+from kd.studies.study import Row, Study
 from kd.sweeps import estimate, evaluations
 from kd.sweeps.engine import Engine
 from kd.sweeps.outcome import Outcome
@@ -36,16 +36,20 @@ def sweep(
     study's; ``arguments``: overrides for every job, they win over the study's.
     """
     _refuse_swept(arguments)
-    study = spec.load(name, seeds)
+    study = load.load_study(name, seeds)
     vocabulary.check(study)
     jobs = plan(study, engine.directory, only, seeds, arguments)
     kept = study.folder / RESULTS
-    if kept.is_file():
-        read_results(kept, spec.load(name))  # of another protocol: not found out after hours
+    own_study = load.load_study(name)  # with its own seeds: what the design can show does not hang on a part of them
+    # results of another protocol: not found out after hours
+    designs = power.designs(own_study, read_results(kept, own_study) if kept.is_file() else None)
     refuse_unwritable(engine.directory)
     evaluations.check(study, engine, jobs)
     if dry_run:
+        power.show(own_study, designs)
         estimate.show(engine, study, jobs)
+    power.refuse_blind(own_study, designs)
+    if dry_run:
         return []
     refuse_mixed(study, engine, jobs, arguments)
     own = seeds is None and _same_experiments(study, engine, jobs, arguments)
@@ -110,8 +114,12 @@ def plan(
     def add(row: Row, seed: int) -> str:
         name = f"{row.name}/seed{seed}"
         if name not in jobs:
-            after = dict.fromkeys(add(study.rows[other], number) for other, number in graph.needs(study, row, seed))
-            own = graph.resolved(study, row, seed, directory)  # after seed=: a row's own seed=10{seed} wins
+            after = dict.fromkeys(
+                add(study.rows[other], number) for other, number in references.runs_read(study, row, seed)
+            )
+            own = references.resolve_overrides(
+                study, row, seed, directory
+            )  # after seed=: a row's own seed=10{seed} wins
             overrides = [f"seed={seed}", *own, *arguments, f"name={row.name}"]
             jobs[name] = Job(name, f"{row.name} seed={seed}", tuple(overrides), tuple(after))
         return name
@@ -174,7 +182,7 @@ def _write_results(study: Study, engine: Engine, outcomes: Sequence[Outcome], ke
 
 def _left_out(study: Study, directory: Path) -> list[str]:
     """Write a sentence on finished runs of the study's own seeds that ``--seeds`` keeps out of the report."""
-    own, here = spec.load(study.folder), {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
+    own, here = load.load_study(study.folder), {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
     every = [(name, seed) for name, row in own.rows.items() for seed in row.seeds if (name, seed) not in here]
     others = [pair for pair in every if _finished(directory / pair[0] / f"seed{pair[1]}")]
     if not others:

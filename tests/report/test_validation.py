@@ -11,7 +11,7 @@ import yaml
 
 from kd.records import manifest, record
 from kd.records.manifest import Job, Manifest
-from kd.report import frame, swept
+from kd.report import frame, sweep_summary
 from kd.report.sources import gathered
 from kd.report.tables import main_grid, measures, numbers
 from kd.report.validation import by_validation, monitored, order
@@ -172,7 +172,7 @@ def test_other_runs_differ_and_a_run_by_itself_does_not(write, tmp_path) -> None
 
 def test_many_values_are_a_range_and_drawn_numbers_are_short() -> None:
     drawn = [f"{0.01234567890123456 * n}" for n in range(1, 9)]
-    assert swept._listed(drawn) == "8 values from 0.01235 to 0.09877"
-    assert swept._listed([*drawn, "[ce]"]) == "9 values"
-    assert swept._listed(drawn[:1]) == "0.01235"
-    assert json.dumps(swept._differing([{"a": "1", "b": "2"}, {"a": "1"}])) == '{"b": ["2", "not set"]}'
+    assert sweep_summary._listed(drawn) == "8 values from 0.01235 to 0.09877"
+    assert sweep_summary._listed([*drawn, "[ce]"]) == "9 values"
+    assert sweep_summary._listed(drawn[:1]) == "0.01235"
+    assert json.dumps(sweep_summary._differing([{"a": "1", "b": "2"}, {"a": "1"}])) == '{"b": ["2", "not set"]}'
