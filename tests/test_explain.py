@@ -40,6 +40,26 @@ def test_a_typo_in_a_sweep_names_what_is_near(kd, tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (("temperature=4",), "temperature (near: loss.kd.temperature with loss=[ce,kd], loss."),
+        (("T=4", "loss=[at,ce]"), "T (near: loss.kd.temperature with loss=[at,ce,kd], loss."),
+        (("temperature=4", "loss=[kd]"), "temperature (near: loss.kd.temperature)"),
+        (("epoch=4",), "epoch (near: student.epoch, teacher.epoch)"),
+    ],
+)
+def test_a_key_of_a_term_is_near_whether_the_term_is_chosen_or_not(overrides: tuple[str, ...], hint: str) -> None:
+    assert f"{overrides[0]}: there is no option {hint}" in said(*overrides)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_weights_given_for_a_section(kd, role: str) -> None:
+    refused = f"{role}=runs/x is not allowed, {role} is a section: write {role}.checkpoint=runs/x for its weights, or"
+    assert refused in kd("train", f"{role}=runs/x").err
+    assert said(f"{role}=mlp").endswith(f"write model@{role}=mlp")
+
+
 # ---------------------------------------------------------------------- --config-dir
 
 

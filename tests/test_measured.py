@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kd.distill.measure import NotFinite, measure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd.config.compose import checked
 from kd.distill.distiller import Distiller
-from kd.distill.measure import NotFinite, measure
 from kd.errors import KdError
 from kd.losses.base import Batch
 from kd.models.mlp import mlp

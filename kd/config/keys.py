@@ -19,7 +19,7 @@ from kd.config.signature import arguments
 from kd.errors import did_you_mean
 
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
-OBJECTIVE_KEYS = ("weight", "schedule")  # of every term: read by the objective, not by the term
+OBJECTIVE_KEYS = ("weight", "schedule", "checkpoint")  # of every term: not arguments of the term itself
 INSTANTIATE = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # Hydra's own
 LISTS = {"loss": "loss terms", "logger": "loggers"}  # groups of which several options may be chosen
 SINGLE = ("model@student", "model@teacher", "data", "task", "recipe", "hardware", "experiment")

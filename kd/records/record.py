@@ -15,6 +15,10 @@ from kd.errors import KdError
 from kd.records.durable import replacing
 
 FILE = "result.json"
+CONFIG = "config.yaml"  # what else a run directory holds, beside weights
+METRICS = "metrics.csv"
+PREDICTIONS = {"val": "predictions_val.npz", "test": "predictions_test.npz"}
+EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 SCHEMA = 1
 NOT_THE_EXPERIMENT = ("seed", "name", "tags", "notes", "paths", "logger", "hardware", "resume")
 
@@ -151,7 +155,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
     from kd.records import yaml_text  # start-up: as yaml, most commands read no config of a run
 
-    file = Path(run_dir) / "config.yaml"
+    file = Path(run_dir) / CONFIG
     if not file.is_file():
         raise KdError(f"{run_dir} is not a run directory: there is no config.yaml in it")
     try:

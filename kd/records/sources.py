@@ -13,7 +13,7 @@ import json
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import resolve_name
 from pathlib import Path
@@ -47,8 +47,7 @@ def read_by(config: Mapping[str, Any], networks: Sequence[Any] = ()) -> dict[str
 
 def changed(record: Mapping[str, Any]) -> str:
     """Return a sentence when own code that a run of this record ran is other code now; "" when not, or not known."""
-    there = record.get("code_read")
-    for target, before in there.items() if isinstance(there, Mapping) else ():
+    for target, before in _known(record).items():
         now = code_of(target)
         if not now or not isinstance(before, Mapping):
             continue
@@ -60,9 +59,14 @@ def changed(record: Mapping[str, Any]) -> str:
     return ""
 
 
-def fingerprint(record: Mapping[str, Any]) -> str:
-    """Twelve hex digits of all own code that a run of this record ran; "" when there was none, or it is not known."""
+def _known(record: Mapping[str, Any]) -> Mapping[str, Any]:
     there = record.get("code_read")
+    return there if isinstance(there, Mapping) else {}
+
+
+def fingerprint(record: Mapping[str, Any], targets: Collection[str]) -> str:
+    """Twelve hex digits of the code with which a run of this record ran these targets; "" for none, or not known."""
+    there = {target: code for target, code in _known(record).items() if target in targets}
     return hashlib.sha256(json.dumps(there, sort_keys=True).encode()).hexdigest()[:12] if there else ""
 
 
@@ -70,7 +74,7 @@ def mixed(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the targets that runs of these records ran with different code."""
     seen: dict[str, set[str]] = {}
     for record in records:
-        for target, code in (record.get("code_read") or {}).items():
+        for target, code in _known(record).items():
             seen.setdefault(target, set()).add(json.dumps(code, sort_keys=True))
     return [target for target, codes in seen.items() if len(codes) > 1]
 

@@ -27,7 +27,7 @@ class State:
 
 
 def state_of(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
-    """Read the state of a job. A run that says "running" was killed, unless a process still holds its lock.
+    """Read the state of a job. A run that says "running" was killed, unless its process lives or holds its lock.
 
     With ``config``: ``KdError`` when the directory holds a run of another configuration.
     """
@@ -36,13 +36,13 @@ def state_of(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
     found = record.read(run_dir)
     # a run that never began has no config yet; one that failed by itself is started anew in any case
     kept = found["status"] != FAILED or resumable(run_dir, found)
-    if config is not None and kept and (run_dir / "config.yaml").is_file():
+    if config is not None and kept and (run_dir / record.CONFIG).is_file():
         refuse_another(run_dir, record.read_config(run_dir), config)
         if other := inputs.changed(found, config):
             raise KdError(f"{run_dir}: {other}: remove that run, or choose another hydra.sweep.dir")
     if found["status"] in (*DONE, FAILED):
         return State(found["status"], found.get("error") or "", found)
-    if found["status"] == RUNNING and busy(run_dir):
+    if found["status"] == RUNNING and (busy(run_dir) or lock.alive(found.get("process"))):
         return State(RUNNING, "another process trains in it", found)
     return State(INTERRUPTED, found.get("error") or "it was killed", found)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from kd.errors import KdError
+from kd.records import record
 from kd.report import stats, taught
 from kd.report.frame import FINISHED, finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
@@ -18,7 +19,6 @@ from kd.report.stats import Interval, OverImages
 from kd.studies.spec import Comparison, Condition, Study
 
 SUPPORTED, CONTRADICTED, OPEN, INCOMPLETE = "supported", "contradicted", "not shown", "incomplete"
-PREDICTIONS = "predictions_test.npz"
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def predictions(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | No
 
     ``KdError`` when the file cannot be read, or holds logits that are not finite.
     """
-    file = run_dir / PREDICTIONS
+    file = run_dir / record.PREDICTIONS["test"]
     if not file.is_file():
         return None
     try:

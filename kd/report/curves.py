@@ -12,6 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from kd.errors import KdError
+from kd.records import record
 from kd.report import style
 from kd.report.claims import label_of, predictions
 from kd.report.frame import finished
@@ -78,7 +79,7 @@ def _curve(frame: pd.DataFrame, row: str, runs_dir: Path, column: str) -> pd.Dat
     """Percent by epoch (1, 2, …), one column a seed; epochs that all seeds have. Empty if there is no curve."""
     found = {}
     for run in finished(frame)[finished(frame)["row"] == row].itertuples():
-        file = runs_dir / str(run.run) / "metrics.csv"
+        file = runs_dir / str(run.run) / record.METRICS
         if not file.is_file():
             continue
         try:

@@ -21,7 +21,6 @@ RESULTS = "results.csv"  # in the folder of a study, and beside its runs
 FINISHED = "finished"
 OUTDATED = "outdated"  # its teacher, or the user's own code that it ran, is another one now
 NOT_FINITE = "not finite"  # its predictions hold NaN or infinity: they would spoil every mean
-EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
 TEXT = (
@@ -158,7 +157,7 @@ def _evaluations(run_dir: Path, rows: int | None) -> dict[str, float]:
 
 def read_evaluations(run_dir: Path) -> dict[str, Any]:
     """``evaluations.json`` of a run, {} when there is none. ``KdError`` when it cannot be read."""
-    file = run_dir / EVALUATIONS
+    file = run_dir / record.EVALUATIONS
     if not file.is_file():
         return {}
     try:
@@ -196,7 +195,7 @@ def _outdated(run_dir: Path, runs_dir: Path) -> dict[str, str]:
     A study may have been moved: what a run has read of it is looked for beside the run.
     """
     found = record.read(run_dir)
-    if not any(map(found.get, inputs.KEYS)) or not (run_dir / "config.yaml").is_file():
+    if not any(map(found.get, inputs.KEYS)) or not (run_dir / record.CONFIG).is_file():
         return {}
     config = record.read_config(run_dir)
     beside: dict[str, Any] = {}

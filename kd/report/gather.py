@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from kd.report.validation import EPOCH, TEST, monitored
 from kd.studies.spec import Figure, Row, Study
 
 SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
+CODE = "code=sha256:"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")  # YAML takes 1e-05 for a word
 # differ without being the question
 PLACES = ("hydra.", "paths.", "name=", "teacher.checkpoint=", "student.checkpoint=")
@@ -34,7 +35,7 @@ class Found:
 
 def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.DataFrame]:
     """A study with a row for each group, best first, and the frame of its runs; paths relative to ``base``."""
-    found = _apart(_apart(found, _teacher), _code)
+    found = _by_code(_by_teacher(found))
     labels = _labels(found)
     lines = []
     for run in found:
@@ -111,34 +112,39 @@ def of_run_dir(run_dir: Path) -> Found:
         raise record.broken(run_dir) from None
 
 
-def _apart(found: Sequence[Found], read: Callable[[Mapping[str, Any]], tuple[str, str]]) -> list[Found]:
-    """Runs of one group that have read other things from the same place are others: they get a row of their own.
+def _records(found: Sequence[Found]) -> list[dict[str, Any]]:
+    return [record.read(run.run_dir) if (run.run_dir / record.FILE).is_file() else {} for run in found]
 
-    ``read``: of a record, the place and what was there; "" for what is not known.
-    """
-    there = [record.read(run.run_dir) if (run.run_dir / record.FILE).is_file() else {} for run in found]
+
+def _by_teacher(found: Sequence[Found]) -> list[Found]:
+    """Runs of one group that had other teachers in the same place are others: they get a row of their own."""
+    there = list(map(_teacher, _records(found)))
     seen: dict[tuple[str, str], set[str]] = {}
-    for run, (place, what) in zip(found, map(read, there), strict=True):
+    for run, (place, what) in zip(found, there, strict=True):
         seen.setdefault((run.group, place), set()).add(what)
     return [
-        replace(run, group=f"{run.group} {what}", overrides=(*run.overrides, what))
-        if what and len(seen[run.group, place] - {""}) > 1
-        else run
-        for run, (place, what) in zip(found, map(read, there), strict=True)
+        _marked(run, what) if what and len(seen[run.group, place] - {""}) > 1 else run
+        for run, (place, what) in zip(found, there, strict=True)
     ]
 
 
 def _teacher(there: Mapping[str, Any]) -> tuple[str, str]:
-    """Where the teacher of a finished run lay, and the fingerprint of its weights."""
+    """Where the teacher of a finished run lay, and the fingerprint of its weights; "" for what is not known."""
     known = (there.get("weights_read") or {}).get("teacher.checkpoint") or ()
     path = str((there.get("teacher") or {}).get("checkpoint", ""))
     return path, "teacher=sha256:" + "+".join(map(str, known)) if known and path else ""
 
 
-def _code(there: Mapping[str, Any]) -> tuple[str, str]:
-    """The fingerprint of the user's own code that a run ran."""
-    known = sources.fingerprint(there)
-    return "", f"code=sha256:{known}" if known else ""
+def _by_code(found: Sequence[Found]) -> list[Found]:
+    """Runs of the user's own code that was other code in others of them are told apart by it, whatever their values."""
+    there = _records(found)
+    mixed = sources.mixed(there)
+    marks = [sources.fingerprint(one, mixed) for one in there]
+    return [_marked(run, f"{CODE}{mark}") if mark else run for run, mark in zip(found, marks, strict=True)]
+
+
+def _marked(run: Found, what: str) -> Found:
+    return replace(run, group=f"{run.group} {what}", overrides=(*run.overrides, what))
 
 
 def _told(overrides: Sequence[str]) -> list[str]:
@@ -155,7 +161,7 @@ def _labels(found: Sequence[Found]) -> dict[str, str]:
     for group, words in told.items():
         name = names[group]
         if name and list(names.values()).count(name) == 1:
-            wanted = name
+            wanted = " ".join([name, *(w for w in words if w.startswith(CODE))])
         else:
             differing = (_short(w, keys) for w in words if w not in common)
             wanted = " ".join([*([name] if name else []), *differing]) or "default"

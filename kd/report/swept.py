@@ -23,7 +23,7 @@ def paragraphs(frame: pd.DataFrame, runs_dir: Path, differ: str) -> list[str]:
     """
     dirs = [runs_dir / str(run) for run in frame["run"].dropna()]
     records = [record.read(run_dir) for run_dir in dirs]
-    configs = [record.read_config(run_dir) if (run_dir / "config.yaml").is_file() else {} for run_dir in dirs]
+    configs = [record.read_config(run_dir) if (run_dir / record.CONFIG).is_file() else {} for run_dir in dirs]
     differs = _differing([_told(found.get("overrides", ())) for found in records])
     seeds = sorted(set(frame["seed"]))
     swept = [f"{key} ({_listed(values)})" for key, values in differs.items()]

@@ -28,7 +28,7 @@ from kd.errors import KdError
 from kd.losses.base import Term
 from kd.parallel import group
 from kd.records import weight_files
-from kd.run import compatibility, described, weights
+from kd.run import compatibility, described, integrity, weights
 from kd.run.data_facts import same_data
 from kd.tasks.base import Task
 from kd.tracking.loggers import complete
@@ -103,7 +103,7 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
     section = config["student"]
     net = network(section["model"], "student.model", data.num_classes, data.input_shape)
     if section["checkpoint"] is not None:
-        state, about = weights.read(section["checkpoint"], section.get("epoch"))
+        state, about = integrity.read_weights(section["checkpoint"], section.get("epoch"))
         same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
         weights.load(net, state, section["checkpoint"], "student")
     elif section["model"].get("pretrained"):
@@ -168,7 +168,7 @@ def _as_list(value: Any) -> list[Any]:
 def _member(
     model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any, named: Collection[str]
 ) -> tuple[nn.Module, nn.Module]:
-    state, about = weights.read(checkpoint, section.get("epoch")) if checkpoint is not None else (None, {})
+    state, about = (None, {}) if checkpoint is None else integrity.read_weights(checkpoint, section.get("epoch"))
     if model is None and about.get("model") is None:
         raise KdError(
             f"teacher.checkpoint = {checkpoint} does not say which network it belongs to: add model@teacher=NAME"
@@ -258,11 +258,27 @@ def objective(config: Mapping[str, Any]) -> Objective:
     return Objective(terms, factors, schedules)
 
 
+def _load_terms(config: Mapping[str, Any], module: Distiller) -> None:
+    """Put what an earlier run has learned into the terms that name one: ``loss.NAME.checkpoint=RUN``."""
+    for name, term in module.objective.items():
+        source = config["loss"][name].get("checkpoint")
+        if source is None:
+            continue
+        file = Path(source) / weight_files.TERMS if Path(source).is_dir() else Path(source)
+        state, _ = weights.read(file)
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if not own:
+            raise KdError(f"loss.{name}.checkpoint = {source} holds nothing of a term {name}")
+        weights.load(term, own, source, f"term {name}")
+
+
 def check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """``KdError`` that names the first job whose terms cannot be built, or need a teacher that it does not give."""
     for name, config in configs.items():
         try:
-            objective(config).check_teacher(any(config["teacher"][key] for key in ("model", "checkpoint")))
+            given = any(config["teacher"].get(key) for key in ("model", "checkpoint", "answers"))
+            supplied = getattr(get_object(config["distiller"]["_target_"]), "supplies_teacher", False)
+            objective(config).check_teacher(given or supplied)
         except KdError as error:
             raise KdError(f"{name}: {error}") from None
 
@@ -293,11 +309,12 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         scheduler=scheduler,
         scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
-        **({"peers": peers} if peers else {}),
+        **_taken_by(config["distiller"]["_target_"], peers, recipe),
     )
     compatibility.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
     module.prepare(batch, data.train_index, data.train_targets, epochs=recipe["epochs"])
+    _load_terms(config, module)
     if group.joined():
         module.find_unreached(batch)
         if hardware.settings(config)["sync_batchnorm"]:
@@ -305,6 +322,14 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     if not module.trainable():
         raise KdError("the student has no trainable parameters")
     return module
+
+
+def _taken_by(target: str, peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What only some distillers are given: peers where there are any, clipping where Lightning does not do it."""
+    given: dict[str, Any] = {"peers": peers} if peers else {}
+    if getattr(get_object(target), "own_optimizers", ()):
+        given |= {"gradient_clip": recipe["gradient_clip"], "accumulate": recipe["accumulate"]}
+    return given
 
 
 def task(config: Mapping[str, Any]) -> Task:

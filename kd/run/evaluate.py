@@ -16,6 +16,7 @@ from kd.config.schema import Root, Teacher
 from kd.errors import KdError, did_you_mean
 from kd.records import record
 from kd.records.weight_files import TRAINED_ALONG
+from kd.run import integrity
 
 RESOLVED = {
     "seed": "set data.seed or data.split_seed",
@@ -27,8 +28,15 @@ TYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}  #
 
 
 def run_config(run: str | Path, overrides: Sequence[str] = (), own: Collection[str] = ()) -> dict[str, Any]:
-    """Read the config of a run and change some keys. ``KdError`` for keys that it does not have."""
-    return changed(record.read_config(run), overrides, own)
+    """Read the config of a run and change some keys. ``KdError`` for keys that it does not have, or an edited file."""
+    config = record.read_config(run)
+    before = record.read(run) if (Path(run) / record.FILE).is_file() else {}
+    if differs := integrity.config_changed(config, before):
+        raise KdError(
+            f"run = {run}: config.yaml was changed since the run began ({differs}): put it back, and give what is to "
+            "be other for this measurement as KEY=VALUE"
+        )
+    return changed(config, overrides, own)
 
 
 def changed(config: Mapping[str, Any], overrides: Sequence[str], own: Collection[str] = ()) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def evaluate(
         network, beside, who_measured = answered_by_teacher, None, f"the teacher ({source})"
     else:
         student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
-        state, about = weights.read(source, None if weights_file else config["student"].get("epoch"))
+        state, about = integrity.read_weights(source, None if weights_file else config["student"].get("epoch"))
         recorded = about.get("data", {})
         same_data(recorded, data, str(source))
         if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):

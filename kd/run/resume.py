@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import KdError
-from kd.records import inputs, record, weight_files
+from kd.records import inputs, weight_files
 from kd.records.weight_files import CHECKPOINT, SELECTED
+from kd.run import integrity
 
 if TYPE_CHECKING:
     from kd.run.weights import Progress
@@ -29,15 +30,16 @@ def check_config(run_dir: Path, config: Mapping[str, Any], before: Mapping[str, 
     """``Refused`` when the config is another one than when the run began, or reads other weights or code."""
     if other := inputs.changed(before, config):
         raise Refused(f"resume={run_dir}: {other}; a run goes on as it began")
-    if gone := weight_files.absent(config):
-        raise Refused(f"resume={run_dir}: {gone} does not exist")
-    now = {"config_hash": record.config_hash(config), "seed": config["seed"], "data_seeds": record.data_seeds(config)}
-    for key, value in now.items():
-        if before.get(key) not in (None, value):
-            raise Refused(
-                f"resume={run_dir}: config.yaml was changed since the run began ({key} = {value}, {before[key]} in "
-                f"{record.FILE}): put it back, or start a run of its own with kd train KEY=VALUE …"
-            )
+    if gone := weight_files.absent(config, before):
+        raise Refused(
+            f"resume={run_dir}: {gone} does not exist: put the weights that the run has read back at that path (a "
+            "link will do); the config stays as it is"
+        )
+    if differs := integrity.config_changed(config, before):
+        raise Refused(
+            f"resume={run_dir}: config.yaml was changed since the run began ({differs}): put it back, or start a run "
+            "of its own with kd train KEY=VALUE …"
+        )
 
 
 def check_files(run_dir: Path) -> Progress:

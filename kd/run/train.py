@@ -53,6 +53,7 @@ def train(
         return {}
     refuse_missing(hardware)
     with _in_use(run_dir), logged(run_dir):
+        _refuse_second(run_dir)
         if checkpoint is None:
             _refuse_to_overwrite(run_dir)
             return _train(config, run_dir, overrides, None, {})
@@ -76,7 +77,7 @@ def _train(
             result["wall_clock_s"] = earlier
         else:
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            record.write_text(run_dir / "config.yaml", text)
+            record.write_text(run_dir / record.CONFIG, text)
         record.write(run_dir, result)
         result.update({"status": "finished", **_launch(config, run_dir, checkpoint)})
     except (KeyboardInterrupt, SystemExit) as error:
@@ -90,6 +91,7 @@ def _train(
             raise
         raise shown from error
     finally:
+        result.pop("process", None)
         result["wall_clock_s"] = round(earlier + time.perf_counter() - start, 3)
         result.setdefault("peak_memory_mb", peak_memory())
         result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -170,6 +172,13 @@ def _in_use(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def _refuse_second(run_dir: Path) -> None:
+    """Of a lock file that was deleted or moved while a run trains, a second process would lock another one."""
+    there = record.read(run_dir) if (run_dir / record.FILE).exists() else {}
+    if there.get("status") == "running" and lock.alive(there.get("process")):
+        raise KdError(f"{run_dir} is in use: process {there['process']['pid']} trains in it")
+
+
 def _refuse_to_overwrite(run_dir: Path) -> None:
     """``KdError`` for a directory that holds a run, unless that failed before it had anything to lose."""
     folder = (run_dir / CHECKPOINT).parent
@@ -198,6 +207,7 @@ def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         "data_seeds": record.data_seeds(config),
         "tags": config["tags"],
         "protocol": {**config["protocol"], "epochs": config["recipe"]["epochs"]},
+        "process": lock.this_process(),  # while it runs
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"kd": __version__, **{name: version(name) for name in ("torch", "lightning", "timm")}},
     }

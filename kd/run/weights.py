@@ -21,14 +21,15 @@ from kd.records.durable import replacing
 from kd.records.weight_files import locate
 
 
-def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
-    """Write a network's plain state dict with ``about`` (model, data facts) as metadata, atomically.
+def save(network: nn.Module, path: Path, about: dict[str, Any]) -> str:
+    """Write a network's plain state dict with ``about`` (model, data facts) as metadata, atomically; its digest.
 
     Of several processes all call it, and the first one writes.
     """
     state = whole_state(network)
     if group.rank() == 0:
         write(state, path, about)
+    return digest(state)
 
 
 def whole_state(network: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from kd.records import record
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, state_of
 from kd.records.weight_files import LAST, SELECTED
-from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
+from kd.report.frame import CLASSES, read_evaluations
 from kd.run.evaluate import changed, run_config
 from kd.run.evaluate import evaluate as measure
 from kd.studies.spec import STUDY, Evaluation, Study
@@ -109,7 +109,7 @@ def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], slots: Seq
         for evaluation in wanted:
             metrics = evaluate(run_dir, evaluation, study.epoch)
             there[evaluation.name] = {"made": made(study, evaluation), "metrics": metrics}
-        record.write_text(run_dir / EVALUATIONS, json.dumps(there, indent=2) + "\n")
+        record.write_text(run_dir / record.EVALUATIONS, json.dumps(there, indent=2) + "\n")
     except Exception as error:
         with (run_dir / "train.log").open("a", encoding="utf-8") as log:
             log.write("".join(traceback.format_exception(error)))

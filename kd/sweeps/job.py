@@ -22,8 +22,8 @@ from kd.run.train import train
 
 # what a run writes into its directory beside its log and its lock, the record last
 WRITTEN = (
-    *("checkpoints/last.ckpt", SELECTED, LAST, "metrics.csv", ".metrics.csv", "predictions_val.npz"),
-    *("predictions_test.npz", "evaluations.json", "config.yaml", record.FILE),
+    *(str(CHECKPOINT), SELECTED, LAST, record.METRICS, f".{record.METRICS}", *record.PREDICTIONS.values()),
+    *(record.EVALUATIONS, record.CONFIG, record.FILE),
 )
 LOGGED = ("wandb", "tensorboard")
 

@@ -82,7 +82,7 @@ def _swept() -> str:
 
 def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
     """``metrics.csv`` in the run directory; of an interrupted run's rows those of its first ``done`` steps are kept."""
-    file, aside = run_dir / "metrics.csv", run_dir / ".metrics.csv"
+    file, aside = run_dir / record.METRICS, run_dir / f".{record.METRICS}"
     if aside.is_file():  # a process was killed before it had written the rows again
         file.unlink(missing_ok=True)
     elif file.is_file():

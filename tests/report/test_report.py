@@ -321,7 +321,7 @@ def test_runs_by_different_code_are_two_rows(kd, write, tmp_path) -> None:
         read = {"code_read": {"own.Term": code}} if code else {}
         write(tmp_path / "a" / f"run{seed}", seed, 0.9, overrides=["loss=[ce]", f"seed={seed}"], **about, **read)
     assert kd("report", "a").code == 0
-    marks = [sources.fingerprint(record.read(tmp_path / "a" / f"run{seed}")) for seed in (0, 2)]
+    marks = [sources.fingerprint(record.read(tmp_path / "a" / f"run{seed}"), ["own.Term"]) for seed in (0, 2)]
     assert {tuple(row.split(" | ")[:2]) for row in rows_of("report/report.md")[:3]} == {
         (f"| x code=sha256:{marks[0]}", "2"),
         (f"| x code=sha256:{marks[1]}", "1"),
@@ -329,6 +329,19 @@ def test_runs_by_different_code_are_two_rows(kd, write, tmp_path) -> None:
     }
     assert kd("report", "a/run0", "a/run1", "a/run3").code == 0
     assert rows_of("report/report.md")[0].startswith("| x | 3 |"), "one code is one experiment"
+
+
+def test_runs_by_different_code_and_values_are_told_apart_by_both(kd, write, tmp_path) -> None:
+    for seed, (code, value) in enumerate((("aaaa", 1), ("bbbb", 4))):
+        read = {"own.Term": {"own": code}, f"own.Net{seed}": {"net": str(seed)}}  # a network of one alone is no change
+        about = {"config_hash": str(value), "overrides": [f"loss.kd.temperature={value}"], "code_read": read}
+        write(tmp_path / "one" / f"run{seed}", 0, 0.9, name="x", **about)
+        write(tmp_path / "two" / f"run{seed}", 0, 0.9, name=f"x{value}", **about)
+    marks = [sources.fingerprint({"code_read": {"own.Term": {"own": code}}}, ["own.Term"]) for code in ("aaaa", "bbbb")]
+    for folder, named in (("one", ("x temperature=1", "x temperature=4")), ("two", ("x1", "x4"))):
+        assert kd("report", folder).code == 0
+        found = {row.split(" | ")[0] for row in rows_of("report/report.md")[:2]}
+        assert found == {f"| {name} code=sha256:{mark}" for name, mark in zip(named, marks, strict=True)}
 
 
 def test_runs_by_code_that_is_other_code_now_are_said(kd, write, tmp_path, monkeypatch) -> None:
