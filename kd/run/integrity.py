@@ -34,7 +34,7 @@ def config_changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 def read_weights(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """As :func:`kd.run.weights.read`; ``KdError`` for weights of a finished run that are not those of its record."""
-    from kd.run import weights
+    from kd.run import weights  # start-up: torch
 
     file = weight_files.locate(path, epoch)
     state, about = weights.read(file)
