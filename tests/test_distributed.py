@@ -367,7 +367,7 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     code = "import sys; from kd.parallel import cluster, launch;"
     code += f"launch.COMMAND = [sys.executable, '-c', {child!r}];"
     code += "hardware = dict(devices=2, accelerator='cpu', cluster=None, timeout_s=9);"
-    code += "launch.run(cluster.Work('nothing:here', (), hardware, '.'), print)"
+    code += "launch.run(cluster.Work('nothing:here', (), hardware, '.'), lambda processes: None)"
     process = popen([sys.executable, "-c", code], tmp_path, variables(0, 0))
     assert process.stdout is not None
     assert [process.stdout.readline(), process.stdout.readline()] == ["up\n", "up\n"]

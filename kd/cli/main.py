@@ -8,7 +8,6 @@ from collections.abc import Callable
 from importlib import import_module
 
 from kd import __version__
-from kd.errors import KdError, did_you_mean
 
 VERBS = {
     "train": "train a student, alone or with a teacher (a Hydra application: sweeps with -m)",
@@ -47,12 +46,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, *rest = args
     if verb not in MODULES:
+        from kd.errors import did_you_mean  # start-up: kd --help needs nothing
+
         return fail(f"there is no verb {verb}{did_you_mean(verb, VERBS)}; verbs: {', '.join(VERBS)}")
     return guarded(import_module(MODULES[verb]).main, rest)
 
 
 def guarded(verb: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a verb; bad input becomes one sentence on stderr and exit code 1, an interruption exit code 130."""
+    from kd.errors import KdError  # start-up: kd --help needs nothing
+
     try:
         code = int(verb(arguments) or 0)
         sys.stdout.flush()

@@ -308,7 +308,7 @@ def test_a_launcher_that_says_nothing(engine) -> None:
     engine.launcher.launch = lambda overrides, initial_job_idx: write(Path("sweep/a"), "running")
     outcomes = engine.run("sweep", "sweep", jobs(a=(), b=()))
     assert [(o.state.status, o.state.reason) for o in outcomes] == [
-        ("interrupted", "it stopped without a word"),
+        ("interrupted", "it stopped without a record"),
         ("failed", "the launcher did not run it"),
     ]
 
