@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 
@@ -16,6 +17,8 @@ from kd.errors import KdError
 from kd.losses.base import Term
 from kd.records import record, weight_files
 from kd.run import build, weights
+from kd.run.data_facts import facts as facts_of
+from kd.run.data_facts import same_data
 from kd.tasks.classification import Classification
 
 FAKE = ["data=fake", "data.train_images=64", "data.test_images=16", "hardware=cpu", "recipe.batch_size=8"]
@@ -66,38 +69,38 @@ def test_a_pretrained_student_of_other_statistics_is_told(offline_timm, caplog) 
 def test_a_set_is_known_by_its_content_not_its_name() -> None:
     data = build.datamodule(checked(["data=digits"]))
     facts = data.split_facts
-    build.same_data({"split": {**facts, "set": facts["set"].replace("Digits", "Optdigits")}}, data, "teacher")
-    build.same_data({"split": {**facts, "set": "Digits 000000000000", "test_fraction": 0.9}}, data, "teacher")
+    same_data({"split": {**facts, "set": facts["set"].replace("Digits", "Optdigits")}}, data, "teacher")
+    same_data({"split": {**facts, "set": "Digits 000000000000", "test_fraction": 0.9}}, data, "teacher")
     renamed = {**facts, "set": facts["set"].replace("Digits", "Optdigits"), "test_fraction": 0.9}
     with pytest.raises(KdError, match=r"on this run's test images: data\.test_fraction 0\.9 there and 0\.4 here"):
-        build.same_data({"split": renamed}, data, "teacher")
+        same_data({"split": renamed}, data, "teacher")
 
 
 def test_weights_that_saw_test_images_are_refused_and_other_images_are_said(caplog) -> None:
     logging.getLogger("kd").propagate = True
     data = build.datamodule(checked(["data=digits"]))
     other = build.datamodule(checked(["data=digits", "data.split_seed=1"]))
-    facts = build.facts(data)
-    build.same_data(facts, data, "teacher")
-    build.same_data({**facts, "content": None}, data, "teacher")
+    facts = facts_of(data)
+    same_data(facts, data, "teacher")
+    same_data({**facts, "content": None}, data, "teacher")
     assert "trained on" not in caplog.text
     changed = {**facts, "content": "0" * 12}
-    build.same_data(changed, data, "teacher.checkpoint = t")
+    same_data(changed, data, "teacher.checkpoint = t")
     assert "teacher.checkpoint = t was trained on other images than this run's data, or files of" in caplog.text
     assert f"content {'0' * 12} there, {data.content} here" in caplog.text
     with pytest.raises(KdError, match=r"t was trained on images that are test images now \(at least \d+: number \d+, "):
-        build.same_data({**changed, "seen": build.facts(other)["seen"]}, data, "teacher.checkpoint = t")
+        same_data({**changed, "seen": facts_of(other)["seen"]}, data, "teacher.checkpoint = t")
 
 
 def test_a_run_goes_on_with_the_images_and_the_split_that_it_began_with() -> None:
     distiller, data = module("loss=[ce]")
-    distiller.about = {"data": build.facts(data)}
+    distiller.about = {"data": facts_of(data)}
     checkpoint: dict = {}
     checkpoint["state_dict"] = dict(distiller.state_dict())
     distiller.on_save_checkpoint(checkpoint)
     distiller.on_load_checkpoint(checkpoint)
     for key, value in {"content": "0" * 12, "split": {"set": "Fake 0"}}.items():
-        about = {"data": {**build.facts(data), key: value}}
+        about = {"data": {**facts_of(data), key: value}}
         with pytest.raises(KdError, match=rf"is not what it was when the run began: .*data\.{key} .* then"):
             distiller.on_load_checkpoint({**checkpoint, "kd": {**checkpoint["kd"], "about": about}})
 
@@ -128,7 +131,7 @@ def test_the_last_epoch_teaches_when_it_is_asked_to(tmp_path, teacher_run) -> No
     built, read = {}, {}
     for epoch in (None, "selected", "last"):
         config = checked([f"teacher.checkpoint={run}", *([f"teacher.epoch={epoch}"] if epoch else []), "hardware=cpu"])
-        built[epoch] = build.teacher(config, build.datamodule(config))
+        built[epoch] = build.teacher(config, build.datamodule(config), build.task(config))
         read[epoch] = weight_files.read_by(config)["teacher.checkpoint"]
     assert read[None] == read["selected"] != read["last"]
     weight = {epoch: next(teacher.parameters()) for epoch, teacher in built.items()}
@@ -165,10 +168,10 @@ def test_the_teacher_stops_after_the_last_tap() -> None:
     batch = next(iter(data.train_dataloader()))
     teacher, student = distiller.answer_both(batch)
     assert ran == ["layer2"]
-    assert teacher.logits is None
+    assert not teacher.has_logits
     assert list(teacher.features) == ["layer2"]
-    assert student.logits is not None
-    assert distiller.teacher(batch.inputs).rows.shape == (8, 10)  # validation still gets its logits
+    assert student.has_logits
+    assert distiller.teacher(batch.inputs).logits.shape == (8, 10)  # validation still gets its logits
 
 
 class Overwriting(torch.nn.Module):
@@ -200,22 +203,28 @@ def test_a_tap_before_an_in_place_layer_keeps_its_value() -> None:
 class Undeclared(Term):
     """Reads the teacher's logits without saying so."""
 
-    needs_logits = False
+    needs_teacher_logits = False
 
     def forward(self, student, teacher, batch):
-        return teacher.rows.mean()
+        return teacher.logits.mean()
 
 
 class Broken(Term):
     """Cannot match the shapes."""
 
     def forward(self, student, teacher, batch):
-        return student.rows @ teacher.rows
+        return student.logits @ teacher.logits
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("Undeclared", "this term reads logits, but does not declare it"), ("Broken", "loss.mine: mat1 and mat2 shapes")],
+    [
+        (
+            "Undeclared",
+            "loss.mine: there are no logits: the network gives none, or this term reads them without declaring it",
+        ),
+        ("Broken", "loss.mine: mat1 and mat2 shapes"),
+    ],
 )
 def test_a_term_is_tried_before_the_first_batch(name, sentence) -> None:
     arguments = [f"+loss.mine={{_target_:tests.test_build.{name}}}", "model@student=resnet8", "model@teacher=resnet8"]
@@ -261,21 +270,65 @@ class Foreign(lightning.LightningDataModule):
     val_dataloader = train_dataloader
 
 
+class Whole(Foreign):
+    """The same with a test split, which it makes when it is asked for one."""
+
+    def setup(self, stage):
+        if stage == "test":
+            self.tested = torch.utils.data.TensorDataset(torch.zeros(6, 1, 8, 8), torch.arange(6))
+
+    def test_dataloader(self):
+        return torch.utils.data.DataLoader(self.tested, 4)
+
+
+class Bare(Foreign):
+    """Gives lists of images."""
+
+    def train_dataloader(self):
+        return [[[1.0]]]
+
+    test_dataloader = val_dataloader = train_dataloader
+
+
 def test_a_data_module_from_elsewhere_is_told_all_that_it_lacks() -> None:
     with pytest.raises(KdError) as refused:
         build.datamodule({"data": {"_target_": "tests.test_build.Foreign"}})
     said = str(refused.value)
     assert "\n" not in said
-    for word in (
-        "data._target_ = tests.test_build.Foreign lacks ",
-        "kd.data.images.base.DataModule",
-        "Batch(inputs, targets, ",
-    ):
-        assert word in said
-    for name in ("class_names", "mean", "std", "sizes", "split_facts", "drop_last", "mixup", "random_view"):
-        assert f" {name}," in said
-    assert "test_dataloader" in said
-    for given in ("num_classes, input", "train_dataloader", "val_dataloader"):
-        assert given not in said.partition(":")[0]
+    assert said.startswith("data._target_ = tests.test_build.Foreign lacks test_dataloader: ")
+    for given in ("train_dataloader", "val_dataloader", "num_classes", "mean"):
+        assert given not in said
+    with pytest.raises(KdError) as refused:
+        build.datamodule({"data": {"_target_": "lightning.LightningDataModule"}})
+    assert "LightningDataModule lacks train_dataloader, val_dataloader, test_dataloader: " in str(refused.value)
     with pytest.raises(KdError, match=r"data\._target_ = torch\.nn\.Flatten makes a Flatten, not a lightning\.L"):
         build.datamodule({"data": {"_target_": "torch.nn.Flatten"}})
+
+
+def test_batches_that_are_none_are_told_what_they_may_be() -> None:
+    with pytest.raises(KdError) as refused:
+        build.datamodule({"data": {"_target_": "tests.test_build.Bare"}})
+    said = str(refused.value)
+    assert "\n" not in said
+    for word in ("data._target_ = tests.test_build.Bare gives batches of type list: ", "Batch(inputs, targets, index)"):
+        assert word in said
+
+
+def test_a_data_module_from_elsewhere_trains(kd, tmp_path) -> None:
+    """What it does not say is found out, or left open; a split may be made when it is asked for."""
+    data = build.datamodule({"data": {"_target_": "tests.test_build.Whole"}})
+    assert data.sizes == {"train": 8, "val": 8, "test": 6, "labelled": 8}
+    assert (data.num_classes, data.input_shape, data.mean, data.mixup) == (10, (1, 8, 8), [], None)
+    assert data.class_names == [str(number) for number in range(10)]
+    assert data.example().shape == (1, 1, 8, 8)
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    (tmp_path / "own" / "data" / "whole.yaml").write_text("_target_: tests.test_build.Whole\n")
+    said = kd("train", "--config-dir", "own", "data=whole", "recipe.epochs=1", "hardware=cpu")
+    assert said.code == 0, said.err
+    (file,) = tmp_path.rglob("result.json")
+    result = json.loads(file.read_text())
+    assert result["status"] == "finished"
+    assert result["data"]["sizes"] == data.sizes
+    assert result["student"]["last"]["test"]["acc1"] == pytest.approx(1 / 6)  # all images are black
+    said = kd("eval", f"run={file.parent}")
+    assert said.code == 0, said.err

@@ -10,14 +10,15 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch.nn import functional as F
 
+from kd.losses.base import Batch, Output
 from kd.tasks.classification import Classification
 
 
 def measured(logits, targets, teacher=None) -> dict[str, float]:
-    metrics = Classification().metrics(logits.shape[1])
+    metrics = Classification().meter(logits.shape[1])
     for part in range(0, len(logits), 7):
         rows = slice(part, part + 7)
-        metrics.update(logits[rows], targets[rows], None if teacher is None else teacher[rows])
+        metrics.add(logits[rows], targets[rows], None if teacher is None else teacher[rows])
     return metrics.compute(teacher is not None)
 
 
@@ -48,9 +49,9 @@ def test_a_dead_network_scores_by_chance_and_nan_scores_nothing() -> None:
         logits = torch.full((10, 8), value)
         found = measured(logits, targets)
         assert [found["acc1"], found["acc5"]] == pytest.approx([w / 10 for w in wanted])
-        correct, labelled = Classification().count(logits, targets)
-        assert [int(c) for c in correct] == wanted
-        assert int(labelled) == 10
+        batch = Batch(torch.zeros(10, 1), targets)
+        assert [int(c) for c in Classification().count(Output(logits), batch)] == wanted
+        assert int(Classification().labelled(batch)) == 10
 
 
 def test_one_definition_of_a_right_answer_in_all_metrics() -> None:
@@ -59,15 +60,15 @@ def test_one_definition_of_a_right_answer_in_all_metrics() -> None:
     logits, targets = (torch.randn(4000, 8) * 0.3 + 8).bfloat16(), torch.randint(0, 8, (4000,))
     assert (logits.sort(1).values.diff(dim=1)[:, -1] == 0).sum() > 400  # the two highest are equal
     answer, exact = logits.argmax(1), logits.float()
-    metrics = Classification().metrics(8)
-    metrics.update(logits, targets, logits)
+    metrics = Classification().meter(8)
+    metrics.add(logits, targets, logits)
     found = metrics.compute(True)
     assert found["acc1"] == pytest.approx((answer == targets).float().mean().item())
     assert (exact.numpy().argmax(1) == answer.numpy()).all()
     below = (exact < exact.gather(1, targets[:, None])).sum(1)
     assert found["acc5"] == pytest.approx(((below >= 8 - 5) | (answer == targets)).float().mean().item())
     recall = [(answer[targets == c] == c).float().mean().item() for c in range(8)]
-    assert metrics.accuracy_per_class() == pytest.approx(recall)
+    assert metrics.per_class() == pytest.approx(recall)
     assert found["agreement"] == 1
     assert found["kl"] == 0
     sure = exact.softmax(1).amax(1)
@@ -75,18 +76,18 @@ def test_one_definition_of_a_right_answer_in_all_metrics() -> None:
     right = (answer == targets).float()
     ece = sum(abs(float(right[bins == b].mean() - sure[bins == b].mean())) * (bins == b).sum() for b in bins.unique())
     assert found["ece"] == pytest.approx(float(ece) / 4000, rel=1e-4)
-    correct, _ = Classification().count(logits, targets)
+    correct = Classification().count(Output(logits), Batch(torch.zeros(4000, 1), targets))
     assert [int(c) / 4000 for c in correct] == pytest.approx([found["acc1"], found["acc5"]])
 
 
 def test_unlabelled_rows_are_not_counted() -> None:
     logits = torch.eye(4) * 5
-    correct, labelled = Classification().count(logits, torch.tensor([0, -1, 2, 1]))
-    assert [int(c) for c in correct] == [2, 3]
-    assert int(labelled) == 3
+    batch = Batch(torch.zeros(4, 1), torch.tensor([0, -1, 2, 1]))
+    assert [int(c) for c in Classification().count(Output(logits), batch)] == [2, 3]
+    assert int(Classification().labelled(batch)) == 3
 
 
 def test_accuracy_per_class() -> None:
-    metrics = Classification().metrics(3)
-    metrics.update(torch.eye(3)[[0, 0, 1, 1]], torch.tensor([0, 1, 1, 1]))
-    assert metrics.accuracy_per_class() == pytest.approx([1.0, 2 / 3, 0.0])
+    metrics = Classification().meter(3)
+    metrics.add(torch.eye(3)[[0, 0, 1, 1]], torch.tensor([0, 1, 1, 1]))
+    assert metrics.per_class() == pytest.approx([1.0, 2 / 3, 0.0])

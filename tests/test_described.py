@@ -70,7 +70,7 @@ def teacher(file: str, student: object = None, **section: object) -> torch.nn.Mo
     config, data = copy.deepcopy(composed()[0]), composed()[1]
     config["teacher"].update(section, checkpoint=file)
     config["student"]["model"] = student or config["student"]["model"]
-    built = build.teacher(config, data)
+    built = build.teacher(config, data, build.task(config))
     assert built is not None
     return built.root
 

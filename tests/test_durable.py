@@ -16,7 +16,7 @@ from torch import nn
 from kd.errors import MachineFailure
 from kd.records import record
 from kd.records.durable import replacing
-from kd.run import trainer, weights
+from kd.run import finish, weights
 from kd.run.callbacks import WholeCheckpoints
 
 
@@ -29,7 +29,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "result.json": lambda file: record.write(file.parent, {"schema": 1, "status": "running"}),
     "student.safetensors": lambda file: weights.save(nn.Linear(1, 1), file, {}),
     "checkpoints/last.ckpt": lambda file: WholeCheckpoints().save_checkpoint({"epoch": 0}, file),
-    "predictions_test.npz": lambda file: trainer._save_predictions(file, answered()),
+    "predictions_test.npz": lambda file: finish._save_predictions(file, answered()),
 }
 
 

@@ -18,6 +18,7 @@ from kd.losses.base import Batch
 from kd.losses.logits.kd import KnowledgeDistillation
 from kd.records.record import config_hash
 from kd.run import build
+from kd.tasks.base import Want
 
 FAST = ["recipe.epochs=2", "hardware=cpu", "hardware.threads=1"]
 
@@ -44,24 +45,24 @@ def test_the_teacher_is_fed_its_own_view(view: str) -> None:
     distiller, data = module("data.augment.pad=1", f"data.teacher_view={view}")
     batch = next(iter(data.train_dataloader()))
     teacher, student = distiller.answer_both(batch)
-    assert not torch.equal(batch.teacher_inputs, batch.inputs)
-    assert torch.equal(teacher.rows, distiller.teacher(batch.teacher_inputs).rows)
-    assert torch.equal(student.rows, distiller.student(batch.inputs))
+    assert not torch.equal(batch.views["teacher"], batch.inputs)
+    assert torch.equal(teacher.logits, distiller.teacher(batch.views["teacher"]).logits)
+    assert torch.equal(student.logits, distiller.student(batch.inputs))
 
 
 def test_both_networks_see_the_same_mixture() -> None:
     distiller, data = module("data.augment.pad=1", "data.mixup=1.0")
     batch = next(iter(data.train_dataloader()))
     teacher, _ = distiller.answer_both(batch)
-    assert torch.equal(teacher.rows, distiller.teacher(batch.inputs).rows)
+    assert torch.equal(teacher.logits, distiller.teacher(batch.inputs).logits)
 
 
 def test_a_teacher_that_no_term_reads_does_not_run(monkeypatch) -> None:
     distiller, data = module("loss=[ce]")
     monkeypatch.setattr(Teacher, "forward", lambda *a, **k: pytest.fail("the teacher ran"))
     teacher, student = distiller.answer_both(next(iter(data.train_dataloader())))
-    assert teacher.logits is None
-    assert student.logits is not None
+    assert not teacher.has_logits
+    assert student.has_logits
 
 
 @pytest.mark.parametrize("option", ["data.mixup=1.0", "data.teacher_view=clean", "data.teacher_view=independent"])
@@ -137,13 +138,14 @@ def test_a_resumed_run_with_kept_answers_is_bit_equal(kd, tmp_path, teacher_run,
 
 
 def test_the_table_is_by_index_and_empty_elsewhere() -> None:
-    teacher = Teacher([torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))], [torch.nn.Identity()])
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    teacher = Teacher([network], [torch.nn.Identity()], cache=True)
     images, none = torch.randn(5, 1, 2, 2), torch.zeros(5, dtype=torch.long)
     index = torch.tensor([7, 0, 3, 9, 1])
-    teacher.remember(
-        [Batch(images[:3], none, index[:3]), Batch(images[:2], none, index[3:], images[3:])], images.device
-    )
-    torch.testing.assert_close(teacher.recall(torch.tensor([9, 7])).rows, teacher(images[[3, 0]]).rows)
+    own_view = Batch(images[:2], none, index[3:], views={"teacher": images[3:]})
+    teacher.begin([Batch(images[:3], none, index[:3]), own_view], images.device)
+    kept = teacher.answer(Batch(images[:2], none, torch.tensor([9, 7])), Want())
+    torch.testing.assert_close(kept.logits, teacher(images[[3, 0]]).logits)
     assert teacher.remembered.shape == (10, 3)
     assert teacher.remembered.isnan().any(1).nonzero().flatten().tolist() == [2, 4, 5, 6, 8]
     assert not any("remembered" in name for name in teacher.state_dict())

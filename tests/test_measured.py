@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch.nn import functional as F
 
 from kd.config.compose import checked
 from kd.distill.distiller import Distiller
+from kd.distill.evaluation import NotFinite, measure
 from kd.errors import KdError
-from kd.losses.base import Batch
+from kd.losses.base import Batch, Output
 from kd.models.mlp import mlp
-from kd.run import build, trainer
+from kd.run import build, finish
 from kd.tasks.classification import Classification
 
 FAST = ["recipe.epochs=1", "hardware=cpu", "hydra.run.dir=run"]
@@ -57,12 +59,12 @@ def test_record_predictions_and_kd_eval_say_the_same(kd, teacher_run, precision)
         kept = np.load(f"run/predictions_{split}.npz")
         logits, target = torch.from_numpy(kept["logits"]), torch.from_numpy(kept["target"])
         assert logits.dtype == torch.float32
-        metrics = Classification().metrics(10)
-        metrics.update(logits, target)
+        metrics = Classification().meter(10)
+        metrics.add(logits, target)
         wanted = found["selected"][split]
         assert metrics.compute(False) == pytest.approx({k: wanted[k] for k in ("acc1", "acc5", "nll", "ece")}, rel=1e-6)
         assert numbers(kd, "run=run", f"split={split}")["metrics"] == pytest.approx(wanted, rel=1e-5)
-    assert found["selected"]["test_per_class"] == pytest.approx(metrics.accuracy_per_class())
+    assert found["selected"]["test_per_class"] == pytest.approx(metrics.per_class())
     if precision == "bf16-mixed":  # measured without autocast: few logits are numbers of bfloat16
         assert (logits != logits.bfloat16().float()).float().mean() > 0.9
 
@@ -104,7 +106,7 @@ def test_a_prediction_that_is_no_number_names_network_split_and_row(kd, who, spl
     group = [f"model@{who}=none", f"{who}.model={node}", *(["model@teacher=mlp"] if who == "student" else [])]
     said = kd("train", *FAST, *group, "teacher.allow_random=true", "loss=[ce]")
     assert said.code == 1
-    assert f"the answer of the {who} is not finite for 1 image of {split} (NaN or infinity; index {index})" in said.err
+    assert f"the answer of the {who} is not finite for 1 row of {split} (NaN or infinity; index {index})" in said.err
     assert "Traceback" not in said.err
     assert record()["status"] == "failed"
     if (who, split) == ("student", "val"):
@@ -138,8 +140,8 @@ def test_measuring_outside_of_a_trainer_names_student_and_teacher() -> None:
     batch = Batch(torch.zeros(2, 1), torch.tensor([0, 1]), torch.tensor([4, 6]))
     good, bad = torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, torch.nan]])
     for network, teacher, who in ((bad, good, "the student"), (good, bad, "the teacher")):
-        answers = (lambda x, n=network: n), [batch], torch.device("cpu"), (lambda x, t=teacher: t)
-        with pytest.raises(KdError, match=rf"{who} is not finite for 1 image of val \(NaN or infinity; index 6\)"):
+        answers = (lambda b, n=network: Output(n)), [batch], torch.device("cpu"), (lambda b, t=teacher: Output(t))
+        with pytest.raises(KdError, match=rf"{who} is not finite for 1 row of val \(NaN or infinity; index 6\)"):
             measure(Classification(), 2, *answers, split="val")
 
 
@@ -182,6 +184,10 @@ def alone(state: dict[str, Tensor], prefix: str = "") -> nn.Module:
     return net
 
 
+def answering(network: nn.Module) -> Callable[[Batch], Output]:
+    return lambda batch: Output(network(batch.inputs))
+
+
 def test_a_network_trained_in_the_teachers_place(kd, monkeypatch) -> None:
     """It is measured as it was at the end, kept for a resume, and never measured as if it were loaded."""
     told = [*MUTUAL, *RANDOM, "recipe.epochs=3", "hardware=cpu", "hardware.threads=1", "protocol.monitor=val/kl"]
@@ -194,9 +200,10 @@ def test_a_network_trained_in_the_teachers_place(kd, monkeypatch) -> None:
     data = build.datamodule(checked(["hardware=cpu"]))
     loaders = {"val": data.val_dataloader(), "test": data.test_dataloader()}
     for split, loader in loaders.items():
-        arguments = (Classification(), 10, teacher, loader, torch.device("cpu"))
+        arguments = (Classification(), 10, answering(teacher), loader, torch.device("cpu"))
         assert found["teacher"][split] == pytest.approx(measure(*arguments)[0], rel=1e-5)
-        beside, _ = measure(Classification(), 10, student, loader, torch.device("cpu"), teacher)
+        arguments = (Classification(), 10, answering(student), loader, torch.device("cpu"), answering(teacher))
+        beside, _ = measure(*arguments)
         assert found["student"]["last"][split] == pytest.approx(beside, rel=1e-5)
     assert found["teacher"]["weights"] == "trained along, not kept"
     selected = found["student"]["selected"]
@@ -210,7 +217,7 @@ def test_a_network_trained_in_the_teachers_place(kd, monkeypatch) -> None:
     assert "was not kept" in again["without"]
     assert again["metrics"] == pytest.approx({k: beside[k] for k in ("acc1", "acc5", "nll", "ece")}, rel=1e-5)
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "close", lambda *a: 1 / 0)  # the run fails after its last epoch
+        patched.setattr(finish, "close", lambda *a: 1 / 0)  # the run fails after its last epoch
         with pytest.raises(ZeroDivisionError):
             kd("train", *told, "hydra.run.dir=other")
     resumed = kd("train", "resume=other")

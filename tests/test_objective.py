@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from kd.distill.objective import Cosine, Linear, Objective, Step
+from kd.distill.objective import Objective
+from kd.distill.schedules import Cosine, Linear, Step
 from kd.errors import KdError
 from kd.losses.base import Batch, Output, Term
 

@@ -22,7 +22,7 @@ from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.records import lock, record, state
 from kd.records.weight_files import CHECKPOINT, LAST, SELECTED
-from kd.run import resume, train, trainer, weights
+from kd.run import finish, resume, train, trainer, weights
 
 OVERRIDES = ["recipe.epochs=3", "protocol.val_every=1", "hardware=cpu", "hardware.threads=1"]
 
@@ -186,13 +186,13 @@ def test_a_checkpoint_from_before_digests(stopped: Path) -> None:
 
 
 def test_selected_weights_that_are_replaced_while_the_run_trains(tmp_path: Path, monkeypatch) -> None:
-    close = trainer.close
+    close = finish.close
 
     def replaced(config: Any, run_dir: Path, *rest: Any) -> Any:
         weights.write({k: v + 1 for k, v in load_file(run_dir / SELECTED).items()}, run_dir / SELECTED, {"epoch": 0})
         return close(config, run_dir, *rest)
 
-    monkeypatch.setattr(trainer, "close", replaced)
+    monkeypatch.setattr(finish, "close", replaced)
     overrides = ["recipe.epochs=1", "hardware=cpu"]
     with pytest.raises(KdError, match=r"student.safetensors was replaced while the run trained"):
         train.train(checked(overrides), tmp_path, overrides)

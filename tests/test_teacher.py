@@ -8,6 +8,7 @@ from torch import nn
 
 from kd.distill.teacher import InputMap, Teacher
 from kd.errors import KdError
+from kd.tasks.base import Want
 
 
 def networks(count: int) -> list[nn.Module]:
@@ -25,7 +26,7 @@ def test_stays_in_eval_without_gradients() -> None:
     teacher.train()
     answer = teacher(X.clone().requires_grad_())
     assert not any(m.training for m in teacher.modules())
-    assert not answer.rows.requires_grad
+    assert not answer.logits.requires_grad
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 
@@ -34,7 +35,7 @@ def test_its_features_can_feed_an_adapter() -> None:
     teacher = Teacher(networks(1), [IDENTITY])
     teacher.tap(["1"])
     adapter = nn.Linear(5, 2)
-    adapter(teacher(X, features=True).features["1"]).sum().backward()  # fails for tensors of inference_mode
+    adapter(teacher(X, want=Want(features=True)).features["1"]).sum().backward()  # fails for tensors of inference_mode
     assert adapter.weight.grad is not None
 
 
@@ -46,9 +47,9 @@ def test_several_teachers(weights) -> None:
     for net in nets:
         net.eval()
     logits = torch.stack([net(X) for net in nets])
-    by_probability = Teacher(nets, [IDENTITY] * 2, "probabilities", weights)(X).rows
+    by_probability = Teacher(nets, [IDENTITY] * 2, "probabilities", weights)(X).logits
     torch.testing.assert_close(by_probability.softmax(1), (logits.softmax(2) * shares.view(-1, 1, 1)).sum(0))
-    by_logit = Teacher(nets, [IDENTITY] * 2, "logits", weights)(X).rows
+    by_logit = Teacher(nets, [IDENTITY] * 2, "logits", weights)(X).logits
     torch.testing.assert_close(by_logit, (logits * shares.view(-1, 1, 1)).sum(0))
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from kd.data.images.base import Source
 from kd.data.images.digits import Digits
 from kd.records import record
-from kd.run import trainer
+from kd.run import cost, finish
 
 FAST = ["recipe.epochs=2", "hardware=cpu"]
 
@@ -473,7 +473,7 @@ def test_a_wrong_monitor_lists_what_is_measured(kd) -> None:
 
 def test_an_unexpected_error_keeps_its_traceback(kd, tmp_path, monkeypatch) -> None:
 
-    monkeypatch.setattr(trainer, "sizes", lambda *a: 1 / 0)
+    monkeypatch.setattr(cost, "sizes", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         kd("train", *FAST, "hydra.run.dir=run")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
@@ -481,7 +481,7 @@ def test_an_unexpected_error_keeps_its_traceback(kd, tmp_path, monkeypatch) -> N
 
 def test_a_damaged_checkpoint_cannot_be_resumed(kd, tmp_path, monkeypatch) -> None:
 
-    monkeypatch.setattr(trainer, "close", lambda *a: 1 / 0)  # the run fails after its last epoch
+    monkeypatch.setattr(finish, "close", lambda *a: 1 / 0)  # the run fails after its last epoch
     with pytest.raises(ZeroDivisionError):
         kd("train", *FAST, "hydra.run.dir=run")
     monkeypatch.undo()

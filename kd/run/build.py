@@ -46,7 +46,10 @@ def datamodule(config: Mapping[str, Any]) -> Any:
         data.prepare_data()
     group.barrier()
     data.setup("fit")
-    return data if isinstance(data, DataModule) else AdaptedData(data, _name(config))
+    if isinstance(data, DataModule):
+        return data
+    data.setup("test")  # the sizes of all splits are known before the first epoch
+    return AdaptedData(data, _name(config))
 
 
 def _name(config: Mapping[str, Any]) -> str:

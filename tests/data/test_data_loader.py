@@ -30,9 +30,17 @@ def loader(part: int = 40, **options: Any) -> TensorLoader:
     return TensorLoader(images(), index % 7, index, **{**fixed, **options})
 
 
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    assert batch.targets is not None
+    assert batch.index is not None
+    assert batch.mask is None
+    assert not batch.extra
+    return {"inputs": batch.inputs, "targets": batch.targets, "index": batch.index, **batch.views}
+
+
 def same(first: list[Batch], second: list[Batch]) -> bool:
-    pairs = [(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)]
-    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+    pairs = [(tensors(x), tensors(y)) for x, y in zip(first, second, strict=True)]
+    return all(x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs)
 
 
 def slow(image: torch.Tensor, offset: list[int], flip: bool, augment: Augment) -> torch.Tensor:

@@ -161,12 +161,12 @@ def test_on_average_each_wrong_class_gets_the_mean_of_all() -> None:
 def test_terms_are_their_functions() -> None:
     student, teacher, targets = Output(logits(4, 3)), Output(logits(4, 3)), torch.tensor([0, UNLABELLED, 2, 1])
     batch = Batch(torch.empty(4, 1), targets, torch.arange(4))
-    expected = confidence_weighted_cross_entropy(student.rows, teacher.rows, targets, 2.0)
+    expected = confidence_weighted_cross_entropy(student.logits, teacher.logits, targets, 2.0)
     torch.testing.assert_close(ConfidenceWeighted(2.0)(student, teacher, batch), expected)
     torch.manual_seed(5)
     found = PermutedPredictions(2.0)(student, teacher, batch)
     torch.manual_seed(5)
-    torch.testing.assert_close(found, permuted_kl_divergence(student.rows, teacher.rows, 2.0))
+    torch.testing.assert_close(found, permuted_kl_divergence(student.logits, teacher.logits, 2.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

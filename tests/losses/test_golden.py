@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.losses.base import Batch, Output, Term
+from kd.losses.base import Batch, Output, Setup, Term
 from kd.losses.features.at import AttentionTransfer
 from kd.losses.features.hint import Hint
 from kd.losses.functional import attention_transfer, cross_entropy, hint_loss, kl_divergence
@@ -124,10 +124,11 @@ def test_term(case: Case, name: str) -> None:
         )
         for side in ("student", "teacher")
     )
-    targets = case.teacher_choice() if teacher.logits is not None else torch.empty(0)
+    targets = case.teacher_choice() if teacher.has_logits else torch.empty(0)
     term = make(case)
-    term.prepare(student, teacher)
-    check(term(student, teacher, Batch(torch.empty(0), targets, torch.empty(0))), case)
+    batch = Batch(torch.empty(0), targets, torch.empty(0))
+    term.prepare(Setup(student, teacher, batch))
+    check(term(student, teacher, batch), case)
 
 
 def entropy_form(case: Case) -> Tensor:

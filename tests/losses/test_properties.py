@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kd.losses import functional
 from kd.losses.adapters import build_adapter
-from kd.losses.base import UNLABELLED, Batch, Output, Term
+from kd.losses.base import UNLABELLED, Batch, Output, Setup, Term
 from kd.losses.features.at import AttentionTransfer
 from kd.losses.features.hint import Hint
 from kd.losses.functional import attention_map, attention_transfer, cross_entropy, hint_loss, kl_divergence
@@ -243,7 +243,7 @@ def test_no_labelled_row_is_zero_without_gradient(rows: int) -> None:
 def test_kd_reads_unlabelled_rows_and_survives_none() -> None:
     student, teacher = Output(normal(2, 3)), Output(normal(2, 3))
     loss = KnowledgeDistillation()(student, teacher, batch_of(torch.full((2,), UNLABELLED)))
-    torch.testing.assert_close(loss, kl_divergence(student.rows, teacher.rows, 4.0))
+    torch.testing.assert_close(loss, kl_divergence(student.logits, teacher.logits, 4.0))
     assert kl_divergence(normal(0, 3), normal(0, 3), 4.0) == 0
 
 
@@ -316,14 +316,14 @@ BATCH = batch_of(torch.tensor([1, 4]))
 def test_ce_and_kd_terms_are_their_functions() -> None:
     student, teacher = outputs()
     ce = CrossEntropy(0.1)(student, Output(), BATCH)
-    torch.testing.assert_close(ce, cross_entropy(student.rows, BATCH.targets, 0.1))
+    torch.testing.assert_close(ce, cross_entropy(student.logits, BATCH.targets, 0.1))
     kd = KnowledgeDistillation(2.0)(student, teacher, BATCH)
-    torch.testing.assert_close(kd, kl_divergence(student.rows, teacher.rows, 2.0))
+    torch.testing.assert_close(kd, kl_divergence(student.logits, teacher.logits, 2.0))
 
 
 def test_terms_declare_what_they_read() -> None:
     needs = {
-        name: (term.needs_teacher, term.needs_logits, term.needs_labels)
+        name: (term.needs_teacher, term.needs_student_logits, term.needs_teacher_logits, term.needs_labels, term.over)
         for name, term in {
             "ce": CrossEntropy(),
             "kd": KnowledgeDistillation(),
@@ -334,12 +334,12 @@ def test_terms_declare_what_they_read() -> None:
         }.items()
     }
     assert needs == {
-        "ce": (False, True, True),
-        "kd": (True, True, False),
-        "hint": (True, False, False),
-        "at": (True, False, False),
-        "cwtm": (True, True, True),
-        "dkpp": (True, True, False),
+        "ce": (False, True, False, True, "labelled"),
+        "kd": (True, True, True, False, "rows"),
+        "hint": (True, False, False, False, "samples"),
+        "at": (True, False, False, False, "samples"),
+        "cwtm": (True, True, True, True, "batch"),
+        "dkpp": (True, True, True, False, "rows"),
     }
     assert (Hint().student_taps, AttentionTransfer().student_taps) == ((-2,), None)
 
@@ -347,7 +347,7 @@ def test_terms_declare_what_they_read() -> None:
 def test_hint_term_trains_its_adapters() -> None:
     student, teacher = outputs(((2, 3, 8, 8), (2, 5, 4, 4)), ((2, 7), (2, 9)))
     term = Hint(["s0", "s1"], ["t0", "t1"])
-    term.prepare(student, teacher)
+    term.prepare(Setup(student, teacher, BATCH))
     loss = term(student, teacher, BATCH)
     loss.backward()
     expected = sum(
@@ -361,7 +361,7 @@ def test_hint_term_trains_its_adapters() -> None:
 def test_hint_identity_of_twins_is_zero() -> None:
     student, _ = outputs(((2, 3, 4, 4), (2, 3, 4, 4)))
     term = Hint(["s0"], ["s0"], adapter="identity")
-    term.prepare(student, student)
+    term.prepare(Setup(student, student, BATCH))
     assert term(student, student, BATCH) == 0
 
 
@@ -371,7 +371,7 @@ def test_attention_term_sums_over_taps(variant: str) -> None:
     expected = sum(attention_transfer(student.features[f"s{i}"], teacher.features[f"t{i}"], 3, variant) for i in (0, 1))
     for taps in ((None, None), (["s0", "s1"], ["t0", "t1"])):
         term = AttentionTransfer(*taps, p=3, variant=variant)
-        term.prepare(student, teacher)
+        term.prepare(Setup(student, teacher, BATCH))
         torch.testing.assert_close(term(student, teacher, BATCH), expected)
 
 
@@ -383,15 +383,15 @@ def test_attention_term_sums_over_taps(variant: str) -> None:
 def test_unequal_taps_are_refused(make: type[Term], s: list[str], t: list[str]) -> None:
     student, teacher = outputs(((2, 3, 8, 8), (2, 5, 8, 8)), ((2, 7, 4, 4), (2, 9, 2, 2)))
     with pytest.raises(ValueError, match=r"both must name equally many taps, one or more$"):
-        make(s, t).prepare(student, teacher)
+        make(s, t).prepare(Setup(student, teacher, BATCH))
 
 
 def test_attention_refuses_vectors_by_name() -> None:
     student, teacher = outputs(((2, 3, 8, 8), (2, 5, 8, 8)), ((2, 7), (2, 7)))
     with pytest.raises(ValueError, match=r"^student tap s1 has shape \(2, 7\): attention maps need \(B, C, H, W\)$"):
-        AttentionTransfer(["s0", "s1"], ["t0", "t0"]).prepare(student, teacher)
+        AttentionTransfer(["s0", "s1"], ["t0", "t0"]).prepare(Setup(student, teacher, BATCH))
     with pytest.raises(ValueError, match=r"^teacher tap t1 has shape \(2, 7\)"):
-        AttentionTransfer(["s0", "s0"], ["t0", "t1"]).prepare(student, teacher)
+        AttentionTransfer(["s0", "s0"], ["t0", "t1"]).prepare(Setup(student, teacher, BATCH))
     with pytest.raises(ValueError, match=r"^the teacher's feature has shape"):
         attention_transfer(normal(2, 3, 4, 4), normal(2, 3))
 
@@ -410,8 +410,14 @@ def test_attention_refuses_vectors_by_name() -> None:
         (lambda: kl_divergence(normal(2, 3), normal(2, 1), 1.0), r"one shape: the student's is \(2, 3\), the teacher"),
         (lambda: hint_loss(normal(2, 3), normal(2, 1)), "features must have one shape"),
         (lambda: Hint(["s0"], ["t0"])(*outputs(((2, 3), (2, 3))), BATCH), "call prepare"),
-        (lambda: Hint(["s9"], ["t0"]).prepare(*outputs(((2, 3), (2, 3)))), "^student tap s9 was not recorded: there"),
-        (lambda: KnowledgeDistillation()(Output(), Output(), BATCH), "this term reads logits"),
+        (
+            lambda: Hint(["s9"], ["t0"]).prepare(Setup(*outputs(((2, 3), (2, 3))), BATCH)),
+            "^student tap s9 was not recorded: there",
+        ),
+        (
+            lambda: KnowledgeDistillation()(Output(), Output(), BATCH),
+            "^there are no logits: the network gives none, or this term",
+        ),
     ],
 )
 def test_errors_are_one_sentence(call, sentence: str) -> None:

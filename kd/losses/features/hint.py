@@ -38,6 +38,7 @@ class Hint(Term):
 
     needs_student_logits = False
     needs_teacher_logits = False
+    over = "samples"
 
     def __init__(
         self,
