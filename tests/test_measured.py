@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kd.distill.measure import NotFinite, measure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
