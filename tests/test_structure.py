@@ -19,7 +19,7 @@ BELOW = {
     "cli": ("sweeps", "report", "tracking"),
     "sweeps": ("run", "setups", "report", "tracking"),
     "report": ("studies",),
-    "studies": (),
+    "studies": ("tasks",),  # of the tasks the descriptions of metrics, without torch
     "deploy": ("run",),
     "run": ("setups", "distill", "tracking", "parallel"),
     "setups": ("distill",),

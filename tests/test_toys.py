@@ -149,3 +149,7 @@ def test_a_run_its_resume_a_sweep_and_a_report(kd, tmp_path, name) -> None:
     said = kd("train", "-m", *COMMON, *overrides, "seed=0,1", "hydra.sweep.dir=sweep")
     assert said.code == 0, said.err
     assert len(list(Path("sweep").glob("*/result.json"))) == 2
+    said = kd("report", "sweep")
+    assert said.code == 0, said.err
+    page = Path("sweep/report.html").read_text()
+    assert record["metrics"][0]["title"] in page

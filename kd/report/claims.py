@@ -17,6 +17,7 @@ from kd.report.frame import FINISHED, finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval, OverImages
 from kd.studies.study import Comparison, Study
+from kd.tasks.metrics import CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _label(study: Study, comparison: Comparison, measure: Measure, other: Measur
 def _of_test_images(column: str) -> bool:
     """Tell whether a column counts the student's right test images, which kept predictions can do too."""
     epoch, _, rest = column.partition("/")
-    return epoch in EPOCHS and rest in ("test/acc1", "test/errors", "test/error")
+    return epoch in EPOCHS and rest in (f"test/{CLASSIFICATION[0].name}", "test/errors", "test/error")
 
 
 def gap_closed(

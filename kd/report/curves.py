@@ -15,7 +15,7 @@ from kd.errors import KdError
 from kd.records import record
 from kd.report import style
 from kd.report.claims import label_of, predictions
-from kd.report.frame import finished
+from kd.report.frame import finished, metrics_of
 from kd.report.style import GREY, INK, SOFT, STUDENT, TEACHER, styled
 from kd.studies.study import Study
 
@@ -37,7 +37,8 @@ def chosen(study: Study, frame: pd.DataFrame) -> list[str]:
 @styled
 def learning(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None:
     """Draw validation accuracy by epoch: the mean over seeds, and the band from the lowest to the highest seed."""
-    for column in ("val/acc1", "train/acc1"):
+    main = metrics_of(frame)[0]
+    for column in (f"val/{main.name}", f"train/{main.name}"):
         curves = {name: _curve(frame, name, runs_dir, column) for name in chosen(study, frame)}
         lines = {name: curve for name, curve in curves.items() if len(curve) > 2}
         if lines:
@@ -56,8 +57,8 @@ def learning(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None
     axes.set_xlim(0, max(c.index[-1] for c in lines.values()))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     split = "Validation" if column.startswith("val") else "Training"
-    axes.set(xlabel="epoch", ylabel=f"{split.lower()} top-1, %")
-    axes.set_title(f"{split} accuracy while training")
+    axes.set(xlabel="epoch", ylabel=f"{split.lower()} {main.title}{', %' if main.share else ''}")
+    axes.set_title(f"{split} {main.title} while training")
     ends = [float(c.mean(axis=1).iloc[-1]) for c in lines.values()]
     style.end_labels(axes, ends, [label_of(study, n) for n in lines], inks)
     return figure

@@ -15,6 +15,7 @@ from kd.records import inputs, record, weight_files
 from kd.report import override_drift
 from kd.report.measures import EPOCHS, Measure
 from kd.studies.study import Study
+from kd.tasks.metrics import Metric, described
 
 SCHEMA = 1  # of results.csv
 RESULTS = "results.csv"  # in the folder of a study, and beside its runs
@@ -25,7 +26,7 @@ CLASSES = 20  # accuracies of single classes are kept up to so many
 STAMP = ("schema", "study", "reported")  # first columns of results.csv: of which study and epoch
 TEXT = (
     *("row", "status", "error", "run", "name", "config_hash", "overrides_hash", "commit", "started", "monitor", "data"),
-    *("classes", "added_overrides"),
+    *("classes", "added_overrides", "metrics"),
 )
 
 
@@ -49,7 +50,8 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
             error = f"{lacking} is not finite (null in {record.FILE}): the predictions are no numbers; train it anew"
             return {"row": row, **_about(found), "run": path, "status": NOT_FINITE, "error": error}
         rows = found.get("data", {}).get("sizes", {}).get("test")
-        numbers = {**_student(found, rows), **_teacher(found), **_evaluations(run_dir, rows)}
+        main = described(found.get("metrics"))[0]
+        numbers = {**_student(found, main, rows), **_teacher(found), **_evaluations(run_dir, main, rows)}
         return {"row": row, **_about(found), "run": path, **numbers}
     except (KeyError, TypeError, AttributeError, ValueError):
         raise record.broken(run_dir) from None
@@ -89,6 +91,7 @@ def _about(found: Mapping[str, Any]) -> dict[str, Any]:
         "monitor": f"{protocol['mode']} {protocol['monitor']}",
         "data": _data(found.get("data")),
         "classes": _called((found.get("data") or {}).get("class_names", ())),
+        "metrics": json.dumps(found["metrics"]) if found.get("metrics") else None,
         **{f"version/{package}": version for package, version in found["versions"].items()},
     }
 
@@ -97,7 +100,7 @@ def _data(data: Mapping[str, Any] | None) -> str | None:
     if not data:
         return None
     sizes, split = data["sizes"], data.get("split", {})
-    few = f" ({sizes['labelled']} labelled)" if sizes.get("labelled", sizes["train"]) < sizes["train"] else ""
+    few = f" ({sizes['labelled']} labelled)" if sizes.get("labelled", sizes["train"]) != sizes["train"] else ""
     return f"{split.get('set', 'data')}: {sizes['train']}{few}/{sizes['val']}/{sizes['test']} train/val/test"
 
 
@@ -108,7 +111,7 @@ def _called(names: Sequence[str]) -> str | None:
     return "|".join(name.replace("|", "/") for name in names)
 
 
-def _student(found: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
+def _student(found: Mapping[str, Any], main: Metric, rows: int | None) -> dict[str, Any]:
     student = found.get("student", {})
     numbers: dict[str, Any] = {f"student/{key}": value for key, value in student.items() if key not in EPOCHS}
     for epoch in EPOCHS:
@@ -119,11 +122,11 @@ def _student(found: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
         for split in ("train", "val", "test"):
             numbers |= {f"{epoch}/{split}/{metric}": value for metric, value in part.get(split, {}).items()}
         numbers |= _classes(f"{epoch}/test", part)
-        numbers |= _wrong(f"{epoch}/test", part["test"], rows)
-        if "teacher" in found:
-            numbers[f"{epoch}/retention"] = part["test"]["acc1"] / max(found["teacher"]["test"]["acc1"], 1e-12)
-        if "acc1" in part.get("train", {}):  # mixed images have no label to be right about
-            numbers[f"{epoch}/gap"] = part["train"]["acc1"] - part["test"]["acc1"]
+        numbers |= _wrong(f"{epoch}/test", part["test"], main, rows)
+        if main.name in found.get("teacher", {}).get("test", {}):
+            numbers[f"{epoch}/retention"] = part["test"][main.name] / max(found["teacher"]["test"][main.name], 1e-12)
+        if main.name in part.get("train", {}):  # mixed images have no label to be right about
+            numbers[f"{epoch}/gap"] = part["train"][main.name] - part["test"][main.name]
     return numbers
 
 
@@ -140,18 +143,18 @@ def _classes(prefix: str, part: Mapping[str, Any]) -> dict[str, float]:
     return {f"{prefix}/class_{i}": value for i, value in enumerate(values)} if len(values) <= CLASSES else {}
 
 
-def _wrong(prefix: str, metrics: Mapping[str, Any], rows: int | None) -> dict[str, float]:
-    if metrics.get("acc1") is None:
+def _wrong(prefix: str, metrics: Mapping[str, Any], main: Metric, rows: int | None) -> dict[str, float]:
+    if metrics.get(main.name) is None or not main.counted:
         return {}
-    error = 1 - metrics["acc1"]
+    error = 1 - metrics[main.name]
     return {f"{prefix}/error": error, **({f"{prefix}/errors": round(error * rows)} if rows else {})}
 
 
-def _evaluations(run_dir: Path, rows: int | None) -> dict[str, float]:
+def _evaluations(run_dir: Path, main: Metric, rows: int | None) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name, entry in read_evaluations(run_dir).items():
         metrics = entry["metrics"]
-        numbers |= _wrong(name, metrics, rows) | {f"{name}/{m}": float(v) for m, v in metrics.items()}
+        numbers |= _wrong(name, metrics, main, rows) | {f"{name}/{m}": float(v) for m, v in metrics.items()}
     return numbers
 
 
@@ -249,7 +252,13 @@ def values(frame: pd.DataFrame, row: str, column: str) -> pd.Series:
 def measure_of(frame: pd.DataFrame, column: str) -> Measure:
     """Return a column as a measure that calls the classes by their names, where all runs have the same."""
     (called,) = names if len(names := set(finished(frame)["classes"])) == 1 else (None,)
-    return Measure(column, tuple(called.split("|")) if called else ())
+    return Measure(column, tuple(called.split("|")) if called else (), metrics_of(frame))
+
+
+def metrics_of(frame: pd.DataFrame) -> tuple[Metric, ...]:
+    """Return the metrics that the task of the runs describes, the main one first."""
+    given = [text for text in finished(frame)["metrics"] if isinstance(text, str)] if "metrics" in frame else []
+    return described(json.loads(given[0]) if given else None)
 
 
 def check_protocol(frame: pd.DataFrame) -> None:

@@ -12,8 +12,8 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.records import manifest, record, sources
-from kd.report.frame import finished, of_run, seed_of, table
-from kd.report.validation import EPOCH, TEST, monitored
+from kd.report.frame import finished, metrics_of, of_run, seed_of, table
+from kd.report.validation import EPOCH, monitored
 from kd.studies.study import Figure, Row, Study
 
 SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
@@ -50,7 +50,7 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
         row, seed = doubled.iloc[0][["row", "seed"]]
         raise KdError(f"{row}: there are two runs of seed {seed}; give one of them")
     values = {labels[run.group]: _values(labels[run.group]) for run in found}
-    order = _best_first(frame)
+    order, main = _best_first(frame), f"test/{metrics_of(frame)[0].name}"
     seeds = tuple(sorted(set(frame["seed"])))
     rows = {row: Row(row, (), row, tuple(frame[frame["row"] == row]["seed"]), values=values[row]) for row in order}
     study = Study(
@@ -59,14 +59,14 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
         question="",
         paper="",
         cost="",
-        measure=TEST,
+        measure=main,
         epoch=EPOCH,
         rows=rows,
         seeds=seeds,
         comparisons={},
         claim="",
         supported=(),
-        figures=_figures(list(values.values())),
+        figures=_figures(list(values.values()), main),
     )
     return study, frame
 
@@ -189,11 +189,11 @@ def _values(label: str) -> dict[str, Any]:
     return found
 
 
-def _figures(values: Sequence[Mapping[str, Any]]) -> tuple[Figure, ...]:
+def _figures(values: Sequence[Mapping[str, Any]], measure: str) -> tuple[Figure, ...]:
     """Choose the figures: lines over a number that differs; lines and a map over two."""
     keys = [key for key in dict.fromkeys(k for v in values for k in v) if len({v[key] for v in values if key in v}) > 2]
     if not keys or len(keys) > 2:
         return ()
     if len(keys) == 1:
-        return (Figure("lines", TEST, keys[0]),)
-    return Figure("lines", TEST, keys[0], group=keys[1]), Figure("map", TEST, keys[0], y=keys[1])
+        return (Figure("lines", measure, keys[0]),)
+    return Figure("lines", measure, keys[0], group=keys[1]), Figure("map", measure, keys[0], y=keys[1])

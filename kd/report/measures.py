@@ -7,36 +7,32 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kd.errors import KdError, did_you_mean
+from kd.tasks.metrics import CLASSIFICATION, Metric
 
 EPOCHS = {"last": "last epoch", "selected": "val-selected"}
-SHARES = {"acc1", "acc5", "agreement", "ece", "error", "gap", "retention"}  # kept as fractions, shown in percent
+# numbers that are made of the metrics, and costs: the metrics themselves are described by their task
+SHARES = {"error", "gap", "retention"}  # kept as fractions, shown in percent
 WHOLE = {"errors", "parameters", "macs", "adapter_parameters"}
-LOWER = {"errors", "error", "nll", "ece", "kl", "gap", "loss", "latency_ms", "parameters", "macs", "wall_clock_s"}
+LOWER = {"errors", "error", "gap", "loss", "latency_ms", "parameters", "macs", "wall_clock_s"}
 WORDS = {
-    "acc1": "top-1",
-    "acc5": "top-5",
-    "nll": "NLL",
-    "ece": "ECE",
-    "kl": "KL to the teacher",
-    "agreement": "agreement",
     "error": "error rate",
-    "gap": "train − test top-1",
     "latency_ms": "latency",
     "macs": "multiply-accumulates",
     "wall_clock_s": "training time",
 }
-UNITS = {"latency_ms": "ms an image", "wall_clock_s": "s", "macs": "MACs"}
+UNITS = {"latency_ms": "ms a sample", "wall_clock_s": "s", "macs": "MACs"}
 
 
 @dataclass(frozen=True)
 class Measure:
     """A column of the frame: what it is called, how its numbers are written, and which direction is better.
 
-    ``classes``: the names of the classes, () where they have numbers only.
+    ``classes``: the names of the classes, () where they have numbers only. ``metrics``: those of the task.
     """
 
     column: str
     classes: tuple[str, ...] = ()
+    metrics: tuple[Metric, ...] = CLASSIFICATION
 
     @property
     def name(self) -> str:
@@ -44,13 +40,25 @@ class Measure:
         return self.column.rsplit("/", 1)[-1]
 
     @property
+    def metric(self) -> Metric | None:
+        """Return the task's metric of this name, None for what is made of metrics and for costs."""
+        return next((metric for metric in self.metrics if metric.name == self.name), None)
+
+    @property
     def is_share(self) -> bool:
         """Tell whether it is a fraction that is shown in percent."""
-        return self.name in SHARES or self.name.startswith("class_")
+        if self.metric is not None:
+            return self.metric.share
+        ratio = self.name == "gap" and not self.metrics[0].share
+        return not ratio and (self.name in SHARES or self.name.startswith("class_"))
 
     @property
     def lower_is_better(self) -> bool:
-        """Tell whether it is better low, as ``errors`` and ``nll`` are."""
+        """Tell whether it is better low, as ``errors`` are."""
+        if self.metric is not None:
+            return self.metric.better == "min"
+        if self.name == "retention":
+            return self.metrics[0].better == "min"
         return self.name in LOWER
 
     @property
@@ -61,6 +69,8 @@ class Measure:
     @property
     def unit(self) -> str:
         """Return the unit of a value: ``%``, ``ms an image``, or nothing."""
+        if self.metric is not None and not self.metric.share:
+            return self.metric.unit
         return "%" if self.is_share else UNITS.get(self.name, "")
 
     @property
@@ -68,13 +78,15 @@ class Measure:
         """Return the decimals that are shown."""
         if self.name in WHOLE:
             return 1 if self.name == "errors" else 0
+        if self.metric is not None and not self.metric.share:
+            return self.metric.digits
         return 2 if self.is_share else 3
 
     @property
     def title(self) -> str:
         """Return ``test top-1`` in words, without the epoch."""
         first, *middle = self.column.split("/")
-        word = WORDS.get(self.name) or self._of_class() or self.name.replace("_", " ")
+        word = self._word()
         middle = ["validation" if part == "val" else part for part in middle]
         if first == "teacher":
             return " ".join(["teacher's", *middle[:-1], word])
@@ -83,6 +95,13 @@ class Measure:
         if first in EPOCHS:
             return " ".join([*middle[:-1], word])
         return f"{first}: {word}" if middle else word
+
+    def _word(self) -> str:
+        if self.metric is not None:
+            return self.metric.title
+        if self.name == "gap":
+            return f"train − test {self.metrics[0].title}"
+        return WORDS.get(self.name) or self._of_class() or self.name.replace("_", " ")
 
     def _of_class(self) -> str:
         if not (found := re.fullmatch(r"class_(\d+)", self.name)):
@@ -113,7 +132,7 @@ class Measure:
     @property
     def change_unit(self) -> str:
         """Return the unit of a difference: points of percent, errors, milliseconds."""
-        return "points" if self.is_share else {"errors": "errors"}.get(self.name, UNITS.get(self.name, ""))
+        return "points" if self.is_share else {"errors": "errors"}.get(self.name, self.unit)
 
 
 def resolve(columns: Iterable[str], measure: str, epoch: str) -> str:

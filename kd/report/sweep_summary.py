@@ -11,6 +11,8 @@ import pandas as pd
 
 from kd.records import record
 from kd.report.frame import FINISHED, finished
+from kd.report.measures import Measure
+from kd.tasks.metrics import Metric, described
 
 MOST = 6  # values that are listed; of more, numbers have their range
 IRRELEVANT = ("seed=", "name=", "hydra.", "paths.", "logger")  # tell nothing of the experiment
@@ -100,7 +102,7 @@ def _facts(found: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str
             "learning rate": _short(optimizer.get("lr", "")),
         }
     if teacher := found.get("teacher"):
-        facts["teacher"] = _teacher(config.get("teacher", {}), teacher)
+        facts["teacher"] = _teacher(config.get("teacher", {}), teacher, described(found.get("metrics")))
     else:
         facts["teacher"] = "none"
     return {name: text for name, text in facts.items() if text}
@@ -115,12 +117,16 @@ def _network(node: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     return f"{name} ({'; '.join(given)})".removesuffix(" ()").strip()
 
 
-def _teacher(node: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
-    """Describe a teacher: where its weights are, its size and its accuracy on validation."""
+def _teacher(node: Mapping[str, Any], measured: Mapping[str, Any], metrics: tuple[Metric, ...]) -> str:
+    """Describe a teacher: where its weights are, its size and its main metric on validation."""
     given = measured.get("checkpoint")
     several = given if isinstance(given, (list, tuple)) else [given]
     where = " and ".join(_relative(str(path)) for path in several if path)
     known = [f"{measured['parameters']:,} parameters"] if "parameters" in measured else []
-    accuracy = measured.get("val", {}).get("acc1")
-    known += [f"validation top-1 {100 * accuracy:.2f} %"] if accuracy is not None else []
+    found = {m.name: m for m in metrics if m.name in measured.get("val", {})}
+    if found:
+        main = next(iter(found.values()))
+        measure = Measure(f"val/{main.name}", metrics=metrics)
+        unit = f" {measure.unit}" if measure.unit else ""
+        known += [f"validation {main.title} {measure.show(measured['val'][main.name])}{unit}"]
     return f"{where} ({', '.join(known)})" if known else where

@@ -14,6 +14,7 @@ from kd.report.frame import finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
 from kd.studies.study import Study
+from kd.tasks.metrics import CLASSIFICATION
 
 NOTHING = "–"
 OF_MEAN, ONE_RUN = "95 % of the mean", "95 % of one run"
@@ -181,7 +182,7 @@ def comparison_grid(compared: Mapping[str, Compared]) -> Grid:
 def image_grid(compared: Mapping[str, Compared]) -> Grid | None:
     """Write the comparisons over test images; None where no predictions were kept."""
     rows = []
-    accuracy = Measure("selected/test/acc1")
+    accuracy = Measure(f"selected/test/{CLASSIFICATION[0].name}")  # kept predictions are of classes
     for found in compared.values():
         if (i := found.images) is not None:
             bounds = f"{accuracy.change(i.low)} to {accuracy.change(i.high)}"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from kd.report.frame import finished, values
+from kd.report.frame import finished, measure_of, metrics_of, values
 from kd.report.measures import EPOCHS
 from kd.studies import references
 from kd.studies.study import Comparison, Row, Study
-
-TESTED = ("test/acc1", "test/nll")  # identify the weights in results that lack the teacher's epoch
 
 
 def teacher_of(row: Row) -> str | None:
@@ -65,7 +63,8 @@ def differ(study: Study, frame: pd.DataFrame, row: str, teacher: str) -> bool:
         return False
     if "teacher/epoch" in runs and runs["teacher/epoch"].notna().all():
         return not _all_among(study, frame, runs, teacher, "epoch", 0.5)
-    known = [name for name in TESTED if f"teacher/{name}" in runs and f"{study.epoch}/{name}" in frame]
+    tested = [f"test/{metric.name}" for metric in metrics_of(frame)]  # identify the weights
+    known = [name for name in tested if f"teacher/{name}" in runs and f"{study.epoch}/{name}" in frame]
     return any(not _all_among(study, frame, runs, teacher, name, 1e-4) for name in known)
 
 
@@ -90,9 +89,15 @@ def notes(study: Study, frame: pd.DataFrame) -> list[str]:
     sentences = []
     for teacher, rows in found.items():
         runs = finished(frame)[finished(frame)["row"].isin(rows)]
-        right = runs["teacher/test/acc1"].dropna() if "teacher/test/acc1" in runs else pd.Series(dtype=float)
-        shown = values(frame, teacher, f"{study.epoch}/test/acc1") if f"{study.epoch}/test/acc1" in frame else right
-        numbers = f" (test top-1 {right.mean():.2%}, shown is {shown.mean():.2%})" if len(right) and len(shown) else ""
+        main = f"test/{metrics_of(frame)[0].name}"
+        right = runs[f"teacher/{main}"].dropna() if f"teacher/{main}" in runs else pd.Series(dtype=float)
+        shown = values(frame, teacher, f"{study.epoch}/{main}") if f"{study.epoch}/{main}" in frame else right
+        numbers = ""
+        if len(right) and len(shown):
+            measure = measure_of(frame, f"{study.epoch}/{main}")
+            unit = "%" if measure.is_share else ""
+            own, other_own = f"{measure.show(right.mean())}{unit}", f"{measure.show(shown.mean())}{unit}"
+            numbers = f" ({measure.title} {own}, shown is {other_own})"
         subject, them = (f"row {rows[0]}", "it") if len(rows) == 1 else (f"rows {', '.join(rows)}", "them")
         sentences.append(
             f"{subject}: given the {other} {teacher}{numbers}, not the {EPOCHS[study.epoch]} that the table shows: no "

@@ -10,31 +10,32 @@ from dataclasses import replace
 
 import pandas as pd
 
-from kd.report.frame import finished
+from kd.report.frame import finished, measure_of, metrics_of
 from kd.report.measures import Measure
 from kd.studies.study import Study
 
-EPOCH, TEST, USUAL = "selected", "test/acc1", "val/acc1"
+EPOCH = "selected"
 
 
 def monitored(frame: pd.DataFrame) -> Measure:
-    """Find the validation measure that picked the epoch, accuracy where runs differ in it, test if there is none."""
+    """Find the validation measure that picked the epoch, the main metric where runs differ, test if there is none."""
+    main = metrics_of(frame)[0].name
     found = {str(word).split(" ")[-1] for word in finished(frame)["monitor"]}
-    for name in (*(found if len(found) == 1 else ()), USUAL):
+    for name in (*(found if len(found) == 1 else ()), f"val/{main}"):
         if f"{EPOCH}/{name}" in frame:
-            return Measure(f"{EPOCH}/{name}")
-    return Measure(f"{EPOCH}/{TEST}")
+            return measure_of(frame, f"{EPOCH}/{name}")
+    return measure_of(frame, f"{EPOCH}/test/{main}")
 
 
 def by_validation(study: Study, frame: pd.DataFrame, chosen_by: Sequence[str] = ()) -> Study:
-    """Measure the study by what picked the epochs; the same measure and accuracy of test are further columns.
+    """Measure the study by what picked the epochs; the same measure and the main one on test are further columns.
 
     ``chosen_by``: objectives of a search; the first is the measure then, and orders the rows.
     """
     wanted = [c for name in chosen_by for c in (f"{EPOCH}/{name}", f"student/{name}", name) if c in frame]
-    measure = Measure(wanted[0]) if wanted else monitored(frame)
-    same = f"test/{measure.name}"
-    beside = [f"{epoch}/{name}" for name in dict.fromkeys((same, TEST)) for epoch in (EPOCH, "last")]
+    measure = measure_of(frame, wanted[0]) if wanted else monitored(frame)
+    same, main = f"test/{measure.name}", f"test/{metrics_of(frame)[0].name}"
+    beside = [f"{epoch}/{name}" for name in dict.fromkeys((same, main)) for epoch in (EPOCH, "last")]
     if measure.column not in frame:  # no run is finished
         return study
     columns = tuple(c for c in [*wanted, *beside] if c in frame and c != measure.column)
@@ -47,10 +48,10 @@ def by_validation(study: Study, frame: pd.DataFrame, chosen_by: Sequence[str] = 
 
 def order(study: Study, frame: pd.DataFrame) -> str:
     """Write how the rows are ordered."""
-    measure = Measure(study.measure)
+    measure = measure_of(frame, study.measure)
     name = f"{measure.title} ({measure.epoch})" if measure.epoch else measure.title
     several = "mean over seeds of the " if finished(frame).duplicated("row").any() else ""
-    if measure.column.endswith(TEST):
+    if "/test/" in measure.column:
         return f"Rows: best first, by the {several}{name}: these runs have no validation measure that could order them."
     own = measure == monitored(frame)
     why = "; validation also picks the epoch, and the" if own else ", the first objective of the search; the"

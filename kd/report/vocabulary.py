@@ -10,9 +10,11 @@ from kd.errors import KdError, did_you_mean
 from kd.report.frame import CLASSES
 from kd.report.measures import EPOCHS, Measure
 from kd.studies.study import PUBLISHED, STUDY, Comparison, Study
+from kd.tasks.metrics import CLASSIFICATION
 
-PLAIN = ("acc1", "acc5", "nll", "ece")
-BESIDE = ("agreement", "kl")  # of a student with a teacher
+PLAIN = tuple(metric.name for metric in CLASSIFICATION if not metric.beside_teacher)
+BESIDE = tuple(metric.name for metric in CLASSIFICATION if metric.beside_teacher)  # of a student with a teacher
+MAIN = CLASSIFICATION[0].name
 TESTED = ("error", "errors", *(f"class_{i}" for i in range(CLASSES)))
 COSTS = ("parameters", "macs", "latency_ms")
 
@@ -92,13 +94,13 @@ def _columns(study: Study) -> Iterator[str]:
         yield from (f"{epoch}/{split}/{m}" for split in ("val", "test") for m in (*PLAIN, *BESIDE))
         yield from (f"{epoch}/test/{m}" for m in TESTED)
         yield from (f"{epoch}/retention", f"{epoch}/epoch")
-    yield from (f"last/{name}" for name in ("gap", "train/loss", "train/acc1", "train/acc5"))
+    yield from (f"last/{name}" for name in ("gap", "train/loss", *(f"train/{m}" for m in PLAIN[:2])))
     yield from (f"teacher/{split}/{m}" for split in ("val", "test") for m in PLAIN)
     yield from (f"teacher/test/{m}" for m in TESTED if m.startswith("class_"))
     yield from (f"{role}/{cost}" for role in ("student", "teacher") for cost in COSTS)
     yield from ("student/adapter_parameters", "wall_clock_s", "peak_memory_mb")
     for evaluation in study.evaluations.values():
-        metrics = ("acc1", "bias") if evaluation.bias else (*PLAIN, *BESIDE)
+        metrics = (MAIN, "bias") if evaluation.bias else (*PLAIN, *BESIDE)
         yield from (f"{evaluation.name}/{m}" for m in (*metrics, *TESTED))
 
 

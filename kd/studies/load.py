@@ -31,6 +31,7 @@ from kd.studies.study import (
     Row,
     Study,
 )
+from kd.tasks.metrics import CLASSIFICATION
 
 EPOCHS = ("last", "selected")
 LEFT_OVER = re.compile(r"(?<![\w\\$^}])\{([A-Za-z]\w*)\}")  # in a label, its variables put in; not mathtext
@@ -60,7 +61,7 @@ def load_study(name_or_folder: str | Path, seeds: Sequence[int] | None = None) -
         **{k: " ".join(text.split()) for k, text in texts.items()},
         name=folder.resolve().name,
         folder=folder,
-        measure=typed(given.get("measure", "test/acc1"), str, f"{file}: measure"),
+        measure=typed(given.get("measure", f"test/{CLASSIFICATION[0].name}"), str, f"{file}: measure"),
         epoch=epoch,
         claim_of=_one_of(given.get("claim_of", OURS), (PAPER, OURS), f"{file}: claim_of"),
         exploratory=typed(given.get("exploratory", False), bool, f"{file}: exploratory"),

@@ -27,6 +27,7 @@ from kd.sweeps.engine import Engine
 from kd.sweeps.local import Resources, resources
 from kd.sweeps.outcome import Outcome
 from kd.sweeps.pool import forked, preload, run_in_subprocess
+from kd.tasks.metrics import CLASSIFICATION
 
 
 def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[str]:
@@ -120,7 +121,7 @@ def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], slots: Seq
 def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, float]:
     """Metrics of a run's student (``epoch`` "last" or "selected") on test, under the evaluation's changes.
 
-    With ``bias``: ``acc1``, ``class_I`` and the ``bias`` itself, an amount of logits.
+    With ``bias``: the accuracy, ``class_I`` and the ``bias`` itself, an amount of logits.
     """
 
     config = run_config(run_dir, evaluation.eval)
@@ -137,7 +138,7 @@ def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, flo
     logits[:, list(evaluation.bias)] += bias
     right = logits.argmax(1) == test["target"]
     per_class = [float(right[test["target"] == c].mean()) for c in range(logits.shape[1])]
-    return {"acc1": float(right.mean()), "bias": bias, **_classes(per_class)}
+    return {CLASSIFICATION[0].name: float(right.mean()), "bias": bias, **_classes(per_class)}
 
 
 def _classes(accuracies: list[float]) -> dict[str, float]:

@@ -4,36 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch, Output
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number of a split: ``name`` (``acc1``, logged as ``val/acc1``) and how people read it.
-
-    ``title``: in tables. ``better``: which direction is. ``share``: whether it lies in 0 to 1 and is shown in percent;
-    ``unit`` and ``digits`` behind the point otherwise. ``beside_teacher``: whether it compares with a teacher's output,
-    so that a network alone does not have it.
-    """
-
-    name: str
-    title: str
-    better: Literal["max", "min"] = "max"
-    share: bool = False
-    unit: str = ""
-    digits: int = 2
-    beside_teacher: bool = False
-
-    def describe(self) -> dict[str, Any]:
-        """The description that is written into ``result.json``."""
-        return asdict(self)
+from kd.tasks.metrics import Metric
 
 
 class Want(NamedTuple):

@@ -11,16 +11,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError, MulticlassAccuracy
 
 from kd.losses.base import UNLABELLED, Batch, Output
-from kd.tasks.base import Meter, Metric, Task
-
-METRICS = (
-    Metric("acc1", "top-1", share=True),
-    Metric("acc5", "top-5", share=True),
-    Metric("nll", "NLL", better="min", digits=3),
-    Metric("ece", "ECE", better="min", share=True),
-    Metric("agreement", "agreement", share=True, beside_teacher=True),
-    Metric("kl", "KL to the teacher", better="min", digits=3, beside_teacher=True),
-)
+from kd.tasks.base import Meter, Task
+from kd.tasks.metrics import CLASSIFICATION
 
 
 class Classification(Task):
@@ -30,7 +22,7 @@ class Classification(Task):
     ``ece_bins``: equal-width confidence bins (Guo 2017).
     """
 
-    metrics = METRICS
+    metrics = CLASSIFICATION
     counts = ("acc1", "acc5")
     summary = ("acc1", "nll", "ece", "agreement")
 
