@@ -30,19 +30,19 @@ class MachineFailure(KdError):
 
 
 def named(error: Exception, where: Path) -> Exception:
-    """The sentence of an error that the operating system raised, with its path or else ``where``; others unchanged."""
+    """Make a sentence of an error of the operating system, with its path or else ``where``; others stay unchanged."""
     if isinstance(error, OSError) and error.errno is not None:
         return MachineFailure(f"{error.filename or where}: {error.strerror}")
     return error
 
 
 def kind(error: Exception) -> str:
-    """What failed, for the record: see :class:`KdError`."""
+    """Tell what failed, for the record: see :class:`KdError`."""
     return error.kind if isinstance(error, KdError) else "unexpected"
 
 
 def of_kind(sentence: str, kind: str) -> KdError:
-    """The error of another process."""
+    """Make the error of another process."""
     error = KdError(sentence)
     error.kind = kind
     return error
@@ -59,8 +59,8 @@ ALIASES = {
 }
 
 
-def near(name: str, known: Iterable[str], count: int = 3) -> str:
-    """``" (near: a, b)"`` for the known names that look like ``name``, or an empty string.
+def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Write ``" (near: a, b)"`` for the known names that resemble ``name``, or an empty string.
 
     Those of the same section come first; in a section those that end alike, or by what the last part is called here
     (:data:`ALIASES`), before those spelt alike, as a whole or in their last part.
@@ -83,5 +83,5 @@ def _last(name: str) -> str:
 
 
 def yaml_problem(problem: str | None) -> str:
-    """What YAML's parser complains of, in words where its own do not help."""
+    """Say what YAML's parser complains of, in words where its own do not help."""
     return "a tab; YAML wants spaces" if "'\\t'" in (problem or "") else f"not valid YAML ({problem})"

@@ -51,7 +51,7 @@ def kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a small digits teacher, trained once for all tests."""
-    from kd.cli.hydra_app import checked
+    from kd.config.compose import checked
     from kd.run.train import train
 
     run_dir = tmp_path_factory.mktemp("teacher")

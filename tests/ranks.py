@@ -74,7 +74,8 @@ def seen(module: Any) -> dict[str, Any]:
 
 def run(folder: Path, cases: dict[str, list[str]]) -> None:
     """Each case in ``folder/NAME``, with ``outcome.json`` beside the run's own files."""
-    from kd.cli.hydra_app import checked
+    from kd.config.compose import checked
+    from kd.config.hardware import settings
     from kd.parallel import cluster, group
     from kd.run import build, trainer
 
@@ -83,7 +84,7 @@ def run(folder: Path, cases: dict[str, list[str]]) -> None:
     build.distiller = lambda *a: built.append(original(*a)) or built[-1]  # type: ignore[func-returns-value,assignment]
     for name, overrides in cases.items():
         config = checked(overrides)
-        cluster.join(config)
+        cluster.join(settings(config))
         if group.rank() == 0:
             (folder / name).mkdir(parents=True)
         group.barrier()

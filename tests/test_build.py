@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.errors import KdError
 from kd.losses.base import Term
-from kd.records import weight_files
-from kd.run import build
+from kd.records import record, weight_files
+from kd.run import build, weights
 from kd.run.data_facts import facts as facts_of
 from kd.run.data_facts import same_data
 from kd.tasks.classification import Classification
@@ -125,6 +125,9 @@ def test_the_last_epoch_teaches_when_it_is_asked_to(tmp_path, teacher_run) -> No
     shutil.copytree(teacher_run, run)
     state = {name: tensor + 1 for name, tensor in load_file(run / "student_last.safetensors").items()}
     save_file(state, run / "student_last.safetensors", metadata=safe_open(run / "student.safetensors", "pt").metadata())
+    found = record.read(run)
+    found["student"]["last"]["digest"] = weights.digest(state)
+    record.write(run, found)
     built, read = {}, {}
     for epoch in (None, "selected", "last"):
         config = checked([f"teacher.checkpoint={run}", *([f"teacher.epoch={epoch}"] if epoch else []), "hardware=cpu"])

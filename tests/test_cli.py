@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kd.cli import hydra_app
+from kd.config.compose import checked
 from kd.errors import KdError
 
 
@@ -148,17 +149,17 @@ YAML_TYPOS = [
 
 def test_keys_of_a_term_that_the_command_line_leaves_out_do_not_matter(tmp_path) -> None:
     """The experiment sets ``loss.kd.temperature``."""
-    assert hydra_app.checked(["experiment=digits_kd", "loss=[ce]"])["loss"] == {
-        "ce": {**hydra_app.checked(["loss=[ce]"])["loss"]["ce"], "weight": 0.1}
+    assert checked(["experiment=digits_kd", "loss=[ce]"])["loss"] == {
+        "ce": {**checked(["loss=[ce]"])["loss"]["ce"], "weight": 0.1}
     }
-    assert list(hydra_app.checked(["experiment=digits_kd"])["loss"]) == ["ce", "kd"]
+    assert list(checked(["experiment=digits_kd"])["loss"]) == ["ce", "kd"]
     with pytest.raises(
         KdError, match=r"^loss\.kd\.temperature=2 cannot be set: kd is not among the chosen loss terms \(ce\)"
     ):
-        hydra_app.checked(["experiment=digits_kd", "loss=[ce]", "loss.kd.temperature=2"])
+        checked(["experiment=digits_kd", "loss=[ce]", "loss.kd.temperature=2"])
     folder, *flags = experiment(tmp_path, "loss:\n  kdd:\n    temperature: 3\n")[1:]
     with pytest.raises(KdError, match=r"experiment/mine\.yaml: there is no option loss\.kdd \(near: loss\.kd"):
-        hydra_app.checked([*flags, "loss=[ce]"], folder)
+        checked([*flags, "loss=[ce]"], folder)
 
 
 @pytest.mark.parametrize(("text", "parts"), YAML_TYPOS, ids=[t.replace("\n", " ") for t, _ in YAML_TYPOS])
@@ -182,8 +183,8 @@ def test_the_exit_code_reaches_the_shell_before_torch_is_imported(tmp_path) -> N
     assert done.stderr.startswith("kd: recipe.epocs=3")
 
 
-def test_python_m_kd_train_is_the_same_command(tmp_path) -> None:
-    command = [sys.executable, "-m", "kd.run.train", "recipe.epocs=3"]
+def test_python_m_is_the_same_command(tmp_path) -> None:
+    command = [sys.executable, "-m", "kd.cli.main", "train", "recipe.epocs=3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "there is no option recipe.epocs" in done.stderr
@@ -195,5 +196,6 @@ def test_an_interrupted_sweep_says_how_to_go_on(kd, monkeypatch, swept, said) ->
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hydra_app.hydra, "main", lambda **_: lambda task: interrupted)
+    monkeypatch.setattr(hydra_app, "run_job", interrupted)
     answer = kd("train", *swept, "seed=0")
     assert (answer.code, answer.err) == (130, f"kd: {said}\n")

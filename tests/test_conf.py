@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from kd.cli import hydra_app
+from kd.config.compose import checked
 from kd.config.composition import CONF
+from kd.config.instantiate import make
 from kd.config.signature import arguments
 
 OPTIONS = [(f.parent.name, f.stem) for f in sorted(CONF.glob("*/*.yaml")) if not f.name.startswith("_")]
@@ -21,7 +22,7 @@ LISTS = ("loss", "logger")  # groups of which several options are chosen at once
 @functools.cache
 def config_of(*overrides: str) -> dict[str, Any]:
     """The composed and checked config; composing takes 0.2 s, and several tests ask for the same one."""
-    return hydra_app.checked(overrides)
+    return checked(overrides)
 
 
 def options(group: str) -> list[str]:
@@ -72,13 +73,11 @@ def needed(name: str) -> list[str]:
 @pytest.mark.parametrize("name", options("data"))
 def test_every_data_set_takes_the_keys_of_its_file(name: str) -> None:
     """Known from the source alone, so that a typo stops before torch; and the values are those it allows."""
-    from kd.run import build
-
     config = config_of(f"data={name}", *needed(name))
     known = arguments(config["data"]["_target_"])
     assert not known.any
     assert set(config["data"]) - {"_target_"} <= set(known.names)
-    data = build.make(config["data"], "data")
+    data = make(config["data"], "data")
     assert data.batch_size == config["recipe"]["batch_size"]
 
 
@@ -111,9 +110,7 @@ def teacher_of(name: str) -> str:
 
 def fake_data(config: dict[str, Any]) -> list[str]:
     """Made-up images of the same shape and classes as the set of a config."""
-    from kd.run import build
-
-    data = build.make(config["data"], "data")
+    data = make(config["data"], "data")
     shape = ",".join(str(edge) for edge in data.input_shape)
     classes = getattr(data, "num_classes", 10)  # a folder's are known only when it is read
     few = [f"data.train_images={4 * classes}", f"data.test_images={classes}"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.errors import KdError
 from kd.run import build, described
 

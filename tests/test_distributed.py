@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kd import errors
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
+from kd.config.hardware import settings
 from kd.errors import KdError, MachineFailure
 from kd.parallel import cluster, group, launch
 from tests import ranks
@@ -62,7 +63,7 @@ def variables(rank: int, port: int, **more: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    return int(next(iter(launch._environments({}, 1)))["MASTER_PORT"])
+    return int(next(iter(launch._environments(1)))["MASTER_PORT"])
 
 
 def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[str]:
@@ -268,6 +269,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, zero: str, one: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
 
 
+def work(folder: Path) -> cluster.Work:
+    """For two processes, which are pretended."""
+    hardware = settings(checked(["hardware=ddp_cpu", "hardware.timeout_s=1"]))
+    return cluster.Work("nothing:here", (), hardware, str(folder))
+
+
 FAILS = "pipe.send({'error': 'the loss is not finite', 'kind': '%s', 'traceback': 'where it was'%s}); os._exit(1)"
 HANGS = "time.sleep(100)"
 
@@ -300,7 +307,7 @@ def test_one_failed_process_ends_them_all(monkeypatch, tmp_path, zero, one, kind
     before = set(workers(os.getpid()))
     start = time.monotonic()
     with pytest.raises(kind, match=sentence) as failure:
-        launch.fit(checked(["hardware=ddp_cpu", "hardware.timeout_s=1"]), tmp_path, None)
+        launch.run(work(tmp_path), lambda processes: None)
     assert (errors.kind(failure.value) == "machine") == ("finite" not in sentence)
     assert time.monotonic() - start < 30
     assert set(workers(os.getpid())) <= before
@@ -310,8 +317,7 @@ def test_one_failed_process_ends_them_all(monkeypatch, tmp_path, zero, one, kind
 
 def test_a_process_that_hangs_after_the_result_loses_nothing(monkeypatch, tmp_path) -> None:
     pretend(monkeypatch, "pipe.send({'outcome': {'done': 1}})", HANGS)
-    config = checked(["hardware=ddp_cpu", "hardware.timeout_s=1"])
-    assert launch.fit(config, tmp_path, None) == {"done": 1}
+    assert launch.run(work(tmp_path), lambda processes: None) == {"done": 1}
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are listed in /proc")
@@ -336,17 +342,17 @@ def test_a_process_of_a_cluster_that_does_not_answer(tmp_path: Path, monkeypatch
     monkeypatch.setattr(group, "failed", lambda: said[0] if said else None)
     monkeypatch.setattr(group, "say_failed", lambda sentence, kind: said.append((kind, sentence)))
     monkeypatch.setattr(group, "silent", lambda: [2, 3])
-    config = checked(["hardware=torchrun", "hardware.timeout_s=7"])
+    work = cluster.Work("nothing:here", (), {"timeout_s": 7}, str(tmp_path))
     text = "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 7000ms for recv operation to complete"
     sentence = "process 2, 3 of the run did not answer within 7 s (hardware.timeout_s)"
-    with pytest.raises(MachineFailure) as failure, cluster.shared_fate(config, tmp_path):
+    with pytest.raises(MachineFailure) as failure, cluster.propagate_failure(work):
         raise RuntimeError(text)
     assert str(failure.value).startswith(sentence)
     assert said[0][0] == "machine"
     assert said[0][1].startswith(f"process 0: {sentence}")
     for kind in ("run", "unexpected"):
         said[:] = [(kind, "process 1: this term breaks")]
-        with pytest.raises(KdError) as other, cluster.shared_fate(config, tmp_path):
+        with pytest.raises(KdError) as other, cluster.propagate_failure(work):
             raise RuntimeError("Connection closed by peer")
         assert (str(other.value), errors.kind(other.value)) == ("process 1: this term breaks", kind)
 
@@ -374,9 +380,10 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     child += (
         "threading.Thread(target=launch._end_with_parent, daemon=True).start(); print('up', flush=True); time.sleep(99)"
     )
-    code = "import sys; from pathlib import Path; from kd.parallel import launch; from kd.cli.hydra_app import checked;"
+    code = "import sys; from kd.parallel import cluster, launch;"
     code += f"launch.COMMAND = [sys.executable, '-c', {child!r}];"
-    code += "launch.fit(checked(['hardware=ddp_cpu']), Path('.'), None)"
+    code += "hardware = dict(devices=2, accelerator='cpu', cluster=None, timeout_s=9);"
+    code += "launch.run(cluster.Work('nothing:here', (), hardware, '.'), lambda processes: None)"
     process = popen([sys.executable, "-c", code], tmp_path, variables(0, 0))
     assert process.stdout is not None
     assert [process.stdout.readline(), process.stdout.readline()] == ["up\n", "up\n"]

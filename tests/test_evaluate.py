@@ -10,15 +10,85 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kd.records.record import config_hash, read_config
+
 
 def record(folder) -> dict:
     return json.loads((folder / "result.json").read_text())
+
+
+def as_begun(run) -> None:
+    """The record of a run that began with its config as it is now."""
+    rewrite(run, {**record(run), "config_hash": config_hash(read_config(run))})
+
+
+def without_digest(run, which: str) -> None:
+    """The record of a run of before there were digests."""
+    found = record(run)
+    del found["student"][which]["digest"]
+    rewrite(run, found)
+
+
+def rewrite(run, found: dict) -> None:
+    (run / "result.json").write_text(json.dumps(found))
 
 
 def numbers(kd, tmp_path, *arguments: str) -> dict:
     said = kd("eval", *arguments, f"out={tmp_path / 'out.json'}")
     assert said.code == 0, said.err
     return json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.fixture
+def run(tmp_path, teacher_run):
+    """A copy of the teacher's run, to be changed."""
+    return shutil.copytree(teacher_run, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [("dropout: 0.2", "dropout: 0.5", "config_hash = "), ("\nseed: 0", "\nseed: 7", "seed = 7, 0 in result.json")],
+)
+def test_an_edited_config_is_not_measured(kd, run, before, after, said) -> None:
+    text = (run / "config.yaml").read_text()
+    assert before in text
+    (run / "config.yaml").write_text(text.replace(before, after))
+    answer = kd("eval", "run")
+    assert answer.code == 1
+    assert f"run = run: config.yaml was changed since the run began ({said}" in answer.err
+    assert kd("eval", "student.checkpoint=run", "model@student=mlp_teacher").code == 0, "its weights are as they were"
+
+
+def test_what_does_not_change_the_result_may_be_edited(kd, run) -> None:
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("name: teacher", "name: t").replace("notes: ''", "notes: seen"))
+    assert (run / "config.yaml").read_text() != text
+    assert kd("eval", "run").code == 0
+
+
+@pytest.mark.parametrize("which", ["selected", "last"])
+def test_replaced_weights_are_neither_measured_nor_taught_with(kd, run, which) -> None:
+    file = run / {"selected": "student.safetensors", "last": "student_last.safetensors"}[which]
+    with safe_open(file, "pt") as handle:
+        about = handle.metadata()
+    state = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in state.items()}, file, about)
+    network = "model@student=mlp_teacher"
+    for arguments in (
+        ["eval", "run", f"weights={which}"],
+        ["eval", "student.checkpoint=run", f"student.epoch={which}", network],
+        ["eval", "who=teacher", f"teacher.checkpoint={file}"],
+        ["train", "hardware=cpu", "loss=[kd]", "teacher.checkpoint=run", f"teacher.epoch={which}"],
+        ["train", "hardware=cpu", network, "student.checkpoint=run", f"student.epoch={which}"],
+    ):
+        said = kd(*arguments)
+        assert said.code == 1, arguments
+        assert f"{file.name} holds other weights than those that its run measured" in said.err, arguments
+    save_file(state, file, {**about, "note": "the same weights"})
+    assert kd("eval", "run", f"weights={which}").code == 0
+    save_file({name: tensor + 1 for name, tensor in state.items()}, file, about)
+    without_digest(run, which)
+    assert kd("eval", "run", f"weights={which}").code == 0
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -92,6 +162,7 @@ def test_eval_does_not_need_the_code_of_the_loss(kd, tmp_path, teacher_run) -> N
     shutil.copytree(teacher_run, tmp_path / "run")
     config = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(config.replace("kd.losses.logits.ce.CrossEntropy", "gone.Loss"))
+    as_begun(tmp_path / "run")
     assert kd("eval", "run=run").code == 0
 
 
@@ -162,6 +233,7 @@ def test_the_last_weights_are_measured_where_they_are_asked_for(kd, tmp_path, te
     last = {name: torch.zeros_like(tensor) for name, tensor in load_file(run / "student_last.safetensors").items()}
     about = safe_open(run / "student.safetensors", "pt").metadata()
     save_file(last, run / "student_last.safetensors", metadata=about)
+    without_digest(run, "last")
     asked = ["model@student=mlp_teacher", f"student.checkpoint={run}", "hardware=cpu"]
     found = [kd("eval", *asked, *more, "out=found.json") for more in ([], ["student.epoch=last"])]
     assert [said.code for said in found] == [0, 0], [said.err for said in found]
@@ -183,6 +255,7 @@ def test_a_run_directory_makes_nothing_of_the_system(kd, tmp_path, teacher_run) 
         indent = before.rpartition("\n")[2]
         lines = f"{before}_target_: builtins.open\n{indent}file: {victim}\n{indent}mode: w"
         (run / "config.yaml").write_text(text.replace(key, lines))
+        as_begun(run)
         said = kd("eval", str(run))
         assert said.code == 1
         assert "builtins.open" in said.err

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 
-from kd.cli.hydra_app import checked
 from kd.config import timm_source
+from kd.config.compose import checked
 from kd.config.explain import explain, known_keys
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 
 DKD = "from kd.losses.base import Term\n\n\nclass DKD(Term):\n    def __init__(self, beta: float = 8.0): ...\n"
 
@@ -38,6 +38,26 @@ def test_a_typo_in_a_sweep_names_what_is_near(kd, tmp_path) -> None:
     assert "there is no option recipe.epoch (near: recipe.epochs" in single.err
     assert swept.err == single.err + single.err.replace("recipe.epoch=3", "recipe.epoch=4")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (("temperature=4",), "temperature (near: loss.kd.temperature with loss=[ce,kd], loss."),
+        (("T=4", "loss=[at,ce]"), "T (near: loss.kd.temperature with loss=[at,ce,kd], loss."),
+        (("temperature=4", "loss=[kd]"), "temperature (near: loss.kd.temperature)"),
+        (("epoch=4",), "epoch (near: student.epoch, teacher.epoch)"),
+    ],
+)
+def test_a_key_of_a_term_is_near_whether_the_term_is_chosen_or_not(overrides: tuple[str, ...], hint: str) -> None:
+    assert f"{overrides[0]}: there is no option {hint}" in said(*overrides)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_weights_given_for_a_section(kd, role: str) -> None:
+    refused = f"{role}=runs/x is not allowed, {role} is a section: write {role}.checkpoint=runs/x for its weights, or"
+    assert refused in kd("train", f"{role}=runs/x").err
+    assert said(f"{role}=mlp").endswith(f"write model@{role}=mlp")
 
 
 # ---------------------------------------------------------------------- --config-dir
@@ -197,9 +217,9 @@ def test_abbreviations_of_the_field_are_understood(overrides: tuple[str, ...]) -
 
 def test_the_same_section_comes_first() -> None:
     known = ["loss.at.weight", "loss.kd.weight", "recipe.epochs"]
-    assert near("loss.kd.alpha", known) == " (near: loss.kd.weight, loss.at.weight)"
-    assert near("recipe.epoch", known) == " (near: recipe.epochs)"
-    assert near("nothing", known) == ""
+    assert did_you_mean("loss.kd.alpha", known) == " (near: loss.kd.weight, loss.at.weight)"
+    assert did_you_mean("recipe.epoch", known) == " (near: recipe.epochs)"
+    assert did_you_mean("nothing", known) == ""
 
 
 # ---------------------------------------------------------------------- networks of timm

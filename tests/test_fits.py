@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.distill.distiller import Distiller
 from kd.distill.teacher import Teacher
 from kd.errors import KdError

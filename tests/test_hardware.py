@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd.cli.hydra_app import checked
-from kd.config import hardware
+from kd.config.compose import checked
 from kd.errors import KdError
+from kd.parallel import devices as machine
+from kd.run import hardware
 
 GPUS = torch.cuda.device_count()
 SMALL = ["data.train_size=100", "recipe.epochs=2", "recipe.batch_size=25", "hardware=cpu", "hardware.threads=1"]
@@ -19,9 +20,9 @@ SMALL = ["data.train_size=100", "recipe.epochs=2", "recipe.batch_size=25", "hard
 
 def test_more_than_the_machine_has_is_refused(monkeypatch) -> None:
     def needs(gpus: int, **given: object) -> None:
-        hardware.refuse_missing({"accelerator": "auto", "devices": 1, "cluster": None, **given}, gpus)
+        machine.refuse_missing({"accelerator": "auto", "devices": 1, "cluster": None, **given}, gpus)
 
-    monkeypatch.setattr(hardware, "cores", lambda: 4)
+    monkeypatch.setattr(machine, "cores", lambda: 4)
     for legal in ({"devices": 4}, {"accelerator": "cpu", "devices": 4}):
         needs(0, **legal)
     for legal in ({"devices": 2}, {"devices": [1]}, {"accelerator": "cuda", "devices": "auto"}):
@@ -36,13 +37,13 @@ def test_more_than_the_machine_has_is_refused(monkeypatch) -> None:
     for devices in (3, [2]):
         with pytest.raises(KdError, match=r"hardware.devices = .* is not allowed: this machine has 2 GPUs"):
             needs(2, devices=devices)
-    monkeypatch.setattr(hardware, "cores", lambda: 1)
+    monkeypatch.setattr(machine, "cores", lambda: 1)
     needs(0, accelerator="cpu", devices=2)  # to try what two GPUs will do
 
 
 @pytest.mark.parametrize("swept", [[], ["-m"]])
 def test_more_processes_than_cores_leave_no_directory(kd, tmp_path, monkeypatch, swept) -> None:
-    monkeypatch.setattr(hardware, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     said = kd("train", *swept, "hardware=ddp_cpu", "hardware.devices=4")
     assert said.code == 1
     assert "hardware.devices = 4 is not allowed on the CPU" in said.err

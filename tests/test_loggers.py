@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from wandb_disk import only, read_back
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.config.composition import flat
 from kd.records import manifest
 from kd.records.manifest import Job, Manifest
 from kd.records.record import read, read_config
 from kd.run.train import resume, train
-from kd.tracking.loggers import complete, csv_logger, describe, report_row
+from kd.tracking.loggers import complete, csv_logger, describe
+from kd.tracking.summary import report_row
 from kd.tracking.wandb_run import run_files
 
 QUICK = ["recipe.epochs=2", "hardware=cpu", "logger=wandb"]

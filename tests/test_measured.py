@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.distill.distiller import Distiller
 from kd.distill.evaluation import NotFinite, measure
 from kd.errors import KdError

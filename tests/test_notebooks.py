@@ -21,7 +21,7 @@ def text_of(cell: nbformat.NotebookNode) -> str:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher's run and a distilled one, two epochs each."""
-    from kd.cli.hydra_app import checked
+    from kd.config.compose import checked
     from kd.run.train import train
 
     folder = tmp_path_factory.mktemp("runs")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.records import lock, record, state
@@ -81,6 +83,17 @@ def test_an_edited_config_is_refused(stopped: Path, key: str, value: Any, said: 
     with pytest.raises(KdError, match=f"config.yaml was changed since the run began .{said}.* kd train KEY=VALUE"):
         train.resume(stopped)
     assert (stopped / "result.json").read_bytes() == before
+
+
+def test_weights_that_are_gone_are_named_by_what_was_read(stopped: Path) -> None:
+    config, before = record.read_config(stopped), record.read(stopped)
+    config["teacher"]["checkpoint"] = [str(stopped.parent / "here"), str(stopped), "gone.safetensors"]
+    (stopped.parent / "here").touch()
+    known = {"teacher.checkpoint": [None, None, "b" * 12]}
+    sentence = "teacher.checkpoint = gone.safetensors{} does not exist: put the weights that the run has read back at"
+    for read, marked in ((known, r" .fingerprint bbbbbbbbbbbb."), ({}, "")):
+        with pytest.raises(KdError, match=sentence.format(marked)):
+            resume.check_config(stopped, config, {**before, "weights_read": read})
 
 
 def test_what_does_not_change_the_result_may_be_edited(stopped: Path) -> None:
@@ -237,10 +250,37 @@ def test_a_log_that_is_replaced_lets_no_second_process_in(tmp_path: Path, monkey
     assert record.read(tmp_path)["status"] == "finished"
 
 
+def test_a_lock_that_is_deleted_lets_no_second_process_in(tmp_path: Path, monkeypatch, short: list[str]) -> None:
+    """As another process sees it: the record of this one's run, while it trains, with the number of a living one."""
+    config, other = checked(short), subprocess.Popen(["sleep", "60"])
+
+    def meddled(*_: Any) -> dict[str, Any]:
+        (tmp_path / lock.RUN).unlink()
+        about = record.read(tmp_path)
+        assert about["process"] == lock.this_process()
+        theirs = {**about["process"], "pid": other.pid, "began": lock._began(other.pid)}
+        record.write(tmp_path, {**about, "process": theirs})
+        with pytest.raises(KdError, match=f"is in use: process {other.pid} trains in it"):
+            train.train(config, tmp_path, short)
+        assert state.state_of(tmp_path).status == state.RUNNING
+        for change in ({"began": theirs["began"] - 1}, {"host": "elsewhere"}, {"began": None}, {"pid": "x"}):
+            assert not lock.alive({**theirs, **change})
+        other.kill()
+        while lock.alive(theirs):
+            time.sleep(0.01)
+        assert state.state_of(tmp_path).status == state.INTERRUPTED, "it waits to be reaped"
+        other.wait()
+        return {"student": {}}
+
+    monkeypatch.setattr(trainer, "fit", meddled)
+    assert "process" not in train.train(config, tmp_path, short)
+    assert "process" not in record.read(tmp_path)
+
+
 def test_a_run_of_before_the_lock_file(tmp_path: Path) -> None:
     record.write(tmp_path, {"schema": 1, "status": "running"})
     with (tmp_path / "train.log").open("w") as log:
-        assert state.look(tmp_path).status == state.INTERRUPTED
+        assert state.state_of(tmp_path).status == state.INTERRUPTED
         fcntl.flock(log, fcntl.LOCK_EX)
-        assert state.look(tmp_path).status == state.RUNNING
+        assert state.state_of(tmp_path).status == state.RUNNING
     assert not (tmp_path / lock.RUN).exists()

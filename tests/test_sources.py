@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.errors import KdError
 from kd.records import inputs, record, sources
 from kd.run.train import resume
@@ -236,7 +236,8 @@ def test_code_that_does_not_parse_counts_by_its_bytes(own: Path) -> None:
 def test_what_a_record_does_not_know_is_not_outdated(own: Path) -> None:
     for known in ({}, {"code_read": None}, {"code_read": {}}, {"code_read": {"dkd.DKD": None}}, {"code_read": [1]}):
         assert sources.changed(known) == ""
-        assert sources.fingerprint(known) == "" or known["code_read"]
+        assert sources.fingerprint(known, ["dkd.DKD"]) == "" or known["code_read"]
+        assert sources.mixed([known, {"code_read": {}}]) == []
     assert sources.changed({"code_read": {"nowhere.X": {"nowhere": "0" * 12}}}) == ""
     assert sources.changed({"code_read": {"torch.optim.SGD": {"torch": "0" * 12}}}) == "", "it was installed since"
 

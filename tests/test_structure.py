@@ -1,156 +1,225 @@
-"""Imports go one way, and nothing heavy is imported where an answer must come at once."""
+"""The rooms of ``kd/`` import one way, without circles, and nothing heavy where an answer must come at once."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kd"
-
-# what each part may import of the package; everything below the verbs also leaves hydra and wandb alone
-ALLOWED = {
-    "losses": {"losses"},
-    "models": {"models", "errors"},
-    "data": {"data", "losses", "errors"},
-    "tasks": {"tasks", "losses", "errors"},
-    "taps": {"taps", "models", "errors"},
-    "teacher": {"teacher", "taps", "losses", "errors"},
-    "distributed": {"distributed", "errors"},
-    "objective": {"objective", "distributed", "losses", "errors"},
-    "bookkeeping": {"bookkeeping"},
-    "weights": {"weights", "weight_files", "distributed", "durable", "errors"},
-    "weight_files": {"record", "errors"},
-    "sources": {"keys", "record", "signature"},
-    "inputs": {"sources", "weight_files"},
-    "measure": {"measure", "losses", "errors"},
-    "evaluated": {"evaluated", "measure", "teacher", "losses", "distributed", "errors"},
-    "distiller": {
-        *(
-            "distiller",
-            "evaluated",
-            "measure",
-            "objective",
-            "teacher",
-            "taps",
-            "tasks",
-            "losses",
-            "bookkeeping",
-            "distributed",
-        ),
-        "errors",
-    },
-    "fits": {"fits", "distiller", "distributed", "errors"},
-    "config": {"config", "keys", "values", "composition", "hardware", "errors"},
-    "keys": {"schema", "signature", "composition", "timm_source", "errors"},
-    "composition": {"signature"},
-    "timm_source": {"signature"},
-    "values": set(),
-    "yaml_text": {"errors"},
-    "schema": set(),
-    "signature": {"signature", "errors"},
-    "record": {"record", "durable", "yaml_text", "errors"},
-    "durable": {"errors"},
-    "lock": set(),
-    "resume": {"record", "inputs", "sources", "weights", "weight_files", "errors"},
-    "manifest": {"record", "errors"},
-    "pruning": {"pruning", "manifest", "sweeps", "distributed"},  # of the sweeps the next one alone
-    "sweeps/storage": {"record", "build", "errors"},
-    "studies": {"studies", "yaml_text", "errors"},
-    "report": {"report", "studies", "manifest", "record", "inputs", "sources", "weight_files", "errors"},
-    "errors": set(),
+GROUND = ("errors", "config", "records")  # imported by all rooms but losses; each of them imports those before it
+# a room → the rooms directly below it; what is below those is below it as well
+BELOW = {
+    "cli": ("sweeps", "report", "tracking"),
+    "sweeps": ("run", "setups", "report", "tracking"),
+    "report": ("studies",),
+    "studies": (),
+    "deploy": ("run",),
+    "run": ("setups", "distill", "tracking", "parallel"),
+    "setups": ("distill",),
+    "distill": ("tasks", "data", "models", "parallel"),
+    "tasks": ("losses",),
+    "data": ("losses",),
+    "models": ("losses",),
+    "losses": (),
+    "tracking": (),
+    "parallel": (),
 }
-COMPOSING = ("config", "schema", "composition", "keys")  # read what Hydra composed
-NO_TORCH = (
-    "config.py",
-    "keys.py",
-    "composition.py",
-    "timm_source.py",
-    "values.py",
-    "yaml_text.py",
-    "schema.py",
-    "record.py",
-    "durable.py",
-    "lock.py",
-    "resume.py",
-    "signature.py",
-    "errors.py",
-    "cli.py",
-    "explain.py",
-    "app.py",
-    "launch.py",
-    "cluster.py",
-    "hardware.py",
-    "manifest.py",
-    "weight_files.py",
-    "sources.py",
-    "inputs.py",
-    "wandb_run.py",
-    "wandb_sync.py",
-)
-REPORT = tuple(
-    f"{part}/{file.name}" for part in ("report", "studies") for file in sorted((PACKAGE / part).glob("*.py"))
-)
+NO_TORCH = ("errors", "config", "records", "cli", "studies", "report", "parallel", "sweeps")
+BUT_TORCH = {"kd.parallel.group"}  # what is done once torch is there
+NO_TORCH_EITHER = ("kd.run.train", "kd.run.log", "kd.run.evaluate", "kd.run.resume", "kd.tracking.summary")
+NO_TORCH_EITHER += ("kd.tracking.wandb_run", "kd.tracking.wandb_sync", "kd.tracking.wandb_report")
+HEAVY = {"torch", "lightning", "torchvision", "timm", "transformers", "wandb", "torchmetrics", "optuna"}
+HYDRA = ("cli", "sweeps", "deploy", "run", "config")  # the rooms that may import hydra and omegaconf
+WANDB = ("tracking",)
+START_UP = "# start-up"  # on the line of every import of kd inside a function, with the reason where it is not torch
+ENTRIES = 20
 
 
-def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
-    found = set()
-    for node in nodes:
+@dataclass(frozen=True)
+class Import:
+    """One import of ``kd``: from which module, of which, on which line; ``lazy``: inside a function."""
+
+    module: str
+    name: str
+    line: str
+    lazy: bool
+    typing: bool
+
+    def rooms(self) -> tuple[str, str]:
+        """Whose it is, and of whom."""
+        return room(self.module), room(self.name)
+
+
+def room(module: str) -> str:
+    """``kd.run.train`` is in the room ``run``; the package itself is ``kd``."""
+    return module.split(".")[1] if "." in module else "kd"
+
+
+def path_of(module: str) -> Path | None:
+    """The file of a module of the package, if it is one."""
+    place = PACKAGE.parent / module.replace(".", "/")
+    found = [f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()]
+    return found[0] if found else None
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package."""
+    parts = {file.relative_to(PACKAGE.parent).with_suffix("").parts: file for file in sorted(PACKAGE.rglob("*.py"))}
+    return {".".join(p).removesuffix(".__init__"): file for p, file in parts.items()}
+
+
+@cache
+def everything_imported(file: Path) -> list[tuple[int, str, bool, bool]]:
+    """Line, dotted name, whether inside a function, whether for types only."""
+    found = []
+    tree = ast.parse(file.read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inside = {id(n) for f in functions for n in ast.walk(f)}
+    ifs = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+    typing = {id(n) for i in ifs for n in ast.walk(i)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            for alias in node.names:
+                found.append((node.lineno, alias.name, id(node) in inside, id(node) in typing))
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{file}: a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                name = whole if node.module.split(".")[0] == "kd" and path_of(whole) else node.module
+                found.append((node.lineno, name, id(node) in inside, id(node) in typing))
     return found
 
 
-def files(part: str) -> list[Path]:
-    return sorted((PACKAGE / part).rglob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / f"{part}.py"]
+def imports_of_kd() -> list[Import]:
+    """Every import of a module of the package by another one."""
+    found = []
+    for module, file in modules().items():
+        lines = file.read_text().splitlines()
+        for number, name, lazy, typing in everything_imported(file):
+            if name.split(".")[0] == "kd" and name != module:
+                found.append(Import(module, name, lines[number - 1], lazy, typing))
+    return found
 
 
-@pytest.mark.parametrize("part", ALLOWED)
-def test_imports_go_one_way(part: str) -> None:
-    for path in files(part):
-        parts = {name.split(".")[1] for name in imports(path) if name.startswith("kd.")}
-        known = {p.stem for p in PACKAGE.iterdir()}
-        assert parts & known <= ALLOWED[part], f"{path.name} imports {parts & known - ALLOWED[part]}"
+IMPORTS = imports_of_kd()
 
 
-@pytest.mark.parametrize("part", [p for p in ALLOWED if p not in COMPOSING])
-def test_nothing_below_the_verbs_imports_hydra_or_wandb(part: str) -> None:
-    for path in files(part):
-        assert not {n.split(".")[0] for n in imports(path)} & {"hydra", "omegaconf", "wandb"}, path
+def allowed(name: str) -> set[str]:
+    """The rooms that a room may import."""
+    if name == "losses":
+        return set()
+    if name in GROUND:
+        return set(GROUND[: GROUND.index(name)])
+    if name == "kd":  # the Python API
+        return {*BELOW, *GROUND}
+    found = {*BELOW[name]}
+    for lower in BELOW[name]:
+        found |= allowed(lower)
+    return found | ({"errors", "config"} if name == "parallel" else {*GROUND})
+
+
+ROOMS = sorted({room(module) for module in modules()} - {"kd"})
+
+
+def test_the_house_has_few_rooms() -> None:
+    assert {*ROOMS} <= {*BELOW, *GROUND}
+    assert len([p for p in PACKAGE.iterdir() if p.name != "__pycache__"]) <= ENTRIES
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_imports_go_down(name: str) -> None:
+    up = {f"{i.module} imports {i.name}" for i in IMPORTS if i.rooms()[0] == name}
+    up -= {f"{i.module} imports {i.name}" for i in IMPORTS if i.rooms()[1] in {name, "kd", *allowed(name)}}
+    assert not up
+    assert name not in allowed(name)
+
+
+def test_rooms_make_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for found in IMPORTS:
+        here, there = found.rooms()
+        if here != there and "kd" not in (here, there):
+            graph.setdefault(here, set()).add(there)
+    TopologicalSorter(graph).prepare()
+
+
+def test_modules_make_no_circle_when_they_are_imported() -> None:
+    graph: dict[str, set[str]] = {}
+    for found in IMPORTS:
+        if not found.lazy and not found.typing:
+            graph.setdefault(found.module, set()).add(found.name)
+    TopologicalSorter(graph).prepare()
+
+
+def test_an_import_inside_a_function_says_that_it_keeps_start_up_light() -> None:
+    silent = [f"{i.module}: {i.line.strip()}" for i in IMPORTS if i.lazy and START_UP not in i.line]
+    assert not silent
+
+
+@pytest.mark.parametrize("name", [r for r in ROOMS if r not in HYDRA])
+def test_hydra_ends_at_the_run(name: str) -> None:
+    for module, file in modules().items():
+        if room(module) == name:
+            found = {n.split(".")[0] for _, n, *_ in everything_imported(file)}
+            assert not found & ({"hydra", "omegaconf"} | ({"wandb"} if name not in WANDB else set())), module
+
+
+def test_wandb_is_imported_by_the_room_that_tracks() -> None:
+    for module, file in modules().items():
+        if room(module) not in WANDB:
+            assert "wandb" not in {n.split(".")[0] for _, n, *_ in everything_imported(file)}, module
 
 
 def test_losses_import_torch_alone() -> None:
-    for path in files("losses"):
-        outside = {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names) - {"torch", "kd"}
-        assert not outside, f"{path.name} imports {outside}"
+    for module, file in modules().items():
+        if room(module) == "losses":
+            outside = {n.split(".")[0] for _, n, *_ in everything_imported(file)} - set(sys.stdlib_module_names)
+            assert outside <= {"torch", "kd"}, module
 
 
-@pytest.mark.parametrize("name", NO_TORCH + REPORT)
-def test_no_torch_at_import(name: str) -> None:
-    heavy = {"torch", "lightning", "torchvision", "timm", "transformers", "wandb", "torchmetrics"}
-    assert not {n.split(".")[0] for n in imports(PACKAGE / name, top_level_only=True)} & heavy
+def light() -> list[str]:
+    """The modules that promise to import no torch."""
+    found = [m for m in modules() if room(m) in NO_TORCH and m not in BUT_TORCH]
+    return [*found, *NO_TORCH_EITHER]
 
 
-def test_help_loads_neither_torch_nor_hydra() -> None:
-    code = "import sys; from kd.cli.main import main; main(['--help']); print({'torch', 'hydra'} & set(sys.modules))"
+@pytest.mark.parametrize("module", light())
+def test_no_torch_at_import(module: str) -> None:
+    """Neither itself nor by what it imports of the package."""
+    todo, seen = [module], set()
+    while todo:
+        name = todo.pop()
+        file = modules().get(name)
+        if file is None or name in seen:
+            continue
+        seen.add(name)
+        for _, imported, lazy, typing in everything_imported(file):
+            if lazy or typing:
+                continue
+            assert imported.split(".")[0] not in HEAVY, f"{name} imports {imported}"
+            if imported.split(".")[0] == "kd":
+                todo.append(imported)
+
+
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("from kd.cli.main import main; main(['--help'])", {"torch", "hydra"}),
+        ("from kd.config.compose import checked; checked(['loss=[ce]'])", {"torch"}),
+        ("import kd.cli.report, kd.report.curves", {"torch", "hydra"}),
+        ("import kd.sweeps.plugins; kd.sweeps.plugins.register()", {"torch"}),
+        ("import kd.cli.train, kd.cli.evaluate, kd.cli.study, kd.cli.wandb", {"torch", "wandb"}),
+    ],
+)
+def test_start_up_is_light(code: str, heavy: set[str]) -> None:
+    code = f"import sys; {code}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
-
-
-def test_composing_and_checking_loads_no_torch() -> None:
-    code = "import sys; from kd.cli.hydra_app import checked; checked(['loss=[ce]']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
-
-
-def test_reporting_loads_no_torch() -> None:
-    code = "import sys; import kd.cli.report, kd.report.curves; print({'torch', 'hydra'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -10,26 +10,27 @@ from typing import Any
 
 import pytest
 
-from kd.cli import hydra_app
+from kd.config.compose import checked
 from kd.config.composition import CONF
-from kd.report import vocabulary
+from kd.config.instantiate import make
+from kd.report import power, vocabulary
 from kd.report.frame import finished, read_results
+from kd.report.override_drift import notes
 from kd.report.report import build
-from kd.report.told import notes
-from kd.studies import spec
-from kd.sweeps.refusals import refuse_twins
+from kd.studies import load
+from kd.sweeps.refusals import refuse_duplicates
 from kd.sweeps.study import RESULTS, plan
 
 EXPERIMENTS = CONF.parent / "experiments"
-STUDIES = sorted(file.parent.name for file in EXPERIMENTS.glob(f"*/{spec.STUDY}"))
+STUDIES = sorted(file.parent.name for file in EXPERIMENTS.glob(f"*/{load.STUDY}"))
 MEASURED = [name for name in STUDIES if (EXPERIMENTS / name / RESULTS).is_file()]
 
 
-def configs_of(study: spec.Study, directory: Path) -> dict[str, dict[str, Any]]:
+def configs_of(study: load.Study, directory: Path) -> dict[str, dict[str, Any]]:
     """The checked config of the first run of every row; what they read lies in ``directory``, which does not exist."""
     jobs = {job.name: job for job in plan(study, directory, (), None, ())}
     firsts = {name: f"{name}/seed{row.seeds[0]}" for name, row in study.rows.items()}
-    return {name: hydra_app.checked(jobs[first].overrides) for name, first in firsts.items()}
+    return {name: checked(jobs[first].overrides) for name, first in firsts.items()}
 
 
 def rows_read(checkpoint: Any, directory: Path) -> list[str]:
@@ -41,9 +42,8 @@ def rows_read(checkpoint: Any, directory: Path) -> list[str]:
 def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
     """A few images of the shape and classes of a data set, which need not be there, under the same options."""
     from kd.data.images.base import DataModule
-    from kd.run import build
 
-    data = build.make(node, "data")
+    data = make(node, "data")
     common = {key: node[key] for key in inspect.signature(DataModule.__init__).parameters if key in node}
     few = {"train_size": None, "label_fraction": 1.0, "batch_size": 8, "val_fraction": 0.1}
     common["augment"] = {k: v for k, v in (node.get("augment") or {}).items() if k != "scale"}  # of image files only
@@ -59,14 +59,24 @@ def not_downloaded(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", STUDIES)
+def test_every_study_can_be_run(name: str) -> None:
+    """Its conditions have a smallest effect of interest, which the design shows or the study is exploratory."""
+    study = load.load_study(EXPERIMENTS / name)
+    results = study.folder / RESULTS
+    found = power.designs(study, read_results(results, study) if results.is_file() else None)
+    power.refuse_blind(study, found)
+    assert all(found[condition.comparison].comparison.sesoi for condition in study.supported)
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_every_row_builds(name: str, tmp_path: Path) -> None:
     """With the student, the terms and, in place of another row's run, that row's network as the teacher."""
     from kd.run import build
 
-    study = spec.load(EXPERIMENTS / name)
+    study = load.load_study(EXPERIMENTS / name)
     vocabulary.check(study)
     configs = configs_of(study, tmp_path)
-    refuse_twins(configs)
+    refuse_duplicates(configs)
     built: set[str] = set()
     for row, config in configs.items():
         read = rows_read(config["teacher"]["checkpoint"], tmp_path)
@@ -91,7 +101,7 @@ def test_every_row_builds(name: str, tmp_path: Path) -> None:
 def test_the_readme_says_what_was_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict, and every line of its tables, are those of the report that ``results.csv`` gives."""
     monkeypatch.setattr("kd.report.report.draw", lambda *_: {})  # the figures have tests of their own
-    study = spec.load(EXPERIMENTS / name)
+    study = load.load_study(EXPERIMENTS / name)
     frame = read_results(study.folder / RESULTS, study)
     assert notes(study, frame) == []
     lacking = {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
@@ -99,7 +109,9 @@ def test_the_readme_says_what_was_measured(name: str, tmp_path: Path, monkeypatc
     report = build(study, frame, None, tmp_path)
     readme = (study.folder / "README.md").read_text(encoding="utf-8")
     assert f"kd study {name}" in readme
-    assert f"Verdict: {report.verdict}" in readme
+    assert f"Verdict: {report.verdict.headline}." in " ".join(readme.split())
+    shown = [line.removeprefix("- ") for line in readme.splitlines() if line.startswith("- ") and " · " in line]
+    assert shown == [judged.text.replace("\u00a0", " ") for judged in report.verdict.conditions]
     tables = list(tables_of(report.paths["md"].read_text(encoding="utf-8")))
     shown = list(tables_of(readme))
     assert shown, "the README has no table"
@@ -114,7 +126,7 @@ def tables_of(text: str) -> Iterator[list[dict[str, str]]]:
     """The Markdown tables of a text, each row as head → cell, without the bold."""
     head: list[str] | None = None
     rows: list[dict[str, str]] = []
-    for line in [*text.splitlines(), ""]:
+    for line in [*text.replace("\u00a0", " ").splitlines(), ""]:
         if not line.startswith("|"):
             if head is not None:
                 yield rows
@@ -134,7 +146,8 @@ def test_the_index_lists_every_study_with_its_verdict(tmp_path: Path) -> None:
     for name in MEASURED:
         report = (EXPERIMENTS / name / "README.md").read_text(encoding="utf-8")
         verdict = lines[name].strip("| ").rpartition("| ")[2]
-        assert f"Verdict: {verdict}" in report
+        assert len(verdict) > 3
+        assert f"Verdict: {verdict}." in " ".join(report.split())
     assert all(lines[name].count("|") == 4 for name in STUDIES if name not in MEASURED), "a verdict without results"
 
 
@@ -142,16 +155,16 @@ def test_the_study_that_the_index_shows_can_be_run(tmp_path: Path) -> None:
     text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "study.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
-    study = spec.load(tmp_path / "own")
+    study = load.load_study(tmp_path / "own")
     assert list(study.rows) == ["teacher", "alone", "soft_2", "soft_4"]
-    refuse_twins(configs_of(study, tmp_path / "runs"))
+    refuse_duplicates(configs_of(study, tmp_path / "runs"))
 
 
 def test_the_study_that_the_readme_shows_is_one(tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (EXPERIMENTS / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    for name, text in zip((spec.STUDY, spec.PUBLISHED), blocks, strict=True):
+    for name, text in zip((load.STUDY, load.PUBLISHED), blocks, strict=True):
         (tmp_path / name).write_text(text, encoding="utf-8")
-    study = spec.load(tmp_path)
+    study = load.load_study(tmp_path)
     vocabulary.check(study)
     assert study.published is not None
     assert study.published.numbers["soft_4"] == {"test/acc1": {"value": 0.9926}}

@@ -155,7 +155,7 @@ def test_loggers_by_configuration(kd, tmp_path) -> None:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "kd.run.train", *arguments]
+    command = [sys.executable, "-m", "kd.cli.main", "train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.errors import KdError
 
 WRONG = {

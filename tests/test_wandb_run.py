@@ -13,7 +13,7 @@ import pytest
 from wandb_disk import only
 from wandb_server import WandbServer, serving
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.records.record import read
 from kd.run.train import train
 from kd.tracking import wandb_run
@@ -130,7 +130,7 @@ WARM_PARENT = """
 import multiprocessing, os, sys
 from pathlib import Path
 import lightning, wandb, kd.run.trainer, kd.tracking.wandb_logger
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.run.train import train
 
 def job(run_dir):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from wandb_disk import only
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.records.record import read
 
 SWEEP = Path(__file__).parents[1] / "experiments" / "wandb_sweep.yaml"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from wandb_server import WandbServer, serving
 
-from kd.cli.wandb import sync
 from kd.records import lock
 from kd.tracking import wandb_run
+from kd.tracking.wandb_sync import sync
 
 
 @pytest.fixture(scope="module")

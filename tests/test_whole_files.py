@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.records import record
 from kd.records.weight_files import CHECKPOINT
 from kd.run.callbacks import WholeCheckpoints

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.distill.distiller import Distiller
 from kd.run import build, callbacks, trainer
 from kd.tracking import loggers

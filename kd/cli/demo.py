@@ -18,11 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from kd.config.compose import checked
 from kd.errors import KdError
 from kd.records import record
 from kd.records.state import FAILED, FINISHED
+from kd.records.weight_files import LAST
 from kd.report.console import Row, Table
-from kd.sweeps.job import leave_a_record
+from kd.run.evaluate import evaluate, run_config
+from kd.run.train import train
+from kd.sweeps.evaluations import best_bias
+from kd.sweeps.job import ensure_record
+from kd.sweeps.local import death
+from kd.sweeps.pool import forked, preload
 
 SEEDS = 5
 UNSEEN = 3  # the class that the transfer set lacks
@@ -103,16 +110,13 @@ def _parsed(argv: Sequence[str]) -> tuple[Path, int, int]:
 
 
 def directory(out: Path, arm: str, seed: int) -> Path:
-    """The run directory of one arm and seed."""
+    """Return the run directory of one arm and seed."""
     return out / arm / f"seed{seed}"
 
 
 def run_all(out: Path, seeds: int, jobs: int) -> None:
     """Teachers first, then every student; each run in a process forked from this one, which has imported everything."""
-    from kd.sweeps.local import death
-    from kd.sweeps.pool import forked, warm_up
-
-    warm_up()
+    preload()
     waves = [[(TEACHER, seed) for seed in range(seeds)], [(arm, seed) for arm in ARMS for seed in range(seeds)]]
     total = sum(len(wave) for wave in waves)
     done = 0
@@ -121,18 +125,15 @@ def run_all(out: Path, seeds: int, jobs: int) -> None:
             arm, seed = wave[position]
             run_dir = directory(out, arm.name, seed)
             if code:
-                leave_a_record(run_dir, (), *death(code))
+                ensure_record(run_dir, (), *death(code))
             result, done = record.read(run_dir), done + 1
             if result["status"] != FINISHED:
                 raise KdError(f"{arm.name} seed {seed}: {result['error']} (see {run_dir / 'train.log'})")
-            said = f"test top-1 {result['student']['last']['test']['acc1']:.1%} ({result['wall_clock_s']:.1f} s)"
-            print(f"  {done:>2}/{total}  {arm.name} seed {seed}: {said}", flush=True)
+            line = f"test top-1 {result['student']['last']['test']['acc1']:.1%} ({result['wall_clock_s']:.1f} s)"
+            print(f"  {done:>2}/{total}  {arm.name} seed {seed}: {line}", flush=True)
 
 
 def _run_one(arm: Arm, seed: int, out: Path, slot: int) -> None:
-    from kd.cli.hydra_app import checked
-    from kd.run.train import train
-
     run_dir = directory(out, arm.name, seed)
     teacher = str(directory(out, "teacher", seed))
     overrides = [o.format(teacher=teacher) for o in arm.overrides]
@@ -151,14 +152,14 @@ def _run_one(arm: Arm, seed: int, out: Path, slot: int) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # the run's own log has it
             train(checked(overrides), run_dir, overrides)
     except Exception as error:
-        leave_a_record(run_dir, overrides, FAILED, str(error) or type(error).__name__)
+        ensure_record(run_dir, overrides, FAILED, str(error) or type(error).__name__)
 
 
 # ---------------------------------------------------------------------- the three claims
 
 
 def column(out: Path, arm: str, seeds: int, *keys: str) -> np.ndarray:
-    """One number of each seed's record, in percent: ``keys`` lead to it."""
+    """Return one number of each seed's record, in percent: ``keys`` lead to it."""
     values = []
     for seed in range(seeds):
         part: Any = record.read(directory(out, arm, seed))
@@ -192,7 +193,7 @@ def few_labels(out: Path, seeds: int) -> Table:
 
 
 def unseen_class(out: Path, seeds: int) -> Table:
-    """Claim 2: soft targets tell of a class that no training image shows; one bias, set on val, shows more of it."""
+    """Claim 2: soft targets teach a class that no training image shows; one bias, set on val, shows more of it."""
     rows = []
     for name, label in (("unseen_hard", f"hard labels, no {UNSEEN}s"), ("unseen_soft", f"soft targets, no {UNSEEN}s")):
         fixed = [bias_fixed(directory(out, name, seed)) for seed in range(seeds)]
@@ -213,8 +214,6 @@ def unseen_class(out: Path, seeds: int) -> Table:
 
 def bias_fixed(run_dir: Path) -> tuple[float, float]:
     """Accuracy on the unseen class and on all, after adding the bias to its logit that is best on validation."""
-    from kd.sweeps.evaluations import best_bias
-
     val, test = (np.load(run_dir / f"predictions_{split}.npz") for split in ("val", "test"))
     logits = test["logits"].copy()
     logits[:, UNSEEN] += best_bias(val["logits"], val["target"], [UNSEEN])
@@ -224,9 +223,6 @@ def bias_fixed(run_dir: Path) -> tuple[float, float]:
 
 def invariance(out: Path, seeds: int) -> Table:
     """Claim 3: what the teacher learnt from moved images reaches a student that never saw one."""
-    from kd.records.weight_files import LAST
-    from kd.run.evaluate import evaluate, run_config
-
     rows = []
     for name, label in (("teacher", "teacher"), ("full_hard", "hard labels"), ("full_soft", "soft targets")):
         moved = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,53 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.core.utils import run_job
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd.config import explain, keys
+from kd.config.compose import NAME, check_composed, composed, places, without_hydra
 from kd.config.composition import CONF, command_line, key_of
-from kd.config.hardware import refuse_missing, settings
+from kd.config.hardware import settings
 from kd.errors import KdError
+from kd.parallel.devices import refuse_missing
 from kd.sweeps import job as jobs
+from kd.sweeps.plugins import register
 
-log = logging.getLogger("kd.cli.hydra_app")
-
-SEARCH = "hydra.searchpath="
 SAME_COMMAND = "finished runs are kept, the others go on from their last validation: give the same command again"
 Job = Callable[[dict[str, Any], Path, Sequence[str]], Any]
-
-
-def composed(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
-    """The config of ``kd train`` for these overrides, with Hydra's own node. ``KdError`` when it does not compose."""
-    search = places(overrides, config_dir)
-    kept = [o for o in overrides if not o.startswith(SEARCH)]
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("train", overrides=[*kept, *explain.searched(search)], return_hydra_config=True)
-    except explain.COMPOSING as error:
-        raise KdError(explain.explain(error, overrides, search)) from error
-    return cfg
-
-
-def places(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
-    """Where configuration files are beside the package's own: ``--config-dir`` and what ``hydra.searchpath`` lists."""
-    found = [f"file://{os.path.abspath(config_dir)}"] if config_dir else []
-    for override in (o for o in overrides if o.startswith(SEARCH)):
-        with contextlib.suppress(HydraException):  # a typo: Hydra says so
-            listed = OverridesParser.create().parse_override(override).value()
-            found += [str(place) for place in listed] if isinstance(listed, list) else []
-    return found
-
-
-def checked(overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
-    """The composed config, checked and resolved, without Hydra's node."""
-    cfg = composed(overrides, config_dir)
-    HydraConfig.instance().set_config(cfg)
-    return jobs.checked(cfg)
 
 
 def run(argv: list[str], job: Job) -> int:
@@ -67,28 +39,27 @@ def run(argv: list[str], job: Job) -> int:
 
     Bad input raises ``KdError`` before a directory exists. Returns the exit code.
     """
-    arguments = _parsed(argv)
-    shows_only = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion))
+    arguments = parse_flags(argv)
+    shows_only = any((arguments.help, arguments.hydra_help, arguments.cfg, arguments.info))
     if arguments.config_dir and not os.path.isdir(arguments.config_dir):
         raise KdError(f"--config-dir {arguments.config_dir} is not a folder")
     if arguments.cfg and not arguments.multirun and any("." in key_of(o) for o in arguments.overrides):
         _refuse_typos(arguments.overrides, arguments.config_dir)
-    if not shows_only and not arguments.multirun:
-        refuse_missing(settings(checked(arguments.overrides, arguments.config_dir)))
-    failed: list[Exception] = []
+    if shows_only or arguments.shell_completion or arguments.multirun:
+        with _explained(arguments):
+            _run_hydra(argv, arguments)
+    else:
+        _run_once(arguments, job)
+    return 0
 
-    def single(cfg: DictConfig) -> None:
-        settings = HydraConfig.get()
-        try:
-            job(jobs.checked(cfg), Path(settings.runtime.output_dir), list(settings.overrides.task))
-        except Exception as error:  # kept: Hydra would print it its own way
-            failed.append(error)
 
+def _run_hydra(argv: Sequence[str], arguments: Any) -> None:
+    """Let Hydra answer ``--help``, ``--cfg`` and ``--info``, and sweep."""
+    register()
     flags = [a for a in argv if a not in arguments.overrides]  # Hydra wants them apart
     with _arguments([*flags, *arguments.overrides]), _full_errors():
         try:
-            task = jobs.task if arguments.multirun else single
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(task)()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=NAME)(jobs.task)()
         except SystemExit as stop:  # after printing help or a config
             if stop.code:
                 raise
@@ -96,29 +67,60 @@ def run(argv: list[str], job: Job) -> int:
             if arguments.multirun:
                 raise KeyboardInterrupt(SAME_COMMAND) from None
             raise
-        except explain.KNOWN as error:
-            search = places(arguments.overrides, arguments.config_dir)
-            raise KdError(explain.explain(error, arguments.overrides, search)) from error
-        except OSError as error:
-            if error.filename is None:
-                raise
-            raise KdError(
-                f"the run directory cannot be written: {error.filename}: {error.strerror} (set paths.runs or "
-                "hydra.run.dir)"
-            ) from error
+
+
+def _run_once(arguments: Any, job: Job) -> None:
+    """Compose and check, then run the job as ``hydra.main`` does, which would compose a second time."""
+    for flag in ("config_name", "config_path", "experimental_rerun"):
+        if getattr(arguments, flag):
+            raise KdError(f"--{flag.replace('_', '-')} is not allowed here: kd train composes {NAME}.yaml")
+    cfg = composed(arguments.overrides, arguments.config_dir)
+    if cfg.hydra.mode is RunMode.MULTIRUN:
+        raise KdError("hydra.mode = MULTIRUN is a sweep: add -m")
+    HydraConfig.instance().set_config(cfg)
+    config = check_composed(cfg)
+    refuse_missing(settings(config))
+    failed: list[Exception] = []
+
+    def task(_: DictConfig) -> None:
+        node = HydraConfig.get()
+        try:
+            job(config, Path(node.runtime.output_dir), list(node.overrides.task))
+        except Exception as error:  # kept: Hydra would print it its own way
+            failed.append(error)
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks(cfg))
+    context.callbacks.on_run_start(config=cfg, config_name=NAME)
+    with _explained(arguments):
+        ended = run_job(task, cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+    context.callbacks.on_run_end(config=cfg, config_name=NAME, job_return=ended)
     if failed:
         raise failed[0]
-    return 0
+
+
+@contextmanager
+def _explained(arguments: Any) -> Iterator[None]:
+    """Say in a sentence what Hydra complains about, and where a run directory cannot be written."""
+    try:
+        yield
+    except explain.KNOWN as error:
+        search = places(arguments.overrides, arguments.config_dir)
+        raise KdError(explain.explain(error, arguments.overrides, search)) from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise KdError(
+            f"the run directory cannot be written: {error.filename}: {error.strerror} (set paths.runs or hydra.run.dir)"
+        ) from error
 
 
 def _refuse_typos(overrides: Sequence[str], config_dir: str | None) -> None:
     """``KdError`` for keys that there are not, before a config is shown; values may be missing or wrong."""
     cfg = composed(overrides, config_dir)
     HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        cfg.pop("hydra")
     try:
-        values: Any = OmegaConf.to_container(cfg, resolve=True)
+        values: Any = OmegaConf.to_container(without_hydra(cfg), resolve=True)
     except OmegaConfBaseException:  # an interpolation that has no value yet
         return
     line = command_line()
@@ -127,14 +129,15 @@ def _refuse_typos(overrides: Sequence[str], config_dir: str | None) -> None:
         raise KdError("\n".join(problems))
 
 
-def _parsed(argv: list[str]) -> Any:
-    said = io.StringIO()
+def parse_flags(argv: list[str]) -> Any:
+    """Parse as Hydra does; ``KdError`` for flags that it does not have."""
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             return get_args_parser().parse_intermixed_args(argv)
     except SystemExit as stop:
         if stop.code:
-            reason = said.getvalue().strip().rpartition("error: ")[2]
+            reason = printed.getvalue().strip().rpartition("error: ")[2]
             raise KdError(f"the flags are not understood: {reason}") from None
         raise
 

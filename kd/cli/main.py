@@ -18,8 +18,8 @@ VERBS = {
     "demo": "three claims of Hinton 2015 on handwritten digits, offline, in about two minutes",
 }
 MODULES = {
-    "train": "kd.run.train",
-    "eval": "kd.run.evaluate",
+    "train": "kd.cli.train",
+    "eval": "kd.cli.evaluate",
     "study": "kd.cli.study",
     "report": "kd.cli.report",
     "wandb": "kd.cli.wandb",
@@ -28,7 +28,7 @@ MODULES = {
 
 
 def usage() -> str:
-    """What ``kd --help`` prints."""
+    """Return what ``kd --help`` prints."""
     verbs = "\n".join(f"  {verb:<7}{text}" for verb, text in VERBS.items())
     return f"kd {__version__}: knowledge distillation\n\nkd VERB [arguments]\n\n{verbs}\n\nkd VERB --help says more."
 
@@ -46,15 +46,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, *rest = args
     if verb not in MODULES:
-        from kd.errors import near
+        from kd.errors import did_you_mean  # start-up: kd --help needs nothing
 
-        return fail(f"there is no verb {verb}{near(verb, VERBS)}; verbs: {', '.join(VERBS)}")
+        return fail(f"there is no verb {verb}{did_you_mean(verb, VERBS)}; verbs: {', '.join(VERBS)}")
     return guarded(import_module(MODULES[verb]).main, rest)
 
 
 def guarded(verb: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a verb; bad input becomes one sentence on stderr and exit code 1, an interruption exit code 130."""
-    from kd.errors import KdError
+    from kd.errors import KdError  # start-up: kd --help needs nothing
 
     try:
         code = int(verb(arguments) or 0)

@@ -6,7 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from kd.cli.hydra_app import run
 from kd.errors import KdError
+from kd.run.train import train
+from kd.studies import load
 
 USAGE = """kd study NAME [--only ROW,...] [--seeds N,...] [--dry-run] [--config-dir DIR] [KEY=VALUE ...]
 
@@ -30,11 +33,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     name, options, overrides = _parsed(argv)
-    from kd.cli.hydra_app import run
-    from kd.run.train import train
-    from kd.studies import spec
-
-    study = spec.load(name, options["seeds"])  # bad input is found out before Hydra starts
+    study = load.load_study(name, options["seeds"])  # bad input is found out before Hydra starts
     own = ["--config-dir", options["config_dir"]] if options["config_dir"] else []
     return run(["-m", *own, *_sweeper(name, study.name, options), *_launcher(overrides), *overrides], train)
 
@@ -58,10 +57,8 @@ def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     overrides = [a for a in [given.name, *rest] if a and "=" in a]
     names = [a for a in [given.name, *rest] if a and "=" not in a]
     if len(names) != 1:
-        from kd.studies.spec import names as studies
-
         raise KdError(f"kd study takes the name of one study, given: {', '.join(names) or 'none'}"
-                      f" (studies: {', '.join(studies()) or 'none here'})")  # fmt: skip
+                      f" (studies: {', '.join(load.study_names()) or 'none here'})")  # fmt: skip
     options = {
         "only": [n for n in (given.only or "").split(",") if n],
         "seeds": _numbers(given.seeds),
@@ -97,6 +94,6 @@ def _sweeper(name: str, directory: str, options: dict[str, Any]) -> list[str]:
 
 
 def _launcher(overrides: Sequence[str]) -> list[str]:
-    """On this machine as many jobs at once as it has room for, unless the user says how many."""
-    said = any(o.startswith(("hydra/launcher=", "hydra.launcher.n_jobs=")) for o in overrides)
-    return [] if said else ["hydra.launcher.n_jobs=auto"]
+    """Run on this machine as many jobs at once as it has room for, unless the user says how many."""
+    chosen = any(o.startswith(("hydra/launcher=", "hydra.launcher.n_jobs=")) for o in overrides)
+    return [] if chosen else ["hydra.launcher.n_jobs=auto"]

@@ -14,8 +14,8 @@ from kd.errors import KdError
 TRAINING = ("loss", "recipe", "distiller", "logger")
 
 
-def plain(node: Any) -> Any:
-    """A config node as plain, resolved Python containers."""
+def to_container(node: Any) -> Any:
+    """Turn a config node into resolved Python containers; anything else stays as it is."""
     return OmegaConf.to_container(node, resolve=True) if isinstance(node, (DictConfig, ListConfig)) else node
 
 
@@ -29,7 +29,7 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
     if missing:
         raise KdError("\n".join(f"{key} has no value: set it, for example {key}=…" for key in missing))
     try:
-        config: dict[str, Any] = plain(cfg)
+        config: dict[str, Any] = to_container(cfg)
     except Exception as error:
         raise KdError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from None
     line = composition.command_line() if training else {}  # a run that is measured was not composed here
@@ -51,7 +51,7 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
 
 
 def _absolute(path: Any) -> Any:
-    """Existing paths made absolute, so that a run's config means the same from every directory."""
+    """Make existing paths absolute, so that a run's config means the same from every directory."""
     if isinstance(path, list):
         return [_absolute(p) for p in path]
     if not isinstance(path, str):

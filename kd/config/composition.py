@@ -29,7 +29,7 @@ def key_of(override: str) -> str:
 
 
 def command_line() -> dict[str, str]:
-    """Key → the override that sets it, also for every leaf of a mapping; empty unless Hydra composes or runs."""
+    """Map each key, also every leaf of a mapping, to the override that sets it; empty unless Hydra composes or runs."""
     found: dict[str, str] = {}
     for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
         found[key_of(override)] = override
@@ -46,20 +46,20 @@ def choices() -> dict[str, str]:
 
 
 def roots() -> list[Path]:
-    """The folders of configuration files: the package's own, and those of ``--config-dir`` and ``hydra.searchpath``."""
+    """List the folders of configuration files: the package's, those of ``--config-dir`` and ``hydra.searchpath``."""
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else ()
     found = [Path(s.path) if s.schema == "file" else folder(s.path) for s in sources if s.schema in ("file", "pkg")]
     return list(dict.fromkeys([CONF, *(root for root in found if root is not None)]))
 
 
 def options(group: str, folders: list[Path] | None = None) -> list[str]:
-    """The options of a group in these folders, all of :func:`roots` by default."""
+    """Return the options of a group in these folders, all of :func:`roots` by default."""
     files = (f for root in folders or roots() for f in (root / group).glob("*.yaml"))
     return sorted({f.stem for f in files if not f.name.startswith("_")})
 
 
 def files_with(key: str, *more: Path) -> list[Path]:
-    """Of the files of all chosen options (and ``more``, relative to a root) those with a line ``KEY: …``."""
+    """Find, of the files of all chosen options (and ``more``, relative to a root), those with a line ``KEY: …``."""
     chosen = [Path("train.yaml"), *more]
     chosen += [Path(group.partition("@")[0]) / f"{option}.yaml" for group, option in choices().items()]
     there = roots() if HydraConfig.initialized() else []
@@ -67,6 +67,6 @@ def files_with(key: str, *more: Path) -> list[Path]:
 
 
 def spells(file: Path, key: str) -> bool:
-    """Whether a YAML file has a line ``KEY: …``, at any depth."""
+    """Tell whether a YAML file has a line ``KEY: …``, at any depth."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return any(line.partition(":")[0].strip() == key for line in lines)

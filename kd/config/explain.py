@@ -1,4 +1,4 @@
-"""Hydra's complaints, said in one plain sentence that names the key, the value, the file and what is near."""
+"""Turn Hydra's complaints into one sentence that names the key, the value, the file and similar names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kd.config import composition, timm_source
 from kd.config.composition import CONF
 from kd.config.keys import targets
 from kd.config.signature import arguments
-from kd.errors import near, yaml_problem
+from kd.errors import ALIASES, did_you_mean, yaml_problem
 
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launchers that come with an extra
 KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -28,7 +28,7 @@ COMPOSING = (*KNOWN, ValueError, AssertionError)
 
 
 def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[str] = ()) -> str:
-    """One sentence for an exception that Hydra, OmegaConf or the YAML reader raised while composing.
+    """Write one sentence for an exception that Hydra, OmegaConf or the YAML reader raised while composing.
 
     ``search``: where configuration files are beside the package's own, as in ``hydra.searchpath``.
     """
@@ -51,6 +51,9 @@ def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[st
     if found:
         return _not_an_option(found[1], text, cause, overrides, search)
     found = re.search(r"Error merging override (.+)", text)
+    if found and (network := re.fullmatch(r"\+*(student|teacher)=(.+)", found[1])):
+        role, value = network.groups()
+        return f"{found[1]} is not allowed, {role} is a section: write {_network(role, value, search)}"
     if found:
         return f"{found[1]} is not allowed: {_lower(cause.splitlines()[0]) if cause else 'wrong type'}"
     found = re.search(r"Ambiguous value for argument '([^']+)'", text)
@@ -64,6 +67,13 @@ def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[st
         deep = " or ".join(o for o in overrides if "." in o.partition("=")[0]) or "the config"
         return f"{deep} cannot be set: {_lower(text)}"
     return " ".join(line.strip() for line in (text or repr(error)).splitlines()[:2])
+
+
+def _network(role: str, value: str, search: Sequence[str]) -> str:
+    """What a network's name, or else a place of weights, is to be given as."""
+    if value in composition.options("model", _roots(search)):
+        return f"model@{role}={value}"
+    return f"{role}.checkpoint={value} for its weights, or model@{role}=NAME for a network"
 
 
 def _lower(sentence: str) -> str:
@@ -84,7 +94,7 @@ def _missing_file(text: str, overrides: Sequence[str]) -> str:
         return f"{group}={option} does not exist: there is no group {group}"
     if group == "hydra/launcher" and option in EXTRAS:
         return f"{group}={option} needs a package that is not installed: pip install 'kd[{EXTRAS[option]}]'"
-    hint = near(option, options)
+    hint = did_you_mean(option, options)
     if group == "model" and (of_timm := _network_of_timm(option, overrides)):
         return of_timm
     return f"{group}={option} does not exist{hint}; options of {group}: {', '.join(options)}"
@@ -101,7 +111,7 @@ def _network_of_timm(option: str, overrides: Sequence[str]) -> str:
 
 
 def known_keys(overrides: Sequence[str], search: Sequence[str]) -> list[str]:
-    """The keys of the config that the groups among the overrides compose to, and the arguments of its targets."""
+    """List the keys of the config that the overridden groups compose to, and the arguments of its targets."""
     running = GlobalHydra.instance().hydra  # of a sweep, which composes its jobs
     groups = [o for o in overrides if composition.key_of(o).partition("@")[0] in _groups(search)]
     for attempt in (groups, []):
@@ -124,8 +134,12 @@ def known_keys(overrides: Sequence[str], search: Sequence[str]) -> list[str]:
 
 
 def _groups(search: Sequence[str]) -> set[str]:
-    roots = [CONF, *(Path(place.removeprefix("file://")) for place in search)]
-    return {folder.name for root in roots if root.is_dir() for folder in root.iterdir() if folder.is_dir()}
+    roots = [root for root in _roots(search) if root.is_dir()]
+    return {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()}
+
+
+def _roots(search: Sequence[str]) -> list[Path]:
+    return [CONF, *(Path(place.removeprefix("file://")) for place in search)]
 
 
 def _arguments(cfg: DictConfig) -> Iterator[tuple[str, str]]:
@@ -136,7 +150,7 @@ def _arguments(cfg: DictConfig) -> Iterator[tuple[str, str]]:
 
 
 def searched(search: Sequence[str]) -> list[str]:
-    """The override that adds places of configuration files, such as ``file:///home/me/conf``."""
+    """Return the override that adds places of configuration files, such as ``file:///home/me/conf``."""
     quoted = ",".join("'" + place.replace("'", r"\'") + "'" for place in dict.fromkeys(search))
     return [f"hydra.searchpath=[{quoted}]"] if search else []
 
@@ -154,12 +168,31 @@ def _not_an_option(key: str, text: str, cause: str, overrides: Sequence[str], se
     if deeper and deeper[1].startswith(f"{key}."):
         key = deeper[1]
     given = next((o for o in overrides if o.split("=")[0] in (key, given)), key)
-    return f"{where}{given}: there is no option {key}{near(key, {*keys, *_groups(search)})}"
+    hint = _of_other_terms(key, keys, overrides, search) or did_you_mean(key, {*keys, *_groups(search)})
+    return f"{where}{given}: there is no option {key}{hint}"
+
+
+def _of_other_terms(key: str, keys: Sequence[str], overrides: Sequence[str], search: Sequence[str]) -> str:
+    """``temperature=4`` without the term ``kd``: the term that has such a key, and how it is chosen; "" if one has it.
+
+    ``keys``: those that there are, of the chosen terms.
+    """
+    last = key.rpartition(".")[2]
+    wanted = {last, ALIASES.get(last, last)}
+    if any(k.rpartition(".")[2] in wanted for k in keys):
+        return ""
+    terms = composition.options("loss", _roots(search))
+    others = [o for o in overrides if composition.key_of(o) != "loss"]
+    found = [k for k in known_keys([*others, f"loss=[{','.join(terms)}]"], search) if k.startswith("loss.")]
+    found = sorted((k for k in found if k.rpartition(".")[2] in wanted), key=len)  # the plain method has a short name
+    chosen = [term for term in terms if f"loss.{term}" in keys]
+    named = [f"{k} with loss=[{','.join([*chosen, k.split('.')[1]])}]" for k in found]
+    return f" (near: {', '.join(named[:3])})" if named else ""
 
 
 def _key_or_value(text: str, search: Sequence[str]) -> str:
     full_key = re.search(r"full_key: (\S+)", text)
     first = text.splitlines()[0]
     if full_key and re.match(r"Key '.*' (is )?not in", first):
-        return f"there is no option {full_key[1]}{near(full_key[1], known_keys((), search))}"
+        return f"there is no option {full_key[1]}{did_you_mean(full_key[1], known_keys((), search))}"
     return f"{full_key[1]}: {_lower(first)}" if full_key else first

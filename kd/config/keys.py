@@ -16,10 +16,10 @@ from kd.config import composition, timm_source
 from kd.config.composition import flat
 from kd.config.schema import Hardware, Paths, Protocol, Recipe, Root, Student, Teacher
 from kd.config.signature import arguments
-from kd.errors import near
+from kd.errors import did_you_mean
 
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
-OBJECTIVE_KEYS = ("weight", "schedule")  # of every term: read by the objective, not by the term
+OBJECTIVE_KEYS = ("weight", "schedule", "checkpoint")  # of every term: not arguments of the term itself
 INSTANTIATE = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # Hydra's own
 LISTS = {"loss": "loss terms", "logger": "loggers"}  # groups of which several options may be chosen
 SINGLE = ("model@student", "model@teacher", "data", "task", "recipe", "hardware", "experiment")
@@ -41,7 +41,7 @@ MADE = {
 
 
 def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...] = ()) -> Iterator[str]:
-    """One sentence for each key that there is not, or that has no effect.
+    """Yield one sentence for each key that there is not, or that has no effect.
 
     ``line``: what the command line sets (:func:`kd.config.composition.command_line`); ``skip``: sections without
     effect here.
@@ -57,7 +57,7 @@ def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every node with a ``_target_`` and its dotted path, outer ones first."""
+    """Yield every node with a ``_target_`` and its dotted path, outer ones first."""
     if isinstance(node, Mapping):
         if "_target_" in node:
             yield path, node
@@ -82,7 +82,7 @@ def drop_left_out(values: dict[str, Any], line: Mapping[str, str]) -> None:
 
 
 def _made(node: Any) -> bool:
-    """Whether a node makes something, or says that there is nothing to make, or that it has no value yet."""
+    """Tell whether a node makes something, or says that there is nothing to make, or that it has no value yet."""
     return node in (None, "???") or (isinstance(node, Mapping) and "_target_" in node)
 
 
@@ -99,11 +99,11 @@ def _unknown(path: str, line: Mapping[str, str], known: Iterable[str]) -> str:
     files = composition.files_with(path.rpartition(".")[2])
     where = next(_typed(path, line), "") or ", ".join(str(f) for f in files[:2])
     others = {key for key in known if key != path and not key.startswith(f"{path}.")}
-    return f"{f'{where}: ' if where else ''}there is no option {path}{near(path, others)}"
+    return f"{f'{where}: ' if where else ''}there is no option {path}{did_you_mean(path, others)}"
 
 
 def _typed(path: str, line: Mapping[str, str]) -> Iterator[str]:
-    """The overrides that set this key, or one below it."""
+    """Yield the overrides that set this key, or one below it."""
     return (override for key, override in line.items() if key == path or key.startswith(f"{path}."))
 
 
@@ -139,10 +139,10 @@ def _of_the_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tu
                 continue
             where = _where(path, key, line)
             if not known.any:
-                yield f"{path}.{key} is not an argument of {target}{near(key, names)}{where}"
+                yield f"{path}.{key} is not an argument of {target}{did_you_mean(key, names)}{where}"
             elif target in timm_source.TARGETS:
                 if not timm_source.may_take(key):
-                    likely = near(key, {*names, *timm_source.arguments()})
+                    likely = did_you_mean(key, {*names, *timm_source.arguments()})
                     yield f"{path}.{key} is not an argument of any network of timm{likely}{where}"
             elif close := _mistyped(f"{path}.{key}", names, line):
                 typed = line[f"{path}.{key}"]
@@ -150,7 +150,7 @@ def _of_the_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tu
 
 
 def _mistyped(path: str, names: Iterable[str], line: Mapping[str, str]) -> str:
-    """The argument that a typed key is nearly equal to, where the target takes any; "" if a ``+`` or a file has it."""
+    """Find the argument that a typed key resembles, where the target takes any; "" if a ``+`` or a file has it."""
     key = path.rpartition(".")[2]
     if line.get(path, "+").startswith("+") or composition.files_with(key):
         return ""
@@ -158,7 +158,7 @@ def _mistyped(path: str, names: Iterable[str], line: Mapping[str, str]) -> str:
 
 
 def _where(path: str, key: str, line: Mapping[str, str]) -> str:
-    """The override that sets this key, or the configuration files that spell it, for the complaint about it."""
+    """Return the override that sets this key, or the configuration files that spell it, for the complaint about it."""
     if override := line.get(f"{path}.{key}"):
         return f" [command line: {override}]"
     group, name, *_ = [*path.split("."), ""]  # Hydra does not list the options of groups chosen as lists
@@ -175,7 +175,7 @@ def _of_the_trainer(values: Mapping[str, Any], line: Mapping[str, str]) -> Itera
             yield f"{path} = {value} is not allowed: the recipe, protocol and hardware sections set it"
         elif key not in trainer:
             where = _where("hardware.trainer", key, line)
-            yield f"{path} is not an argument of lightning.Trainer{near(key, trainer)}{where}"
+            yield f"{path} is not an argument of lightning.Trainer{did_you_mean(key, trainer)}{where}"
 
 
 def _below_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...]) -> Iterator[str]:
@@ -194,11 +194,11 @@ def _below_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tup
         every = every or [file for root in composition.roots() for file in root.rglob("*.yaml")]
         if not any(composition.spells(file, key) for file in every):
             known = {f"{'.'.join(parents)}.{other}" for other in nodes[-1]} - {path}
-            yield f"{override}: there is no option {path}{near(path, known)}"
+            yield f"{override}: there is no option {path}{did_you_mean(path, known)}"
 
 
 def _along(values: Mapping[str, Any], parts: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-    """The mappings on the way down, as far as there are any."""
+    """Yield the mappings on the way down, as far as there are any."""
     node: Any = values
     for part in parts:
         node = node.get(part)
@@ -234,7 +234,7 @@ def _option_not_chosen(group: str, kind: str, name: str, nodes: Mapping[str, Any
     list_ = f"{group}=[{','.join([*chosen, name])}]"
     if name not in known:
         where = typed[0] if typed else ", ".join(str(f) for f in composition.files_with(name)[:2]) or path
-        return f"{where}: there is no option {path}{near(path, {f'{group}.{n}' for n in (*known, *chosen)})}"
+        return f"{where}: there is no option {path}{did_you_mean(path, {f'{group}.{n}' for n in (*known, *chosen)})}"
     if typed:
         return (
             f"{typed[0]} cannot be set: {name} is not among the chosen {kind} "

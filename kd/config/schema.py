@@ -113,15 +113,15 @@ class Root:
     resume: str | None = None
 
 
-def opened() -> Any:
-    """The schema, open where a ``_target_`` may be: its arguments need no ``+``; :mod:`kd.config.keys` checks them."""
+def open_schema() -> Any:
+    """Make the schema, open where a ``_target_`` may be: arguments need no ``+``; :mod:`kd.config.keys` checks them."""
     root = OmegaConf.structured(Root)
     for name in ("student", "teacher", "task", "data", "loss", "networks", "recipe", "distiller", "hardware", "logger"):
         OmegaConf.set_struct(root[name], False)
     return root
 
 
-ConfigStore.instance().store(name="schema", node=opened())
+ConfigStore.instance().store(name="schema", node=open_schema())
 OmegaConf.register_new_resolver(
     "kd.digest", lambda value: hashlib.sha256("\n".join(map(str, value)).encode()).hexdigest()[:8], replace=True
 )

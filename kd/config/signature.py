@@ -14,7 +14,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 from pkgutil import get_importer
 
-from kd.errors import near
+from kd.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ UNKNOWN = Arguments(any=True)
 
 
 def arguments(target: str) -> Arguments:
-    """The arguments of the function or class with this dotted path.
+    """Return the arguments of the function or class with this dotted path.
 
     Raises ``LookupError`` with one sentence when the module, or the name in it, does not exist.
     """
@@ -42,7 +42,7 @@ def arguments(target: str) -> Arguments:
 
 
 def find(module: str) -> ModuleSpec | None:
-    """The spec of a module, found by path: no parent package is imported on the way."""
+    """Return the spec of a module, found by path: no parent package is imported on the way."""
     search: list[str] | None = None
     spec = None
     name = ""
@@ -56,7 +56,7 @@ def find(module: str) -> ModuleSpec | None:
 
 
 def folder(package: str) -> Path | None:
-    """The folder of a package, found without importing it; None if there is none."""
+    """Return the folder of a package, found without importing it; None if there is none."""
     spec = find(package) if package else None
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
@@ -103,7 +103,7 @@ def _in_module(spec: ModuleSpec, names: list[str], depth: int) -> Arguments:
             if _is_dynamic(body):
                 return UNKNOWN
             known = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-            raise LookupError(f"there is no {name!r} in {spec.name}{near(name, known)}")
+            raise LookupError(f"there is no {name!r} in {spec.name}{did_you_mean(name, known)}")
         if isinstance(node, ast.ImportFrom):
             return _follow(spec, node, name, names[position + 1 :], depth)
         if isinstance(node, ast.FunctionDef):
@@ -130,7 +130,7 @@ def _definition(body: list[ast.stmt], name: str) -> ast.stmt | None:
 
 
 def _is_dynamic(body: list[ast.stmt]) -> bool:
-    """Whether names may come into being that the source does not spell out."""
+    """Tell whether names may come into being that the source does not spell out."""
     for node in body:
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
             return True

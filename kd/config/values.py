@@ -18,12 +18,12 @@ THREADS = 1024
 
 
 def number(value: Any) -> bool:
-    """Whether a value is a finite number; true and false are none."""
+    """Tell whether a value is a finite number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def of_every_use(config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong whether a network is trained or measured: names, places, the teacher's numbers."""
+    """Yield what is wrong whether a network is trained or measured: names, places, the teacher's numbers."""
     name = config["name"]
     if not name.strip() or not name.isprintable():
         yield f"name = {name!r} is not allowed: a text on one line, it is the folder of the runs below paths.runs"
@@ -47,7 +47,7 @@ def of_every_use(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def of_a_training(config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong for a run that trains."""
+    """Yield what is wrong for a run that trains."""
     yield from _of_the_loss(config["loss"])
     yield from _of_the_recipe(config["recipe"], config["protocol"])
     if not 0 <= config["seed"] < 2**32:

@@ -54,8 +54,16 @@ class Distiller(Evaluated):
     (what is computed of it) and :meth:`networks` (what is trained), and inherit the rest.
 
     ``log_every``: steps between two readings of the loss buffer, each one synchronisation. ``peers``: further networks
-    of the set-up by name, trained along with the student.
+    of the set-up by name, trained along with the student. ``gradient_clip``, ``accumulate``: of the recipe, where this
+    module steps its optimisers itself (Lightning does it otherwise).
+
+    ``supplies_teacher``: whether a subclass makes its own teacher, so that terms which need one are satisfied.
+    ``own_optimizers``: names of :meth:`networks` that get an optimiser and a schedule of their own, made by the same
+    recipe; with any of them the module steps all optimisers itself, after one backward pass of ``Step.total``.
     """
+
+    supplies_teacher = False
+    own_optimizers: Sequence[str] = ()
 
     def __init__(
         self,
@@ -70,6 +78,8 @@ class Distiller(Evaluated):
         seed: int = 0,
         log_every: int = 50,
         peers: Mapping[str, nn.Module] | None = None,
+        gradient_clip: float | None = None,
+        accumulate: int = 1,
     ) -> None:
         super().__init__(student, teacher, task, num_classes)
         if log_every < 1:
@@ -85,7 +95,9 @@ class Distiller(Evaluated):
         self._counts = False  # whether the student has logits to count right answers in
         # the dry pass wants the teacher's, to compare the classes; after it only the terms have a say
         self._want = Want(logits=True, features=True)
-        objective.check_teacher(teacher is not None)
+        self.gradient_clip, self.accumulate = gradient_clip, accumulate
+        self.automatic_optimization = not self.own_optimizers
+        objective.check_teacher(teacher is not None or self.supplies_teacher)
 
     # ------------------------------------------------------------------ where a set-up differs
 
@@ -255,7 +267,7 @@ class Distiller(Evaluated):
 
     def answer_both(self, batch: Batch) -> tuple[Output, Output]:
         """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
-        teacher = Output() if self.teacher is None else self.teacher.answer(batch, self._want)
+        teacher = self.answer_of_teacher(batch)
         student = self._answer_of_student(batch.inputs, batch)
         for view in self.objective.views:
             if view not in batch.views:
@@ -264,10 +276,13 @@ class Distiller(Evaluated):
                     f"{', '.join(batch.views) or 'none'}: the data module must make it"
                 )
             seen = Batch(batch.views[view], batch.targets, batch.index, batch.mask, {}, batch.extra)
-            if self.teacher is not None:
-                teacher.views[view] = self.teacher.answer(seen, self._want)
+            teacher.views[view] = self.answer_of_teacher(seen)
             student.views[view] = self._answer_of_student(seen.inputs, seen)
         return teacher, student
+
+    def answer_of_teacher(self, batch: Batch) -> Output:
+        """The teacher's output; empty without one. A set-up that supplies its own overrides this."""
+        return Output() if self.teacher is None else self.teacher.answer(batch, self._want)
 
     def _answer_of_student(self, inputs: Any, batch: Batch) -> Output:
         self.student_taps.active = bool(self.student_taps.names)
@@ -291,7 +306,27 @@ class Distiller(Evaluated):
         self._inputs_of(batch, self._want.input_gradient)
         step = self.losses(batch)
         self.track(step, batch_idx)
+        if not self.automatic_optimization:
+            self.descend(step.total, batch_idx)
         return step.total
+
+    def descend(self, total: Tensor, batch_idx: int) -> None:
+        """Step all optimisers of a set-up with more than one: accumulate, clip, schedules by step and by epoch."""
+        self.manual_backward(total / self.accumulate)
+        last = self.trainer.is_last_batch
+        stepped = last or (batch_idx + 1) % self.accumulate == 0
+        for optimizer in self._several(self.optimizers()) if stepped else ():
+            if self.gradient_clip is not None:
+                self.clip_gradients(optimizer, self.gradient_clip, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+        if stepped and (last or self._interval == "step"):
+            for scheduler in self._several(self.lr_schedulers() or []):
+                scheduler.step()
+
+    @staticmethod
+    def _several(given: Any) -> list[Any]:
+        return list(given) if isinstance(given, (list, tuple)) else [given]
 
     def place(self, batch_idx: int | None = None) -> tuple[float, int]:
         """How far the training is: (fractional) epoch, of so many. Outside of a trainer (0, 1)."""
@@ -377,8 +412,9 @@ class Distiller(Evaluated):
         for name in self.objective.schedules:
             means[f"weight/{name}"] = self.objective.weight(name, *self.place(batch_idx + 1))
         means["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        done = self.global_step // (1 if self.automatic_optimization else max(1, len(self.trainer.optimizers)))
         for logger in self.loggers:
-            logger.log_metrics({"epoch": self.current_epoch, **means}, step=self.global_step)
+            logger.log_metrics({"epoch": self.current_epoch, **means}, step=done)
 
     def _stop_on(self, buffer: StepBuffer, bad: tuple[int, list[int]], batch_idx: int, steps: int) -> None:
         row, columns = bad
@@ -405,12 +441,20 @@ class Distiller(Evaluated):
         return [p for network in self.networks().values() for p in network.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        """The recipe's optimiser and schedule."""
-        optimizer = self._make_optimizer(self.trainable())
+        """The recipe's optimiser and schedule, or several of them: see ``own_optimizers``."""
+        networks = self.networks()
+        apart = {id(p) for name in self.own_optimizers for p in networks[name].parameters()}
+        groups = [[p for p in self.trainable() if id(p) not in apart]]
+        groups += [[p for p in networks[name].parameters() if p.requires_grad] for name in self.own_optimizers]
+        made = [self._optimizer(parameters) for parameters in groups if parameters]
+        return made[0] if len(made) == 1 else made
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
+        optimizer = self._make_optimizer(parameters)
         if self._make_scheduler is None:
-            return optimizer
-        scheduler = self._make_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self._interval}}
+            return {"optimizer": optimizer}
+        scheduler = {"scheduler": self._make_scheduler(optimizer), "interval": self._interval}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave a frozen teacher out: it is not trained, and half as large again. One that is trained along is kept."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.models.stages import stages
 
 Name = str | int
@@ -47,7 +47,7 @@ def _module(network: nn.Module, name: str, side: str) -> nn.Module:
     if port not in ("", "input", "output"):
         raise KdError(f"{side} tap {name} is not allowed: after the colon stands input or output")
     if module not in modules:
-        raise KdError(f"{side} tap {name} does not exist: there is no module {module}{near(module, modules)}")
+        raise KdError(f"{side} tap {name} does not exist: there is no module {module}{did_you_mean(module, modules)}")
     return modules[module]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from kd.errors import near
+from kd.errors import did_you_mean
 
 
 def timm_model(
@@ -27,7 +27,7 @@ def timm_model(
     """
     on_hub = ":" in name  # hf-hub:owner/name, local-dir:folder: the configuration, too, is fetched
     if not on_hub and not timm.is_model(name):
-        raise ValueError(f"name = {name} is not a network of timm{near(name, timm.list_models())}")
+        raise ValueError(f"name = {name} is not a network of timm{did_you_mean(name, timm.list_models())}")
     channels, *size = input_shape
     arguments: dict[str, Any] = {"in_chans": channels, **kwargs}
     if num_classes is not None:

@@ -1,6 +1,6 @@
-"""The processes of one run that torchrun, Slurm or kd started: how each joins, follows, and tells of its failure.
+"""The processes of one run that torchrun, Slurm or kd started: how each joins, follows, and reports its failure.
 
-What torchrun and Slurm start is the command itself: process 0 keeps the record, the others follow it. No torch at
+What torchrun and Slurm start is the command itself: process 0 says what to run, the others follow it. No torch at
 import.
 """
 
@@ -13,21 +13,41 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kd.config.hardware import settings
 from kd.errors import KdError, MachineFailure, kind, named, of_kind
 
 WORKER = "KD_WORKER"  # set for the processes that kd starts: the number of their end of the pipe to the parent
 
 
-def join(config: Mapping[str, Any]) -> int:
-    """Meet the other processes of this run, if there are any; the number of this one."""
-    hardware = settings(config)
+@dataclass(frozen=True)
+class Work:
+    """What all processes of a run do.
+
+    ``entry``: a function by its dotted path, ``module:function``; ``arguments``: what it is given, as JSON can carry
+    it; ``hardware``: the complete section of the config; ``where``: the directory that an error of the operating
+    system is about, unless it names one.
+    """
+
+    entry: str
+    arguments: Sequence[Any]
+    hardware: Mapping[str, Any]
+    where: str
+
+    def run(self, *more: Any) -> Any:
+        """Call the function, with ``more`` arguments behind its own."""
+        module, _, name = self.entry.partition(":")
+        return getattr(import_module(module), name)(*self.arguments, *more)
+
+
+def join(hardware: Mapping[str, Any]) -> int:
+    """Meet the other processes of this run, if there are any; return the number of this one."""
     if hardware["cluster"] is None and WORKER not in os.environ:
         return 0
-    from kd.parallel import group
+    from kd.parallel import group  # start-up: torch
 
     if group.joined():
         return group.rank()
@@ -36,7 +56,7 @@ def join(config: Mapping[str, Any]) -> int:
     if cluster.world_size() == 1:
         return 0
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
-    import torch
+    import torch  # start-up
 
     on_gpu = torch.cuda.is_available() and hardware["accelerator"] != "cpu"
     if on_gpu:
@@ -47,7 +67,7 @@ def join(config: Mapping[str, Any]) -> int:
 
 
 def environment(hardware: Mapping[str, Any]) -> Any:
-    """Lightning's view of the variables that kd, torchrun or Slurm set. ``KdError`` where they are missing."""
+    """Read Lightning's view of the variables that kd, torchrun or Slurm set. ``KdError`` where they are missing."""
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     if hardware["cluster"] != "slurm":
@@ -64,7 +84,7 @@ def environment(hardware: Mapping[str, Any]) -> Any:
 
 
 def nodes(hardware: Mapping[str, Any]) -> tuple[int, int]:
-    """Nodes of this run, and processes on each of them. ``KdError`` when the config says otherwise."""
+    """Count the nodes of this run, and the processes on each of them. ``KdError`` when the config says otherwise."""
     variables = os.environ
     if hardware["cluster"] == "slurm":
         size, number = int(variables["SLURM_NTASKS"]), int(variables.get("SLURM_NNODES", "1"))
@@ -82,51 +102,48 @@ def nodes(hardware: Mapping[str, Any]) -> tuple[int, int]:
     return number, size // number
 
 
-def follow() -> dict[str, Any]:
-    """A process of torchrun or Slurm that is not the first: train what process 0 says, write nothing."""
-    from kd.parallel import group
-    from kd.run.trainer import fit
+def follow() -> None:
+    """Run what process 0 says, in a process of torchrun or Slurm that is not the first."""
+    from kd.parallel import group  # start-up: torch
 
     quiet()
     try:
-        task: Any = group.broadcast(None)
+        work: Any = group.broadcast(None)
     except RuntimeError:  # process 0 has refused the run, and says why
         sys.exit(1)
-    config, run_dir, checkpoint = task
     try:
-        with shared_fate(config, Path(run_dir)):
-            fit(config, Path(run_dir), checkpoint and Path(checkpoint))
+        with propagate_failure(work):
+            work.run()
     except Exception as error:
-        said = group.failed()
-        if said is None or said[1] == _sentence(error):  # it is ours, not the echo of another's
+        first = group.failed()
+        if first is None or first[1] == _sentence(error):  # it is ours, not the echo of another's
             print(f"kd: {_sentence(error)}", file=sys.stderr)
             if not isinstance(error, KdError):
                 traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
     group.leave()
-    return {}
 
 
 @contextmanager
-def shared_fate(config: Mapping[str, Any], run_dir: Path) -> Iterator[None]:
-    """A failure here is told to the others; a connection that broke because another failed becomes its sentence.
+def propagate_failure(work: Work) -> Iterator[None]:
+    """Send a failure to the other processes; raise theirs where a connection broke because another one failed.
 
-    So does a process that does not answer in time.
+    A process that does not answer in time is a failure as well.
     """
-    from kd.parallel import group
+    from kd.parallel import group  # start-up: torch
 
     try:
         yield
     except BaseException as error:
-        said = group.failed()
-        if said is not None and group.rank() == 0:
-            raise of_kind(said[1], said[0]) from error
+        first = group.failed()
+        if first is not None and group.rank() == 0:
+            raise of_kind(first[1], first[0]) from error
         if not isinstance(error, Exception):
             raise
-        shown = named(error, run_dir)
-        if said is None and group.timed_out(error):
-            shown = MachineFailure(unanswered(group.silent(), settings(config)["timeout_s"]))
+        shown = named(error, Path(work.where))
+        if first is None and group.timed_out(error):
+            shown = MachineFailure(unanswered(group.silent(), work.hardware["timeout_s"]))
         group.say_failed(_sentence(shown), kind(shown))
         if shown is error:
             raise
@@ -134,7 +151,7 @@ def shared_fate(config: Mapping[str, Any], run_dir: Path) -> Iterator[None]:
 
 
 def unanswered(silent: Sequence[int], timeout: float) -> str:
-    """The sentence on processes that have not answered in time; none: it is not known which."""
+    """Say which processes have not answered in time; ``silent`` empty: it is not known which."""
     who = f"process {', '.join(map(str, silent))}" if silent else "another process"
     return (
         f"{who} of the run did not answer within {timeout} s (hardware.timeout_s): stopped, hanging, or its machine is "
@@ -143,39 +160,13 @@ def unanswered(silent: Sequence[int], timeout: float) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    from kd.parallel import group
+    from kd.parallel import group  # start-up: torch
 
     return f"process {group.rank()}: {str(error) or type(error).__name__}"
 
 
-def follower(argv: Sequence[str]) -> dict[str, Any] | None:
-    """The config of the command line, in a process of torchrun or Slurm that is not the first; else None.
-
-    Such a process gets its run directory from process 0: Hydra would make one of its own. A sweep that torchrun or
-    srun started several times is refused.
-    """
-    variables = os.environ
-    copies = (
-        variables.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in variables else variables.get("SLURM_STEP_NUM_TASKS")
-    )
-    if copies not in (None, "1") and any(a in ("-m", "--multirun") for a in argv):
-        raise KdError(
-            f"a sweep (-m) was started {copies} times at once: start it once, and let kd start the processes of each "
-            "job (hardware=ddp)"
-        )
-    if variables.get("RANK", variables.get("SLURM_PROCID", "0")) == "0":
-        return None
-    from kd.cli import hydra_app
-
-    given = hydra_app._parsed(list(argv))
-    if any((given.help, given.hydra_help, given.cfg, given.info, given.shell_completion)):
-        return None
-    config = hydra_app.checked(given.overrides, given.config_dir)
-    return config if settings(config)["cluster"] is not None else None
-
-
 def quiet() -> None:
-    """Process 0 speaks for all."""
+    """Log and warn of nothing: process 0 does it for all."""
     logging.getLogger("kd").propagate = False
     logging.getLogger("kd").addHandler(logging.NullHandler())
     warnings.simplefilter("ignore")

@@ -32,7 +32,7 @@ _control: Any = None  # the group for Python objects, always gloo: NCCL would mo
 
 
 def joined() -> bool:
-    """Whether this process belongs to a group of processes that train together."""
+    """Tell whether this process belongs to a group of processes that train together."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -60,7 +60,7 @@ def join(backend: str, rank: int, world_size: int, timeout: float) -> None:
 
 
 def leave() -> None:
-    """The end of a group whose work is done (all processes call it)."""
+    """Leave a group whose work is done (all processes call it)."""
     if joined():
         barrier()
         dist.destroy_process_group()
@@ -73,7 +73,7 @@ def barrier() -> None:
 
 
 def broadcast(value: T) -> T:
-    """The value of process 0, whatever this process gave."""
+    """Return the value of process 0, whatever this process gave."""
     if not joined():
         return value
     carrier = [value]
@@ -82,7 +82,7 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T] | None:
-    """The values of all processes in their order, on process 0; None on the others."""
+    """Return the values of all processes in their order, on process 0; None on the others."""
     if not joined():
         return [value]
     values: list[Any] | None = [None] * world_size() if rank() == 0 else None
@@ -91,13 +91,13 @@ def gather(value: T) -> list[T] | None:
 
 
 def say_failed(sentence: str, kind: str) -> None:
-    """Leave word of the failure of this process: the others only see a broken connection."""
+    """Write the failure of this process into the store: the others only see a broken connection."""
     if joined() and not failed():
         _stored(lambda store: store.set(FAILED, f"{kind}\n{sentence}"))
 
 
 def failed() -> tuple[str, str] | None:
-    """The kind of failure of a process that failed, and what it had to say, or None."""
+    """Return the kind of failure of a process that failed, and what it had to say, or None."""
 
     def find(store: Any) -> tuple[str, str] | None:
         if not store.check([FAILED]):
@@ -109,7 +109,7 @@ def failed() -> tuple[str, str] | None:
 
 
 def timed_out(error: BaseException | None) -> bool:
-    """Whether an error, or what it comes from, is that another process did not answer in time."""
+    """Tell whether an error, or what it comes from, is that another process did not answer in time."""
     while error is not None:
         if isinstance(error, RuntimeError) and WAITED.search(str(error)):
             return True
@@ -118,7 +118,7 @@ def timed_out(error: BaseException | None) -> bool:
 
 
 def silent() -> list[int]:
-    """The processes that do not say, within ``PATIENCE``, that they have waited in vain as this one has.
+    """Return the processes that do not say, within ``PATIENCE``, that they have waited in vain as this one has.
 
     All processes that wait call it. Empty: it is not known.
     """
@@ -132,16 +132,16 @@ def silent() -> list[int]:
 
 
 def _stored(call: Callable[[Any], T]) -> T | None:
-    """What ``call`` finds in the store of all processes; None when the process that keeps it is gone or hangs."""
+    """Call with the store of all processes; None when the process that keeps it is gone or hangs."""
     found: list[T] = []
 
-    def ask() -> None:
+    def query() -> None:
         try:
             found.append(call(dist.distributed_c10d._get_default_store()))
         except RuntimeError:
             return
 
-    thread = threading.Thread(target=ask, daemon=True)  # a store that hangs has no timeout
+    thread = threading.Thread(target=query, daemon=True)  # a store that hangs has no timeout
     thread.start()
     thread.join(PATIENCE + 5)
     return found[0] if found else None
@@ -164,7 +164,7 @@ class Shares(NamedTuple):
 
 
 def shares(rows: int, labelled: Tensor, samples: int) -> Shares | None:
-    """The factors of a step, for the numbers of rows, labelled rows and samples here; None for one process."""
+    """Return the factors of a step, for the numbers of rows, labelled rows and samples here; None for one process."""
     if not joined():
         return None
     own = torch.stack([torch.full_like(labelled, rows), labelled, torch.full_like(labelled, samples)]).float()
@@ -174,7 +174,7 @@ def shares(rows: int, labelled: Tensor, samples: int) -> Shares | None:
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """The tensors of all processes, in their order, behind one another along the first dimension.
+    """Concatenate the tensors of all processes, in their order, along the first dimension.
 
     Sizes may differ there. The gradient goes back to the process that each part came from, summed over all processes
     that used it: a loss of the whole, computed by every process, has the gradient of one process once DDP averages.
@@ -246,7 +246,7 @@ def shard(networks: list[nn.Module], mesh: Any) -> None:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The outermost modules with children, of lists and sequences their members; each called by its network."""
+    """Return the outermost modules with children, of lists and sequences their members; each called by its network."""
     found: list[nn.Module] = []
     for child in network.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
@@ -257,5 +257,5 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded over the processes, put together (all processes call it); any other as it is."""
+    """Return a tensor that is sharded over the processes, put together (all processes call it); any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

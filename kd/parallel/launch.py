@@ -1,8 +1,8 @@
-"""Trains in this process, in several that it starts, or in those of torchrun and Slurm. No torch at import.
+"""Runs a function in this process, in several that it starts, or in those of torchrun and Slurm. No torch at import.
 
-kd's own processes are ``python -m kd.parallel.launch``: they get a checked config and a run directory, never a command
-line, so that a job of a sweep may have as many as it likes. The parent keeps the record; process 0 trains, logs and
-writes weights; the others train. For processes of torchrun and Slurm see :mod:`kd.parallel.cluster`.
+kd's own processes are ``python -m kd.parallel.launch``: they get the function's name and its arguments, never a command
+line, so that a job of a sweep may have as many as it likes. What process 0 returns is the result; the parent keeps it.
+For processes of torchrun and Slurm see :mod:`kd.parallel.cluster`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from kd.config.hardware import cores, settings
 from kd.errors import KdError, MachineFailure, kind, named, of_kind
-from kd.parallel.cluster import WORKER, join, quiet, shared_fate, unanswered
-from kd.records import record
+from kd.parallel.cluster import WORKER, Work, join, propagate_failure, quiet, unanswered
+from kd.parallel.devices import cores
 
 COMMAND = [sys.executable, "-m", "kd.parallel.launch"]
 GRACE = 20.0  # seconds for the others to end by themselves when one has failed, or on an interruption
 
 
 def count(hardware: Mapping[str, Any]) -> int:
-    """How many processes kd itself must start for a run; 1: it trains in this one."""
+    """Count the processes that kd itself must start for a run; 1: it runs in this one."""
     devices = hardware["devices"]
     if hardware["cluster"] is not None or devices == 1:
         return 1
@@ -41,40 +41,33 @@ def count(hardware: Mapping[str, Any]) -> int:
         return wanted
     if hardware["accelerator"] in ("cpu", "mps"):
         return 1
-    import torch
+    import torch  # start-up
 
     return max(1, torch.cuda.device_count()) if wanted == "auto" else wanted
 
 
-def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """Train in this process, or in as many as the hardware section asks for: :func:`kd.run.trainer.fit`."""
-    hardware = settings(config)
-    processes = count(hardware)
+def run(work: Work, check: Callable[[int], None]) -> Any:
+    """Run in this process, or in as many as the hardware section asks for; return what process 0 returns.
+
+    ``check``: called with the number of processes before the first of several begins. In each process that kd starts
+    the function gets one more argument, an ``ExitStack`` that is closed once its answer, or its failure, was sent.
+    """
+    processes = count(work.hardware)
     if processes > 1 and WORKER not in os.environ:
-        _check_batch(config, processes)
+        check(processes)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise KdError("torchrun has started this process already: use hardware=torchrun")
-        return _in_processes(config, run_dir, checkpoint, processes)
-    from kd.parallel import group
-    from kd.run.trainer import fit
+        return _in_processes(work, processes)
+    from kd.parallel import group  # start-up: torch
 
-    if hardware["cluster"] is None or not group.joined():
-        return fit(config, run_dir, checkpoint)
-    _check_batch(config, group.world_size())
-    group.broadcast((config, str(run_dir.resolve()), checkpoint and str(checkpoint.resolve())))
-    with shared_fate(config, run_dir):
-        outcome = fit(config, run_dir, checkpoint)
+    if work.hardware["cluster"] is None or not group.joined():
+        return work.run()
+    check(group.world_size())
+    group.broadcast(work)
+    with propagate_failure(work):
+        result = work.run()
     group.leave()
-    return outcome
-
-
-def _check_batch(config: Mapping[str, Any], processes: int) -> None:
-    size = config["recipe"]["batch_size"]
-    if size % processes:
-        raise KdError(
-            f"recipe.batch_size = {size} is not allowed on {processes} processes: it is the batch of all of them "
-            "together, so it must be a multiple of their number"
-        )
+    return result
 
 
 # ---------------------------------------------------------------------- processes of kd itself
@@ -87,14 +80,14 @@ class _Remote(Exception):
         return f"\n{self.args[0]}"
 
 
-def _in_processes(config: dict[str, Any], run_dir: Path, checkpoint: Path | None, number: int) -> dict[str, Any]:
+def _in_processes(work: Work, number: int) -> Any:
     """Start the processes, wait for their answers, end them all whatever happens."""
-    task = json.dumps([config, str(run_dir.resolve()), checkpoint and str(checkpoint.resolve())])
+    task, timeout = json.dumps(asdict(work)), work.hardware["timeout_s"]
     processes: list[subprocess.Popen[str]] = []
     pipes: list[Connection] = []
     with interruptible():
         try:
-            for environment in _environments(settings(config), number):
+            for environment in _environments(number):
                 ours, theirs = Pipe(duplex=False)
                 with theirs:
                     processes.append(_start(environment, theirs.fileno()))
@@ -103,7 +96,6 @@ def _in_processes(config: dict[str, Any], run_dir: Path, checkpoint: Path | None
                 assert process.stdin is not None
                 process.stdin.write(task + "\n")
                 process.stdin.flush()  # and stays open: its end tells the process that we are gone
-            timeout = settings(config)["timeout_s"]
             answers = _answers(pipes, timeout)
         except BaseException:
             _end(processes, signal.SIGINT)
@@ -126,8 +118,8 @@ def _start(environment: Mapping[str, str], pipe: int) -> subprocess.Popen[str]:
     )
 
 
-def _environments(hardware: Mapping[str, Any], number: int) -> Iterator[dict[str, str]]:
-    """The variables that torchrun would set."""
+def _environments(number: int) -> Iterator[dict[str, str]]:
+    """Make the variables that torchrun would set."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -145,7 +137,7 @@ def _environments(hardware: Mapping[str, Any], number: int) -> Iterator[dict[str
 
 
 def _answers(pipes: Sequence[Connection], timeout: float) -> dict[int, dict[str, Any]]:
-    """What the processes answer, in the order in which they do; an empty answer: it died.
+    """Collect what the processes answer, in the order in which they do; an empty answer: it died.
 
     After the first bad answer the others have ``GRACE`` seconds, after the first good one ``timeout``: they have met
     for the last time before it.
@@ -170,12 +162,12 @@ def _answers(pipes: Sequence[Connection], timeout: float) -> dict[int, dict[str,
     return answers
 
 
-def _end(processes: Sequence[subprocess.Popen[str]], ask: signal.Signals | None) -> None:
-    """Wait for the processes, after asking them by a signal; kill what is left after ``GRACE`` seconds."""
+def _end(processes: Sequence[subprocess.Popen[str]], sent: signal.Signals | None) -> None:
+    """Wait for the processes, after a signal if there is one; kill what is left after ``GRACE`` seconds."""
     deadline = time.monotonic() + GRACE
     for process in processes:
-        if ask is not None and process.poll() is None:
-            process.send_signal(ask)
+        if sent is not None and process.poll() is None:
+            process.send_signal(sent)
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
@@ -186,10 +178,8 @@ def _end(processes: Sequence[subprocess.Popen[str]], ask: signal.Signals | None)
         process.stdin.close()
 
 
-def _outcome(
-    answers: Mapping[int, dict[str, Any]], processes: Sequence[subprocess.Popen[str]], timeout: float
-) -> dict[str, Any]:
-    """The answer of process 0, or the failure that came first; a death by a signal explains all the others.
+def _outcome(answers: Mapping[int, dict[str, Any]], processes: Sequence[subprocess.Popen[str]], timeout: float) -> Any:
+    """Return the answer of process 0, or raise the failure that came first; a death by a signal explains the others.
 
     A process that waited in vain explains nothing: those that did not answer do. (NCCL aborts such a process.)
     """
@@ -231,45 +221,34 @@ def interruptible() -> Iterator[None]:
 
 
 def main() -> int:
-    """Run one process of several: the task comes in by stdin, the answer goes into the pipe."""
+    """Run one process of several: the work comes in by stdin, the answer goes into the pipe."""
     pipe = Connection(int(os.environ[WORKER]), readable=False)
-    config, run_dir, checkpoint = json.loads(sys.stdin.readline())
+    work = Work(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    ending = ExitStack()
     try:
-        from kd.run.train import peak_memory, start_logging
-
-        if join(config) == 0:
-            start_logging(Path(run_dir))  # the parent has the lock
-        else:
+        if join(work.hardware) > 0:
             quiet()
-        from kd.parallel import group
-        from kd.run.trainer import fit
+        from kd.parallel import group  # start-up: torch
 
-        outcome = fit(config, Path(run_dir), checkpoint and Path(checkpoint))
-        _close_loggers(run_dir, {"status": "finished", **outcome})
+        result = work.run(ending)
         group.leave()
-        pipe.send({"outcome": {**outcome, "peak_memory_mb": peak_memory()}})
+        pipe.send({"outcome": result})
+        ending.close()
         return 0
     except (KeyboardInterrupt, SystemExit):
         return 130
     except Exception as error:
-        from kd.parallel import group
+        from kd.parallel import group  # start-up: torch
 
-        shown, vain = named(error, Path(run_dir)), group.timed_out(error)
+        shown, vain = named(error, Path(work.where)), group.timed_out(error)
         if vain:  # which one did not answer, the parent knows
-            shown = MachineFailure(unanswered([], settings(config)["timeout_s"]))
+            shown = MachineFailure(unanswered([], work.hardware["timeout_s"]))
         text = str(shown) or type(shown).__name__
         pipe.send({"error": text, "kind": kind(shown), "traceback": traceback.format_exc(), "timed_out": vain})
-        _close_loggers(run_dir, {"status": "failed", "error": text})
+        ending.close()
         sys.stdout.flush()
         os._exit(1)  # a thread or a collective that hangs must not keep the others waiting
-
-
-def _close_loggers(run_dir: str, ending: dict[str, Any]) -> None:
-    """W&B runs belong to the process that opened them; the parent writes the record."""
-    loggers = sys.modules.get("kd.tracking.loggers")
-    if loggers is not None:
-        loggers.finish_wandb({**record.read(run_dir), **ending})
 
 
 def _end_with_parent() -> None:

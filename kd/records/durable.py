@@ -35,7 +35,7 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
 
 
 def _of_writing(error: RuntimeError) -> bool:
-    """Whether it is an error of writing: ``torch.save`` makes a RuntimeError of an OSError, and has its own."""
+    """Tell whether it is an error of writing: ``torch.save`` makes a RuntimeError of an OSError, and has its own."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError) or "inline_container" in str(found) or "PytorchStreamWriter" in str(found):
@@ -53,7 +53,7 @@ def _flush(path: Path) -> None:
 
 
 def _flush_directory(directory: Path) -> None:
-    """The new name as well; some file systems cannot, and do it by themselves."""
+    """Flush the new name as well; some file systems cannot, and do it by themselves."""
     try:
         _flush(directory)
     except OSError as error:

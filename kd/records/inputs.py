@@ -11,7 +11,7 @@ KEYS = ("weights_read", "code_read")  # in the record of a run
 
 
 def read_by(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Which weights and which own code a run of this config reads, as its record says it."""
+    """Return which weights and which own code a run of this config reads, as its record says it."""
     teacher = config["teacher"]  # without a network in the config its weights bring theirs along
     paths = weight_files.paths(teacher["checkpoint"]) if teacher.get("model") is None else ()
     code = sources.read_by(config, [weight_files.network(path) for path in paths])
@@ -19,7 +19,7 @@ def read_by(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """A sentence when something that a run of this record has read is other now; "" when not, or not known.
+    """Return a sentence when something that a run of this record has read is other now; "" when not, or not known.
 
     ``config``: of the run, or as much of it as says ``{role: {checkpoint: …}}``.
     """

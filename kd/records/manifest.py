@@ -54,7 +54,7 @@ def write(directory: Path, manifest: Manifest) -> None:
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest of a sweep's directory. ``KdError`` when there is none or it cannot be read."""
+    """Return the manifest of a sweep's directory. ``KdError`` when there is none or it cannot be read."""
     file = directory / FILE
     if not file.is_file():
         raise KdError(f"{directory} is not the directory of a sweep or study: there is no {FILE} in it")
@@ -74,7 +74,7 @@ def _job(name: str, node: Mapping[str, Any]) -> Job:
 
 
 def find(run_dir: Path) -> tuple[Manifest, Job] | None:
-    """The sweep or study that a run belongs to, and its job there; None for a run of its own."""
+    """Return the sweep or study that a run belongs to, and its job there; None for a run of its own."""
     run_dir = run_dir.resolve()
     for directory in list(run_dir.parents)[:2]:
         if (directory / FILE).is_file():

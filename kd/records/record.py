@@ -15,6 +15,10 @@ from kd.errors import KdError
 from kd.records.durable import replacing
 
 FILE = "result.json"
+CONFIG = "config.yaml"  # what else a run directory holds, beside weights
+METRICS = "metrics.csv"
+PREDICTIONS = {"val": "predictions_val.npz", "test": "predictions_test.npz"}
+EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 SCHEMA = 1
 NOT_THE_EXPERIMENT = ("seed", "name", "tags", "notes", "paths", "logger", "hardware", "resume")
 
@@ -44,7 +48,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def metrics_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The descriptions of the metrics that a finished run's task has measured, the main one first.
+    """Return the descriptions of the metrics that a finished run's task has measured, the main one first.
 
     Each has the keys of :class:`kd.tasks.base.Metric`. A run of an older kd has none: then its selecting metric stands
     for all, the more the better.
@@ -55,19 +59,19 @@ def metrics_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def better(record: Mapping[str, Any], measure: str) -> str:
-    """Whether ``max`` or ``min`` of a measure (``val/acc1``, ``latency_ms``) of a finished run is better."""
+    """Tell whether ``max`` or ``min`` of a measure (``val/acc1``, ``latency_ms``) of a finished run is better."""
     split, _, name = measure.rpartition("/")
     found = [m["better"] for m in metrics_of(record) if m["name"] == name]
     return found[0] if split and found else "max" if split else "min"
 
 
 def data_seeds(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The seeds of the data: :func:`config_hash` leaves them out."""
+    """Return the seeds of the data: :func:`config_hash` leaves them out."""
     return {key: config["data"].get(key) for key in ("seed", "split_seed")}
 
 
 def changes_results(override: str) -> bool:
-    """Whether an override may change what is measured: by :func:`config_hash`, or as a seed of the data."""
+    """Tell whether an override may change what is measured: by :func:`config_hash`, or as a seed of the data."""
     key = override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
     section, _, rest = key.partition(".")
     if section == "hardware":
@@ -77,7 +81,7 @@ def changes_results(override: str) -> bool:
 
 
 def _without_nulls(value: Any) -> Any:
-    """An option that is null counts like one that does not exist: a new one changes no hash of before."""
+    """Drop options that are null, which count like ones that do not exist: a new one changes no hash of before."""
     if isinstance(value, Mapping):
         return {str(k): _without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
@@ -97,7 +101,7 @@ def _experiment_of(checkpoint: Any) -> Any:
 
 
 def commit(directory: str | Path = ".") -> str | None:
-    """The git commit of a directory, with ``+changes`` when tracked files differ; None outside of a repository."""
+    """Return a directory's git commit, with ``+changes`` when tracked files differ; None outside of a repository."""
     try:
         head = _git(directory, "rev-parse", "HEAD")
         return head + ("+changes" if _git(directory, "status", "--porcelain", "--untracked-files=no") else "")
@@ -122,7 +126,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
-    """The record of a run. ``KdError`` when the directory has none or it cannot be read."""
+    """Return the record of a run. ``KdError`` when the directory has none or it cannot be read."""
     file = Path(run_dir) / FILE
     if not file.is_file():
         raise KdError(f"{run_dir} is not a run directory: there is no {FILE} in it")
@@ -140,18 +144,18 @@ def read(run_dir: str | Path) -> dict[str, Any]:
 
 
 def broken(run_dir: str | Path, why: str = "it is not what kd writes") -> KdError:
-    """The error for a record that cannot be read: what is wrong, and the way on."""
+    """Return the error for a record that cannot be read: what is wrong, and the way on."""
     aside = "move that directory away (its sweep or study then trains the run anew)"
     return KdError(f"{Path(run_dir) / FILE} cannot be read: {why}; {aside}")
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """The resolved config of a run."""
+    """Return the resolved config of a run."""
     import yaml
 
-    from kd.records import yaml_text  # here, as yaml: most commands read no config of a run
+    from kd.records import yaml_text  # start-up: as yaml, most commands read no config of a run
 
-    file = Path(run_dir) / "config.yaml"
+    file = Path(run_dir) / CONFIG
     if not file.is_file():
         raise KdError(f"{run_dir} is not a run directory: there is no config.yaml in it")
     try:

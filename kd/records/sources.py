@@ -13,7 +13,7 @@ import json
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import resolve_name
 from pathlib import Path
@@ -30,12 +30,12 @@ Code = dict[str, str | None]
 
 
 def read_by(config: Mapping[str, Any], networks: Sequence[Any] = ()) -> dict[str, Code | None]:
-    """Which own code a run of this config runs: ``_target_`` → modules, None where there is no such module.
+    """Return which own code a run of this config runs: ``_target_`` → modules, None where there is no such module.
 
     ``networks``: further ones, that the config does not name. Left out are targets without own code, and those of
     sections that change no result, as loggers.
     """
-    from kd.config.keys import targets  # here, as omegaconf comes with it: a report only compares
+    from kd.config.keys import targets  # start-up: omegaconf comes with it, a report only compares
 
     nodes = [node for path, node in targets(config) if changes_results(path)]
     with suppress(RecursionError):  # a stranger's file may be nested as deep as it likes
@@ -46,9 +46,8 @@ def read_by(config: Mapping[str, Any], networks: Sequence[Any] = ()) -> dict[str
 
 
 def changed(record: Mapping[str, Any]) -> str:
-    """A sentence when own code that a run of this record ran is other code now; "" when not, or not known."""
-    there = record.get("code_read")
-    for target, before in there.items() if isinstance(there, Mapping) else ():
+    """Return a sentence when own code that a run of this record ran is other code now; "" when not, or not known."""
+    for target, before in _known(record).items():
         now = code_of(target)
         if not now or not isinstance(before, Mapping):
             continue
@@ -60,29 +59,34 @@ def changed(record: Mapping[str, Any]) -> str:
     return ""
 
 
-def fingerprint(record: Mapping[str, Any]) -> str:
-    """Twelve hex digits of all own code that a run of this record ran; "" when there was none, or it is not known."""
+def _known(record: Mapping[str, Any]) -> Mapping[str, Any]:
     there = record.get("code_read")
+    return there if isinstance(there, Mapping) else {}
+
+
+def fingerprint(record: Mapping[str, Any], targets: Collection[str]) -> str:
+    """Twelve hex digits of the code with which a run of this record ran these targets; "" for none, or not known."""
+    there = {target: code for target, code in _known(record).items() if target in targets}
     return hashlib.sha256(json.dumps(there, sort_keys=True).encode()).hexdigest()[:12] if there else ""
 
 
 def mixed(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The targets that runs of these records ran with different code."""
+    """Return the targets that runs of these records ran with different code."""
     seen: dict[str, set[str]] = {}
     for record in records:
-        for target, code in (record.get("code_read") or {}).items():
+        for target, code in _known(record).items():
             seen.setdefault(target, set()).add(json.dumps(code, sort_keys=True))
     return [target for target, codes in seen.items() if len(codes) > 1]
 
 
 def code_of(target: str) -> Code | None:
-    """The own modules that a dotted target runs: its own, what that imports, and the packages they are in.
+    """Return the own modules that a dotted target runs: its own, what that imports, and the packages they are in.
 
     Imports are followed wherever they stand in a file, those inside of functions too, by their names alone.
     None when there is no such module; empty when it is no own code.
     """
-    look = functools.cache(find)  # of this moment: files come and go while a sweep runs
-    if look(target.partition(".")[0]) is None:
+    found_now = functools.cache(find)  # of this moment: files come and go while a sweep runs
+    if found_now(target.partition(".")[0]) is None:
         return None
     found: Code = {}
     waiting = [target]
@@ -93,7 +97,7 @@ def code_of(target: str) -> Code | None:
             continue
         for count in range(1, len(parts) + 1):
             module = ".".join(parts[:count])
-            spec = look(module)
+            spec = found_now(module)
             if spec is None:
                 break
             package = spec.submodule_search_locations is not None
@@ -115,7 +119,7 @@ def _absolute(level: int, name: str, package: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _installed(package: str) -> bool:
-    """Whether an outermost package is no own code; False as well for one that does not exist or has no file."""
+    """Tell whether an outermost package is no own code; False as well for one that does not exist or has no file."""
     spec = find(package)
     if package == "kd" or spec is None or spec.origin is None:
         return package == "kd"
@@ -130,7 +134,7 @@ def _below_installed(file: str) -> bool:
 
 
 def _file(module: str) -> str:
-    """Where a module lies, as seen from the working directory; its name when it is nowhere."""
+    """Tell where a module lies, as seen from the working directory; its name when it is nowhere."""
     spec = find(module)
     if spec is None or spec.origin is None:
         return module
@@ -170,7 +174,7 @@ def _parsed(file: str, changed: int, size: int) -> tuple[str, Imports]:
 
 
 def _spelled(tree: ast.AST) -> str:
-    """A syntax tree as text, without comments, docstrings and layout.
+    """Return a syntax tree as text, without comments, docstrings and layout.
 
     Python 3.10 to 3.13 spell it alike; ``ast.dump`` and ``ast.unparse`` differ between them: a new Python alone would
     make runs outdated.
@@ -196,7 +200,7 @@ def _spelled(tree: ast.AST) -> str:
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Every name that is imported, those of ``from`` as well: each may be a module."""
+    """Yield every name that is imported, those of ``from`` as well: each may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)

@@ -9,8 +9,8 @@ from typing import Any
 
 from kd.config.composition import flat
 from kd.errors import KdError
-from kd.records import inputs, lock, record, weight_files
-from kd.run import resume
+from kd.records import inputs, lock, record, sources, weight_files
+from kd.records.weight_files import CHECKPOINT
 
 MISSING, FINISHED, FAILED, INTERRUPTED, PRUNED = "missing", "finished", "failed", "interrupted", "pruned"
 RUNNING = "running"  # in another process
@@ -26,8 +26,8 @@ class State:
     record: Mapping[str, Any] | None = None
 
 
-def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
-    """The state of a job. A run that says "running" was killed, unless a process still holds its lock.
+def state_of(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
+    """Read the state of a job. A run that says "running" was killed, unless its process lives or holds its lock.
 
     With ``config``: ``KdError`` when the directory holds a run of another configuration.
     """
@@ -35,26 +35,38 @@ def look(run_dir: Path, config: Mapping[str, Any] | None = None) -> State:
         return State(MISSING, "it did not start")
     found = record.read(run_dir)
     # a run that never began has no config yet; one that failed by itself is started anew in any case
-    kept = found["status"] != FAILED or resume.possible(run_dir, found)
-    if config is not None and kept and (run_dir / "config.yaml").is_file():
+    kept = found["status"] != FAILED or resumable(run_dir, found)
+    if config is not None and kept and (run_dir / record.CONFIG).is_file():
         refuse_another(run_dir, record.read_config(run_dir), config)
         if other := inputs.changed(found, config):
             raise KdError(f"{run_dir}: {other}: remove that run, or choose another hydra.sweep.dir")
     if found["status"] in (*DONE, FAILED):
         return State(found["status"], found.get("error") or "", found)
-    if found["status"] == RUNNING and busy(run_dir):
+    if found["status"] == RUNNING and (busy(run_dir) or lock.alive(found.get("process"))):
         return State(RUNNING, "another process trains in it", found)
     return State(INTERRUPTED, found.get("error") or "it was killed", found)
 
 
+def resumable(run_dir: Path, before: Mapping[str, Any]) -> bool:
+    """Tell whether a run of this record, not finished, has a checkpoint from which it is worth while to go on.
+
+    Not where the run itself failed, by its configuration or a loss that is not finite: it would fail again. Nor where
+    something unexpected was raised and the user's own code has been changed since: that was the repair.
+    """
+    failure = before.get("failure")
+    if failure == "run" or (failure == "unexpected" and sources.changed(before)):
+        return False
+    return (run_dir / CHECKPOINT).is_file()
+
+
 def busy(run_dir: Path) -> bool:
-    """Whether a process, perhaps on another node, trains in a run directory; before version 0.1 it locked its log."""
+    """Tell whether a process, perhaps on another node, trains in a directory; before version 0.1 it locked its log."""
     file = run_dir / lock.RUN
     return lock.busy(file if file.exists() else run_dir / "train.log")
 
 
 def same_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether two configs are of the same experiment, with the same seeds of its own, its data and what it reads."""
+    """Tell whether two configs are of one experiment, with the same seeds of its own, its data and what it reads."""
     seeds = [(c["seed"], c["data"].get("seed"), c["data"].get("split_seed"), _seeds_read(c)) for c in (there, here)]
     return record.config_hash(there) == record.config_hash(here) and seeds[0] == seeds[1]
 
@@ -64,9 +76,7 @@ def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, A
     if same_run(there, here):
         return
     if gone := weight_files.absent(here):
-        raise KdError(
-            f"{gone} does not exist: whether {run_dir} is a run of it cannot be told (its results: kd report)"
-        )
+        raise KdError(f"{gone} does not exist: whether {run_dir} is a run of it is not known (its results: kd report)")
     old, new = flat(there), flat(here)
     ignored = tuple(f"{section}." for section in record.NOT_THE_EXPERIMENT)
     differ = [
@@ -81,6 +91,6 @@ def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, A
 
 
 def _seeds_read(config: Mapping[str, Any]) -> list[Any]:
-    """The seeds of the runs that a run reads: those of one experiment have one hash, and are other networks."""
+    """Return the seeds of the runs that a run reads: those of one experiment have one hash, and are other networks."""
     given = [p for role in ("student", "teacher") for p in weight_files.paths(config[role]["checkpoint"])]
     return [record.read(p).get("seed") if (Path(p) / record.FILE).is_file() else None for p in given]

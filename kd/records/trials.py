@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd.config.instantiate import make
 from kd.errors import KdError
 from kd.records import record
 
@@ -39,8 +40,8 @@ class FileLock:
         os.close(self.handle)
 
 
-def installed() -> None:
-    """``KdError`` with the command that installs Optuna, if it is missing."""
+def require_optuna() -> None:
+    """Raise ``KdError`` with the command that installs Optuna, if it is missing."""
     try:
         import optuna
     except ModuleNotFoundError:
@@ -49,13 +50,13 @@ def installed() -> None:
 
 
 def absolute(url: str | None) -> str | None:
-    """An SQLite URL with an absolute path: it must mean the same file from everywhere."""
+    """Return an SQLite URL with an absolute path: it must mean the same file from everywhere."""
     prefix = "sqlite:///"
     return prefix + os.path.abspath(url[len(prefix) :]) if url and url.startswith(prefix) else url
 
 
-def opened(directory: Path, url: str | None) -> Any:
-    """The storage of a search: its journal file, or a data base by URL. ``KdError`` when it cannot be used."""
+def open_storage(directory: Path, url: str | None) -> Any:
+    """Open the storage of a search: its journal file, or a data base by URL. ``KdError`` when it cannot be used."""
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -69,7 +70,7 @@ def opened(directory: Path, url: str | None) -> Any:
         raise KdError(f"{where} cannot be used: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
-def mend(journal: Path) -> None:
+def truncate_torn_line(journal: Path) -> None:
     """Cut off a last line that was not written to its end: a machine that lost power may leave one.
 
     Call it before anybody else may write.
@@ -91,18 +92,16 @@ def write_settings(directory: Path, settings: Mapping[str, Any] | None) -> None:
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
-    """What the parent wrote; None: the search has no pruner."""
+    """Return what the parent wrote; None: the search has no pruner."""
     file = directory / SETTINGS
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def pruner(node: Mapping[str, Any] | str) -> Any:
-    """A pruner by its short name or as a node with ``_target_``. ``KdError`` when it cannot be made."""
-    from kd.run import build
-
-    return build.make(PRUNERS[node] if isinstance(node, str) else node, "hydra.sweeper.pruner")
+    """Make a pruner by its short name or as a node with ``_target_``. ``KdError`` when it cannot be made."""
+    return make(PRUNERS[node] if isinstance(node, str) else node, "hydra.sweeper.pruner")
 
 
 def job_of(trial: Any) -> str | None:
-    """The directory of a trial's run; None for a trial that was killed before it had one."""
+    """Name the directory of a trial's run; None for a trial that was killed before it had one."""
     return trial.user_attrs.get("job")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from kd.records import record
 
 SELECTED = "student.safetensors"  # of a run directory: the weights that the validation split picked
 LAST = "student_last.safetensors"
+TERMS = "terms.safetensors"  # what terms have learned or kept: adapters, banks
 FILES = {"selected": SELECTED, "last": LAST}
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 TRAINED_ALONG = "trained along, not kept"  # in a record: of a teacher whose weights the run changed
@@ -50,27 +52,34 @@ def source_of(checkpoint: str | Path, epoch: str | None) -> dict[str, Any]:
     ``epoch`` of the result counts from 0, ``val`` are the metrics that the run recorded for it. Empty for other files.
     """
     file = locate(checkpoint, epoch)
-    which = epoch_of(file)
+    part = recorded_of(file)
     try:
-        part = record.read(file.parent)["student"][which]
-        return {"weights": which, "epoch": int(part["epoch"]), "val": dict(part["val"])}
-    except (KdError, KeyError, TypeError, ValueError):  # no run, or one that has not ended
+        return {"weights": epoch_of(file), "epoch": int(part["epoch"]), "val": dict(part["val"])}
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def recorded_of(file: Path) -> dict[str, Any]:
+    """What the record beside a file of a run says of its student; empty for other files, or a run that did not end."""
+    try:
+        return dict(record.read(file.parent)["student"][epoch_of(file)])
+    except (KdError, KeyError, TypeError, ValueError):
         return {}
 
 
 def paths(checkpoint: Any) -> list[str]:
-    """What a config says of ``teacher.checkpoint`` or ``student.checkpoint``, null, a path or a list, as a list."""
+    """List what a config gives as ``teacher.checkpoint`` or ``student.checkpoint``: null, a path or a list."""
     return [str(c) for c in (checkpoint if isinstance(checkpoint, (list, tuple)) else [checkpoint]) if c is not None]
 
 
 def read_by(config: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """Which weights a run of this config reads: key → fingerprints, None for a file that is not there (yet)."""
+    """Return which weights a run of this config reads: key → fingerprints, None for a file that is not there (yet)."""
     found = {f"{role}.checkpoint": _fingerprints(config[role]) for role in ("student", "teacher")}
     return {key: given for key, given in found.items() if given}
 
 
 def changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """A sentence when the weights that a run of this record has read are others now; "" when not, or not known.
+    """Return a sentence when the weights that a run of this record has read are others now; "" when not, or not known.
 
     ``config``: of the run, or as much of it as says ``{role: {checkpoint: …, epoch: …}}``.
     """
@@ -88,14 +97,22 @@ def _fingerprints(section: Mapping[str, Any]) -> list[str | None]:
     return [_fingerprint_at(path, section.get("epoch")) for path in paths(section.get("checkpoint"))]
 
 
-def absent(config: Mapping[str, Any]) -> str:
-    """The first checkpoint of a config that does not exist, as ``teacher.checkpoint = PATH``; "" when all do."""
-    given = [(role, path) for role in ("student", "teacher") for path in paths(config[role]["checkpoint"])]
-    return next((f"{role}.checkpoint = {path}" for role, path in given if not Path(path).exists()), "")
+def absent(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> str:
+    """Return the first checkpoint of a config that does not exist, as ``teacher.checkpoint = PATH``; "" when all do.
+
+    ``record``: of a run of this config; " (fingerprint …)" says which weights it read there, if that is known.
+    """
+    there = (record or {}).get("weights_read") or {}
+    for key in ("student.checkpoint", "teacher.checkpoint"):
+        given = paths(config[key.partition(".")[0]]["checkpoint"])
+        for path, read in itertools.zip_longest(given, (there.get(key) or ())[: len(given)]):
+            if not Path(path).exists():
+                return f"{key} = {path}{f' (fingerprint {read})' if read else ''}"
+    return ""
 
 
 def network(path: str) -> Any:
-    """The network that a safetensors file says it belongs to, a node with a ``_target_``; None where it says none."""
+    """Read the network that a safetensors file names, a node with a ``_target_``; None where it names none."""
     try:
         with locate(path).open("rb") as content:
             metadata = json.loads(content.read(int.from_bytes(content.read(8), "little")))["__metadata__"]

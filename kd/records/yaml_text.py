@@ -13,7 +13,7 @@ MOST = 100_000
 
 
 def load(text: str, loader: Any = yaml.SafeLoader) -> Any:
-    """The value of a YAML text. Raises ``KdError`` for more than :data:`MOST` values, else what ``loader`` raises.
+    """Load a YAML text. Raises ``KdError`` for more than :data:`MOST` values, else what ``loader`` raises.
 
     ``loader``: PyYAML's ``SafeLoader``, ``CSafeLoader``, or a subclass.
     """
@@ -34,7 +34,7 @@ def load(text: str, loader: Any = yaml.SafeLoader) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node holds, each alias counted as if it were written out."""
+    """Count the values that a node holds, each alias counted as if it were written out."""
     if id(node) not in known:
         known[id(node)] = MOST + 1  # an alias inside of what it stands for has no end
         parts = [p for pair in node.value for p in pair] if isinstance(node, yaml.MappingNode) else node.value

@@ -1,4 +1,4 @@
-"""Runs and published numbers → tables, figures, one page. No torch."""
+"""Make tables, figures and one page from runs and published numbers. No torch."""
 
 from kd.report.report import Report, build
 

@@ -1,9 +1,9 @@
-"""The comparisons of a study with their intervals, and what its claim comes to. No torch."""
+"""Compute the comparisons of a study with their intervals; ``verdicts`` judges its conditions by them. No torch."""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,14 +11,12 @@ import numpy as np
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import stats, taught
+from kd.records import record
+from kd.report import stats, teacher_weights
 from kd.report.frame import FINISHED, finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval, OverImages
-from kd.studies.spec import Comparison, Condition, Study
-
-SUPPORTED, CONTRADICTED, OPEN, INCOMPLETE = "supported", "contradicted", "not shown", "incomplete"
-PREDICTIONS = "predictions_test.npz"
+from kd.studies.study import Comparison, Study
 
 
 @dataclass(frozen=True)
@@ -36,25 +34,26 @@ class Compared:
     corrected: float | None = None
 
     def show(self, value: float) -> str:
-        """A number of this comparison: ``+1.20``, or ``91 %`` for the share of a gap."""
-        if self.comparison.share_of:
-            return f"{100 * value:.0f}\u00a0%".replace("-", "−")
-        return self.measure.change(value)
+        """Write a number of this comparison: ``+1.20``, or ``91 %`` for the share of a gap."""
+        return show_change(self.comparison, self.measure, value)
+
+    def size(self, value: float) -> str:
+        """Write the size of a difference, without a sign: ``1.20 points``."""
+        return f"{self.show(abs(value)).lstrip('+')}{self.unit}"
 
     @property
     def unit(self) -> str:
-        """The unit of a difference, with a space before it."""
-        unit = "" if self.comparison.share_of else self.measure.change_unit
-        return f" {unit}" if unit else ""
+        """Return the unit of a difference, with a space before it."""
+        return unit_of(self.comparison, self.measure)
 
     @property
     def title(self) -> str:
-        """Its name in the study, which tells it from others of the same rows, and the rows."""
+        """Return its name in the study, which tells it from others of the same rows, and the rows."""
         return f"{self.comparison.name}: {self.label}"
 
     @property
     def sentence(self) -> str:
-        """The estimate with its interval."""
+        """Write the estimate with its interval."""
         found, bounds = self.interval, self.interval.headline
         if np.isnan(found.estimate):
             return f"{self.title}: {found.note}"
@@ -65,13 +64,26 @@ class Compared:
         return f"{text}, 95\u00a0% interval {self.show(bounds[0])} to {self.show(bounds[1])} ({found.method}{note})"
 
 
+def show_change(comparison: Comparison, measure: Measure, value: float) -> str:
+    """Write a number of a comparison: ``+1.20``, or ``91 %`` for the share of a gap."""
+    if comparison.share_of:
+        return f"{100 * value:.0f}\u00a0%".replace("-", "−")
+    return measure.change(value)
+
+
+def unit_of(comparison: Comparison, measure: Measure) -> str:
+    """Return the unit of a difference, with a space before it; "" for the share of a gap."""
+    unit = "" if comparison.share_of else measure.change_unit
+    return f" {unit}" if unit else ""
+
+
 def label_of(study: Study, row: str) -> str:
-    """What a row is called on the page."""
+    """Return what a row is called on the page."""
     return study.rows[row].label or row
 
 
 def known(study: Study, frame: pd.DataFrame, measure: str) -> str | None:
-    """The column of a measure; None while it may still come, because runs are missing. ``KdError`` if no run has it."""
+    """Find the column of a measure; None while runs are missing that may have it. ``KdError`` if no run has it."""
     try:
         return resolve(frame.columns, measure, study.epoch)
     except KdError:
@@ -81,7 +93,7 @@ def known(study: Study, frame: pd.DataFrame, measure: str) -> str | None:
 
 
 def aligned(study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, str]]) -> list[np.ndarray]:
-    """One array for each (row, column), of the seeds that all of these rows have finished.
+    """Return one array for each (row, column), of the seeds that all of these rows have finished.
 
     A row that is meant to have a single run, a teacher that all students share, stands beside every seed.
     """
@@ -104,7 +116,7 @@ def _is_shared(study: Study, frame: pd.DataFrame, row: str, column: str) -> bool
 
 
 def _with_shared(study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, str]], interval: Interval) -> Interval:
-    """The interval, with a note on each row whose one run stands beside every seed."""
+    """Add a note to the interval on each row whose one run stands beside every seed."""
     shared = dict.fromkeys(label_of(study, row) for row, column in wanted if _is_shared(study, frame, row, column))
     if interval.headline is None or not shared:
         return interval
@@ -113,11 +125,11 @@ def _with_shared(study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, 
 
 
 def compare(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, Compared]:
-    """Every comparison of the study, with p values corrected for their number.
+    """Compute every comparison of the study, with p values corrected for their number.
 
     Shares are left out of the correction: their p is that of the difference, which would count twice.
     """
-    found = {name: _compare(study, frame, c, runs_dir) for name, c in study.comparisons.items()}
+    found = {name: compare_one(study, frame, c, runs_dir) for name, c in study.comparisons.items()}
     tested = [n for n, c in found.items() if c.interval.p is not None and not c.comparison.share_of]
     corrected = stats.holm([found[name].interval.p for name in tested])  # type: ignore[misc]
     for name, p in zip(tested, corrected, strict=True):
@@ -125,12 +137,13 @@ def compare(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[st
     return found
 
 
-def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir: Path | None) -> Compared:
+def compare_one(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir: Path | None) -> Compared:
+    """Compute one comparison, its p uncorrected; arguments as of :func:`compare`."""
     column = known(study, frame, comparison.measure)
     other = known(study, frame, comparison.than_measure or comparison.measure)
     measure = measure_of(frame, column or comparison.measure)
     label = _label(study, comparison, measure, measure_of(frame, other or comparison.than_measure or measure.column))
-    if itself(comparison):
+    if is_with_itself(comparison):
         return Compared(comparison, label, measure, Interval(np.nan, 0, note="a row beside itself cannot differ"))
     if column is None or other is None:
         return Compared(comparison, label, measure, Interval(np.nan, 0, note="not measured yet"))
@@ -146,13 +159,13 @@ def _compare(study: Study, frame: pd.DataFrame, comparison: Comparison, runs_dir
     return Compared(comparison, label, measure, interval, images)
 
 
-def itself(comparison: Comparison) -> bool:
-    """Whether a row stands beside itself in one and the same measure: there is nothing to compare."""
+def is_with_itself(comparison: Comparison) -> bool:
+    """Tell whether a row stands beside itself in one and the same measure: there is nothing to compare."""
     return comparison.row == comparison.than and comparison.than_measure in (None, comparison.measure)
 
 
 def _label(study: Study, comparison: Comparison, measure: Measure, other: Measure) -> str:
-    """The rows of a comparison, with the measures where there are two of them."""
+    """Name the rows of a comparison, with the measures where there are two of them."""
     row, than = label_of(study, comparison.row), label_of(study, comparison.than)
     if comparison.share_of:
         return f"share of the gap from “{than}” to “{label_of(study, comparison.share_of)}” that “{row}” closes"
@@ -167,7 +180,7 @@ def _label(study: Study, comparison: Comparison, measure: Measure, other: Measur
 
 
 def _of_test_images(column: str) -> bool:
-    """Whether a column counts the student's right test images, which kept predictions can do too."""
+    """Tell whether a column counts the student's right test images, which kept predictions can do too."""
     epoch, _, rest = column.partition("/")
     return epoch in EPOCHS and rest in ("test/acc1", "test/errors", "test/error")
 
@@ -175,9 +188,9 @@ def _of_test_images(column: str) -> bool:
 def gap_closed(
     study: Study, frame: pd.DataFrame, wanted: Sequence[tuple[str, str]], measure: Measure
 ) -> stats.Interval:
-    """The share of the gap between a second and a third row that a first one closes; (row, column) of the three."""
+    """Compute the share of the gap between a second and a third row that a first one closes; (row, column) of each."""
     found = aligned(study, frame, wanted)
-    if taught.by_others(study, frame, wanted[0][0], wanted[2][0]):
+    if teacher_weights.differ(study, frame, wanted[0][0], wanted[2][0]):
         label = label_of(study, wanted[2][0])
         return Interval(np.nan, len(found[0]), note=f"it learned from other weights of “{label}” than those shown")
     if n := len(found[0]):
@@ -188,7 +201,7 @@ def gap_closed(
 
 
 def _over_images(frame: pd.DataFrame, comparison: Comparison, runs_dir: Path) -> OverImages | None:
-    """Both rows on the same test images, where both kept their predictions (those of the val-selected student)."""
+    """Compare both rows on the same test images, where both kept predictions (those of the val-selected student)."""
     sides = [_predictions(frame, row, runs_dir) for row in (comparison.row, comparison.than)]
     pairs = []
     for seed in sorted(sides[0].keys() & sides[1].keys()):
@@ -210,11 +223,11 @@ def _predictions(frame: pd.DataFrame, row: str, runs_dir: Path) -> dict[int, tup
 
 
 def predictions(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Index, target and logits (rows × classes) of a run's test images, sorted by index; None if they were not kept.
+    """Read index, target and logits (rows × classes) of a run's test images, sorted by index; None if not kept.
 
     ``KdError`` when the file cannot be read, or holds logits that are not finite.
     """
-    file = run_dir / PREDICTIONS
+    file = run_dir / record.PREDICTIONS["test"]
     if not file.is_file():
         return None
     try:
@@ -229,54 +242,3 @@ def predictions(run_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | No
         f"{file}: the student's answer is not finite for {bad.size} image(s) of test (NaN or infinity; index "
         f"{index[bad[0]]}): remove the run and train it anew"
     )
-
-
-# ---------------------------------------------------------------------- the claim
-
-
-def verdict(study: Study, compared: Mapping[str, Compared], frame: pd.DataFrame) -> tuple[str, list[str]]:
-    """``supported`` when every condition holds, ``contradicted`` when one cannot, else ``not shown``; and why.
-
-    ``incomplete`` while a run of the rows that are compared is not finished: to look at some of the seeds and stop
-    when they please would be no test. ``supported`` needs no correction for the number of conditions, all of them must
-    hold at 95 % (an intersection-union test); ``contradicted`` is one of several intervals, and its error grows with
-    their number.
-    """
-    if not study.supported:
-        return "", []
-    judged = [judge(condition, compared[condition.comparison]) for condition in study.supported]
-    states = [state for state, _ in judged]
-    needed = {row for c in study.supported for row in _rows_of(compared[c.comparison].comparison)}
-    unfinished = (frame["row"].isin(needed) & (frame["status"] != FINISHED)).any()
-    decided = SUPPORTED if set(states) == {SUPPORTED} else CONTRADICTED if CONTRADICTED in states else OPEN
-    return INCOMPLETE if unfinished else decided, [sentence for _, sentence in judged]
-
-
-def _rows_of(comparison: Comparison) -> set[str]:
-    return {row for row in (comparison.row, comparison.than, comparison.share_of) if row}
-
-
-def judge(condition: Condition, compared: Compared) -> tuple[str, str]:
-    """One condition: the whole interval fulfils it, none of it does, or the interval cannot tell."""
-    wanted = _wanted(condition, compared)
-    bounds = compared.interval.headline
-    if bounds is None:
-        return OPEN, f"{compared.sentence}. It had to be {wanted}: without an interval that is not shown."
-    low = -np.inf if condition.above is None else condition.above
-    high = np.inf if condition.below is None else condition.below
-    if condition.inside is not None:
-        low, high = condition.inside
-    if low < bounds[0] and bounds[1] < high:
-        return SUPPORTED, f"{compared.sentence}. It had to be {wanted}, and all of the interval is."
-    if bounds[1] < low or high < bounds[0]:
-        return CONTRADICTED, f"{compared.sentence}. It had to be {wanted}, and none of the interval is."
-    return OPEN, f"{compared.sentence}. It had to be {wanted}, and only a part of the interval is."
-
-
-def _wanted(condition: Condition, compared: Compared) -> str:
-    if condition.inside is not None:
-        low, high = condition.inside
-        return f"between {compared.show(low)} and {compared.show(high)}"
-    number = condition.above if condition.above is not None else condition.below
-    assert number is not None, f"a condition on {condition.comparison} without a number"
-    return f"{'above' if condition.above is not None else 'below'} {compared.show(number)}"

@@ -1,4 +1,4 @@
-"""A table of arms over seeds on the terminal: mean ± std, the paired difference, the published number, a figure."""
+"""What the terminal shows of a report, and of a table of arms over seeds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
+from kd.report import figures, style, tables
+from kd.report.report import Report
 from kd.report.stats import paired_interval
+from kd.studies.study import Study
+
+COLUMNS = 5  # of a report's table that the terminal shows
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Table:
     published: str
 
     def difference(self) -> tuple[float, float, float]:
-        """The mean paired difference over seeds and its 95 % interval (Student's t)."""
+        """Return the mean paired difference over seeds and its 95 % interval (Student's t)."""
         better, worse = (self.rows[i].values[self.measure] for i in self.compare)
         return paired_interval(better, worse)
 
@@ -50,9 +58,7 @@ class Table:
         print(f"figure:    {self.figure(out / f'{self.key}.png').resolve()}", flush=True)
 
     def figure(self, path: Path) -> Path:
-        """Bars of the measured column with a dot for every seed."""
-        from kd.report import figures, style
-
+        """Draw bars of the measured column with a dot for every seed."""
         rows = []
         for position, row in enumerate(self.rows):
             ink = style.STUDENT if position == self.compare[0] else style.ALONE
@@ -63,11 +69,7 @@ class Table:
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> None:
-    """A table on the terminal; all columns but the first are set right."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
+    """Print a table on the terminal; all columns but the first are set right."""
     table = RichTable()
     for position, name in enumerate(head):
         table.add_column(name, justify="right" if position else "left", overflow="fold")
@@ -78,3 +80,18 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
         console.width = 120
     console.print(f"\n{title}", style="bold", markup=False)
     console.print(table)
+
+
+def print_report(study: Study, report: Report) -> None:
+    """Print the first columns of the table, the verdict with its conditions, and where the pages are."""
+    grid = tables.main_grid(study, report.table, report.shown)
+    some = slice(0, COLUMNS)  # the page has all
+    print_table(study.question or study.name, grid.head[some], [row[some] for row in grid.rows])
+    if report.verdict.conditions:
+        print(f"The claim: {study.claim}\n{report.verdict.headline}:")
+        for judged in report.verdict.conditions:
+            print(f"  {judged.text}")
+    for note in report.notes:
+        print(note)
+    for path in report.paths.values():
+        print(path)

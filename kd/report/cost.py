@@ -1,4 +1,4 @@
-"""Accuracy against what a student costs: latency, multiply-accumulates, parameters. No torch."""
+"""Draw accuracy against what a student costs: latency, multiply-accumulates, parameters. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd.report.figures import capital, role
 from kd.report.frame import values
 from kd.report.measures import Measure
 from kd.report.style import styled
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 MOST_NAMES = 14  # points with their names; of more, only the best have one
 COSTS = (("student/latency_ms", "latency, ms an image"), ("student/macs", "multiply-accumulates an image"),
@@ -24,7 +24,7 @@ COSTS = (("student/latency_ms", "latency, ms an image"), ("student/macs", "multi
 
 @styled
 def pareto(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None:
-    """The measure against latency, MACs and parameters; the line joins the rows that no other row beats in both.
+    """Draw the measure against latency, MACs, parameters; the line joins the rows that no other row beats in both.
 
     A cost that orders the rows as one before it does has no panel.
     """
@@ -48,7 +48,7 @@ def pareto(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None
 
 
 def caption(figure: Canvas, measure: Measure) -> str:
-    """How to read the figure: what a point is, which way is better, and what the line joins."""
+    """Explain the figure: what a point is, which way is better, and what the line joins."""
     better, worse = ("lower", "above") if measure.lower_is_better else ("higher", "below")
     text = (
         "A point is a row of the table: the mean of its seeds, against its cost. Further left is cheaper, "
@@ -66,7 +66,7 @@ def caption(figure: Canvas, measure: Measure) -> str:
 
 
 def _points(study: Study, frame: pd.DataFrame, measure: Measure, cost: str) -> list[tuple[str, float, float, str]]:
-    """Label, cost, mean value and colour of every row that has both.
+    """Return label, cost, mean value and colour of every row that has both.
 
     The cost is the median over all runs of the same network: rows that train the same one cannot differ in it.
     """

@@ -1,4 +1,4 @@
-"""Figures that need the run directories: learning curves, and reliability from kept predictions. No torch."""
+"""Draw the figures that need the run directories: learning curves, and reliability from kept predictions. No torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from kd.errors import KdError
+from kd.records import record
 from kd.report import style
 from kd.report.claims import label_of, predictions
 from kd.report.frame import finished
 from kd.report.style import GREY, INK, SOFT, STUDENT, TEACHER, styled
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 MOST = 8  # lines, or panels, that one figure can hold
 BINS = 15  # of confidence, those of the calibration error
 
 
 def chosen(study: Study, frame: pd.DataFrame) -> list[str]:
-    """The rows that such a figure shows: those compared and what they are measured against, else the first ones."""
+    """Choose the rows that such a figure shows: those compared and their references, else the first ones."""
     named: list[str | None] = []
     for comparison in study.comparisons.values():
         row = study.rows[comparison.row]
@@ -35,7 +36,7 @@ def chosen(study: Study, frame: pd.DataFrame) -> list[str]:
 
 @styled
 def learning(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None:
-    """Validation accuracy by epoch: the mean over seeds, and the band from the lowest to the highest seed."""
+    """Draw validation accuracy by epoch: the mean over seeds, and the band from the lowest to the highest seed."""
     for column in ("val/acc1", "train/acc1"):
         curves = {name: _curve(frame, name, runs_dir, column) for name in chosen(study, frame)}
         lines = {name: curve for name, curve in curves.items() if len(curve) > 2}
@@ -63,22 +64,22 @@ def learning(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None
 
 
 def _settled(curve: pd.DataFrame) -> float:
-    """The lowest value after the first fifth of the epochs: the steep beginning would flatten all the rest."""
+    """Find the lowest value after the first fifth of the epochs: the steep beginning would flatten all the rest."""
     return float(curve[curve.index > curve.index[-1] / 5].min().min())
 
 
 def _inks(study: Study, names: Sequence[str]) -> list[str]:
-    """Teachers dark, students alone grey, a colour for each of the others."""
+    """Choose colours: teachers dark, students alone grey, a colour for each of the others."""
     teachers, alone = ({getattr(row, role) for row in study.rows.values()} for role in ("teacher", "alone"))
     others = [n for n in names if n not in teachers | alone]
     return [TEACHER if n in teachers else GREY if n in alone else style.colour(others.index(n)) for n in names]
 
 
 def _curve(frame: pd.DataFrame, row: str, runs_dir: Path, column: str) -> pd.DataFrame:
-    """Percent by epoch (1, 2, …), one column a seed; epochs that all seeds have. Empty if there is no curve."""
+    """Read percent by epoch (1, 2, …), one column a seed; epochs that all seeds have. Empty if there is no curve."""
     found = {}
     for run in finished(frame)[finished(frame)["row"] == row].itertuples():
-        file = runs_dir / str(run.run) / "metrics.csv"
+        file = runs_dir / str(run.run) / record.METRICS
         if not file.is_file():
             continue
         try:
@@ -98,7 +99,7 @@ def _curve(frame: pd.DataFrame, row: str, runs_dir: Path, column: str) -> pd.Dat
 
 @styled
 def reliability(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None:
-    """For each row, how often its answers of each confidence are right, all seeds together."""
+    """Draw for each row how often its answers of each confidence are right, all seeds together."""
     kept = {name: _confidence(frame, name, runs_dir) for name in chosen(study, frame)}
     kept = {name: found for name, found in kept.items() if found is not None}
     if not kept:
@@ -128,7 +129,7 @@ def _folded(text: str, width: int = 26) -> str:
 
 
 def _confidence(frame: pd.DataFrame, row: str, runs_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Confidence of every answer, and whether it is right; one vector each, all seeds."""
+    """Return the confidence of every answer, and whether it is right; one vector each, all seeds."""
     from scipy.special import softmax
 
     sure, right = [], []
@@ -142,7 +143,7 @@ def _confidence(frame: pd.DataFrame, row: str, runs_dir: Path) -> tuple[np.ndarr
 
 
 def calibration(sure: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Answers, mean confidence and share of right ones in each of 15 bins (NaN when empty); the calibration error."""
+    """Return answers, mean confidence and accuracy in each of 15 bins (NaN when empty), and the calibration error."""
     where = np.minimum((sure * BINS).astype(int), BINS - 1)
     count = np.bincount(where, minlength=BINS)
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Figures from the frame: a bar or dots a row, lines and maps over a grid. No torch."""
+"""Draw figures from the frame: a bar or dots a row, lines and maps over a grid. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd.report.claims import known, label_of
 from kd.report.frame import measure_of, values
 from kd.report.measures import Measure
 from kd.report.style import ALONE, INK, SOFT, STUDENT, TEACHER, styled
-from kd.studies.spec import Figure, Study
+from kd.studies.study import Figure, Study
 
 MOST_BARS = 40
 
@@ -32,7 +32,7 @@ class Bar:
 
 @styled
 def bars(rows: Sequence[Bar], title: str, axis: str, log: bool = False) -> Canvas | None:
-    """A dot for every seed and a stroke at the mean; bars where the axis can start at 0 without hiding the spread.
+    """Draw a dot a seed and a stroke at the mean; bars where the axis can start at 0 without hiding the spread.
 
     ``log``: the axis may be logarithmic, where one row would press the others together.
     """
@@ -71,7 +71,7 @@ def bars(rows: Sequence[Bar], title: str, axis: str, log: bool = False) -> Canva
 
 
 def study_bars(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | None:
-    """Every row of a study in its measure, teachers dark, students alone grey, distilled ones in colour."""
+    """Draw every row of a study in its measure, teachers dark, students alone grey, distilled ones in colour."""
     rows = [Bar(label_of(study, n), measure.scale * v, role(study, n), _theirs(study, frame, n, measure))
             for n in study.rows if len(v := values(frame, n, measure.column).to_numpy())]  # fmt: skip
     if not 1 < len(rows) <= MOST_BARS:
@@ -83,7 +83,7 @@ def study_bars(study: Study, frame: pd.DataFrame, measure: Measure) -> Canvas | 
 
 
 def role(study: Study, name: str) -> str:
-    """The colour of a row by what it is for the others."""
+    """Return the colour of a row by its role for the others."""
     if name in {row.teacher for row in study.rows.values()}:
         return TEACHER
     return ALONE if name in {row.alone for row in study.rows.values()} else STUDENT
@@ -99,7 +99,7 @@ def _theirs(study: Study, frame: pd.DataFrame, name: str, measure: Measure) -> f
 
 
 def capital(text: str) -> str:
-    """The first letter large, the others as they are."""
+    """Write the first letter large, the others as they are."""
     return text[:1].upper() + text[1:]
 
 
@@ -107,7 +107,7 @@ def capital(text: str) -> str:
 
 
 def of_grid(study: Study, frame: pd.DataFrame, wanted: Figure) -> Canvas | None:
-    """A figure that the study asks for: ``map`` or ``lines``."""
+    """Draw a figure of the study: ``map`` or ``lines``."""
     column = known(study, frame, wanted.measure)
     if column is None:
         return None
@@ -116,7 +116,7 @@ def of_grid(study: Study, frame: pd.DataFrame, wanted: Figure) -> Canvas | None:
 
 
 def _cells(study: Study, frame: pd.DataFrame, measure: Measure, *names: str) -> dict[tuple[Any, ...], np.ndarray]:
-    """The values of each combination of grid variables, all runs of all its rows, as shown."""
+    """Return the values of each combination of grid variables, all runs of all its rows, as shown."""
     cells: dict[tuple[Any, ...], list[float]] = {}
     for name, row in study.rows.items():
         found = values(frame, name, measure.column)
@@ -126,14 +126,14 @@ def _cells(study: Study, frame: pd.DataFrame, measure: Measure, *names: str) -> 
 
 
 def _ordered(found: Sequence[Any]) -> list[Any]:
-    """Distinct values, numbers by size, words as they came."""
+    """Order distinct values, numbers by size, words as they came."""
     distinct = list(dict.fromkeys(found))
     return sorted(distinct) if all(isinstance(v, (int, float)) for v in distinct) else distinct
 
 
 @styled
 def grid_map(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measure) -> Canvas | None:
-    """A coloured cell for each combination with its mean; the best of every line has a frame."""
+    """Draw a coloured cell for each combination with its mean; the best of every line has a frame."""
     assert wanted.y is not None, "a map has a y"
     cells = _cells(study, frame, measure, wanted.x, wanted.y)
     if not cells:
@@ -173,13 +173,13 @@ def _rectangle(x: float, y: float, width: float, height: float, **how: Any) -> A
 
 
 def words(name: str) -> str:
-    """``loss.kd.temperature`` → ``temperature``, ``hidden_units`` → ``hidden units``."""
+    """Shorten ``loss.kd.temperature`` to ``temperature``, ``hidden_units`` to ``hidden units``."""
     return name.rsplit(".", 1)[-1].replace("_", " ")
 
 
 @styled
 def grid_lines(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measure) -> Canvas | None:
-    """A line through the means with the band of all seeds, one for each group; its best point has a ring.
+    """Draw a line through the means with the band of all seeds, one for each group; its best point has a ring.
 
     Where all rows of a line have the same student alone, that one is a dashed line of the same colour, grey if it is
     that of all lines.
@@ -215,7 +215,7 @@ def grid_lines(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measu
 
 
 def dashed(figure: Canvas | None) -> bool:
-    """Whether a figure has a dashed line."""
+    """Tell whether a figure has a dashed line."""
     axes = figure.axes if figure is not None else ()
     return any(line.get_linestyle() == "--" for part in axes for line in part.lines)
 
@@ -230,7 +230,7 @@ def _line(axes: Any, at: Sequence[float], found: Sequence[np.ndarray], ink: str,
 
 
 def _alone(study: Study, frame: pd.DataFrame, measure: Measure, line: dict[str, Any]) -> float | None:
-    """The mean of the one row that all rows of a line name as their student alone."""
+    """Return the mean of the one row that all rows of a line name as their student alone."""
     among = [row for row in study.rows.values() if row.values and line.items() <= dict(row.values).items()]
     themselves = {row.alone for row in among}  # w6_alone, of the same grid, names none
     names = {row.alone for row in among if row.name not in themselves}

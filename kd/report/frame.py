@@ -1,4 +1,4 @@
-"""A run directory → one flat row; many rows → a frame; ``results.csv`` is the same frame in a file. No torch."""
+"""Read run directories as flat rows of a frame; ``results.csv`` is the same frame in a file. No torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.records import inputs, record, weight_files
-from kd.report import told
+from kd.report import override_drift
 from kd.report.measures import EPOCHS, Measure
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 SCHEMA = 1  # of results.csv
 RESULTS = "results.csv"  # in the folder of a study, and beside its runs
 FINISHED = "finished"
 OUTDATED = "outdated"  # its teacher, or the user's own code that it ran, is another one now
 NOT_FINITE = "not finite"  # its predictions hold NaN or infinity: they would spoil every mean
-EVALUATIONS = "evaluations.json"  # measurements beside a run's own test: {name: {made: how, metrics: {metric: number}}}
 CLASSES = 20  # accuracies of single classes are kept up to so many
-STAMP = ("schema", "study", "reported")  # first columns of results.csv: whose results, and of which epoch
+STAMP = ("schema", "study", "reported")  # first columns of results.csv: of which study and epoch
 TEXT = (
     *("row", "status", "error", "run", "name", "config_hash", "overrides_hash", "commit", "started", "monitor", "data"),
     *("classes", "added_overrides"),
@@ -31,7 +30,7 @@ TEXT = (
 
 
 def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
-    """The flat row of one run: who it is, what it cost, and its numbers as ``last/test/acc1``, ``student/macs`` …
+    """Read the flat row of one run: which it is, its cost, and its numbers as ``last/test/acc1``, ``student/macs`` …
 
     ``{last,selected}/test/errors`` counts wrong test images; ``retention`` is student ÷ teacher on test; ``last/gap``
     is training minus test accuracy; ``NAME/metric`` comes from the run's further evaluations. A failed run has
@@ -44,7 +43,7 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
         if (
             found["status"] in ("failed", "interrupted") and "config_hash" not in found
         ):  # a job of a sweep that could not begin
-            about = {"seed": seed_told(found["overrides"]), "status": found["status"], "error": found["error"]}
+            about = {"seed": seed_of(found["overrides"]), "status": found["status"], "error": found["error"]}
             return {"row": row, **about, "run": path}
         if lacking := _not_finite(found):
             error = f"{lacking} is not finite (null in {record.FILE}): the predictions are no numbers; train it anew"
@@ -57,7 +56,7 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
 
 
 def _not_finite(found: Mapping[str, Any]) -> str:
-    """The first metric of student or teacher that is null, as JSON writes NaN and infinity; "" when none is."""
+    """Name the first metric of student or teacher that is null, as JSON writes NaN and infinity; "" when none is."""
     student, teacher = found.get("student", {}), found.get("teacher", {})
     parts = {**{f"student/{epoch}": student.get(epoch, {}) for epoch in EPOCHS}, "teacher": teacher}
     for name, part in parts.items():
@@ -68,8 +67,8 @@ def _not_finite(found: Mapping[str, Any]) -> str:
     return ""
 
 
-def seed_told(overrides: Sequence[str]) -> int:
-    """The seed among the overrides of a run that has not begun."""
+def seed_of(overrides: Sequence[str]) -> int:
+    """Find the seed among the overrides of a run that has not begun."""
     given = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("seed=")]
     return int(given[-1]) if given and given[-1].lstrip("-").isdigit() else 0
 
@@ -103,7 +102,7 @@ def _data(data: Mapping[str, Any] | None) -> str | None:
 
 
 def _called(names: Sequence[str]) -> str | None:
-    """The names of up to 20 classes, ``|`` between them; None where they are numbers."""
+    """Join the names of up to 20 classes, ``|`` between them; None where they are numbers."""
     if len(names) > CLASSES or all(name in (str(i), f"class {i}") for i, name in enumerate(names)):
         return None
     return "|".join(name.replace("|", "/") for name in names)
@@ -157,8 +156,8 @@ def _evaluations(run_dir: Path, rows: int | None) -> dict[str, float]:
 
 
 def read_evaluations(run_dir: Path) -> dict[str, Any]:
-    """``evaluations.json`` of a run, {} when there is none. ``KdError`` when it cannot be read."""
-    file = run_dir / EVALUATIONS
+    """Read ``evaluations.json`` of a run, {} when there is none. ``KdError`` when it cannot be read."""
+    file = run_dir / record.EVALUATIONS
     if not file.is_file():
         return {}
     try:
@@ -177,13 +176,17 @@ def read_evaluations(run_dir: Path) -> dict[str, Any]:
 
 
 def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
-    """The runs of a study's rows and seeds below its directory ``ROW/seedN``, those that are still missing as well."""
+    """Read the runs of a study's rows and seeds below its directory ``ROW/seedN``; missing ones have a line as well."""
     rows = []
     for name, row in study.rows.items():
         for seed in row.seeds or study.seeds:
             run_dir = runs_dir / name / f"seed{seed}"
             if (run_dir / record.FILE).is_file():
-                line = {**of_run(run_dir, name, runs_dir), "seed": seed, **told.by(study, row, seed, run_dir)}
+                line = {
+                    **of_run(run_dir, name, runs_dir),
+                    "seed": seed,
+                    **override_drift.columns_of(study, row, seed, run_dir),
+                }
                 rows.append(line | (_outdated(run_dir, runs_dir) if line["status"] == FINISHED else {}))
             else:
                 rows.append({"row": name, "seed": seed, "status": "missing"})
@@ -191,12 +194,12 @@ def of_study(study: Study, runs_dir: Path) -> pd.DataFrame:
 
 
 def _outdated(run_dir: Path, runs_dir: Path) -> dict[str, str]:
-    """The status of a run whose weights read were trained anew since, or whose code is other now: it does not count.
+    """Return the status of a run whose weights read, or own code, have changed since: it does not count.
 
-    A study may have been moved: what a run has read of it is looked for beside the run.
+    A study may have been moved: what a run has read of it is searched beside the run.
     """
     found = record.read(run_dir)
-    if not any(map(found.get, inputs.KEYS)) or not (run_dir / "config.yaml").is_file():
+    if not any(map(found.get, inputs.KEYS)) or not (run_dir / record.CONFIG).is_file():
         return {}
     config = record.read_config(run_dir)
     beside: dict[str, Any] = {}
@@ -210,7 +213,7 @@ def _outdated(run_dir: Path, runs_dir: Path) -> dict[str, str]:
 
 
 def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows → frame: text columns as text or None, all others as numbers or NaN, ``row, seed, status …`` first.
+    """Make a frame of rows: text columns as text or None, all others as numbers or NaN, ``row, seed, status …`` first.
 
     Six decimals are kept, those of ``results.csv``: a report from there is the report of the runs to the last digit.
     """
@@ -228,23 +231,23 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def is_text(column: str) -> bool:
-    """Whether a column holds text: the others hold numbers."""
+    """Tell whether a column holds text: the others hold numbers."""
     return column in TEXT or column in ("study", "reported") or column.startswith("version/")
 
 
 def finished(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose runs are finished."""
+    """Select the rows whose runs are finished."""
     return frame[frame["status"] == FINISHED]
 
 
 def values(frame: pd.DataFrame, row: str, column: str) -> pd.Series:
-    """One number a finished seed of a row, indexed by seed; runs without that number are left out."""
+    """Return one number a finished seed of a row, indexed by seed; runs without that number are left out."""
     found = finished(frame)
     return found[found["row"] == row].set_index("seed")[column].dropna().astype(float).sort_index()
 
 
 def measure_of(frame: pd.DataFrame, column: str) -> Measure:
-    """A column as a measure that calls the classes by their names, where all runs have the same."""
+    """Return a column as a measure that calls the classes by their names, where all runs have the same."""
     (called,) = names if len(names := set(finished(frame)["classes"])) == 1 else (None,)
     return Measure(column, tuple(called.split("|")) if called else ())
 
@@ -273,7 +276,7 @@ def write_results(file: Path, study: Study, frame: pd.DataFrame) -> None:
 
 
 def read_results(file: Path, study: Study) -> pd.DataFrame:
-    """The frame of a ``results.csv``. ``KdError`` when it is of another study, protocol or a newer version."""
+    """Read the frame of a ``results.csv``. ``KdError`` when it is of another study, protocol or a newer version."""
     try:
         text = pd.read_csv(file, dtype=str, keep_default_na=False, na_values=[""])
         schema, name, epoch = (text[c].iloc[0] for c in STAMP)

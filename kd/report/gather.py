@@ -1,9 +1,9 @@
-"""Run directories that belong to no study → rows that share all but the seed, as a study without a claim. No torch."""
+"""Gather runs that belong to no study into rows that share all but the seed: a study without a claim. No torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.records import manifest, record, sources
-from kd.report.frame import finished, of_run, seed_told, table
+from kd.report.frame import finished, of_run, seed_of, table
 from kd.report.validation import EPOCH, TEST, monitored
-from kd.studies.spec import Figure, Row, Study
+from kd.studies.study import Figure, Row, Study
 
 SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
+CODE = "code=sha256:"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")  # YAML takes 1e-05 for a word
 # differ without being the question
 PLACES = ("hydra.", "paths.", "name=", "teacher.checkpoint=", "student.checkpoint=")
@@ -24,7 +25,7 @@ PLACES = ("hydra.", "paths.", "name=", "teacher.checkpoint=", "student.checkpoin
 
 @dataclass(frozen=True)
 class Found:
-    """A run that may not exist yet, and what it was told."""
+    """A run that may not exist yet, and its overrides."""
 
     run_dir: Path
     overrides: tuple[str, ...]
@@ -33,8 +34,8 @@ class Found:
 
 
 def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.DataFrame]:
-    """A study with a row for each group, best first, and the frame of its runs; paths relative to ``base``."""
-    found = _apart(_apart(found, _teacher), _code)
+    """Make a study with a row for each group, best first, and the frame of its runs; paths relative to ``base``."""
+    found = _by_code(_by_teacher(found))
     labels = _labels(found)
     lines = []
     for run in found:
@@ -42,7 +43,7 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
         if (run.run_dir / record.FILE).is_file():
             lines.append(of_run(run.run_dir, row, base))
         else:
-            lines.append({"row": row, "seed": seed_told(run.overrides), "status": "missing"})
+            lines.append({"row": row, "seed": seed_of(run.overrides), "status": "missing"})
     frame = table(lines)
     doubled = frame[frame.duplicated(["row", "seed"])]
     if len(doubled):
@@ -71,7 +72,7 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
 
 
 def _best_first(frame: pd.DataFrame) -> list[str]:
-    """The rows by validation; those without a finished run last, in the order of their runs."""
+    """Order the rows by validation; those without a finished run last, in the order of their runs."""
     measure, done = monitored(frame), finished(frame)
     rows = list(dict.fromkeys(frame["row"]))
     if measure.column not in done:
@@ -82,12 +83,12 @@ def _best_first(frame: pd.DataFrame) -> list[str]:
 
 
 def read_sweep(directory: Path) -> tuple[Study, pd.DataFrame]:
-    """A sweep's directory as a study without a claim, and the frame of its runs."""
+    """Read a sweep's directory as a study without a claim, and the frame of its runs."""
     return study_of(directory.resolve().name, of_sweep(directory), directory)
 
 
 def of_sweep(directory: Path) -> list[Found]:
-    """The jobs of a sweep, also those without a result."""
+    """List the jobs of a sweep, also those without a result."""
     there = manifest.read(directory)
     if not there.jobs:
         raise KdError(f"{directory} is a {there.kind} without jobs: none has begun yet, so there is nothing to report")
@@ -97,12 +98,12 @@ def of_sweep(directory: Path) -> list[Found]:
 def _of_job(run_dir: Path, job: manifest.Job, searched: bool) -> Found:
     name = " ".join(w for w in job.label.split(" ") if not SEEDS.match(w))  # as the table of the sweep names it
     # what was searched may have seventeen digits: all but a seed tells its rows apart
-    told = (o for o in job.overrides if not SEEDS.match(o)) if searched else _told(job.overrides)
-    return Found(run_dir, job.overrides, " ".join([*told, name]), name)
+    overrides = (o for o in job.overrides if not SEEDS.match(o)) if searched else _distinguishing(job.overrides)
+    return Found(run_dir, job.overrides, " ".join([*overrides, name]), name)
 
 
 def of_run_dir(run_dir: Path) -> Found:
-    """A run by itself: it shares its group with runs of the same configuration and name."""
+    """Describe a run by itself: it shares its group with runs of the same configuration and name."""
     found = record.read(run_dir)
     try:
         name = found["name"]
@@ -111,51 +112,56 @@ def of_run_dir(run_dir: Path) -> Found:
         raise record.broken(run_dir) from None
 
 
-def _apart(found: Sequence[Found], read: Callable[[Mapping[str, Any]], tuple[str, str]]) -> list[Found]:
-    """Runs of one group that have read other things from the same place are others: they get a row of their own.
+def _records(found: Sequence[Found]) -> list[dict[str, Any]]:
+    return [record.read(run.run_dir) if (run.run_dir / record.FILE).is_file() else {} for run in found]
 
-    ``read``: of a record, the place and what was there; "" for what is not known.
-    """
-    there = [record.read(run.run_dir) if (run.run_dir / record.FILE).is_file() else {} for run in found]
+
+def _by_teacher(found: Sequence[Found]) -> list[Found]:
+    """Runs of one group that had other teachers in the same place are others: they get a row of their own."""
+    there = list(map(_teacher, _records(found)))
     seen: dict[tuple[str, str], set[str]] = {}
-    for run, (place, what) in zip(found, map(read, there), strict=True):
+    for run, (place, what) in zip(found, there, strict=True):
         seen.setdefault((run.group, place), set()).add(what)
     return [
-        replace(run, group=f"{run.group} {what}", overrides=(*run.overrides, what))
-        if what and len(seen[run.group, place] - {""}) > 1
-        else run
-        for run, (place, what) in zip(found, map(read, there), strict=True)
+        _marked(run, what) if what and len(seen[run.group, place] - {""}) > 1 else run
+        for run, (place, what) in zip(found, there, strict=True)
     ]
 
 
 def _teacher(there: Mapping[str, Any]) -> tuple[str, str]:
-    """Where the teacher of a finished run lay, and the fingerprint of its weights."""
+    """Return where the teacher of a finished run was, and the fingerprint of its weights; "" for what is not known."""
     known = (there.get("weights_read") or {}).get("teacher.checkpoint") or ()
     path = str((there.get("teacher") or {}).get("checkpoint", ""))
     return path, "teacher=sha256:" + "+".join(map(str, known)) if known and path else ""
 
 
-def _code(there: Mapping[str, Any]) -> tuple[str, str]:
-    """The fingerprint of the user's own code that a run ran."""
-    known = sources.fingerprint(there)
-    return "", f"code=sha256:{known}" if known else ""
+def _by_code(found: Sequence[Found]) -> list[Found]:
+    """Runs of the user's own code that was other code in others of them are told apart by it, whatever their values."""
+    there = _records(found)
+    mixed = sources.mixed(there)
+    marks = [sources.fingerprint(one, mixed) for one in there]
+    return [_marked(run, f"{CODE}{mark}") if mark else run for run, mark in zip(found, marks, strict=True)]
 
 
-def _told(overrides: Sequence[str]) -> list[str]:
+def _marked(run: Found, what: str) -> Found:
+    return replace(run, group=f"{run.group} {what}", overrides=(*run.overrides, what))
+
+
+def _distinguishing(overrides: Sequence[str]) -> list[str]:
     return [o for o in overrides if not SEEDS.match(o) and not o.lstrip("+").startswith(PLACES)]
 
 
 def _labels(found: Sequence[Found]) -> dict[str, str]:
-    """Group → its name where only it has that, else what it was told that not all were; a number behind equal ones."""
-    told = {run.group: [w.lstrip("+") for w in _told(run.overrides)] for run in found}
+    """Label each group: by its name if unique, else by the overrides that not all have; equal labels get a number."""
+    words_of = {run.group: [w.lstrip("+") for w in _distinguishing(run.overrides)] for run in found}
     names = {run.group: run.name for run in found}
-    common = set.intersection(*(set(words) for words in told.values())) if len(told) > 1 else set()
-    keys = {w.partition("=")[0] for words in told.values() for w in words if w not in common}
+    common = set.intersection(*(set(words) for words in words_of.values())) if len(words_of) > 1 else set()
+    keys = {w.partition("=")[0] for words in words_of.values() for w in words if w not in common}
     labels: dict[str, str] = {}
-    for group, words in told.items():
+    for group, words in words_of.items():
         name = names[group]
         if name and list(names.values()).count(name) == 1:
-            wanted = name
+            wanted = " ".join([name, *(w for w in words if w.startswith(CODE))])
         else:
             differing = (_short(w, keys) for w in words if w not in common)
             wanted = " ".join([*([name] if name else []), *differing]) or "default"
@@ -167,14 +173,14 @@ def _labels(found: Sequence[Found]) -> dict[str, str]:
 
 
 def _short(word: str, keys: Collection[str]) -> str:
-    """``loss.kd.temperature=4`` → ``temperature=4`` where no other key ends like that."""
+    """Shorten ``loss.kd.temperature=4`` to ``temperature=4`` where no other key ends like that."""
     key, equals, value = word.partition("=")
     end = key.rsplit(".", 1)[-1]
     return f"{end if [k.rsplit('.', 1)[-1] for k in keys].count(end) == 1 else key}{equals}{value}"
 
 
 def _values(label: str) -> dict[str, Any]:
-    """The numbers in a label: ``temperature=4`` → ``{"temperature": 4}``."""
+    """Read the numbers in a label: ``temperature=4`` → ``{"temperature": 4}``."""
     found: dict[str, Any] = {}
     for part in label.split(" "):
         key, equals, text = part.partition("=")
@@ -184,7 +190,7 @@ def _values(label: str) -> dict[str, Any]:
 
 
 def _figures(values: Sequence[Mapping[str, Any]]) -> tuple[Figure, ...]:
-    """Lines over a number that was swept; lines and a map over two."""
+    """Choose the figures: lines over a number that differs; lines and a map over two."""
     keys = [key for key in dict.fromkeys(k for v in values for k in v) if len({v[key] for v in values if key in v}) > 2]
     if not keys or len(keys) > 2:
         return ()

@@ -1,4 +1,4 @@
-"""Names of columns → words, units and signs for people. No torch."""
+"""Give columns of the frame their words, units and signs. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 
 EPOCHS = {"last": "last epoch", "selected": "val-selected"}
 SHARES = {"acc1", "acc5", "agreement", "ece", "error", "gap", "retention"}  # kept as fractions, shown in percent
@@ -40,39 +40,39 @@ class Measure:
 
     @property
     def name(self) -> str:
-        """Its last part, ``acc1``."""
+        """Return its last part, ``acc1``."""
         return self.column.rsplit("/", 1)[-1]
 
     @property
     def is_share(self) -> bool:
-        """Whether it is a fraction that is shown in percent."""
+        """Tell whether it is a fraction that is shown in percent."""
         return self.name in SHARES or self.name.startswith("class_")
 
     @property
     def lower_is_better(self) -> bool:
-        """``errors`` and ``nll`` are better low, ``acc1`` high."""
+        """Tell whether it is better low, as ``errors`` and ``nll`` are."""
         return self.name in LOWER
 
     @property
     def scale(self) -> float:
-        """What a number of the column is multiplied by to be shown."""
+        """Return the factor from a number of the column to the number shown."""
         return 100.0 if self.is_share else 1.0
 
     @property
     def unit(self) -> str:
-        """The unit of a value: ``%``, ``ms an image``, or nothing."""
+        """Return the unit of a value: ``%``, ``ms an image``, or nothing."""
         return "%" if self.is_share else UNITS.get(self.name, "")
 
     @property
     def digits(self) -> int:
-        """Decimals that are shown."""
+        """Return the decimals that are shown."""
         if self.name in WHOLE:
             return 1 if self.name == "errors" else 0
         return 2 if self.is_share else 3
 
     @property
     def title(self) -> str:
-        """``test top-1`` in words, without the epoch."""
+        """Return ``test top-1`` in words, without the epoch."""
         first, *middle = self.column.split("/")
         word = WORDS.get(self.name) or self._of_class() or self.name.replace("_", " ")
         middle = ["validation" if part == "val" else part for part in middle]
@@ -93,31 +93,31 @@ class Measure:
 
     @property
     def epoch(self) -> str:
-        """``last epoch``, ``val-selected``, or nothing."""
+        """Return ``last epoch``, ``val-selected``, or nothing."""
         return EPOCHS.get(self.column.split("/")[0], "")
 
     @property
     def label(self) -> str:
-        """Title and unit, for an axis or the head of a column: ``test top-1, %``."""
+        """Return title and unit, for an axis or the head of a column: ``test top-1, %``."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def show(self, value: float) -> str:
-        """A value without its unit: ``97.51``."""
+        """Write a value without its unit: ``97.51``."""
         return f"{self.scale * value:,.{self.digits}f}".replace("-", "−")
 
     def change(self, value: float) -> str:
-        """A difference of two values, signed: ``+1.20``."""
+        """Write a difference of two values, signed: ``+1.20``."""
         text = f"{self.scale * value:+,.{self.digits}f}".replace("-", "−")
         return text if float(text.replace(",", "").replace("−", "-")) else text.lstrip("+−")
 
     @property
     def change_unit(self) -> str:
-        """The unit of a difference: points of percent, errors, milliseconds."""
+        """Return the unit of a difference: points of percent, errors, milliseconds."""
         return "points" if self.is_share else {"errors": "errors"}.get(self.name, UNITS.get(self.name, ""))
 
 
 def resolve(columns: Iterable[str], measure: str, epoch: str) -> str:
-    """The column that a study means: itself (``last/test/acc1``, ``shifted/acc1``), or ``test/acc1`` at the epoch.
+    """Find the column that a study means: itself (``last/test/acc1``), or ``test/acc1`` at the study's epoch.
 
     ``KdError`` for a measure that no run has.
     """
@@ -126,4 +126,4 @@ def resolve(columns: Iterable[str], measure: str, epoch: str) -> str:
         if column in known:
             return column
     without = {re.sub("^(last|selected)/", "", c) for c in known if "/" in c}
-    raise KdError(f"measure = {measure} is not in any run{near(measure, without)}")
+    raise KdError(f"measure = {measure} is not in any run{did_you_mean(measure, without)}")

@@ -1,4 +1,4 @@
-"""The small print beside the tables: only what the reader of this page meets is explained. No torch."""
+"""Write the notes beside the tables: only what is on this page is explained. No torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from kd.report.claims import Compared, label_of
 from kd.report.measures import Measure
 from kd.report.stats import half_width
 from kd.report.tables import NOTHING, Grid, p_value
-from kd.studies.spec import Study
+from kd.report.verdicts import CONTRADICTED, EQUIVALENT, REJECTED, SUPPORTED, UNDECIDED, Verdict
+from kd.studies.study import Study
 
 SHARES = ("gap recovered", "retention")
 FEW = 3  # seeds: up to so many, an interval is so wide that it needs a word
 
 
 def of_results(study: Study, grid: Grid, table: pd.DataFrame, measure: Measure) -> list[str]:
-    """What the numbers of the main table are, what is bold, and why an interval or a number is not there."""
+    """Explain the numbers of the main table, what is bold, and why an interval or a number is not there."""
     spread = table["n"].max() > 1
     shares = [name for name in SHARES if name in table]
     brackets = any(table[f"{name} low"].notna().any() for name in shares)
@@ -52,14 +53,14 @@ def _bold(study: Study, grid: Grid, measure: Measure) -> list[str]:
 
 
 def _reasons(table: pd.DataFrame, name: str) -> list[str]:
-    """Why rows have no interval of a share, each with the rows."""
+    """Say why rows have no interval of a share, each reason with its rows."""
     lacking = table[table[f"{name} low"].isna() & table[f"{name} note"].fillna("").astype(bool) & (table["n"] > 0)]
     found = lacking.groupby(f"{name} note", sort=False)["label"].apply(", ".join)
     return [f"{name} of {labels} ({note})" for note, labels in found.items()]
 
 
 def of_comparisons(compared: Mapping[str, Compared], grid: Grid) -> list[str]:
-    """Which of the intervals counts, what the p values are, and which comparisons are not in the table."""
+    """Explain which interval counts, what the p values are, and which comparisons are not in the table."""
     intervals = [found.interval for found in compared.values() if found.interval.n]
     notes = []
     if any(interval.bootstrap for interval in intervals):
@@ -78,7 +79,7 @@ def of_comparisons(compared: Mapping[str, Compared], grid: Grid) -> list[str]:
 
 
 def few_seeds(counts: Iterable[int]) -> str:
-    """A sentence on intervals of two or three seeds, by the numbers of seeds that a page's intervals rest on; or ""."""
+    """Warn of intervals of two or three seeds, by the numbers of seeds that a page's intervals rest on; or ""."""
     few = sorted({n for n in counts if 1 < n <= FEW})
     if not few:
         return ""
@@ -91,18 +92,20 @@ def few_seeds(counts: Iterable[int]) -> str:
 
 
 def dashes(grid: Grid) -> bool:
-    """Whether a number is missing in a table."""
+    """Tell whether a number is missing in a table."""
     return any(NOTHING in row for row in grid.rows)
 
 
 def p_words(p: float | None) -> str:
-    """``p = 0.012``, ``p < 0.001``."""
+    """Write ``p = 0.012``, ``p < 0.001``."""
     text = p_value(p)
     return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
-def of_protocol(study: Study, table: pd.DataFrame, shown: Sequence[Measure], intervals: Sequence[str]) -> list[str]:
-    """What the words of this page mean. ``intervals``: the kinds of intervals that it has."""
+def of_protocol(
+    study: Study, verdict: Verdict, table: pd.DataFrame, shown: Sequence[Measure], intervals: Sequence[str]
+) -> list[str]:
+    """Explain the words of this page. ``intervals``: the kinds of intervals that it has."""
     picked = {
         "last": "Reported is the student after the last epoch.",
         "selected": "Reported is the student of the epoch that validation picked.",
@@ -112,7 +115,7 @@ def of_protocol(study: Study, table: pd.DataFrame, shown: Sequence[Measure], int
         "Gap recovered: (distilled − alone) ÷ (teacher − alone) of the first measure, of the rows of this page.": (
             "gap recovered" in table
         ),
-        "Retention: test top-1, student ÷ teacher with the weights that taught, mostly those that its validation "
+        "Retention: test top-1, student ÷ teacher with the weights that it learned from, mostly those that validation "
         "picked; its own row may be of the last epoch.": "retention" in table,
         "Agreement: student and teacher choose the same class.": any(m.name == "agreement" for m in shown),
     }
@@ -121,9 +124,28 @@ def of_protocol(study: Study, table: pd.DataFrame, shown: Sequence[Measure], int
         how = "; ".join(intervals)
         speak = "They speak of new seeds: of initialisation, order and whatever else the seed draws."
         points.append(f"Intervals of 95 %: {how}. {speak}")
-    if study.supported:
+    return points + of_verdict(verdict)
+
+
+def of_verdict(verdict: Verdict) -> list[str]:
+    """Explain the words of the verdict that the page has."""
+    meanings = {
+        SUPPORTED: "Supported: the whole 95 % interval fulfils the condition; that all do needs no correction.",
+        EQUIVALENT: "Equivalent: the 90 % interval lies within ± the smallest effect of interest (two one-sided tests "
+        "at 5 %).",
+        UNDECIDED: "Undecided: the interval fulfils the condition in part; beside it is the smallest effect that a "
+        "two-sided paired t-test at 5 % shows with a power of 80 %, given the observed spread of the differences.",
+        REJECTED: "Rejected: none of the interval fulfils a condition of our own, and says nothing against the paper.",
+        CONTRADICTED: "Contradicted: none of the interval fulfils a condition that the paper itself claims.",
+    }
+    words = {judged.word for judged in verdict.conditions}
+    points = [text for word, text in meanings.items() if word in words]
+    if len(verdict.conditions) > 1 and words & {REJECTED, CONTRADICTED}:
+        points.append("With many conditions one that fails may be chance.")
+    if any(judged.one_teacher for judged in verdict.conditions):
         points.append(
-            "Supported: all conditions hold with the whole of their intervals, which needs no correction. "
-            "Contradicted: one fails with the whole of its interval; with many conditions that may be chance."
+            "Given this teacher: the compared students learn from one run of it, whose own spread is in no interval."
         )
-    return points
+    if verdict.exploratory:
+        points.append("Exploratory: before the runs the design was not known to show its smallest effects of interest.")
+    return [" ".join(points)] if points else []

@@ -1,4 +1,4 @@
-"""Sections of text, tables and pictures → one HTML page that needs nothing else, and the same in Markdown. No torch."""
+"""Render sections of text, tables and pictures as one HTML page that needs no other file, and in Markdown. No torch."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Picture:
 
     @property
     def file(self) -> str:
-        """Its name."""
+        """Return its name."""
         return self.path.name
 
     @property
     def data(self) -> str:
-        """The picture itself as an address."""
+        """Return the picture itself as an address."""
         return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
 
     @property
     def width(self) -> int:
-        """Pixels of the page that it is wide: it is drawn at twice as many."""
+        """Return its width on the page in pixels: it is drawn at twice as many."""
         return int.from_bytes(self.path.read_bytes()[16:20], "big") * 9 // 16
 
 
@@ -53,7 +53,7 @@ class Section:
 
 
 def render(context: Mapping[str, Any]) -> dict[str, str]:
-    """``{"md": …, "html": …}`` of name, question, paper, claim, verdict, reasons and sections."""
+    """Return ``{"md": …, "html": …}`` of name, question, paper, claim, verdict and sections."""
     loader = jinja2.PackageLoader("kd.report", "")
     how: dict[str, Any] = {
         "loader": loader,
@@ -62,7 +62,7 @@ def render(context: Mapping[str, Any]) -> dict[str, str]:
         "undefined": jinja2.StrictUndefined,
     }
     page = jinja2.Environment(autoescape=True, **how)
-    page.filters |= {"spread": spread, "whole": whole}
+    page.filters |= {"spread": spread, "unbroken": unbroken}
     html = page.get_template("report.html.j2").render(context)
     plain = jinja2.Environment(autoescape=False, keep_trailing_newline=True, **how)
     plain.filters["markdown"] = markdown
@@ -70,19 +70,21 @@ def render(context: Mapping[str, Any]) -> dict[str, str]:
 
 
 def spread(cell: str) -> str | Markup:
-    """``97.47 ± 0.51``, ``70 [69, 71]``: the number, and what follows it in small print."""
+    """Set what follows a number in small print: ``97.47 ± 0.51``, ``70 [69, 71]``."""
     found = SPREAD.fullmatch(cell)
     return Markup('{}<span class="spread"> {}</span>').format(*found.groups()) if found else cell
 
 
-def whole(cell: str) -> Markup:
-    """The head of a column, which may break between words, not at the hyphens of ``top-1``."""
-    words = (Markup('<span class="whole">{}</span>' if "-" in word else "{}").format(word) for word in cell.split(" "))
+def unbroken(cell: str) -> Markup:
+    """Let the head of a column break between words, not at the hyphens of ``top-1``."""
+    words = (
+        Markup('<span class="unbroken">{}</span>' if "-" in word else "{}").format(word) for word in cell.split(" ")
+    )
     return Markup(" ").join(words)
 
 
 def markdown(grid: Grid) -> str:
-    """A table in Markdown; rows that are set off are bold."""
+    """Write a table in Markdown; rows that are set off are bold."""
     lines = [
         _line(grid.head),
         "|" + "|".join(" :-- " if i < grid.text else " --: " for i in range(len(grid.head))) + "|",

@@ -1,4 +1,4 @@
-"""Where the numbers of a report come from: seeds, configurations, cost, and what is not finished. No torch."""
+"""List where the numbers of a report come from: seeds, configurations, cost, and what is not finished. No torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pandas as pd
 from kd.report.claims import label_of
 from kd.report.frame import FINISHED, finished
 from kd.report.tables import NOTHING, Grid
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 # unit of a duration, its seconds, decimals, and the seconds that the shortest of a column must have
 UNITS = (("hours", 3600.0, 2, 1800.0), ("minutes", 60.0, 1, 12.0), ("seconds", 1.0, 1, 0.0))
 
 
 def durations(seconds: Iterable[float]) -> tuple[str, list[str]]:
-    """One unit for all of a column, the largest in which the shortest still shows, and the durations in it."""
+    """Choose one unit for a column, the largest in which the shortest still shows, and write the durations in it."""
     found = list(seconds)
     shortest = min((s for s in found if s > 0), default=0.0)
     word, size, digits, _ = next(unit for unit in UNITS if shortest >= unit[3])
@@ -24,14 +24,14 @@ def durations(seconds: Iterable[float]) -> tuple[str, list[str]]:
 
 
 def total(frame: pd.DataFrame) -> str:
-    """``40 finished runs, 6.2 minutes in all, start and tests included.``"""
+    """Write ``40 finished runs, 6.2 minutes in all, start and tests included.``"""
     done = finished(frame)
     word, (time,) = durations([float(done["wall_clock_s"].sum())])
     return f"{len(done)} finished run{'' if len(done) == 1 else 's'}, {time} {word} in all, start and tests included."
 
 
 def grid(study: Study, frame: pd.DataFrame) -> tuple[Grid, list[str]]:
-    """Seeds, config hash and cost of each row; data, epochs and selection where they differ, else once as sentences."""
+    """List seeds, config hash and cost of each row; data, epochs, selection where they differ, else as sentences."""
     done = finished(frame)
     parts = {name: part for name in study.rows if len(part := done[done["row"] == name])}
     differing, same = [], []
@@ -57,7 +57,7 @@ def _once(column: pd.Series) -> str:
 
 
 def unfinished(study: Study, frame: pd.DataFrame) -> Grid | None:
-    """Runs that failed, were interrupted, still run or are missing, a line for each row, status and reason; or None."""
+    """List runs that are not finished, a line for each row, status and reason; None where all are."""
     seeds: dict[tuple[str, str, str], list[str]] = {}
     for r in frame[frame["status"] != FINISHED].itertuples():
         key = (label_of(study, str(r.row)), str(r.status), str(r.error or NOTHING).splitlines()[0])

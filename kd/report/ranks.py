@@ -1,4 +1,4 @@
-"""Mean ranks: of rows over their seeds, and of methods over several pairs of teacher and student. No torch."""
+"""Compute mean ranks: of rows over their seeds, and of methods over several pairs of teacher and student. No torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kd.report import stats
 from kd.report.claims import aligned, label_of
 from kd.report.frame import finished, values
 from kd.report.measures import Measure
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 Combination = tuple[tuple[str, Any], ...]
 """The grid variables in a row's name with their values: ``(("net", "vgg8"), ("teacher", "vgg13"))``."""
 
 
 def over_seeds(study: Study, frame: pd.DataFrame, measure: Measure) -> tuple[dict[str, float], float | None]:
-    """Mean ranks over seeds of the rows that train one and the same student; none for fewer than three rows."""
+    """Rank the rows that train one and the same student over seeds; none for fewer than three rows."""
     teachers = {row.teacher for row in study.rows.values()}
     rows = [name for name in study.rows if name not in teachers and len(values(frame, name, measure.column)) > 1]
     if len(rows) < 3 or "student/parameters" not in frame:
@@ -49,7 +49,7 @@ class OverPairs:
 
 
 def over_pairs(study: Study, frame: pd.DataFrame, measure: Measure) -> list[OverPairs]:
-    """The ranks of each three or more templates that have the same two or more combinations of values."""
+    """Rank each three or more templates that have the same two or more combinations of values."""
     groups: dict[frozenset[Combination], dict[str, dict[Combination, str]]] = {}
     for template, rows in _templates(study).items():
         groups.setdefault(frozenset(rows), {})[template] = rows
@@ -58,7 +58,7 @@ def over_pairs(study: Study, frame: pd.DataFrame, measure: Measure) -> list[Over
 
 
 def _templates(study: Study) -> dict[str, dict[Combination, str]]:
-    """Template → combination → row, without the templates of teachers."""
+    """Map template → combination → row, without the templates of teachers."""
     teachers = {row.teacher for row in study.rows.values()}
     found: dict[str, dict[Combination, str]] = {}
     for name, row in study.rows.items():
@@ -90,7 +90,7 @@ def _ranked(
 
 
 def _label(study: Study, template: str, rows: list[str]) -> str:
-    """What the labels of a template's rows share, ``…`` for the words that differ: ``… soft targets of …``."""
+    """Label a template by what its rows' labels share, ``…`` for the words that differ: ``… soft targets of …``."""
     words = [label_of(study, row).split() for row in rows]
     if len({len(w) for w in words}) > 1:
         return template

@@ -1,4 +1,4 @@
-"""A study and the frame of its runs → verdict, tables, figures, two pages: built first, then put in place. No torch."""
+"""Build the report of a study from the frame of its runs: verdict, tables, figures, two pages. No torch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pathlib import Path
 import pandas as pd
 
 from kd.errors import KdError
-from kd.report import cost, curves, figures, sections, style, tables, taught, told
-from kd.report.claims import INCOMPLETE, OPEN, Compared, compare, verdict
+from kd.report import cost, curves, figures, override_drift, sections, style, tables, teacher_weights
+from kd.report.claims import Compared, compare
 from kd.report.frame import FINISHED, NOT_FINITE, check_protocol, finished
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section, render
 from kd.report.style import Canvas
-from kd.studies.spec import Study
+from kd.report.verdicts import Verdict, verdict
+from kd.studies.study import Study
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came out. ``verdict``: supported, contradicted, not shown, incomplete, or "" where nothing is claimed.
+    """What came out. ``verdict``: the judged conditions, none where nothing is claimed.
 
     ``table``: a line a row, see ``tables.numbers``; ``shown``: its measured columns; ``figures``: name → PNG;
     ``paths``: "md" and "html" → file.
     """
 
-    verdict: str
-    reasons: list[str]
+    verdict: Verdict
     table: pd.DataFrame
     shown: list[Measure]
     compared: Mapping[str, Compared]
@@ -52,25 +52,25 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path, a
         raise KdError(f"{study.name}: no run is finished{found}: there is nothing to report")
     check_protocol(frame)
     compared = compare(study, frame, runs_dir)
-    state, reasons = verdict(study, compared, frame)
+    judged = verdict(study, compared, frame)
     table, shown = tables.numbers(study, frame), tables.measures(study, frame)
     drawn = draw(study, frame, runs_dir)
-    said = [*told.notes(study, frame), *taught.notes(study, frame), *_not_finite(frame)]
-    notes = [f"{figures.capital(note)}." for note in said]
+    sentences = [*override_drift.notes(study, frame), *teacher_weights.notes(study, frame), *_not_finite(frame)]
+    notes = [f"{figures.capital(note)}." for note in sentences]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
             temporary = Path(folder)
             pictures = {n: Picture(style.save(f, temporary / f"{n}.png"), text) for n, (f, text) in drawn.items()}
-            parts = sections.of_page(study, frame, compared, table, pictures)
-            pages = render(_context(study, [*about, *notes], state, reasons, frame, parts))
-            return Report(state, reasons, table, shown, compared, *_put(out, temporary, pages, list(drawn)), notes)
+            parts = sections.of_page(study, frame, compared, judged, table, pictures)
+            pages = render(_context(study, [*about, *notes], judged, frame, parts))
+            return Report(judged, table, shown, compared, *_put(out, temporary, pages, list(drawn)), notes)
     except OSError as error:
         raise KdError(f"out = {out} cannot be written: {error.strerror}") from None
 
 
 def _not_finite(frame: pd.DataFrame) -> list[str]:
-    """A sentence for each run that ended, and is left out because a metric of its predictions is no number."""
+    """Name each run that ended, and is left out because a metric of its predictions is no number."""
     bad = frame[frame["status"] == NOT_FINITE]
     return [f"run {run} is left out: {error}" for run, error in zip(bad["run"], bad["error"], strict=True)]
 
@@ -93,7 +93,7 @@ def _put(
 
 
 def draw(study: Study, frame: pd.DataFrame, runs_dir: Path | None) -> dict[str, tuple[Canvas, str]]:
-    """Name → figure and caption, of those that these runs can show."""
+    """Draw the figures that these runs can show: name → figure and caption."""
     shown = tables.measures(study, frame)
     measure, roles = shown[0], _roles(study, frame)
     drawn: dict[str, tuple[Canvas | None, str]] = {
@@ -131,7 +131,7 @@ RELIABILITY = (
 
 
 def _roles(study: Study, frame: pd.DataFrame) -> str:
-    """What the colours stand for, where rows that are drawn have different parts."""
+    """Explain the colours, where rows that are drawn have different roles."""
     done, rows = set(finished(frame)["row"]), study.rows.values()
     parts = {"dark: teachers": {row.teacher for row in rows}, "grey: students alone": {row.alone for row in rows}}
     there = [text for text, names in parts.items() if names & done]
@@ -146,10 +146,11 @@ def _diamond(study: Study) -> str:
 
 
 def _context(
-    study: Study, about: Sequence[str], state: str, reasons: list[str], frame: pd.DataFrame, sections: list[Section]
+    study: Study, about: Sequence[str], found: Verdict, frame: pd.DataFrame, sections: list[Section]
 ) -> dict[str, object]:
     missing = f"Incomplete: {int((frame['status'] != FINISHED).sum())} of {len(frame)} runs are not finished"
-    words = {"": "", OPEN: "The claim was not shown", INCOMPLETE: missing}.get(state, f"The claim is {state}")
+    count = f"{len(found.conditions)} condition{'' if len(found.conditions) == 1 else 's'}"
+    words = missing if found.incomplete else f"{count}: {found.headline}"
     return {
         "title": study.question or study.name,
         "name": study.name,
@@ -157,8 +158,7 @@ def _context(
         "paper": study.paper,
         "claim": study.claim,
         "about": about,
-        "verdict": state,
+        "verdict": found,
         "verdict_words": words,
-        "reasons": reasons,
         "sections": sections,
     }

@@ -1,4 +1,4 @@
-"""The parts of a page: results, comparisons, published numbers, figures, protocol, provenance. No torch."""
+"""Make the parts of a page: results, comparisons, published numbers, figures, protocol, provenance. No torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from kd.report.claims import Compared
 from kd.report.frame import finished
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section
-from kd.studies.spec import Study
+from kd.report.verdicts import Verdict
+from kd.studies.study import Study
 
 
 def of_page(
     study: Study,
     frame: pd.DataFrame,
     compared: Mapping[str, Compared],
+    found: Verdict,
     table: pd.DataFrame,
     pictures: Mapping[str, Picture],
 ) -> list[Section]:
-    """Every part that has something to say, in order."""
+    """Make every part that has content, in order."""
     shown = tables.measures(study, frame)
     results, comparisons = _results(study, frame, table, shown), _comparisons(compared)
     published = _published(study, frame)
@@ -41,13 +43,14 @@ def of_page(
         ),
     }
     drawn = Section("Figures", pictures=list(pictures.values())) if pictures else None
-    protocol = Section("Protocol", points=notes.of_protocol(study, table, shown, [k for k, v in kinds.items() if v]))
+    points = notes.of_protocol(study, found, table, shown, [k for k, v in kinds.items() if v])
+    protocol = Section("Protocol", points=points)
     parts = [results, comparisons, published, drawn, protocol, _provenance(study, frame)]
     return [section for section in parts if section is not None]
 
 
 def _seeds(table: pd.DataFrame, name: str) -> list[int]:
-    """How many seeds each interval of a share in the main table rests on."""
+    """Count the seeds that each interval of a share in the main table rests on."""
     return table[f"{name} n"][table[f"{name} low"].notna()].astype(int).tolist() if name in table else []
 
 
@@ -105,8 +108,13 @@ def _published(study: Study, frame: pd.DataFrame) -> Section | None:
             "Not the paper's data, models or recipe: the numbers stand side by side, but one cannot confirm or refute "
             "the other."
         )
-    dash = f"{tables.NOTHING}: not measured yet, or no interval (one seed, or all seeds alike)."
+    dash = f"{tables.NOTHING}: not measured yet, or no interval (one seed, all seeds alike, or the other one applies)."
     small = [comparable, dash] if notes.dashes(grid) else [comparable]
+    if tables.ONE_RUN in grid.head:
+        small.append(
+            "A published number of one run, or of an unknown number of runs, stands beside the prediction interval of "
+            "one run (mean ± t · standard deviation · √(1 + 1/n)), which is wider than the interval of the mean."
+        )
     return Section("Published beside measured", before=before, grids=[grid], notes=small)
 
 

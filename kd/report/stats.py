@@ -1,6 +1,7 @@
-"""Means, paired differences and shares of a gap, each with its interval; tests over test images; ranks. No torch.
+"""Compute means, paired differences and shares of a gap with intervals; power; tests over images; ranks. No torch.
 
-All intervals are of 95 %. The one that counts is Student's t (for a ratio: Fieller's interval, which is built on it).
+Intervals are of 95 % where nothing else is said. The one that counts is Student's t (for a ratio: Fieller's interval,
+which is built on it).
 The bootstrap over seeds stands beside it and is too narrow for so few, also for ten.
 """
 
@@ -15,6 +16,8 @@ import numpy as np
 Numbers = Sequence[float] | np.ndarray
 
 LEVEL = 0.95
+EQUIVALENCE_LEVEL = 0.9  # two one-sided tests at 5 % hold where the interval of 90 % lies inside the margin
+POWER = 0.8
 RESAMPLES = 9999
 SEED = 0  # of the bootstrap: the same runs give the same page
 
@@ -23,7 +26,8 @@ SEED = 0  # of the bootstrap: the same runs give the same page
 class Interval:
     """An estimate from ``n`` seeds; its intervals by theory and by bootstrap (None: cannot be had, ``note`` says why).
 
-    ``p``: two-sided, of the hypothesis that there is no difference.
+    ``p``: two-sided, of the hypothesis that there is no difference; ``narrow``: the interval of 90 % by theory;
+    ``spread``: the standard deviation of the paired differences (of a share: of its linear approximation).
     """
 
     estimate: float
@@ -33,20 +37,22 @@ class Interval:
     name: str = "Student's t"
     p: float | None = None
     note: str = ""
+    narrow: tuple[float, float] | None = None
+    spread: float | None = None
 
     @property
     def headline(self) -> tuple[float, float] | None:
-        """The interval that counts: a verdict never disagrees with the p beside it."""
+        """Return the interval that counts: a verdict never disagrees with the p beside it."""
         return self.theory
 
     @property
     def method(self) -> str:
-        """What the headline was made by."""
+        """Say what the headline was made by."""
         return "" if self.headline is None else f"{self.name}, {self.n} seeds"
 
 
 def paired_interval(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
-    """Mean of ``a − b`` over pairs and its interval by Student's t. Needs two pairs or more."""
+    """Return the mean of ``a − b`` over pairs and its interval by Student's t. Needs two pairs or more."""
     from scipy import stats
 
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
@@ -58,19 +64,54 @@ def paired_interval(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> tuple
 
 
 def half_width(n: int) -> float:
-    """Standard deviations that the 95 % interval of a mean over ``n`` seeds reaches to either side (Student's t)."""
+    """Return how many standard deviations the 95 % interval of a mean over ``n`` seeds reaches to either side."""
     from scipy import stats
 
     return float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) / n**0.5)
 
 
+def detectable(n: int) -> float:
+    """Return the smallest effect that ``n`` pairs show, in standard deviations of the paired difference.
+
+    That is the effect for which the two-sided paired t-test at 5 % has a power of 80 %, by the noncentral t
+    distribution; infinity for fewer than two pairs.
+    """
+    from scipy import optimize, stats
+
+    if n < 2:
+        return np.inf
+    critical = stats.t.ppf(0.5 + LEVEL / 2, n - 1)
+
+    def lacking(effect: float) -> float:
+        shift = effect * n**0.5
+        wrong_side = np.nan_to_num(stats.nct.cdf(-critical, n - 1, shift))  # of a large shift scipy gives NaN for 0
+        return float(stats.nct.sf(critical, n - 1, shift) + wrong_side - POWER)
+
+    high = (stats.norm.ppf(0.5 + LEVEL / 2) + stats.norm.ppf(POWER)) / n**0.5  # as if the spread were known
+    while lacking(high) < 0:
+        high *= 1.2
+    return float(optimize.brentq(lacking, high / 2, high))
+
+
 def mean(values: Numbers) -> Interval:
-    """Mean over seeds, with its interval from two seeds on that differ."""
+    """Return the mean over seeds, with its interval from two seeds on that differ."""
     return difference(values, np.zeros(len(values)))
 
 
+def one_more(values: Numbers) -> tuple[float, float] | None:
+    """Return the 95 % prediction interval of one further run: mean ± t · std · √(1 + 1/n).
+
+    None for fewer than two runs, and where all of them gave the same.
+    """
+    found = np.asarray(values, dtype=float)
+    if len(found) < 2 or _alike(found, np.zeros(len(found))):
+        return None
+    reach = half_width(len(found)) * (len(found) + 1) ** 0.5 * found.std(ddof=1)
+    return float(found.mean() - reach), float(found.mean() + reach)
+
+
 def difference(a: Numbers, b: Numbers) -> Interval:
-    """Mean of ``a − b`` over paired seeds. No interval and no p where all seeds gave the same difference."""
+    """Return the mean of ``a − b`` over paired seeds. No interval and no p where all seeds gave the same difference."""
     from scipy import stats
 
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
@@ -80,23 +121,23 @@ def difference(a: Numbers, b: Numbers) -> Interval:
     if _alike(x, y):  # the t statistic is 0/0 or ∞: two seeds that agree by chance would prove anything
         return Interval(estimate, len(x), note="all seeds gave the same difference: no spread to judge by")
     p = float(stats.ttest_rel(x, y).pvalue)
-    return Interval(estimate, len(x), (low, high), _bootstrap((x, y), lambda u, v: (u - v).mean(-1)), p=p)
+    bootstrap = _bootstrap((x, y), lambda u, v: (u - v).mean(-1))
+    narrow = paired_interval(x, y, EQUIVALENCE_LEVEL)[1:]
+    return Interval(estimate, len(x), (low, high), bootstrap, p=p, narrow=narrow, spread=float((x - y).std(ddof=1)))
 
 
 def _alike(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether ``x − y`` is the same for all seeds but for rounding (metrics are computed in single precision)."""
+    """Tell whether ``x − y`` is the same for all seeds but for rounding (metrics are computed in single precision)."""
     rounding = 4 * np.finfo(np.float32).eps * max(np.abs(x).max(), np.abs(y).max())
     return bool(np.ptp(x - y) <= rounding)
 
 
 def share(row: Numbers, than: Numbers, top: Numbers) -> Interval:
-    """(row − than) ÷ (top − than), means over paired seeds: the share of a gap that a row closes, by Fieller (1954).
+    """Return (row − than) ÷ (top − than), means over paired seeds, the share of a gap closed; by Fieller (1954).
 
     ``p`` is that of row − than. There is no interval where the gap itself is not clear of 0
     or all seeds agree.
     """
-    from scipy import stats
-
     bottom = np.asarray(than, dtype=float)
     x, y = np.asarray(row, dtype=float) - bottom, np.asarray(top, dtype=float) - bottom
     n = len(x)
@@ -108,14 +149,24 @@ def share(row: Numbers, than: Numbers, top: Numbers) -> Interval:
     if _alike(x + bottom, bottom + estimate * y):
         return Interval(estimate, n, note="all seeds gave the same share: no spread to judge by")
     p = difference(row, than).p
-    (xx, xy), (_, yy) = stats.t.ppf(0.5 + LEVEL / 2, n - 1) ** 2 * np.cov(x, y) / n
-    # the ratios r for which the mean of x − r·y is not clear of 0: a·r² − 2·b·r + c ≤ 0
+    wide, narrow = (_fieller(x, y, level) for level in (LEVEL, EQUIVALENCE_LEVEL))
+    if wide is None:
+        return Interval(estimate, n, p=p, note="the gap is not clear of 0, so a share of it has no interval")
+    bootstrap = _bootstrap((x, y), lambda u, v: u.mean(-1) / v.mean(-1))
+    spread = float((x - estimate * y).std(ddof=1) / abs(y.mean()))
+    return Interval(estimate, n, wide, bootstrap, "Fieller's interval", p, narrow=narrow, spread=spread)
+
+
+def _fieller(x: np.ndarray, y: np.ndarray, level: float) -> tuple[float, float] | None:
+    """Return the ratios r for which the mean of x − r·y is not clear of 0: a·r² − 2·b·r + c ≤ 0."""
+    from scipy import stats
+
+    (xx, xy), (_, yy) = stats.t.ppf(0.5 + level / 2, len(x) - 1) ** 2 * np.cov(x, y) / len(x)
     a, b, c = y.mean() ** 2 - yy, x.mean() * y.mean() - xy, x.mean() ** 2 - xx
     if a <= 0:
-        return Interval(estimate, n, p=p, note="the gap is not clear of 0, so a share of it has no interval")
+        return None
     root = np.sqrt(max(b * b - a * c, 0.0))
-    bootstrap = _bootstrap((x, y), lambda u, v: u.mean(-1) / v.mean(-1))
-    return Interval(estimate, n, (float((b - root) / a), float((b + root) / a)), bootstrap, "Fieller's interval", p)
+    return float((b - root) / a), float((b + root) / a)
 
 
 def _too_few(n: int) -> str:
@@ -138,14 +189,17 @@ def _bootstrap(data: tuple[np.ndarray, np.ndarray], statistic: Callable[..., np.
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values corrected for their number by Holm (1979)."""
+    """Correct p values for their number by Holm (1979)."""
     from statsmodels.stats.multitest import multipletests
 
     return [float(p) for p in multipletests(ps, method="holm")[1]] if len(ps) else []
 
 
 def ranks(matrix: np.ndarray, lower_is_better: bool) -> tuple[np.ndarray, float | None]:
-    """Mean rank of each row of (rows, seeds), 1 is best, ties shared; Friedman's p from three rows and two seeds on."""
+    """Return the mean rank of each row of (rows, seeds), 1 is best, ties shared, and Friedman's p.
+
+    None for fewer than three rows or two seeds.
+    """
     from scipy import stats
 
     signed = matrix if lower_is_better else -matrix
@@ -178,9 +232,10 @@ class OverImages:
 
 
 def over_images(pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> OverImages:
-    """``(index, row is right, than is right)`` for each seed; the same image has the same index in every seed.
+    """Compare two rows on test images: ``(index, row is right, than is right)`` for each seed.
 
-    Images are resampled with all their seeds, so that one image seen by five seeds does not count as five.
+    The same image has the same index in every seed. Images are resampled with all their seeds, so that one image seen
+    by five seeds does not count as five.
     """
     from scipy import stats
 
@@ -207,7 +262,7 @@ def over_images(pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> O
 
 
 def mcnemar(row: np.ndarray, than: np.ndarray) -> float:
-    """McNemar's p for two vectors of right and wrong on the same images; exact below 25 that they differ in."""
+    """Return McNemar's p for two vectors of right and wrong on the same images; exact below 25 that they differ in."""
     from statsmodels.stats import contingency_tables
 
     only_row, only_than = int((row & ~than).sum()), int((than & ~row).sum())

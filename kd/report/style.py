@@ -1,4 +1,4 @@
-"""How all figures look: colour-blind-safe colours (Okabe and Ito), direct labels, few lines. No torch."""
+"""Set the style of all figures: colour-blind-safe colours (Okabe and Ito), direct labels, few lines. No torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def save(figure: Canvas, path: Path) -> Path:
 
 
 def colour(position: int) -> str:
-    """The colour of a line by its place; they repeat after eight."""
+    """Return the colour of a line by its place; they repeat after eight."""
     return COLOURS[position % len(COLOURS)]
 
 
@@ -87,7 +87,7 @@ def point_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None
 
 
 def _clusters(places: Sequence[float], width: float) -> list[list[int]]:
-    """Positions whose neighbours are nearer than ``width``, together."""
+    """Group positions whose neighbours are nearer than ``width``, together."""
     found: list[list[int]] = []
     for i in np.argsort(places):
         if found and places[i] - places[found[-1][-1]] < width:
@@ -111,7 +111,7 @@ def _labels(
     assert isinstance(figure, Canvas)
     rows = axes.get_subplotspec().get_gridspec().nrows  # type: ignore[union-attr]
     height = figure.get_size_inches()[1] / rows * 0.75 * 72  # about so many points high are the axes
-    moved = apart(ys, 12.5 / height, 0.0, 1.0)
+    moved = spread_out(ys, 12.5 / height, 0.0, 1.0)
     for place, y, new, text, ink in zip(where, ys, moved, texts, colours, strict=True):
         side = "left" if offset[0] > 0 else "right"
         how = {"color": ink, "va": "center", "ha": side, "fontsize": 9, "annotation_clip": False}
@@ -119,8 +119,8 @@ def _labels(
         axes.annotate(text, place, shift, xycoords=coordinates, textcoords="offset points", **how)  # type: ignore[arg-type]
 
 
-def apart(ys: Sequence[float], step: float, low: float, high: float) -> list[float]:
-    """The heights moved as little as needed to be ``step`` apart and between low and high."""
+def spread_out(ys: Sequence[float], step: float, low: float, high: float) -> list[float]:
+    """Move heights as little as needed to be ``step`` apart and between low and high."""
     order = np.argsort(ys)
     moved = np.asarray(ys, dtype=float)[order]
     step = min(step, (high - low) / max(1, len(moved) - 1))
@@ -137,7 +137,7 @@ def apart(ys: Sequence[float], step: float, low: float, high: float) -> list[flo
 
 
 def plain_log(axes: Axes, which: str, ticks: Sequence[float]) -> None:
-    """A logarithmic axis with the given ticks, written as plain numbers."""
+    """Make an axis logarithmic with the given ticks, written as plain numbers."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     axis.set_major_locator(FixedLocator(list(ticks)))
@@ -157,7 +157,7 @@ def log_if_wide(axes: Axes, which: str, found: Sequence[float]) -> bool:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between low and high, of the coarsest set that has three: 1; 1 2 5; halves; tenths a decade."""
+    """Choose round numbers between low and high, of the coarsest set with three: 1; 1 2 5; halves; tenths a decade."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     ticks: list[float] = []
     for steps in ((1.0,), (1.0, 2.0, 5.0), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
@@ -168,7 +168,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """1200 → ``1.2k``, 3400000 → ``3.4M``."""
+    """Write 1200 as ``1.2k``, 3400000 as ``3.4M``."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"

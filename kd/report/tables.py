@@ -1,4 +1,4 @@
-"""The tables of a report: numbers as a frame, and the same as text for the pages. No torch."""
+"""Make the tables of a report: numbers as a frame, and the same as text for the pages. No torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from kd.report.claims import Compared, gap_closed, known, label_of
 from kd.report.frame import finished, measure_of, values
 from kd.report.measures import EPOCHS, Measure, resolve
 from kd.report.stats import Interval
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 NOTHING = "–"
+OF_MEAN, ONE_RUN = "95 % of the mean", "95 % of one run"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Grid:
 
 
 def measures(study: Study, frame: pd.DataFrame) -> list[Measure]:
-    """The measured columns of the main table: the study's own at both epochs, its further ones, agreement.
+    """List the measured columns of the main table: the study's own at both epochs, its further ones, agreement.
 
     A validation measure picks one epoch: it stands there alone. A further one that no run has is left out.
     """
@@ -46,7 +47,7 @@ def measures(study: Study, frame: pd.DataFrame) -> list[Measure]:
 
 
 def numbers(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
-    """The main table: one line a row of the study, with label, n, and ``COLUMN``, ``COLUMN std`` of each measure.
+    """Make the main table: one line a row of the study, with label, n, and ``COLUMN``, ``COLUMN std`` of each measure.
 
     ``gap recovered`` and ``retention`` (fractions) come with ``… low`` and ``… high``, ``mean rank`` when three rows or
     more train the same student.
@@ -92,7 +93,7 @@ def _bounds(name: str, interval: Interval) -> dict[str, object]:
 
 
 def main_grid(study: Study, table: pd.DataFrame, shown: Sequence[Measure]) -> Grid:
-    """The main table for people; shares, ranks and sizes stand there where a row can have them."""
+    """Write the main table for people; shares, ranks and sizes stand there where a row can have them."""
     head, columns = ["", "n"], [list(table["label"]), [str(n) for n in table["n"]]]
     for measure in shown:
         head.append(f"{measure.label} ({measure.epoch})" if measure.epoch else measure.label)
@@ -113,13 +114,13 @@ def main_grid(study: Study, table: pd.DataFrame, shown: Sequence[Measure]) -> Gr
 
 
 def rank_grid(found: ranks.OverPairs) -> Grid:
-    """Mean ranks of methods over pairs, best first."""
+    """Write the mean ranks of methods over pairs, best first."""
     rows = tuple((label, f"{rank:.2f}", str(found.blocks)) for label, rank in found.mean_ranks.items())
     return Grid((f"over all of {' and '.join(found.variables)}", "mean rank", "blocks"), rows)
 
 
 def _best(study: Study, table: pd.DataFrame, measure: Measure) -> tuple[int, ...]:
-    """The positions of the best rows that are no teachers: more than one where they are equal, none where all are."""
+    """Find the positions of the best rows that are no teachers: several where they are equal, none where all are."""
     teachers = {row.teacher for row in study.rows.values()}
     found = table[measure.column].where([name not in teachers for name in table.index])
     if found.nunique() < 2:
@@ -129,7 +130,7 @@ def _best(study: Study, table: pd.DataFrame, measure: Measure) -> tuple[int, ...
 
 
 def spread(measure: Measure, mean: float, std: float) -> str:
-    """``97.47 ± 0.51``."""
+    """Write ``97.47 ± 0.51``."""
     if np.isnan(mean):
         return NOTHING
     return measure.show(mean) if np.isnan(std) else f"{measure.show(mean)} ± {measure.show(std)}"
@@ -143,7 +144,7 @@ def _share(value: float, low: float, high: float, digits: int) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """``0.012``, ``< 0.001``."""
+    """Write ``0.012``, ``< 0.001``."""
     if p is None:
         return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -154,7 +155,7 @@ def _range(compared: Compared, bounds: tuple[float, float] | None) -> str:
 
 
 def comparison_grid(compared: Mapping[str, Compared]) -> Grid:
-    """Every comparison that has a number, with both of its intervals over seeds and its p values."""
+    """Write every comparison that has a number, with both of its intervals over seeds and its p values."""
     rows = []
     for found in compared.values():
         interval = found.interval
@@ -178,7 +179,7 @@ def comparison_grid(compared: Mapping[str, Compared]) -> Grid:
 
 
 def image_grid(compared: Mapping[str, Compared]) -> Grid | None:
-    """The comparisons over test images; None where no predictions were kept."""
+    """Write the comparisons over test images; None where no predictions were kept."""
     rows = []
     accuracy = Measure("selected/test/acc1")
     for found in compared.values():
@@ -200,9 +201,11 @@ def image_grid(compared: Mapping[str, Compared]) -> Grid | None:
 
 
 def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
-    """Published numbers beside the measured ones, and whether they fall inside the mean's interval.
+    """Set published numbers beside the measured ones, and say whether they fall inside our interval.
 
-    Measures that may still come, because runs are missing, are left out.
+    A published mean of several runs stands beside the interval of our mean; one run (``n`` 1, or not given) beside the
+    prediction interval of one run. A column that no number needs is left out, and so are measures that may still come,
+    because runs are missing.
     """
     if study.published is None:
         return None
@@ -211,7 +214,10 @@ def published_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
         for key, number in given.items():
             if (column := known(study, frame, key)) is not None:
                 rows.append(_published_row(study, frame, name, measure_of(frame, column), number))
-    return Grid(("", "measure", "published", "measured", "95 % of the mean", "inside"), tuple(rows), text=2)
+    head = ("", "measure", "published", "measured", OF_MEAN, ONE_RUN, "inside")
+    kept = [i for i, name in enumerate(head) if name not in (OF_MEAN, ONE_RUN) or any(row[i] for row in rows)]
+    cells = tuple(tuple(row[i] or NOTHING for i in kept) for row in rows)
+    return Grid(tuple(head[i] for i in kept), cells, text=2)
 
 
 def _published_row(
@@ -221,7 +227,9 @@ def _published_row(
     theirs = spread(measure, number["value"], number.get("std", np.nan))
     theirs += f" (n = {number['n']:.0f})" if number.get("n") else ""
     ours = spread(measure, found.mean(), found.std(ddof=1) if len(found) > 1 else np.nan) if len(found) else NOTHING
-    bounds = stats.mean(found.to_numpy()).headline if len(found) else None
+    several = number.get("n", 1) > 1
+    measured = found.to_numpy()
+    bounds = stats.mean(measured).headline if several else stats.one_more(measured)
     inside = "not comparable"
     if study.published is not None and study.published.comparable:
         inside = NOTHING if bounds is None else ("yes" if bounds[0] <= number["value"] <= bounds[1] else "no")
@@ -231,6 +239,7 @@ def _published_row(
         measure.label,
         theirs,
         f"{ours} (n = {len(found)})" if len(found) else ours,
-        shown,
+        shown if several else "",
+        "" if several else shown,
         inside,
     )

@@ -1,4 +1,4 @@
-"""Runs that belong to no study: nobody named a measure beforehand, so validation orders them and test stands beside it.
+"""Order runs that belong to no study by validation, as no measure was named beforehand; test stands beside it.
 
 No torch.
 """
@@ -12,13 +12,13 @@ import pandas as pd
 
 from kd.report.frame import finished
 from kd.report.measures import Measure
-from kd.studies.spec import Study
+from kd.studies.study import Study
 
 EPOCH, TEST, USUAL = "selected", "test/acc1", "val/acc1"
 
 
 def monitored(frame: pd.DataFrame) -> Measure:
-    """The validation measure that picked the runs' epoch, accuracy where they differ in it, test if there is none."""
+    """Find the validation measure that picked the epoch, accuracy where runs differ in it, test if there is none."""
     found = {str(word).split(" ")[-1] for word in finished(frame)["monitor"]}
     for name in (*(found if len(found) == 1 else ()), USUAL):
         if f"{EPOCH}/{name}" in frame:
@@ -27,7 +27,7 @@ def monitored(frame: pd.DataFrame) -> Measure:
 
 
 def by_validation(study: Study, frame: pd.DataFrame, chosen_by: Sequence[str] = ()) -> Study:
-    """The study measured by what picked the epochs, with the same measure and accuracy of test as further columns.
+    """Measure the study by what picked the epochs; the same measure and accuracy of test are further columns.
 
     ``chosen_by``: objectives of a search; the first is the measure then, and orders the rows.
     """
@@ -46,7 +46,7 @@ def by_validation(study: Study, frame: pd.DataFrame, chosen_by: Sequence[str] = 
 
 
 def order(study: Study, frame: pd.DataFrame) -> str:
-    """How the rows are ordered, in a sentence."""
+    """Write how the rows are ordered."""
     measure = Measure(study.measure)
     name = f"{measure.title} ({measure.epoch})" if measure.epoch else measure.title
     several = "mean over seeds of the " if finished(frame).duplicated("row").any() else ""

@@ -1,4 +1,4 @@
-"""The measures that runs of a study will have, checked before the first of them is trained. No torch."""
+"""Check the measures of a study against those that its runs will have, before the first is trained. No torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Iterator
 
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.report.frame import CLASSES
 from kd.report.measures import EPOCHS, Measure
-from kd.studies.spec import PUBLISHED, STUDY, Study
+from kd.studies.study import PUBLISHED, STUDY, Comparison, Study
 
 PLAIN = ("acc1", "acc5", "nll", "ece")
 BESIDE = ("agreement", "kl")  # of a student with a teacher
@@ -18,18 +18,18 @@ COSTS = ("parameters", "macs", "latency_ms")
 
 
 def check(study: Study) -> None:
-    """``KdError`` for a measure that no run of the study can have, such as ``test/acc_1``.
+    """Raise ``KdError`` for a measure that no run of the study can have, such as ``test/acc_1``.
 
     Also for percents where fractions are meant, and for an evaluation that is not made for a row that is compared by
-    it. A study that sets a task has that task's own metrics: its measures are not looked at. That a class is one of the
-    data's cannot be told before there is data.
+    it. A study that sets a task has that task's own metrics: its measures are not checked. Whether a class is one of
+    the data's is not known before there is data.
     """
     own_task = any(re.match(r"\+*task[.=]", o) for row in study.rows.values() for o in row.overrides)
     known = set(_columns(study))
     for where, measure in () if own_task else _wanted(study):
         if not _known(measure, study.epoch, known):
             short = {column.removeprefix(f"{study.epoch}/") for column in known}
-            raise KdError(f"{where} = {measure} is not allowed: no run measures that{near(measure, short)}")
+            raise KdError(f"{where} = {measure} is not allowed: no run measures that{did_you_mean(measure, short)}")
     for where, row, measure in _of_rows(study):
         evaluation = study.evaluations.get(measure.partition("/")[0])
         if evaluation is not None and evaluation.rows is not None and row not in evaluation.rows:
@@ -40,7 +40,7 @@ def check(study: Study) -> None:
 
 
 def _refuse_percents(study: Study) -> None:
-    """``KdError`` for a published accuracy of 93.6 where the results have 0.936."""
+    """Raise ``KdError`` for a published accuracy of 93.6 where the results have 0.936."""
     for row, given in study.published.numbers.items() if study.published is not None else ():
         for measure, number in given.items():
             if Measure(measure).is_share and abs(number["value"]) > 1:
@@ -49,17 +49,19 @@ def _refuse_percents(study: Study) -> None:
 
 
 def _refuse_percent_bounds(study: Study) -> None:
-    """``KdError`` for ``below: 20`` where a difference of shares is 0.2: everything would count as supported.
+    """Raise ``KdError`` for ``below: 20`` where a difference of shares is 0.2: everything would count as supported.
 
     The share of a gap that a student closes may be somewhat more than all of it.
     """
+    for comparison in study.comparisons.values():
+        limit, allowed = _limit(comparison)
+        for key in ("sesoi", "pilot"):
+            if (getattr(comparison, key) or 0) > limit:
+                where = f"{study.folder / STUDY}: comparisons: {comparison.name}"
+                raise KdError(f"{where}: {key} = {getattr(comparison, key)} is not allowed: it must be {allowed}")
     for i, condition in enumerate(study.supported, start=1):
         comparison = study.comparisons[condition.comparison]
-        limit, allowed = math.inf, ""
-        if comparison.share_of:
-            limit, allowed = 2, "the share of a gap, -2 to 2: 0.5 is half of it"
-        elif Measure(comparison.measure).is_share:
-            limit, allowed = 1, f"a difference of {comparison.measure} as a fraction, -1 to 1: 0.01 is one point"
+        limit, allowed = _limit(comparison)
         for key in ("above", "below", "inside"):
             given = getattr(condition, key)
             bounds = given if isinstance(given, tuple) else [] if given is None else [given]
@@ -69,14 +71,23 @@ def _refuse_percent_bounds(study: Study) -> None:
                 raise KdError(f"{where}: {key} = {value} is not allowed: it must be {allowed}")
 
 
+def _limit(comparison: Comparison) -> tuple[float, str]:
+    """Return the largest difference that a comparison can have, and the words for what is allowed."""
+    if comparison.share_of:
+        return 2, "the share of a gap, -2 to 2: 0.5 is half of it"
+    if Measure(comparison.measure).is_share:
+        return 1, f"a difference of {comparison.measure} as a fraction, -1 to 1: 0.01 is one point"
+    return math.inf, ""
+
+
 def _known(measure: str, epoch: str, known: set[str]) -> bool:
-    """Whether it is a column, or one of the study's epoch; the names of terms in ``train/`` are anyone's."""
+    """Tell whether it is a column, or one of the study's epoch; the names of terms in ``train/`` are anyone's."""
     full = (measure, f"{epoch}/{measure}")
     return any(name in known or re.fullmatch(r"last/train/\w+", name) for name in full)
 
 
 def _columns(study: Study) -> Iterator[str]:
-    """The columns of ``frame.of_run``, but for the terms in training."""
+    """Yield the columns of ``frame.of_run``, but for the terms in training."""
     for epoch in EPOCHS:
         yield from (f"{epoch}/{split}/{m}" for split in ("val", "test") for m in (*PLAIN, *BESIDE))
         yield from (f"{epoch}/test/{m}" for m in TESTED)
@@ -92,7 +103,7 @@ def _columns(study: Study) -> Iterator[str]:
 
 
 def _of_rows(study: Study) -> Iterator[tuple[str, str, str]]:
-    """Where a measure of one row is asked for, the row, and the measure."""
+    """Yield where a measure of one row is named, the row, and the measure."""
     for c in study.comparisons.values():
         where = f"{study.folder / STUDY}: comparisons: {c.name}: measure"
         yield where, c.row, c.measure
@@ -104,7 +115,7 @@ def _of_rows(study: Study) -> Iterator[tuple[str, str, str]]:
 
 
 def _wanted(study: Study) -> Iterator[tuple[str, str]]:
-    """Every measure that the study names, and where."""
+    """Yield every measure that the study names, and where."""
     file = study.folder / STUDY
     yield f"{file}: measure", study.measure
     yield from ((f"{file}: columns", column) for column in study.columns)

@@ -1,4 +1,4 @@
-"""From a checked config to objects. The only calls of ``hydra.utils.instantiate``."""
+"""From a checked config to objects."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from lightning import LightningDataModule
 from torch import nn
 
 from kd.config import hardware
+from kd.config.instantiate import first_line, make
 from kd.config.keys import OBJECTIVE_KEYS, targets
 from kd.data.base import AdaptedData
 from kd.data.images.base import DataModule
@@ -28,31 +28,13 @@ from kd.errors import KdError
 from kd.losses.base import Term
 from kd.parallel import group
 from kd.records import weight_files
-from kd.run import compatibility, described, weights
+from kd.run import compatibility, described, integrity, weights
 from kd.run.data_facts import same_data
 from kd.tasks.base import Task
+from kd.tracking.loggers import complete
+from kd.tracking.summary import keep_open
 
 log = logging.getLogger(__name__)
-
-
-def make(node: Mapping[str, Any], path: str, **extra: Any) -> Any:
-    """Instantiate a node; whatever it complains about becomes one sentence that begins with its path."""
-    described.refuse_system(node, path)
-    try:
-        return instantiate(dict(node), **extra)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, KdError):
-            raise cause from None
-        raise KdError(f"{path}: {_first_line(cause or error)}") from error
-    except (ValueError, TypeError) as error:
-        raise KdError(f"{path}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # "Error loading 'own.Term':", and what went wrong
-    return said.replace(".__init__()", "()")
 
 
 def datamodule(config: Mapping[str, Any]) -> Any:
@@ -88,7 +70,7 @@ def network(spec: Mapping[str, Any], path: str, num_classes: int | None, input_s
     try:
         accepted = inspect.signature(get_object(spec["_target_"])).parameters
     except Exception as error:
-        raise KdError(f"{path}._target_ = {spec['_target_']}: {_first_line(error)}") from error
+        raise KdError(f"{path}._target_ = {spec['_target_']}: {first_line(error)}") from error
     given = {k: v for k, v in known.items() if k in accepted and k not in spec}
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if anything and "num_classes" in known and not str(spec["_target_"]).startswith("transformers."):
@@ -124,7 +106,7 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
     section = config["student"]
     net = network(section["model"], "student.model", data.num_classes, data.input_shape)
     if section["checkpoint"] is not None:
-        state, about = weights.read(section["checkpoint"], section.get("epoch"))
+        state, about = integrity.read_weights(section["checkpoint"], section.get("epoch"))
         same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
         weights.load(net, state, section["checkpoint"], "student")
     elif section["model"].get("pretrained"):
@@ -146,7 +128,7 @@ def teacher(config: Mapping[str, Any], data: Any, task: Task) -> Answers | None:
     try:
         accepted = inspect.signature(get_object(node["_target_"])).parameters
     except Exception as error:
-        raise KdError(f"teacher.answers = {node}: {_first_line(error)}") from error
+        raise KdError(f"teacher.answers = {node}: {first_line(error)}") from error
     built = make(node, "teacher.answers", **{k: v for k, v in known.items() if k in accepted and k not in node})
     if not isinstance(built, Answers):
         raise KdError(f"teacher.answers._target_ = {node['_target_']} is not a kd.distill.answers.Answers")
@@ -189,7 +171,7 @@ def _as_list(value: Any) -> list[Any]:
 def _member(
     model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any, named: Collection[str]
 ) -> tuple[nn.Module, nn.Module]:
-    state, about = weights.read(checkpoint, section.get("epoch")) if checkpoint is not None else (None, {})
+    state, about = (None, {}) if checkpoint is None else integrity.read_weights(checkpoint, section.get("epoch"))
     if model is None and about.get("model") is None:
         raise KdError(
             f"teacher.checkpoint = {checkpoint} does not say which network it belongs to: add model@teacher=NAME"
@@ -279,11 +261,27 @@ def objective(config: Mapping[str, Any]) -> Objective:
     return Objective(terms, factors, schedules)
 
 
+def _load_terms(config: Mapping[str, Any], module: Distiller) -> None:
+    """Put what an earlier run has learned into the terms that name one: ``loss.NAME.checkpoint=RUN``."""
+    for name, term in module.objective.items():
+        source = config["loss"][name].get("checkpoint")
+        if source is None:
+            continue
+        file = Path(source) / weight_files.TERMS if Path(source).is_dir() else Path(source)
+        state, _ = weights.read(file)
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if not own:
+            raise KdError(f"loss.{name}.checkpoint = {source} holds nothing of a term {name}")
+        weights.load(term, own, source, f"term {name}")
+
+
 def check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """``KdError`` that names the first job whose terms cannot be built, or need a teacher that it does not give."""
     for name, config in configs.items():
         try:
-            objective(config).check_teacher(any(config["teacher"][key] for key in ("model", "checkpoint")))
+            given = any(config["teacher"].get(key) for key in ("model", "checkpoint", "answers"))
+            supplied = getattr(get_object(config["distiller"]["_target_"]), "supplies_teacher", False)
+            objective(config).check_teacher(given or supplied)
         except KdError as error:
             raise KdError(f"{name}: {error}") from None
 
@@ -314,11 +312,12 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         scheduler=scheduler,
         scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
-        **({"peers": peers} if peers else {}),
+        **_taken_by(config["distiller"]["_target_"], peers, recipe),
     )
     compatibility.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
     module.prepare(batch, data.train_index, data.train_targets, epochs=recipe["epochs"])
+    _load_terms(config, module)
     if group.joined():
         module.find_unreached(batch)
         if hardware.settings(config)["sync_batchnorm"]:
@@ -326,6 +325,14 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     if not module.trainable():
         raise KdError("the student has no trainable parameters")
     return module
+
+
+def _taken_by(target: str, peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What only some distillers are given: peers where there are any, clipping where Lightning does not do it."""
+    given: dict[str, Any] = {"peers": peers} if peers else {}
+    if getattr(get_object(target), "own_optimizers", ()):
+        given |= {"gradient_clip": recipe["gradient_clip"], "accumulate": recipe["accumulate"]}
+    return given
 
 
 def task(config: Mapping[str, Any]) -> Task:
@@ -345,12 +352,10 @@ def _scheduler(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any
 
 
 def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
-    """The loggers of the config, told where the run writes; ``kd.tracking.loggers.finish_wandb`` closes them."""
-    from kd.tracking.loggers import complete, opened
-
+    """The loggers of the config, completed with where the run writes; ``finish_loggers`` closes them."""
     built = []
     for name, node in config["logger"].items():
         if node is not None:
             built.append(make(complete(name, node, config, run_dir), f"logger.{name}"))
-    opened(built)
+    keep_open(built)
     return built

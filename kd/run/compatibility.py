@@ -73,7 +73,7 @@ def _last_batch(module: Distiller, data: Any, size: int) -> None:
 
 def check_steps(recipe: dict[str, Any], module: Distiller) -> None:
     """Refuse what Lightning cannot do for a distiller that steps its optimisers itself, two of them for example."""
-    if module.automatic_optimization:
+    if module.automatic_optimization or module.own_optimizers:
         return
     for key, idle in (("gradient_clip", None), ("accumulate", 1)):
         if recipe[key] not in (idle, 0):

@@ -7,18 +7,16 @@ line or the ``config.yaml`` of a run that is resumed or evaluated, names code as
 
 from __future__ import annotations
 
-import functools
 import inspect
-import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import timm
 import torchvision
-from hydra.utils import get_object
 from torch import nn
 
+from kd.config.instantiate import DOTTED, found, module_of
 from kd.config.keys import targets
 from kd.errors import KdError
 
@@ -28,18 +26,12 @@ FETCHING = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_backbone", "use_pretrained_backbone"),
     *("weights", "weights_backbone", "checkpoint_path", "cache_dir", "trust_remote_code", "auto_map", "hf_hub_id"),
 )
-# modules of which no node of a config is made
-SYSTEM = (
-    *("builtins.", "os.", "posix.", "nt.", "sys.", "subprocess.", "shutil.", "importlib.", "runpy.", "pty.", "socket."),
-    *("ctypes.", "pickle.", "_pickle.", "code.", "webbrowser.", "torch.hub.", "torch.serialization."),
-)
 HARMLESS = ("_target_", "_convert_", "_recursive_")  # keys of Hydra; _args_ would hide arguments from the checks
-DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 ALLOW = "set teacher.trust=true if you trust the file, or name the network yourself (model@teacher=NAME)"
 
 
 def network(node: Any, source: str, named: Collection[str] = (), trust: bool = False) -> dict[str, Any]:
-    """The description of a network in the file ``source``, or ``KdError`` when building it could run foreign code.
+    """Check the description of a network in the file ``source``: ``KdError`` when building it could run other code.
 
     ``named``: every ``_target_`` that the user's own configuration gives to a network; ``trust``: whether the user
     allows others. Weights are never fetched for it: they are in the file.
@@ -60,26 +52,13 @@ def network(node: Any, source: str, named: Collection[str] = (), trust: bool = F
                 f"{source} says that its network is made by {target}, which is not in {', '.join(LIBRARIES[:-1])} or "
                 f"{LIBRARIES[-1]}, and code is not run because a file says so: {ALLOW}"
             )
-        if (made := _found(target)) is not None and _of_the_system(_module_of(made)):
+        if (made := found(target)) is not None and _of_the_system(module_of(made)):
             raise _never(source, target)  # reached through another module: mymodule.os.system
     timm_flag = str(node["_target_"]).startswith(("kd.models.", "timm.")) and "pretrained" in node
     description = {**node, "pretrained": False} if timm_flag else dict(node)
     if not trust:
         _refuse_fetching(description, source)
     return description
-
-
-def refuse_system(node: Any, path: str) -> None:
-    """Raise ``KdError`` when a node of a config, or one inside of it, is made by what runs or removes anything.
-
-    A config may lie in a run directory that somebody else has made: it names networks and data of its user's, but
-    nothing is made by ``builtins.open``.
-    """
-    for _, part in targets(node):
-        target = str(part["_target_"])
-        made = _found(target) if DOTTED.fullmatch(target) else None
-        if any(f"{name}.".startswith(SYSTEM) for name in (target, _module_of(made) if made is not None else "")):
-            raise KdError(f"{path}._target_ = {target} is refused: no setting allows it, it may run or remove anything")
 
 
 def _never(source: str, target: str) -> KdError:
@@ -90,34 +69,18 @@ def _never(source: str, target: str) -> KdError:
 
 
 def _of_the_system(path: str) -> bool:
-    """Whether a dotted path lies in Python itself, or in parts of libraries that run what they are given."""
+    """Tell whether a dotted path lies in Python itself, or in parts of libraries that run what they are given."""
     top = path.partition(".")[0]
     if top == "torch":
         return not path.startswith("torch.nn.")
     return top in sys.stdlib_module_names or top in ("", "hydra", "omegaconf")
 
 
-def _found(target: str) -> Any:
-    """The object of a dotted path, or None when it cannot be imported: that is said where it is built."""
-    try:
-        return get_object(target)
-    except Exception:  # of a module that runs while it is imported
-        return None
-
-
-def _module_of(made: Any) -> str:
-    """The module in which something was defined, whatever module it was reached through; "" when that is not known."""
-    while isinstance(made, functools.partial):
-        made = made.func
-    module = getattr(made, "__module__", None)
-    return module if isinstance(module, str) else ""
-
-
 def _offered(target: str) -> bool:
-    """Whether a library offers this as a network: a class of it, or a factory that it lists."""
+    """Tell whether a library offers this as a network: a class of it, or a factory that it lists."""
     root = next((root for root in LIBRARIES if target.startswith(f"{root}.")), None)
-    made = None if root is None else _found(target)
-    if root is None or made is None or not f"{_module_of(made)}.".startswith(f"{root}."):
+    made = None if root is None else found(target)
+    if root is None or made is None or not f"{module_of(made)}.".startswith(f"{root}."):
         return False
     name = target.rpartition(".")[2]
     if inspect.isclass(made):

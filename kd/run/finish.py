@@ -13,7 +13,7 @@ import torch
 
 from kd.distill.distiller import Distiller
 from kd.parallel import group
-from kd.records import weight_files
+from kd.records import record, weight_files
 from kd.records.durable import replacing
 from kd.run import weights
 from kd.tasks.base import Task
@@ -41,8 +41,11 @@ def close(
         trainer.loggers = []  # this pass is for the file: it is no point of the curves
         module.predictions = {}
         trainer.validate(module, datamodule=data, verbose=False)
-        _save_predictions(run_dir / "predictions_val.npz", module)
+        _save_predictions(run_dir / record.PREDICTIONS["val"], module)
+    if best.digest is not None:
+        selected["digest"] = best.digest
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
+    _export(config, run_dir, module)
     if module.teacher is not None:
         outcome["teacher"] = _teacher_part(config, module)
         if module.teacher_trained:
@@ -51,6 +54,15 @@ def close(
                 alone = module.task.names(with_teacher=False)
                 selected["test"] = {k: v for k, v in selected["test"].items() if k in alone}
     return outcome
+
+
+def _export(config: Mapping[str, Any], run_dir: Path, module: Distiller) -> None:
+    """Keep the peers of a set-up, each as a file of its own, and what the terms have learned, for another run."""
+    for name, network in module.peers.items():
+        about = {**module.about, "model": config["networks"][name]} if name in (config.get("networks") or {}) else {}
+        weights.save(network, run_dir / f"{name}.safetensors", about)
+    if module.objective.terms.state_dict():
+        weights.save(module.objective.terms, run_dir / weight_files.TERMS, {})
 
 
 def _teacher_part(config: Mapping[str, Any], module: Distiller) -> dict[str, Any]:
@@ -76,7 +88,7 @@ def _test(trainer: L.Trainer, module: Distiller, data: Any, name: str, keep_in: 
     module.test_name, module.predictions = name, {} if keep_in is not None else None
     trainer.test(module, datamodule=data, verbose=False)
     if keep_in is not None:
-        _save_predictions(keep_in / "predictions_test.npz", module)
+        _save_predictions(keep_in / record.PREDICTIONS["test"], module)
     return module.tested
 
 

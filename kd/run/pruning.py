@@ -1,4 +1,4 @@
-"""Stops a trial of a search that will not win. The run's config knows nothing of it: its directory tells.
+"""Stops a trial of a search that will not win. The run's config does not mention it: its directory does.
 
 The callback of optuna-integration wants the trial in the process that trains: here it is in the parent, and the run may
 be on another machine.
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from kd.parallel import group
 from kd.records import manifest
-from kd.records.trials import installed, job_of, opened, pruner, read_settings
+from kd.records.trials import job_of, open_storage, pruner, read_settings, require_optuna
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class StopWhenPruned(Callback):
         self.epoch: int | None = None
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Report, ask, and tell the other processes."""
+        """Report the measure, and stop all processes when the pruner says so."""
         if trainer.state.fn != "fit":
             return
         epoch, last = trainer.current_epoch, trainer.current_epoch + 1 == trainer.max_epochs
@@ -44,7 +44,7 @@ class StopWhenPruned(Callback):
             trainer.should_stop = True
 
     def outcome(self, history: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-        """The part of the record that a stopped run yields: no test, nothing that a finished run would have."""
+        """Return the part of the record that a stopped run yields: no test, nothing that a finished run would have."""
         assert self.epoch is not None
         metrics = {name.partition("/")[2]: float(value) for name, value in history[self.epoch].items()}
         value = history[self.epoch][self.measure]
@@ -70,7 +70,7 @@ class Trial:
 
 
 def callback(run_dir: Path) -> StopWhenPruned | None:
-    """The callback for a run that is a running trial of a search with a pruner; None for every other run."""
+    """Return the callback for a run that is a running trial of a search with a pruner; None for every other run."""
     found = _find(run_dir) if group.rank() == 0 else None
     measure = group.broadcast(found and found[0])
     return StopWhenPruned(measure, found and found[1]) if measure is not None else None
@@ -84,10 +84,10 @@ def _find(run_dir: Path) -> tuple[str, Trial] | None:
     settings = read_settings(directory)
     if settings is None:
         return None
-    installed()
+    require_optuna()
     import optuna
 
-    storage = opened(directory, settings["storage"])
+    storage = open_storage(directory, settings["storage"])
     study = optuna.load_study(study_name=belongs[0].name, storage=storage, pruner=pruner(settings["pruner"]))
     running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
     mine = [t.number for t in running if job_of(t) == belongs[1].name]

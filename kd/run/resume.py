@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import KdError
-from kd.records import inputs, record, sources, weight_files
+from kd.records import inputs, weight_files
 from kd.records.weight_files import CHECKPOINT, SELECTED
+from kd.run import integrity
 
 if TYPE_CHECKING:
     from kd.run.weights import Progress
@@ -25,40 +26,29 @@ class Refused(KdError):
     """A run cannot go on from what its directory holds; nothing was written."""
 
 
-def possible(run_dir: Path, before: Mapping[str, Any]) -> bool:
-    """Whether a run of this record, not finished, has a checkpoint from which it is worth while to go on.
-
-    Not where the run itself failed, by its configuration or a loss that is not finite: it would fail again. Nor where
-    something unexpected was raised and the user's own code has been changed since: that was the mending.
-    """
-    failure = before.get("failure")
-    if failure == "run" or (failure == "unexpected" and sources.changed(before)):
-        return False
-    return (run_dir / CHECKPOINT).is_file()
-
-
 def check_config(run_dir: Path, config: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """``Refused`` when the config is another one than when the run began, or reads other weights or code."""
     if other := inputs.changed(before, config):
         raise Refused(f"resume={run_dir}: {other}; a run goes on as it began")
-    if gone := weight_files.absent(config):
-        raise Refused(f"resume={run_dir}: {gone} does not exist")
-    now = {"config_hash": record.config_hash(config), "seed": config["seed"], "data_seeds": record.data_seeds(config)}
-    for key, value in now.items():
-        if before.get(key) not in (None, value):
-            raise Refused(
-                f"resume={run_dir}: config.yaml was changed since the run began ({key} = {value}, {before[key]} in "
-                f"{record.FILE}): put it back, or start a run of its own with kd train KEY=VALUE …"
-            )
+    if gone := weight_files.absent(config, before):
+        raise Refused(
+            f"resume={run_dir}: {gone} does not exist: put the weights that the run has read back at that path (a "
+            "link will do); the config stays as it is"
+        )
+    if differs := integrity.config_changed(config, before):
+        raise Refused(
+            f"resume={run_dir}: config.yaml was changed since the run began ({differs}): put it back, or start a run "
+            "of its own with kd train KEY=VALUE …"
+        )
 
 
 def check_files(run_dir: Path) -> Progress:
-    """How far the run has come; makes ``student.safetensors`` the file that its checkpoint speaks of.
+    """Tell how far the run has come, and make ``student.safetensors`` the file that its checkpoint names.
 
     Where a run was killed before that file was written, or it was lost, and the checkpoint is of the selected epoch,
     it is written again from there. ``Refused`` where the checkpoint is damaged, or the file missing or another one.
     """
-    from kd.run import weights
+    from kd.run import weights  # start-up: torch
 
     checkpoint = run_dir / CHECKPOINT
     try:
@@ -89,7 +79,7 @@ def check_files(run_dir: Path) -> Progress:
 
 
 def intact(checkpoint: Path) -> bool:
-    """Whether every byte that counts of a file of ``torch.save`` is as it was written, by the checksums inside."""
+    """Tell whether every byte that counts of a file of ``torch.save`` is as it was written, by the checksums inside."""
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             # torch writes no attributes, and takes an entry for a directory where one says so
@@ -99,8 +89,8 @@ def intact(checkpoint: Path) -> bool:
 
 
 def _selected(file: Path) -> tuple[dict[str, Any], int | None] | None:
-    """The weights of a file and the epoch that it was written at; None where it is missing or cannot be read."""
-    from kd.run import weights
+    """Return the weights of a file and the epoch that it was written at; None where it is missing or cannot be read."""
+    from kd.run import weights  # start-up: torch
 
     try:
         state, about = weights.read(file)

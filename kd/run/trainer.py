@@ -10,12 +10,13 @@ from typing import Any
 import lightning as L
 import torch
 
-from kd.config import hardware
+from kd.config.instantiate import make
+from kd.data.images.base import DataModule
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
 from kd.records import record, weight_files
-from kd.run import build, callbacks, compatibility, cost, finish, pruning, weights
+from kd.run import build, callbacks, compatibility, cost, finish, hardware, pruning, weights
 from kd.run.data_facts import facts
 from kd.tracking import loggers
 
@@ -54,12 +55,14 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     measured = cost.sizes(module, example)
     hardware.compile_networks(config, module)
     log.info("%s", finish.opening_line(config, measured, data))
+    if first and (copies := data.copies_in_test() if isinstance(data, DataModule) else 0):
+        log.warning("%d of %d test images are copies of training images", copies, data.sizes["test"])
     if checkpoint:
         log.info("resumed: %d of %d epochs are trained, after %.0f s", before.epochs, config["recipe"]["epochs"], spent)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stopper and stopper.epoch is not None:
         return stopper.outcome(module.history)
-    weights.save(module.deployed, run_dir / weight_files.LAST, {**about, "epoch": trainer.current_epoch - 1})
+    last = weights.save(module.deployed, run_dir / weight_files.LAST, {**about, "epoch": trainer.current_epoch - 1})
     outcome: dict[str, Any] = {
         "data": {k: v for k, v in about["data"].items() if k != "seen"} | {"sizes": data.sizes},
         "metrics": [metric.describe() for metric in module.task.metrics],
@@ -67,6 +70,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         **finish.close(config, run_dir, trainer, module, data, hooks[0]),
         "processes": group.world_size(),
     }
+    outcome["student"]["last"]["digest"] = last
     networks: dict[str, Any] = {"student": module.deployed, "teacher": module.teacher}
     for role, size in measured.items():
         speed = {} if module.sharded else {"latency_ms": cost.latency_ms(networks[role], module.task, example)}
@@ -102,10 +106,14 @@ def make_trainer(
     recipe = config["recipe"]
     machine = hardware.trainer_arguments(config, module)
     selected = next((h for h in hooks if isinstance(h, callbacks.SelectedWeights)), None)
+    lean = module.automatic_optimization  # else the module does it: Lightning refuses both
     arguments: dict[str, Any] = {
         "max_epochs": recipe["epochs"],
-        "accumulate_grad_batches": recipe["accumulate"],
-        "gradient_clip_val": recipe["gradient_clip"],
+        **(
+            {"accumulate_grad_batches": recipe["accumulate"], "gradient_clip_val": recipe["gradient_clip"]}
+            if lean
+            else {}
+        ),
         "check_val_every_n_epoch": config["protocol"]["val_every"],
         **machine,
         "plugins": [*machine["plugins"], callbacks.WholeCheckpoints(selected)],
@@ -117,7 +125,7 @@ def make_trainer(
         "num_sanity_val_steps": 0,  # the dry batch and the teacher's measurement have seen the split already
         "use_distributed_sampler": False,  # the data modules shard by themselves
     }
-    return build.make(
+    return make(
         {"_target_": "lightning.Trainer", **(config["hardware"]["trainer"] or {})},
         f"hardware.accelerator = {config['hardware']['accelerator']}",
         **arguments,

@@ -21,14 +21,15 @@ from kd.records.durable import replacing
 from kd.records.weight_files import locate
 
 
-def save(network: nn.Module, path: Path, about: dict[str, Any]) -> None:
-    """Write a network's plain state dict with ``about`` (model, data facts) as metadata, atomically.
+def save(network: nn.Module, path: Path, about: dict[str, Any]) -> str:
+    """Write a network's plain state dict with ``about`` (model, data facts) as metadata, atomically; its digest.
 
     Of several processes all call it, and the first one writes.
     """
     state = whole_state(network)
     if group.rank() == 0:
         write(state, path, about)
+    return digest(state)
 
 
 def whole_state(network: nn.Module) -> dict[str, Tensor]:
@@ -60,7 +61,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 
 def read(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in a file (or run directory, of an epoch), and what was recorded with it (empty when nothing was).
+    """Read the state dict in a file (or run directory, of an epoch), and what was recorded with it (else empty).
 
     Files are read without running code: a pickle that needs more than tensors and plain containers is refused.
     Raises ``KdError`` for files that are missing, truncated, or no checkpoints.
@@ -80,7 +81,7 @@ def read(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor],
 
 
 def read_pickle(file: Path) -> Any:
-    """The content of a file that ``torch.save`` wrote, read without running code. ``KdError`` as :func:`read`."""
+    """Read a file that ``torch.save`` wrote, without running code. ``KdError`` as :func:`read`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is said below
@@ -95,7 +96,7 @@ def read_pickle(file: Path) -> Any:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: optimiser steps, epochs, and seconds in all its sittings."""
+    """How far a run has come: optimiser steps, epochs, and seconds in all its sessions."""
 
     steps: int = 0
     epochs: int = 0
@@ -103,12 +104,12 @@ class Progress:
 
 
 def progress(checkpoint: Path) -> Progress:
-    """What a checkpoint to resume from says of it. ``KdError`` as :func:`read`."""
+    """Return what a checkpoint to resume from says of it. ``KdError`` as :func:`read`."""
     return progress_of(read_pickle(checkpoint), checkpoint)
 
 
 def progress_of(there: Any, checkpoint: Path) -> Progress:
-    """The same, of a checkpoint that was read already."""
+    """Return the same, of a checkpoint that was read already."""
     try:
         seconds = there["callbacks"].get("WallClock", {}).get("seconds", 0.0)
         return Progress(int(there["global_step"]), int(there["epoch"]) + 1, round(float(seconds), 3))
@@ -142,21 +143,21 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     return state
 
 
-def load(network: nn.Module, state: dict[str, Tensor], source: str | Path, whose: str) -> None:
+def load(network: nn.Module, state: dict[str, Tensor], source: str | Path, role: str) -> None:
     """Put a state dict into a network, strictly. ``KdError`` names the first tensors that do not fit."""
     own = network.state_dict()
     for name in own.keys() & state.keys():
         if own[name].shape != state[name].shape:
             raise KdError(
-                f"{source} does not fit the {whose}: {name} is {tuple(state[name].shape)} in the file "
+                f"{source} does not fit the {role}: {name} is {tuple(state[name].shape)} in the file "
                 f"and {tuple(own[name].shape)} in the network"
             )
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
         parts = [f"lacks {', '.join(missing[:3])}" if missing else "", f"has {', '.join(extra[:3])}" if extra else ""]
-        said = " and ".join(part for part in parts if part)
+        differ = " and ".join(part for part in parts if part)
         raise KdError(
-            f"{source} does not fit the {whose}: the file {said} ({len(missing)} missing, {len(extra)} unexpected)"
+            f"{source} does not fit the {role}: the file {differ} ({len(missing)} missing, {len(extra)} unexpected)"
         )
     if any(hasattr(tensor, "full_tensor") for tensor in own.values()):  # sharded
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

@@ -1,1 +1,1 @@
-"""What a study is: its question, its rows and who reads whom, read from YAML. ``kd.sweeps.study`` runs one."""
+"""Say what a study is: its question, its rows and which reads which, read from YAML. ``kd.sweeps.study`` runs one."""

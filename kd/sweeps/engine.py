@@ -1,10 +1,11 @@
-"""What every kind of sweep shares: compose and check all jobs, run what is missing in order, say how each one ended."""
+"""What every kind of sweep does: compose and check all jobs, run what is missing in order, report how each ended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,25 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from kd.config import explain
+from kd.config.compose import check_composed
 from kd.errors import KdError, MachineFailure
 from kd.records import inputs, lock, manifest
 from kd.records.manifest import Job, Manifest
-from kd.records.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, look
-from kd.studies import spec
-from kd.sweeps.job import checked, leave_a_record
+from kd.records.state import DONE, FAILED, FINISHED, INTERRUPTED, MISSING, RUNNING, State, state_of
+from kd.studies import load
+from kd.sweeps.job import ensure_record
+from kd.sweeps.outcome import Outcome
+from kd.sweeps.plugins import register
 from kd.sweeps.refusals import (
     advice,
+    name_jobs,
+    refuse_duplicates,
     refuse_missing_hardware,
-    refuse_twins,
     refuse_unbuildable,
     refuse_unwritable,
-    whose,
 )
 
 LOCK = "sweep.lock"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one job stands at the end."""
-
-    job: Job
-    run_dir: Path
-    state: State
 
 
 class Engine:
@@ -48,22 +43,23 @@ class Engine:
         self.context, self.master, self.holds = context, master, False
         self.begun, self.total = 0, 0  # jobs, of those that run now
         self.directory = Path(str(master.hydra.sweep.dir)).resolve()
+        register()
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=master
         )
 
     def compose(self, job: Job) -> dict[str, Any]:
-        """The checked config of a job. ``KdError`` when it does not compose or cannot work."""
+        """Compose and check the config of a job. ``KdError`` when it does not compose or cannot work."""
         before = HydraConfig.instance().cfg
         try:
             cfg = self._composed([*job.overrides, *self._place(job)])
             HydraConfig.instance().set_config(cfg)
-            return checked(cfg)
+            return check_composed(cfg)
         finally:
             HydraConfig.instance().cfg = before
 
     def terms(self, overrides: Sequence[str]) -> frozenset[str]:
-        """The loss terms that these overrides choose. ``KdError`` when they do not compose."""
+        """Find the loss terms that these overrides choose. ``KdError`` when they do not compose."""
         loss = OmegaConf.to_container(self._composed(overrides).loss, resolve=False)
         return frozenset(n for n, node in loss.items() if isinstance(node, Mapping) and "_target_" in node)  # type: ignore[union-attr, misc]
 
@@ -76,7 +72,7 @@ class Engine:
             raise KdError(explain.explain(error, overrides, search)) from error
 
     def compose_all(self, jobs: Sequence[Job], kind: str = "sweep") -> dict[str, dict[str, Any]]:
-        """The checked config of every job by its name. ``KdError`` with each complaint once, and whose it is."""
+        """Compose and check the config of every job. ``KdError`` with each complaint once, and its jobs."""
         configs: dict[str, dict[str, Any]] = {}
         wrong: dict[str, list[Job]] = {}
         for job in jobs:
@@ -91,7 +87,7 @@ class Engine:
             for complaint, some in wrong.items():
                 known = kind != "study" and complaint.startswith(some[0].overrides)  # it names what was swept
                 named = known or len(some) == everyone
-                lines.append(complaint if named else f"{whose(some, kind)}: {complaint}")
+                lines.append(complaint if named else f"{name_jobs(some, kind)}: {complaint}")
             raise KdError("\n".join(lines))
         return configs
 
@@ -116,7 +112,7 @@ class Engine:
         many ran before, of how many.
         """
         configs = self.compose_all(jobs, kind)
-        refuse_twins(configs, kind)
+        refuse_duplicates(configs, kind)
         ordered = list(waves(jobs))
         refuse_unwritable(self.directory)
         plan = Manifest(kind, name, {job.name: job for job in jobs}, folder)
@@ -139,15 +135,15 @@ class Engine:
     def _missing(
         self, jobs: Sequence[Job], configs: Mapping[str, dict[str, Any]], plan: Manifest
     ) -> dict[str, dict[str, Any]]:
-        """The configs of what must run. ``KdError``, before anything starts, when one of the runs cannot go on.
+        """Find the configs of what must run. ``KdError``, before anything starts, when one of the runs cannot go on.
 
-        A job that reads a missing run is looked at in its turn.
+        A job that reads a missing run is checked in its turn.
         """
         missing, wrong = {}, []
         for job in jobs:
-            ready = all(look(self.directory / other).status == FINISHED for other in job.after)
+            ready = all(state_of(self.directory / other).status == FINISHED for other in job.after)
             try:
-                state = look(self.directory / job.name, configs[job.name] if ready else None)
+                state = state_of(self.directory / job.name, configs[job.name] if ready else None)
             except KdError as error:
                 wrong.append(str(error))
                 continue
@@ -169,7 +165,7 @@ class Engine:
 
     @contextmanager
     def locked(self, kind: str, name: str, folder: str = "") -> Iterator[None]:
-        """The directory is this sweep's, and no other process's, until the end; :meth:`run` may be called inside."""
+        """Hold the directory, against other processes, until the end; :meth:`run` may be called inside."""
         if self.holds:
             yield
             return
@@ -195,7 +191,7 @@ class Engine:
                 state = State(MISSING, f"not started: {earlier[lacking[0]].job.label} did not finish")
             else:
                 try:
-                    state = look(run_dir, configs[job.name])  # what it reads is there now and counts by its hash
+                    state = state_of(run_dir, configs[job.name])  # what it reads is there now and counts by its hash
                 except KdError as error:  # one job does not stop the others
                     state = State(FAILED, str(error))
                 else:
@@ -220,39 +216,42 @@ class Engine:
         for job, end in zip(jobs, ends or (), strict=False):
             if isinstance(end, Exception):
                 reason = str(end).strip().splitlines()[-1] if str(end) else type(end).__name__
-                self._leave(job, f"the launcher says: {reason}")
+                self._ensure_record(job, f"the launcher says: {reason}")
 
     def _ended(self, job: Job) -> Outcome:
         run_dir = self.directory / job.name
-        missing = look(run_dir).status == MISSING
+        missing = state_of(run_dir).status == MISSING
         try:
-            self._leave(job, "the launcher did not run it" if missing else "it stopped without a word")
+            self._ensure_record(job, "the launcher did not run it" if missing else "it stopped without a record")
         except MachineFailure as error:  # there is no room for a record
             return Outcome(job, run_dir, State(FAILED, str(error)))
-        return Outcome(job, run_dir, look(run_dir))
+        return Outcome(job, run_dir, state_of(run_dir))
 
-    def _leave(self, job: Job, reason: str) -> None:
-        """A record for a job without an end. What was begun is interrupted, to go on; what still runs is left alone."""
+    def _ensure_record(self, job: Job, reason: str) -> None:
+        """Write a record for a job without an end. What was begun is interrupted, to go on; what still runs stays."""
         run_dir = self.directory / job.name
-        there = look(run_dir).status
+        there = state_of(run_dir).status
         if there != RUNNING:
-            leave_a_record(run_dir, job.overrides, FAILED if there == MISSING else INTERRUPTED, reason)
+            ensure_record(run_dir, job.overrides, FAILED if there == MISSING else INTERRUPTED, reason)
 
 
 def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """The jobs in the order of their needs; those of one list do not need each other."""
-    left = {job.name: job for job in jobs}
-    while left:
-        wave = [job for job in left.values() if not any(a in left for a in job.after)]
-        if not wave:
-            raise KdError(f"the jobs wait for one another: {', '.join(left)}")
-        yield wave
-        for job in wave:
-            del left[job.name]
+    """Order the jobs by their needs; those of one list do not need each other. ``KdError`` for a circle."""
+    here = {job.name: job for job in jobs}
+    order = TopologicalSorter({job.name: [name for name in job.after if name in here] for job in jobs})
+    try:
+        order.prepare()
+    except CycleError as error:
+        raise KdError(f"the jobs wait for one another: {', '.join(error.args[1][:-1])}") from None
+    position = {name: number for number, name in enumerate(here)}
+    while order.is_active():
+        ready = sorted(order.get_ready(), key=position.__getitem__)
+        order.done(*ready)
+        yield [here[name] for name in ready]
 
 
 def _joined(directory: Path, plan: Manifest) -> Manifest:
-    """The plan together with what the directory's manifest lists already. ``KdError`` when they do not fit."""
+    """Add what the directory's manifest lists already to the plan. ``KdError`` when they do not fit."""
     if not (directory / manifest.FILE).exists():
         # the lock and a temporary file are all that a sweep leaves that was killed at once
         if directory.is_dir() and any(not f.name.startswith((LOCK, ".")) for f in directory.iterdir()):
@@ -264,7 +263,7 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
             f"{directory} belongs to the {there.kind} {there.name}, not to the {plan.kind} {plan.name}: choose another "
             "hydra.sweep.dir"
         )
-    if there.folder and there.folder != plan.folder and spec.another(Path(there.folder), Path(plan.folder)):
+    if there.folder and there.folder != plan.folder and load.is_other_study(Path(there.folder), Path(plan.folder)):
         raise KdError(
             f"{directory} belongs to the study in {there.folder}, not to the one in {plan.folder}: choose another "
             "hydra.sweep.dir, or another name for the folder"
@@ -274,7 +273,7 @@ def _joined(directory: Path, plan: Manifest) -> Manifest:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One process a sweep: the lock falls with the process."""
+    """Hold the lock of a sweep, which falls with the process."""
     with ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)

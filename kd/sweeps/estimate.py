@@ -22,16 +22,17 @@ from typing import Any
 from kd.config.hardware import settings
 from kd.errors import KdError
 from kd.parallel import launch
+from kd.parallel.devices import cores, gpus
 from kd.records import record
 from kd.records.manifest import Job
-from kd.records.state import FINISHED, State, look
+from kd.records.state import FINISHED, State, state_of
 from kd.report.console import print_table
-from kd.studies import graph
-from kd.studies.spec import Study
+from kd.studies import references
+from kd.studies.study import Study
 from kd.sweeps.engine import Engine, waves
-from kd.sweeps.local import Share, cores, gpus, shares
-from kd.sweeps.pool import ask, warm_up
-from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
+from kd.sweeps.local import Resources, resources
+from kd.sweeps.pool import preload, run_in_subprocess
+from kd.sweeps.refusals import refuse_duplicates, refuse_unbuildable
 
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones
 EPOCH = re.compile(r"^(\S+ \S+) INFO epoch \d+/\d+ ", re.MULTILINE)  # in train.log, when one has ended
@@ -60,7 +61,7 @@ def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
     ``KdError`` that names the rows which cannot be built.
     """
     configs = engine.compose_all(jobs, "study")
-    refuse_twins(configs, "study")
+    refuse_duplicates(configs, "study")
     refuse_unbuildable(configs, engine.directory)
     slots = _slots(engine, list(configs.values()))
     lines, problems, clock = [], [], Clock(slots[0].threads)
@@ -96,11 +97,11 @@ def makespan(jobs: Sequence[Job], seconds: Mapping[str, float], together: int) -
     return total
 
 
-def _slots(engine: Engine, configs: Sequence[Mapping[str, Any]]) -> list[Share]:
+def _slots(engine: Engine, configs: Sequence[Mapping[str, Any]]) -> list[Resources]:
     launcher: Any = engine.launcher
     if not hasattr(launcher, "n_jobs"):  # of a cluster: it decides
-        return [Share(cores())]
-    return shares([config["hardware"] for config in configs], launcher.n_jobs, launcher.jobs_per_gpu)
+        return [Resources(cores())]
+    return resources([config["hardware"] for config in configs], launcher.n_jobs, launcher.jobs_per_gpu)
 
 
 def _lines(directory: Path, jobs: Sequence[Job], configs: Mapping[str, Mapping[str, Any]]) -> list[Line]:
@@ -108,12 +109,12 @@ def _lines(directory: Path, jobs: Sequence[Job], configs: Mapping[str, Mapping[s
     states = {}
     for job in jobs:
         rows.setdefault(job.name.partition("/")[0], []).append(job)
-        states[job.name] = look(directory / job.name, None if job.after else configs[job.name])
+        states[job.name] = state_of(directory / job.name, None if job.after else configs[job.name])
     return [Line(row, part, [states[job.name] for job in part]) for row, part in rows.items()]
 
 
 def _timed(line: Line, directory: Path, configs: Mapping[str, Mapping[str, Any]], clock: Clock) -> Line:
-    """With the seconds of a run: the median of what its other seeds took, else by a few steps."""
+    """Add the seconds of a run: the median of what its other seeds took, else by a few steps."""
     if not line.missing:
         return line
     ended = zip(line.jobs, line.states, strict=True)
@@ -155,16 +156,16 @@ class Clock:
         self.known: dict[str, tuple[int, float, float]] = {}
 
     def __call__(self, config: dict[str, Any]) -> tuple[int, float, float]:
-        """What :func:`time_steps` returns."""
+        """Time the steps of a config, see :func:`time_steps`."""
         key = speed(config)
         if key not in self.known:
-            warm_up()
-            self.known[key] = ask(functools.partial(time_steps, config, self.threads))
+            preload()
+            self.known[key] = run_in_subprocess(functools.partial(time_steps, config, self.threads))
         return self.known[key]
 
 
 def speed(config: Mapping[str, Any]) -> str:
-    """The same for configs whose steps cost the same: all but names, seeds, length and what only scales a loss."""
+    """Write what is the same for configs whose steps cost the same: not names, seeds, length, scales of a loss."""
     ignored = ({*record.NOT_THE_EXPERIMENT} - {"hardware"}) | {"protocol"}
     kept = {key: value for key, value in config.items() if key not in ignored}
     kept["data"] = _without(config["data"], "seed", "split_seed")
@@ -199,7 +200,7 @@ def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]
     import lightning as L
     import torch
 
-    from kd.run import build, callbacks, trainer
+    from kd.run import build, callbacks, trainer  # start-up: torch
 
     class Stopwatch(callbacks.Callback):
         times: list[float]
@@ -245,7 +246,7 @@ def _seeds(line: Line) -> tuple[str, str]:
 
 
 def _after(study: Study, row: str) -> str:
-    return ", ".join(dict.fromkeys(name for name, _ in graph.references(study.rows[row]))) or "–"
+    return ", ".join(dict.fromkeys(name for name, _ in references.rows_read(study.rows[row]))) or "–"
 
 
 def _times(line: Line) -> tuple[str, str, str]:
@@ -255,7 +256,7 @@ def _times(line: Line) -> tuple[str, str, str]:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: ``0.4 s``, ``42 s``, ``3.5 min``, ``2.1 h``."""
+    """Write a time for people: ``0.4 s``, ``42 s``, ``3.5 min``, ``2.1 h``."""
     if seconds < 90:
         return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
     return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Second looks at the finished runs of a study: other test images, or one bias that validation chooses."""
+"""Further evaluations of the finished runs of a study: other test images, or one bias that validation chooses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from typing import Any
 import numpy as np
 
 from kd.config.hardware import settings
+from kd.config.instantiate import make
 from kd.errors import KdError
 from kd.records import record
 from kd.records.manifest import Job
-from kd.records.state import FINISHED, look
-from kd.report.frame import CLASSES, EVALUATIONS, read_evaluations
-from kd.run.evaluate import changed
-from kd.studies.spec import STUDY, Evaluation, Study
-from kd.sweeps.engine import Engine, Outcome
-from kd.sweeps.local import Share, shares
-from kd.sweeps.pool import ask, forked, warm_up
+from kd.records.state import FINISHED, state_of
+from kd.records.weight_files import LAST, SELECTED
+from kd.report.frame import CLASSES, read_evaluations
+from kd.run.evaluate import changed, run_config
+from kd.run.evaluate import evaluate as measure
+from kd.studies.study import STUDY, Evaluation, Study
+from kd.sweeps.engine import Engine
+from kd.sweeps.local import Resources, resources
+from kd.sweeps.outcome import Outcome
+from kd.sweeps.pool import forked, preload, run_in_subprocess
 
 
 def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[str]:
@@ -37,9 +41,9 @@ def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[s
         return []
     made_now = dict.fromkeys(evaluation.name for _, names in todo for evaluation in names)
     print(f"evaluations of {len(todo)} {'run' if len(todo) == 1 else 'runs'}: {', '.join(made_now)}", flush=True)
-    warm_up()
+    preload()
     hardware = [{**settings(record.read_config(run_dir)), "devices": 1} for run_dir, _ in todo]
-    slots = shares(hardware, getattr(launcher, "n_jobs", 1), getattr(launcher, "jobs_per_gpu", 1))
+    slots = resources(hardware, getattr(launcher, "n_jobs", 1), getattr(launcher, "jobs_per_gpu", 1))
     calls = [functools.partial(_child, study, run_dir, names, slots) for run_dir, names in todo]
     failed = [todo[position][0] for position, code in forked(calls, len(slots)) if code]
     return [
@@ -50,7 +54,7 @@ def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[s
 
 def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
     """``KdError`` for an evaluation that will not work: before the first run, not after the last."""
-    if all(look(engine.directory / job.name).status == FINISHED for job in jobs):
+    if all(state_of(engine.directory / job.name).status == FINISHED for job in jobs):
         return
     firsts: dict[str, Job] = {}
     for job in jobs:
@@ -65,16 +69,14 @@ def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
             except KdError as error:
                 raise KdError(f"{where} (row {row}): {error}") from None
     if wanted:
-        warm_up()
-        ask(functools.partial(_check_data, wanted))
+        preload()
+        run_in_subprocess(functools.partial(_check_data, wanted))
 
 
 def _check_data(wanted: Sequence[tuple[str, Mapping[str, Any], Sequence[int]]]) -> None:
-    from kd.run import build
-
     for where, config, bias in wanted:
         try:
-            data = build.make(config["data"], "data")
+            data = make(config["data"], "data")
         except KdError as error:
             raise KdError(f"{where}: {error}") from None
         classes = getattr(data, "num_classes", None)  # of some sets not known before their files are read
@@ -85,7 +87,7 @@ def _check_data(wanted: Sequence[tuple[str, Mapping[str, Any], Sequence[int]]]) 
 
 
 def lacking(study: Study, outcome: Outcome) -> list[Evaluation]:
-    """The evaluations that a run should have and has not, or has as the study defined them before."""
+    """Return the evaluations that a run should have and has not, or has as the study defined them before."""
     row = outcome.job.name.partition("/")[0]
     there = read_evaluations(outcome.run_dir)
     wanted = [e for e in study.evaluations.values() if e.rows is None or row in e.rows]
@@ -93,21 +95,21 @@ def lacking(study: Study, outcome: Outcome) -> list[Evaluation]:
 
 
 def made(study: Study, evaluation: Evaluation) -> dict[str, Any]:
-    """How an evaluation is made; kept beside its numbers."""
+    """Tell how an evaluation is made; kept beside its numbers."""
     return {"epoch": study.epoch, "eval": list(evaluation.eval), "bias": list(evaluation.bias)}
 
 
-def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], slots: Sequence[Share], slot: int) -> None:
+def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], slots: Sequence[Resources], slot: int) -> None:
     import torch
 
-    slots[slot].take()
+    slots[slot].apply()
     torch.set_num_threads(slots[slot].threads)
     try:
         there = read_evaluations(run_dir)
         for evaluation in wanted:
             metrics = evaluate(run_dir, evaluation, study.epoch)
             there[evaluation.name] = {"made": made(study, evaluation), "metrics": metrics}
-        record.write_text(run_dir / EVALUATIONS, json.dumps(there, indent=2) + "\n")
+        record.write_text(run_dir / record.EVALUATIONS, json.dumps(there, indent=2) + "\n")
     except Exception as error:
         with (run_dir / "train.log").open("a", encoding="utf-8") as log:
             log.write("".join(traceback.format_exception(error)))
@@ -120,9 +122,6 @@ def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, flo
 
     With ``bias``: ``acc1``, ``class_I`` and the ``bias`` itself, an amount of logits.
     """
-    from kd.records.weight_files import LAST, SELECTED
-    from kd.run.evaluate import evaluate as measure
-    from kd.run.evaluate import run_config
 
     config = run_config(run_dir, evaluation.eval)
     weights = run_dir / (LAST if epoch == "last" else SELECTED)
@@ -146,7 +145,7 @@ def _classes(accuracies: list[float]) -> dict[str, float]:
 
 
 def best_bias(logits: np.ndarray, target: np.ndarray, classes: Sequence[int]) -> float:
-    """The number which, added to the logits of ``classes``, gets most rows right; of equals the middle one.
+    """Return the number which, added to the logits of ``classes``, gets most rows right; of equals the middle one.
 
     ``logits``: (rows, all classes); ``target``: (rows,). Exact: the answer of a row changes once, where the best of
     ``classes`` overtakes the best of the others (the bias fix of Hinton 2015, section 3, which used the test set).

@@ -13,8 +13,9 @@ from hydra.core.override_parser.types import Override
 from kd.config import explain
 from kd.errors import KdError
 from kd.records.manifest import Job
-from kd.sweeps.engine import Engine, Outcome
-from kd.sweeps.table import conclude
+from kd.sweeps.engine import Engine
+from kd.sweeps.outcome import Outcome
+from kd.sweeps.table import print_results
 from kd.sweeps.terms import Terms
 
 LONGEST = 120  # characters of a directory's name
@@ -28,12 +29,12 @@ def sweep(engine: Engine, arguments: Sequence[str]) -> list[Outcome]:
     if len(every) > len(jobs):
         opening += f" ({len(every)} combinations: a term's keys apply where it is chosen, equal jobs run once)"
     outcomes = engine.run("sweep", engine.directory.name, jobs, opening)
-    conclude(engine.directory, outcomes)
+    print_results(engine.directory, outcomes)
     return outcomes
 
 
 def plan(engine: Engine, arguments: Sequence[str]) -> list[Job]:
-    """One job for each combination; equal ones where they differ in keys of a term that they do not have.
+    """Return one job for each combination; equal ones where they differ in keys of a term that they do not have.
 
     ``KdError`` for an empty axis, a repeated value, two jobs of one directory.
     """
@@ -65,7 +66,7 @@ def plan(engine: Engine, arguments: Sequence[str]) -> list[Job]:
 
 
 def axis(override: Override) -> tuple[str, list[str | None]]:
-    """Key and values of one argument; a single value when it does not sweep, None when it deletes a key."""
+    """Return key and values of one argument; a single value when it does not sweep, None when it deletes a key."""
     if override.is_sweep_override():
         if not override.is_discrete_sweep():
             raise KdError(

@@ -9,25 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
-from kd.config.checks import check
+from kd.config.compose import check_composed
 from kd.errors import KdError, named
 from kd.records import manifest, record
-from kd.records.state import DONE, FAILED, RUNNING, look
+from kd.records.state import DONE, FAILED, RUNNING, resumable, state_of
 from kd.records.weight_files import CHECKPOINT, LAST, SELECTED
 from kd.run import resume
+from kd.run.train import resume as go_on
+from kd.run.train import train
 
 # what a run writes into its directory beside its log and its lock, the record last
 WRITTEN = (
-    *("checkpoints/last.ckpt", SELECTED, LAST, "metrics.csv", ".metrics.csv", "predictions_val.npz"),
-    *("predictions_test.npz", "evaluations.json", "config.yaml", record.FILE),
+    *(str(CHECKPOINT), SELECTED, LAST, record.METRICS, f".{record.METRICS}", *record.PREDICTIONS.values()),
+    *(record.EVALUATIONS, record.CONFIG, record.FILE),
 )
 LOGGED = ("wandb", "tensorboard")
 
 
 def task(cfg: DictConfig) -> str:
-    """What a Hydra launcher calls in each job, perhaps on another machine: returns the status and never raises.
+    """Run a job for a Hydra launcher, perhaps on another machine: returns the status and never raises.
 
     A job that a scheduler preempted and queued again goes on from its last checkpoint.
     """
@@ -35,18 +37,11 @@ def task(cfg: DictConfig) -> str:
     run_dir = Path(settings.runtime.output_dir)
     overrides = [str(o) for o in settings.overrides.task]
     try:
-        return work(checked(cfg), run_dir, overrides)
+        return work(check_composed(cfg), run_dir, overrides)
     except Exception as error:
         with suppress(KdError, OSError):  # where there is no room, the sweep says it for the job
-            leave_a_record(run_dir, overrides, FAILED, f"{error}" or type(error).__name__)
+            ensure_record(run_dir, overrides, FAILED, f"{error}" or type(error).__name__)
         return FAILED
-
-
-def checked(cfg: DictConfig) -> dict[str, Any]:
-    """The config of a job, checked and resolved, without Hydra's node. ``KdError`` when it cannot work."""
-    with open_dict(cfg):
-        cfg.pop("hydra", None)
-    return check(cfg)
 
 
 def work(config: Mapping[str, Any], run_dir: Path, overrides: Sequence[str]) -> str:
@@ -54,15 +49,12 @@ def work(config: Mapping[str, Any], run_dir: Path, overrides: Sequence[str]) -> 
 
     What failed by itself is started anew: the same weights would only fail again. Raises what the training raises.
     """
-    from kd.run.train import resume as go_on
-    from kd.run.train import train
-
-    state = look(run_dir, config)
+    state = state_of(run_dir, config)
     if state.status in (*DONE, RUNNING):
         return state.status
     if state.record is not None:
         try:
-            if resume.possible(run_dir, state.record):
+            if resumable(run_dir, state.record):
                 return str(go_on(run_dir)["status"])
             clear(run_dir)
         except resume.Refused as error:  # nothing was written; whoever reads the table must know why
@@ -94,8 +86,8 @@ def _set_aside(folder: Path) -> None:
         folder.rename(folder.with_name(f"{folder.name}_{number}"))
 
 
-def leave_a_record(run_dir: Path, overrides: Sequence[str], status: str, error: str) -> None:
-    """See to it that the job has a record of why it did not finish; what is there already is kept.
+def ensure_record(run_dir: Path, overrides: Sequence[str], status: str, error: str) -> None:
+    """Write a record of why the job did not finish, unless it has one that ended.
 
     ``MachineFailure`` where it cannot be written.
     """

@@ -1,10 +1,9 @@
-"""The local launcher: N jobs at once, each with its share of the cores and, where there are GPUs, its own of them."""
+"""The local launcher: N jobs at once, each with its part of the cores and, where there are GPUs, its own of them."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +15,18 @@ from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kd.config.hardware import cores
 from kd.errors import KdError
+from kd.parallel.devices import cores, devices_of, gpus
 from kd.records import manifest, record
+from kd.records.measures import measured, number, shown_metric
 from kd.records.state import FAILED, FINISHED, INTERRUPTED, PRUNED
-from kd.sweeps.job import leave_a_record
-from kd.sweeps.pool import forked, warm_up
-from kd.sweeps.table import measured, number, shown_metric
+from kd.sweeps.job import ensure_record
+from kd.sweeps.pool import forked, preload
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one job of several at once gets: torch threads of each of its processes, and GPUs by number.
+class Resources:
+    """What one job of several at once may use: torch threads for each of its processes, and GPUs by number.
 
     ``gpus`` empty: the choice is left alone.
     """
@@ -35,41 +34,14 @@ class Share:
     threads: int
     gpus: Sequence[str] = ()
 
-    def take(self) -> None:
-        """Leave this process, which has not yet touched a GPU, and its children these GPUs only."""
+    def apply(self) -> None:
+        """Restrict this process, which has not yet touched a GPU, and its children to these GPUs."""
         if self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
 
 
-def gpus() -> list[str]:
-    """The NVIDIA GPUs that this process may use, by number, found without touching them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [g for g in visible.split(",") if g.strip() and g.strip() != "-1"]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    whole = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # parts (MIG) have lines as well
-    return [str(number) for number in range(len(whole))]
-
-
-def devices_of(hardware: Mapping[str, Any], there: int) -> int:
-    """How many of the GPUs that are ``there``, or processes on the CPU, a job of this hardware section takes.
-
-    A job that names its GPUs by number takes them all: nothing may be renumbered under it. ``KdError``: more than
-    there are.
-    """
-    devices = hardware["devices"]
-    if not there or hardware["accelerator"] == "cpu":
-        return devices if isinstance(devices, int) else 1
-    if isinstance(devices, int) and devices > there:
-        raise KdError(f"hardware.devices = {devices} is not allowed: this machine has {there} GPUs")
-    return devices if isinstance(devices, int) else there
-
-
 def at_once(n_jobs: int | str, jobs_per_gpu: int, there: int, each: int = 1) -> int:
-    """How many jobs run together, on so many GPUs as are ``there``, or on the cores where that is 0.
+    """Count the jobs that run together, on so many GPUs as are ``there``, or on the cores where that is 0.
 
     ``auto``: as many as there is room for when ``each`` takes so many.
 
@@ -89,7 +61,7 @@ def at_once(n_jobs: int | str, jobs_per_gpu: int, there: int, each: int = 1) -> 
 
 
 def division(jobs: Sequence[Mapping[str, Any]], n_jobs: int | str, jobs_per_gpu: int) -> tuple[int, int, Sequence[str]]:
-    """How many jobs of these hardware sections there is room for, what each may take, and of which GPUs.
+    """Count the jobs of these hardware sections that there is room for, what each may take, and of which GPUs.
 
     Where one job takes more than the others, all get its room.
     """
@@ -99,14 +71,14 @@ def division(jobs: Sequence[Mapping[str, Any]], n_jobs: int | str, jobs_per_gpu:
     return at_once(n_jobs, jobs_per_gpu, len(visible), each), each, visible
 
 
-def shares(jobs: Sequence[Mapping[str, Any]], n_jobs: int | str, jobs_per_gpu: int) -> list[Share]:
-    """What each of the slots gets in which jobs of these hardware sections run; as many slots as jobs at once."""
+def resources(jobs: Sequence[Mapping[str, Any]], n_jobs: int | str, jobs_per_gpu: int) -> list[Resources]:
+    """Divide the machine over the slots in which jobs of these hardware sections run; as many slots as jobs at once."""
     room, each, visible = division(jobs, n_jobs, jobs_per_gpu)
     together = min(room, len(jobs))
     visible = visible if together > 1 else []
     blocks = [visible[i : i + each] for i in range(0, len(visible) - each + 1, each)]
     threads = max(1, cores() // (together * each))
-    return [Share(threads, blocks[slot % len(blocks)] if blocks else []) for slot in range(together)]
+    return [Resources(threads, blocks[slot % len(blocks)] if blocks else []) for slot in range(together)]
 
 
 def launch(
@@ -130,8 +102,8 @@ def launch(
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = place
         configs.append(config)
-    slots = shares([OmegaConf.to_container(c.hardware) for c in configs], n_jobs, jobs_per_gpu)  # type: ignore[misc]
-    warm_up()
+    slots = resources([OmegaConf.to_container(c.hardware) for c in configs], n_jobs, jobs_per_gpu)  # type: ignore[misc]
+    preload()
     calls = [_call(context, task, config, slots) for config in configs]
     total = total or first + len(jobs)
     for done, (position, code) in enumerate(forked(calls, len(slots)), start=first + 1):
@@ -139,8 +111,8 @@ def launch(
         overrides = [str(o) for o in configs[position].hydra.overrides.task]
         try:
             if code or not (run_dir / record.FILE).exists():
-                leave_a_record(run_dir, overrides, *death(code))
-            line = said(run_dir)
+                ensure_record(run_dir, overrides, *death(code))
+            line = job_line(run_dir)
         except KdError as error:  # there is no room for one: a job does not stop the others
             belongs = manifest.find(run_dir)
             line = f"{belongs[1].label if belongs else run_dir.name}: {FAILED}: {error}"
@@ -149,20 +121,20 @@ def launch(
 
 
 def directory(config: DictConfig) -> Path:
-    """The run directory of a job's config."""
+    """Find the run directory of a job's config."""
     return Path(os.path.abspath(os.path.join(config.hydra.sweep.dir, str(config.hydra.sweep.subdir))))
 
 
 def death(code: int) -> tuple[str, str]:
-    """Status and reason for a child that ended without a word of its own."""
+    """Give status and reason for a child that ended without a record of its own."""
     if code >= 0:
         return (INTERRUPTED, "interrupted") if code == 130 else (FAILED, f"the process ended with exit code {code}")
     name = signal.Signals(-code).name
     return INTERRUPTED, f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def said(run_dir: Path) -> str:
-    """One line about a job that ended: what the table at the end says of it, or why it has no result."""
+def job_line(run_dir: Path) -> str:
+    """Write one line about a job that ended: its numbers, or why it has none."""
     found, belongs = record.read(run_dir), manifest.find(run_dir)
     label = belongs[1].label if belongs else run_dir.name
     if found["status"] == PRUNED:
@@ -182,12 +154,12 @@ def said(run_dir: Path) -> str:
 
 
 def _call(
-    context: HydraContext, task: TaskFunction, config: DictConfig, slots: Sequence[Share]
+    context: HydraContext, task: TaskFunction, config: DictConfig, slots: Sequence[Resources]
 ) -> Callable[[int], None]:
     state = Singleton.get_state()
 
     def call(slot: int) -> None:
-        run_dir, share = directory(config), slots[slot]
+        run_dir, own = directory(config), slots[slot]
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             with (run_dir / "train.log").open("a") as log:
@@ -197,9 +169,9 @@ def _call(
             print(f"kd: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
             sys.exit(1)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
-        share.take()
+        own.apply()
         if config.hardware.threads is None:
-            OmegaConf.update(config, "hardware.threads", share.threads)
+            OmegaConf.update(config, "hardware.threads", own.threads)
         Singleton.set_state(state)
         run_job(
             hydra_context=context,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kd.errors import KdError, near
+from kd.config.instantiate import make
+from kd.errors import KdError, did_you_mean
 from kd.records import trials
 from kd.sweeps import pool
 
@@ -54,7 +55,7 @@ class Settings:
             return
         if not (isinstance(value, str) or value is None) or str(value or "null") not in known:
             raise KdError(
-                f"hydra.sweeper.{name} = {value} is not allowed{near(str(value), known)}: it must be "
+                f"hydra.sweeper.{name} = {value} is not allowed{did_you_mean(str(value), known)}: it must be "
                 f"{', '.join(known)} or a node with _target_: optuna.{name}s.…"
             )
 
@@ -84,16 +85,19 @@ def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Directi
 
 
 def _measures(base: Mapping[str, Any]) -> dict[str, Direction]:
-    """Every measure of the validation split, the task's main one first, and every cost, with its direction."""
+    """Return every measure of the validation split, the task's main one first, and every cost, with its direction."""
     teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
 
     def described() -> list[tuple[str, str]]:
-        from kd.run import build
+        from kd.run import build  # start-up: torch
 
         return [(m.name, m.better) for m in build.task(base).metrics if teacher or not m.beside_teacher]
 
-    pool.warm_up()
-    metrics = {f"val/{name}": "maximize" if better == "max" else "minimize" for name, better in pool.ask(described)}
+    pool.preload()
+    metrics = {
+        f"val/{name}": "maximize" if better == "max" else "minimize"
+        for name, better in pool.run_in_subprocess(described)
+    }
     return {**metrics, **dict.fromkeys(COSTS, "minimize")}  # type: ignore[dict-item]
 
 
@@ -105,31 +109,30 @@ def _check_objective(name: str, direction: Any, known: Mapping[str, Direction]) 
         )
     if name not in known:
         raise KdError(
-            f"hydra.sweeper.objectives: there is no measure {name}{near(name, known)}; measures: {', '.join(known)}"
+            f"hydra.sweeper.objectives: there is no measure {name}{did_you_mean(name, known)}; measures: "
+            f"{', '.join(known)}"
         )
     if direction not in (None, known[name]):
         raise KdError(f"hydra.sweeper.objectives: {name} = {direction} is not allowed: it must be {known[name]}")
 
 
 def reseeded(node: Mapping[str, Any] | str) -> bool:
-    """Whether a sampler is made anew for each trial: those that keep nothing but random numbers between trials."""
+    """Tell whether a sampler is made anew for each trial: those that keep nothing but random numbers between trials."""
     return isinstance(node, str) or node["_target_"] in [known["_target_"] for known in SAMPLERS.values()]
 
 
 def sampler(node: Mapping[str, Any] | str, seed: int | None, number: int) -> Any:
-    """The sampler of trial ``number``, seeded by both (None: by chance); one not :func:`reseeded` as its node says.
+    """Make the sampler of trial ``number``, seeded by both (None: by chance); one not :func:`reseeded` as its node.
 
     ``KdError`` when it cannot be made.
     """
     import numpy as np
     import torch
 
-    from kd.run import build
-
     torch.set_num_threads(1)  # some compute with torch: the children of a process that has its threads would hang
     given = SAMPLERS[node] if isinstance(node, str) else node
     if not reseeded(node):
-        return build.make(given, "hydra.sweeper.sampler")
+        return make(given, "hydra.sweeper.sampler")
     base = given.get("seed", seed)
     drawn = None if base is None else int(np.random.SeedSequence([base, number]).generate_state(1)[0])
-    return build.make(given, "hydra.sweeper.sampler", seed=drawn)
+    return make(given, "hydra.sweeper.sampler", seed=drawn)

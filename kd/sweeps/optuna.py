@@ -1,4 +1,4 @@
-"""A search by Optuna, asked and told: ``hydra/sweeper=optuna``. Killed and started again, it goes on where it was.
+"""A search by Optuna's ask-and-tell interface: ``hydra/sweeper=optuna``. Killed and started again, it goes on.
 
 Each trial is a run in its own directory. What Optuna knows is in its storage, so that the trials of a killed search
 are the same as those of an undisturbed one: the sampler of trial N is seeded by the search's seed and N.
@@ -16,20 +16,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from kd.errors import KdError
 from kd.records import inputs, manifest, sources, trials
 from kd.records.manifest import Job
-from kd.records.state import DONE, FAILED, FINISHED, MISSING, PRUNED, State, look
+from kd.records.measures import measured
+from kd.records.state import DONE, FAILED, FINISHED, MISSING, PRUNED, State, state_of
 from kd.records.trials import job_of
-from kd.sweeps.engine import Engine, Outcome
-from kd.sweeps.job import leave_a_record
+from kd.sweeps.engine import Engine
+from kd.sweeps.job import ensure_record
 from kd.sweeps.options import Direction, Settings, objectives, reseeded, sampler
-from kd.sweeps.refusals import refuse_twins, refuse_unbuildable
+from kd.sweeps.outcome import Outcome
+from kd.sweeps.refusals import refuse_duplicates, refuse_unbuildable
 from kd.sweeps.space import Space, space
-from kd.sweeps.table import conclude, measured
+from kd.sweeps.table import print_results
 from kd.sweeps.terms import Terms
 
 
 def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list[Outcome]:
     """Run trials until there are ``n_trials``, print the table. ``KdError`` when one has no result."""
-    trials.installed()
+    trials.require_optuna()
     parser = OverridesParser.create(config_loader=engine.context.config_loader)
     where = space(parser, [*(f"{k}={v}" for k, v in (settings.params or {}).items()), *arguments])
     where = replace(where, applying=Terms(engine, [where.overrides(params) for params in where.corners()]).applying)
@@ -39,14 +41,14 @@ def search(engine: Engine, arguments: Sequence[str], settings: Settings) -> list
     chooses = sampler(settings.sampler, settings.seed, 0)
     url = trials.absolute(settings.storage)
     if url is not None:
-        trials.opened(engine.directory, url)  # refused before anything is written
+        trials.open_storage(engine.directory, url)  # refused before anything is written
     with engine.locked("optuna", engine.directory.name):
         found = Search(engine, where, measures, replace(settings, storage=url), chooses)
         there = manifest.read(engine.directory)
         manifest.write(engine.directory, replace(there, objectives=tuple(measures)))  # what orders the report
         found.run(at_once)
         outcomes = found.outcomes()
-        found.conclude(outcomes)
+        found.print_results(outcomes)
     return outcomes
 
 
@@ -60,10 +62,10 @@ class Search:
 
         self.engine, self.space, self.objectives, self.settings = engine, where, objectives, settings
         self.states = optuna.trial.TrialState
-        trials.mend(engine.directory / trials.JOURNAL)
+        trials.truncate_torn_line(engine.directory / trials.JOURNAL)
         self.study = optuna.create_study(
             study_name=engine.directory.name,
-            storage=trials.opened(engine.directory, settings.storage),
+            storage=trials.open_storage(engine.directory, settings.storage),
             sampler=chooses,
             directions=[*objectives.values()],
             load_if_exists=True,
@@ -71,10 +73,10 @@ class Search:
         self._refuse_another()
         if self.trials() and not reseeded(settings.sampler):
             chooses.reseed_rng()  # else it would draw the numbers of the first trials again
-        told = None
+        needed = None
         if settings.pruner is not None:
-            told = {"storage": settings.storage, "pruner": settings.pruner, "measure": next(iter(objectives))}
-        trials.write_settings(engine.directory, told)
+            needed = {"storage": settings.storage, "pruner": settings.pruner, "measure": next(iter(objectives))}
+        trials.write_settings(engine.directory, needed)
 
     def _refuse_another(self) -> None:
         """``KdError`` when the storage holds another search of this name; else remember what this one is."""
@@ -93,7 +95,7 @@ class Search:
         config = None
         for trial in (t for t in self.trials() if t.state.is_finished()):
             name = str(job_of(trial))
-            state = look(directory / name)
+            state = state_of(directory / name)
             other = sources.changed(state.record or {}) if state.status in DONE else ""  # not every trial runs it
             if state.status in DONE and config is None:  # the plan is the same: whether its teacher is, one trial tells
                 config = self.engine.compose(Job(name, name, self.space.overrides(trial.params)))
@@ -107,7 +109,7 @@ class Search:
                 )
 
     def trials(self) -> list[Any]:
-        """The trials that count, a failed one that was tried again only once; not those waiting for their turn."""
+        """List the trials that count, a failed one that was tried again only once; not those waiting for their turn."""
         found = [t for t in self.study.get_trials(deepcopy=False) if job_of(t) is not None]
         again = {t.user_attrs.get("retries") for t in found}
         return [t for t in found if t.number not in again and t.state != self.states.WAITING]
@@ -122,7 +124,7 @@ class Search:
             if job_of(trial) is None:  # killed while its values were drawn
                 self.study.tell(trial.number, state=self.states.FAIL)
         for trial in self.trials():
-            state = look(self.engine.directory / str(job_of(trial)))
+            state = state_of(self.engine.directory / str(job_of(trial)))
             if trial.state == self.states.FAIL and state.status not in DONE:
                 self.study.enqueue_trial(trial.params, {"job": job_of(trial), "retries": trial.number})
         while True:
@@ -135,15 +137,15 @@ class Search:
             self._run(batch)
 
     def _ask(self) -> Any:
-        """A new trial, which has its directory: one of its own, or that of an earlier trial of the same values."""
+        """Ask for a trial and give it a directory: its own, or that of an earlier trial of the same values."""
         earlier = self.trials()
         if reseeded(self.settings.sampler):
             self.study.sampler = sampler(self.settings.sampler, self.settings.seed, len(earlier))
         trial = self.study.ask(fixed_distributions=dict(self.space.axes))
         if job_of(trial) is None:
-            told = self.space.overrides(trial.params)  # without the keys of a term that is not chosen
-            twins = [job_of(t) for t in earlier if self.space.overrides(t.params) == told]
-            trial.set_user_attr("job", twins[0] if twins else f"trial-{len(earlier):04d}")
+            own = self.space.overrides(trial.params)  # without the keys of a term that is not chosen
+            same = [job_of(t) for t in earlier if self.space.overrides(t.params) == own]
+            trial.set_user_attr("job", same[0] if same else f"trial-{len(earlier):04d}")
         return trial
 
     def _run(self, batch: Iterable[Any]) -> None:
@@ -171,10 +173,10 @@ class Search:
         directory = self.engine.directory
         there = manifest.read(directory)
         manifest.write(directory, replace(there, jobs={**there.jobs, job.name: job}))
-        leave_a_record(directory / job.name, job.overrides, FAILED, error)
+        ensure_record(directory / job.name, job.overrides, FAILED, error)
 
     def _tell(self, trial: Any, silent: bool) -> None:
-        there = look(self.engine.directory / str(job_of(trial)))
+        there = state_of(self.engine.directory / str(job_of(trial)))
         state = self._judged(there)
         values: dict[str, Any] = {}
         if state.status == FINISHED:
@@ -188,27 +190,27 @@ class Search:
             print(f"  {count:>{len(str(total))}}/{total}  {label}: {_shown(values) or state.status}", flush=True)
 
     def outcomes(self) -> list[Outcome]:
-        """Each run of the search once."""
+        """Return each run of the search once."""
         found: dict[str, Outcome] = {}
         for trial in self.trials():
             name = str(job_of(trial))
             job = Job(name, self.space.label(trial.params), self.space.overrides(trial.params))
-            state = look(self.engine.directory / name)
+            state = state_of(self.engine.directory / name)
             found[name] = Outcome(job, self.engine.directory / name, self._judged(state))
         return list(found.values())
 
     def _judged(self, state: State) -> State:
-        """A run that trained to its end without a number for each objective has failed."""
+        """Turn a run that trained to its end without a number for each objective into a failed one."""
         lacking = [n for n in self.objectives if state.status == FINISHED and measured(state.record, n) is None]
         return State(FAILED, f"it has no finite {lacking[0]}", state.record) if lacking else state
 
-    def conclude(self, outcomes: Sequence[Outcome]) -> None:
-        """The table, what is best, and how to train it again. ``KdError`` when a trial has no result."""
+    def print_results(self, outcomes: Sequence[Outcome]) -> None:
+        """Print the table, what is best, and how to train it again. ``KdError`` when a trial has no result."""
         again = len(self.trials()) - len(outcomes)
         if again:
             print(f"{again} trials drew the values of an earlier one, whose run counts for both")
         try:
-            conclude(self.engine.directory, outcomes, self.objectives)
+            print_results(self.engine.directory, outcomes, self.objectives)
         finally:
             self._best({o.job.name: o for o in outcomes})
 
@@ -227,7 +229,7 @@ class Search:
 
 
 def _batch(batch: int | None, engine: Engine, base: Mapping[str, Any]) -> int:
-    """How many trials are asked for together: what was given, or as many as the local launcher runs at once."""
+    """Count the trials that are asked for together: what was given, or as many as the local launcher runs at once."""
     if batch is not None:
         return batch
     launcher = engine.launcher
@@ -245,7 +247,7 @@ def _try_out(engine: Engine, where: Space) -> dict[str, Any]:
         except KdError as error:
             hint = ": write int(interval(…)) for whole numbers" if "converted to Integer" in str(error) else ""
             raise KdError(f"{error}{hint}") from None
-    refuse_twins(configs)
+    refuse_duplicates(configs)
     refuse_unbuildable(configs, engine.directory)
     return next(iter(configs.values()))
 

@@ -52,8 +52,8 @@ def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
             _interrupt([process for _, _, process in running.values()])
 
 
-def ask(call: Callable[[], Any]) -> Any:
-    """What ``call`` returns in a process of its own; this one stays without torch threads.
+def run_in_subprocess(call: Callable[[], Any]) -> Any:
+    """Call a function in a process of its own and return what it returns; this process stays without torch threads.
 
     What it raises becomes a ``KdError`` with that sentence.
     """
@@ -83,14 +83,14 @@ def ask(call: Callable[[], Any]) -> Any:
     return value
 
 
-def warm_up() -> None:
+def preload() -> None:
     """Import what every job needs, once; of the data sets' packages the slow one. No torch operation runs here."""
     import sklearn.datasets  # noqa: F401 - half of a short run on digits
 
-    import kd.models.mlp
-    import kd.run.build
-    import kd.run.callbacks
-    import kd.run.train  # noqa: F401
+    import kd.models.mlp  # start-up: torch
+    import kd.run.build  # start-up: torch
+    import kd.run.callbacks  # start-up: torch
+    import kd.run.train  # noqa: F401 # start-up
 
 
 def _child(call: Call, slot: int) -> None:
@@ -111,7 +111,7 @@ def _die_with_the_parent() -> None:
 
 
 def _interrupt(processes: list[BaseProcess], patience: float = 20.0) -> None:
-    """As Ctrl-C does: a child writes its record and ends; one that does not is killed."""
+    """End processes as Ctrl-C does: a child writes its record and ends; one that does not is killed."""
     for process in processes:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGINT)

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.config.hardware import GPU, refuse_missing
 from kd.errors import KdError
+from kd.parallel.devices import GPU, gpus, refuse_missing
 from kd.records import weight_files
 from kd.records.manifest import Job
 from kd.sweeps import pool
-from kd.sweeps.local import gpus
 
 
 def refuse_missing_hardware(hardware: Mapping[str, Any]) -> None:
@@ -22,7 +21,7 @@ def refuse_missing_hardware(hardware: Mapping[str, Any]) -> None:
     if found := len(gpus()):
         refuse_missing(hardware, found)
     elif hardware["accelerator"] in GPU:  # others than NVIDIA's, which torch knows: asked in a process of its own
-        pool.ask(functools.partial(refuse_missing, hardware))
+        pool.run_in_subprocess(functools.partial(refuse_missing, hardware))
     else:
         refuse_missing(hardware, 0)
 
@@ -38,33 +37,34 @@ def refuse_unbuildable(configs: Mapping[str, Mapping[str, Any]], directory: Path
                 if not Path(checkpoint).exists() and directory not in Path(checkpoint).parents:
                     raise KdError(f"{name}: {role}.checkpoint = {checkpoint} does not exist")
     if configs:
-        pool.warm_up()
-        pool.ask(functools.partial(_check_objectives, configs))
+        pool.preload()
+        pool.run_in_subprocess(functools.partial(_check_objectives, configs))
 
 
 def _check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    from kd.run.build import check_objectives
+    from kd.run.build import check_objectives  # start-up: torch
 
     check_objectives(configs)
 
 
-def refuse_twins(configs: Mapping[str, Mapping[str, Any]], kind: str = "sweep") -> None:
+def refuse_duplicates(configs: Mapping[str, Mapping[str, Any]], kind: str = "sweep") -> None:
     """``KdError`` when two jobs are the same run: a value listed twice, two spellings of one number, two equal rows."""
     seen: dict[str, str] = {}
     for name, config in configs.items():
         rest = {k: v for k, v in config.items() if k not in ("name", "tags", "notes", "logger")}
-        twin = seen.setdefault(re.sub(r"(?<=\d)\.0(?=[,}\]])", "", repr(rest)), name)  # 1.0 is 1
-        if twin != name and kind == "study":
-            raise KdError(_twin_rows(twin, name, config["seed"]))
-        if twin != name:
-            raise KdError(f"the jobs {twin} and {name} are the same run: list each value once")
+        first = seen.setdefault(re.sub(r"(?<=\d)\.0(?=[,}\]])", "", repr(rest)), name)  # 1.0 is 1
+        if first != name and kind == "study":
+            raise KdError(_duplicate_rows(first, name, config["seed"]))
+        if first != name:
+            raise KdError(f"the jobs {first} and {name} are the same run: list each value once")
 
 
-def _twin_rows(one: str, other: str, seed: int) -> str:
-    (row, _, first), (twin, _, second) = one.partition("/seed"), other.partition("/seed")
-    if row == twin:
+def _duplicate_rows(one: str, other: str, seed: int) -> str:
+    (row, _, first), (other_row, _, second) = one.partition("/seed"), other.partition("/seed")
+    if row == other_row:
         return f"row {row}: its seeds {first} and {second} are the same run (seed = {seed}): an override sets the seed"
-    return f"rows {row} and {twin} are the same experiment (seed {seed}): change the overrides of one, or leave it out"
+    same = f"rows {row} and {other_row} are the same experiment (seed {seed})"
+    return f"{same}: change the overrides of one, or leave it out"
 
 
 def refuse_unwritable(directory: Path) -> None:
@@ -76,12 +76,12 @@ def refuse_unwritable(directory: Path) -> None:
 
 
 def advice(sentence: str) -> str:
-    """A complaint about runs of a study; where it advises another ``hydra.sweep.dir``, with how to choose one."""
+    """Add to a complaint of a study that advises another ``hydra.sweep.dir`` how to choose one."""
     advised = sentence.endswith("hydra.sweep.dir")
     return f"{sentence} (an argument of kd study: hydra.sweep.dir=DIR)" if advised else sentence
 
 
-def whose(jobs: Sequence[Job], kind: str) -> str:
+def name_jobs(jobs: Sequence[Job], kind: str) -> str:
     """``lr=0.1 seed=0 and 3 more``, or the rows of a study."""
     study = kind == "study"
     names = list(dict.fromkeys(job.name.partition("/")[0] if study else job.label for job in jobs))

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from kd.config import explain
 from kd.config.composition import key_of
-from kd.errors import KdError, near
+from kd.errors import KdError, did_you_mean
 from kd.sweeps.grid import axis, short_names
 
 
@@ -29,25 +29,25 @@ class Space:
     applying: Callable[[Sequence[str]], tuple[str, ...]] = tuple
 
     def overrides(self, params: Mapping[str, Any]) -> tuple[str, ...]:
-        """The command line of one trial, complete."""
+        """Return the command line of one trial, complete."""
         return self.applying([*self.fixed, *(f"{key}={text(params[key])}" for key in self.axes)])
 
     def label(self, params: Mapping[str, Any]) -> str:
-        """Its values for people: short names, four digits."""
+        """Write the values of a trial for people: short names, four digits."""
         names = short_names(list(self.axes))
         values = {k: f"{v:.4g}" if isinstance(v, float) else f"{v}" for k, v in params.items()}
-        told = {key_of(override) for override in self.overrides(params)}
-        return " ".join(f"{names[key]}={values[key]}" for key in self.axes if key.lstrip("+") in told)
+        chosen = {key_of(override) for override in self.overrides(params)}
+        return " ".join(f"{names[key]}={values[key]}" for key in self.axes if key.lstrip("+") in chosen)
 
     def corners(self) -> list[dict[str, Any]]:
-        """The first value of every axis, then each end (or each choice) of one axis after the other."""
+        """Return the first value of every axis, then each end (or each choice) of one axis after the other."""
         ends = {k: list(d.choices) if hasattr(d, "choices") else [d.low, d.high] for k, d in self.axes.items()}
         first = {key: values[0] for key, values in ends.items()}
         return [first, *({**first, key: v} for key, values in ends.items() for v in values[1:] if v != values[0])]
 
 
 def text(value: Any) -> str:
-    """A value as it is written on the command line, so that it is read back as the same number."""
+    """Return a value as it is written on the command line, so that it is read back as the same number."""
     return repr(value) if isinstance(value, float) else str(value)
 
 
@@ -83,7 +83,9 @@ def _axis(override: Override) -> Any:
     sweep, line = override.value(), override.input_line
     tags = set(getattr(sweep, "tags", ()))
     for tag in tags - {"log"}:
-        raise KdError(f"{line}: there is no tag {tag}{near(tag, ['log'])}: only tag(log, interval(…)) means something")
+        raise KdError(
+            f"{line}: there is no tag {tag}{did_you_mean(tag, ['log'])}: only tag(log, interval(…)) means something"
+        )
     if tags and not isinstance(sweep, IntervalSweep):
         raise KdError(f"{line}: the tag log goes with an interval: tag(log, interval(LOW, HIGH))")
     if isinstance(sweep, IntervalSweep):

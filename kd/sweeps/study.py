@@ -8,19 +8,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from kd.cli.report import say
-from kd.errors import KdError, near
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from kd.errors import KdError, did_you_mean
 from kd.records import record
 from kd.records.manifest import Job
-from kd.records.state import FINISHED, look, same_run
-from kd.report import vocabulary
+from kd.records.state import FINISHED, same_run, state_of
+from kd.report import power, vocabulary
+from kd.report.console import print_report
 from kd.report.frame import RESULTS, check_protocol, finished, of_study, read_results, write_results
 from kd.report.report import Report, build
-from kd.studies import graph, spec
-from kd.studies.spec import Row, Study
+from kd.studies import load, references
+from kd.studies.study import Row, Study
 from kd.sweeps import estimate, evaluations
-from kd.sweeps.engine import Engine, Outcome
+from kd.sweeps.engine import Engine
+from kd.sweeps.outcome import Outcome
 from kd.sweeps.refusals import advice, refuse_unwritable
+from kd.tracking.wandb_report import log_report
 
 
 def sweep(
@@ -32,16 +36,20 @@ def sweep(
     study's; ``arguments``: overrides for every job, they win over the study's.
     """
     _refuse_swept(arguments)
-    study = spec.load(name, seeds)
+    study = load.load_study(name, seeds)
     vocabulary.check(study)
     jobs = plan(study, engine.directory, only, seeds, arguments)
     kept = study.folder / RESULTS
-    if kept.is_file():
-        read_results(kept, spec.load(name))  # of another protocol: not found out after hours
+    own_study = load.load_study(name)  # with its own seeds: what the design can show does not hang on a part of them
+    # results of another protocol: not found out after hours
+    designs = power.designs(own_study, read_results(kept, own_study) if kept.is_file() else None)
     refuse_unwritable(engine.directory)
     evaluations.check(study, engine, jobs)
     if dry_run:
+        power.show(own_study, designs)
         estimate.show(engine, study, jobs)
+    power.refuse_blind(own_study, designs)
+    if dry_run:
         return []
     refuse_mixed(study, engine, jobs, arguments)
     own = seeds is None and _same_experiments(study, engine, jobs, arguments)
@@ -52,7 +60,7 @@ def sweep(
         problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
         try:
             complete = not problems and all(o.state.status == FINISHED for o in outcomes)
-            _conclude(study, engine, outcomes, kept if own and complete else None)
+            _write_results(study, engine, outcomes, kept if own and complete else None)
         except KdError as error:
             if not problems:
                 raise
@@ -73,19 +81,19 @@ def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: S
     hashes: dict[str, str] = {}  # of a row, the same for all its seeds
     for job in plan(study, engine.directory, (), None, arguments):
         row, run_dir = job.name.partition("/")[0], engine.directory / job.name
-        if job.name in planned or (state := look(run_dir)).status != FINISHED or state.record is None:
+        if job.name in planned or (state := state_of(run_dir)).status != FINISHED or state.record is None:
             continue
         if hashes.get(row) != state.record.get("config_hash"):
             config = engine.compose_all([job], "study")[job.name]
             try:
-                look(run_dir, config)
+                state_of(run_dir, config)
             except KdError as error:
                 raise KdError(advice(str(error))) from None
             hashes[row] = record.config_hash(config)
 
 
 def _same_experiments(study: Study, engine: Engine, jobs: Sequence[Job], arguments: Sequence[str]) -> bool:
-    """Whether the arguments leave every row what it is: another launcher or logger, no other recipe or split."""
+    """Tell whether the arguments leave every row what it is: another launcher or logger, no other recipe or split."""
     if not arguments:
         return True
     plain = {job.name: job for job in plan(study, engine.directory, (), None, ())}
@@ -99,15 +107,19 @@ def _same_experiments(study: Study, engine: Engine, jobs: Sequence[Job], argumen
 def plan(
     study: Study, directory: Path, only: Sequence[str], seeds: Sequence[int] | None, arguments: Sequence[str]
 ) -> list[Job]:
-    """A job for each run that is wanted or read by one that is. ``KdError`` for a row that does not exist."""
+    """Return a job for each run that is wanted or read by one that is. ``KdError`` for a row that does not exist."""
     wanted = [(row, seed) for row in _chosen(study, only) for seed in row.seeds if seeds is None or seed in seeds]
     jobs: dict[str, Job] = {}
 
     def add(row: Row, seed: int) -> str:
         name = f"{row.name}/seed{seed}"
         if name not in jobs:
-            after = dict.fromkeys(add(study.rows[other], number) for other, number in graph.needs(study, row, seed))
-            own = graph.resolved(study, row, seed, directory)  # after seed=: a row's own seed=10{seed} wins
+            after = dict.fromkeys(
+                add(study.rows[other], number) for other, number in references.runs_read(study, row, seed)
+            )
+            own = references.resolve_overrides(
+                study, row, seed, directory
+            )  # after seed=: a row's own seed=10{seed} wins
             overrides = [f"seed={seed}", *own, *arguments, f"name={row.name}"]
             jobs[name] = Job(name, f"{row.name} seed={seed}", tuple(overrides), tuple(after))
         return name
@@ -127,14 +139,14 @@ def _chosen(study: Study, only: Sequence[str]) -> list[Row]:
         found = fnmatch.filter(study.rows, pattern)
         if not found:
             rows = ", ".join(study.rows)
-            raise KdError(f"--only {pattern}: {study.folder} has no such row{near(pattern, study.rows)}; rows: {rows}")
+            raise KdError(
+                f"--only {pattern}: {study.folder} has no such row{did_you_mean(pattern, study.rows)}; rows: {rows}"
+            )
         names += found
     return [study.rows[name] for name in dict.fromkeys(names)]
 
 
 def _refuse_swept(arguments: Sequence[str]) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     for override in OverridesParser.create().parse_overrides(list(arguments)):
         key = override.get_key_element()
         if override.is_sweep_override():
@@ -146,7 +158,7 @@ def _refuse_swept(arguments: Sequence[str]) -> None:
 # ---------------------------------------------------------------------- what comes out
 
 
-def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: Path | None) -> None:
+def _write_results(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: Path | None) -> None:
     """``results.csv`` and the report, of all runs that are there.
 
     ``kept``: the results in the study's own folder, written once nothing is missing; None when these runs are of other
@@ -157,7 +169,7 @@ def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: P
         check_protocol(frame)
         write_results(engine.directory / RESULTS, study, frame)
         report = build(study, frame, engine.directory, engine.directory, _left_out(study, engine.directory))
-        say(study, report)
+        print_report(study, report)
         print(engine.directory / RESULTS)
         missing = int((frame["status"] != FINISHED).sum())
         if kept is not None and missing:
@@ -169,31 +181,29 @@ def _conclude(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: P
 
 
 def _left_out(study: Study, directory: Path) -> list[str]:
-    """A sentence on finished runs of the study's own seeds that are not in the report, because of ``--seeds``."""
-    own, here = spec.load(study.folder), {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
+    """Write a sentence on finished runs of the study's own seeds that ``--seeds`` keeps out of the report."""
+    own, here = load.load_study(study.folder), {(row.name, seed) for row in study.rows.values() for seed in row.seeds}
     every = [(name, seed) for name, row in own.rows.items() for seed in row.seeds if (name, seed) not in here]
     others = [pair for pair in every if _finished(directory / pair[0] / f"seed{pair[1]}")]
     if not others:
         return []
-    said = f"Seeds {', '.join(map(str, study.seeds))} only, as asked (--seeds)"
-    print(said := f"{said}: {len(others)} finished runs of other seeds are left out.")
-    return [said]
+    sentence = f"Seeds {', '.join(map(str, study.seeds))} only, as asked (--seeds)"
+    print(sentence := f"{sentence}: {len(others)} finished runs of other seeds are left out.")
+    return [sentence]
 
 
 def _finished(run_dir: Path) -> bool:
     try:
-        return look(run_dir).status == FINISHED
+        return state_of(run_dir).status == FINISHED
     except KdError:  # a record that cannot be read
         return False
 
 
 def _to_wandb(study: Study, engine: Engine, report: Report, outcomes: Sequence[Outcome]) -> None:
-    """The report as a W&B run, when the runs log there."""
+    """Send the report as a W&B run, when the runs log there."""
     settings = _wandb(outcomes)
     if settings is None:
         return
-    from kd.tracking.wandb_report import log_report
-
     log_report(engine.directory, study.name, report.table, report.figures, settings)
 
 

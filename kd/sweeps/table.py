@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from kd.errors import KdError
 from kd.records import record, sources
+from kd.records.measures import measured, number, shown_metric
 from kd.records.state import DONE, FINISHED, PRUNED
-
-if TYPE_CHECKING:
-    from kd.sweeps.engine import Outcome
+from kd.sweeps.outcome import Outcome
 
 
-def conclude(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
+def print_results(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
     """Print the table; ``KdError`` that lists the jobs without a result, if there are any."""
     show(outcomes, objectives)
     if targets := sources.mixed(_record(o) for o in outcomes if o.state.status in DONE):
         print(f"_target_ = {', '.join(targets)} was changed while the jobs ran: not all of them are of the same code")
-    print(f"{directory}: kd report {_near(directory)} makes tables and figures of it", flush=True)
+    print(f"{directory}: kd report {_relative(directory)} makes tables and figures of it", flush=True)
     failed = [o for o in outcomes if o.state.status not in DONE]
     if failed:
         reasons = [f"{o.job.label}: {o.state.status}: {o.state.reason}" for o in failed]
@@ -27,7 +30,7 @@ def conclude(directory: Path, outcomes: Sequence[Outcome], objectives: Mapping[s
         raise KdError("\n".join([f"{len(failed)} of {len(outcomes)} jobs have no result ({again}):", *reasons]))
 
 
-def _near(directory: Path) -> Path:
+def _relative(directory: Path) -> Path:
     try:
         return directory.relative_to(Path.cwd())
     except ValueError:
@@ -39,10 +42,6 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
 
     ``objectives``: measure → "maximize" or "minimize".
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     ended = sorted((o for o in outcomes if o.state.status == FINISHED), key=lambda o: _rank(o, objectives))
     columns = list(objectives or sorted({monitor(o) for o in ended}))
     table = Table()
@@ -72,37 +71,13 @@ def _ending(outcome: Outcome) -> str:
     return f"{status} at epoch {_record(outcome)['pruned']['epoch'] + 1}" if status == PRUNED else status
 
 
-def shown_metric(metric: Mapping[str, Any], value: float) -> str:
-    """A metric for people: shares in percent, others in their own unit."""
-    return f"{100 * value:.2f}" if metric["share"] else f"{value:.4f}"
-
-
-def number(value: float | None) -> str:
-    """A measure for people."""
-    if value is None:
-        return "none"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
 def _record(outcome: Outcome) -> Any:
     return outcome.state.record
 
 
 def monitor(outcome: Outcome) -> str:
-    """The metric that picked the job's epoch."""
+    """Return the metric that picked the job's epoch."""
     return str(_record(outcome)["protocol"]["monitor"])
-
-
-def measured(record: Any, name: str) -> float | None:
-    """A measure of a finished run's record at its selected epoch; None where it is not a finite number.
-
-    ``val/acc1`` is ``student.selected.val.acc1``; all others are of the student (``latency_ms``) or of the run
-    (``wall_clock_s``).
-    """
-    if name == "wall_clock_s":
-        return record["wall_clock_s"]
-    split, _, metric = name.rpartition("/")
-    return record["student"]["selected"][split].get(metric) if split else record["student"].get(name)
 
 
 def _rank(outcome: Outcome, objectives: Mapping[str, str] | None) -> tuple[str, float, str]:

@@ -28,7 +28,7 @@ class Terms:
             self.somewhere = self.somewhere.union(*(self.of(job) or () for job in jobs))
 
     def of(self, overrides: Sequence[str]) -> frozenset[str] | None:
-        """The terms that these overrides choose; None where they do not compose. Composed once for equal choices."""
+        """Find the terms that these overrides choose; None where they do not compose. Cached by equal choices."""
         choices = tuple(o for o in overrides if _chooses(o))
         if choices not in self.known:
             try:
@@ -38,7 +38,7 @@ class Terms:
         return self.known[choices]
 
     def applying(self, overrides: Sequence[str]) -> tuple[str, ...]:
-        """The overrides without those of terms that are not chosen here, but in another job."""
+        """Return the overrides without those of terms that are not chosen here, but in another job."""
         if not self.somewhere:
             return tuple(overrides)
         chosen = self.of(overrides)
@@ -53,7 +53,7 @@ def term_of(override: str) -> str | None:
 
 
 def _chooses(override: str) -> bool:
-    """Whether an override may decide which terms there are: a group, or a term spelt out or taken away."""
+    """Tell whether an override may decide which terms there are: a group, or a term spelt out or taken away."""
     key = key_of(override)
     return (
         ("." not in key and key not in PLAIN)

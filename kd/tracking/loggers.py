@@ -1,4 +1,4 @@
-"""What the loggers must be told, and what is kept of a run in Weights & Biases."""
+"""Complete what a logger's YAML leaves open, and keep ``metrics.csv``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import csv
 import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from kd.config.composition import flat
 from kd.records import manifest, record
 from kd.tracking import wandb_run
 
@@ -36,7 +35,7 @@ def complete(name: str, node: Mapping[str, Any], config: Mapping[str, Any], run_
 
 
 def describe(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """What W&B is told of a run: id, group, name, job type and tags.
+    """Describe a run for W&B: id, group, name, job type and tags.
 
     A job of a sweep or study is grouped under its name, and named after what differs; a run that a W&B sweep agent
     started (``WANDB_SWEEP_ID``, ``WANDB_RUN_ID``) is the agent's run. Job types: "teacher" when other jobs learn from
@@ -66,12 +65,12 @@ def describe(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """A name that says what differs: experiment, terms, seed."""
+    """Make a name of what differs: experiment, terms, seed."""
     return f"{config['name']} {'+'.join(config['loss'])} seed{config['seed']}"
 
 
 def _swept() -> str:
-    """The parameters that a W&B sweep agent chose, ``loss.kd.temperature=4, seed=1``; nothing without an agent."""
+    """Write what a W&B sweep agent chose, ``loss.kd.temperature=4, seed=1``; nothing without an agent."""
     import yaml
 
     try:
@@ -83,7 +82,7 @@ def _swept() -> str:
 
 def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
     """``metrics.csv`` in the run directory; of an interrupted run's rows those of its first ``done`` steps are kept."""
-    file, aside = run_dir / "metrics.csv", run_dir / ".metrics.csv"
+    file, aside = run_dir / record.METRICS, run_dir / f".{record.METRICS}"
     if aside.is_file():  # a process was killed before it had written the rows again
         file.unlink(missing_ok=True)
     elif file.is_file():
@@ -105,7 +104,7 @@ def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
 
 
 def whole(logger: CSVLogger) -> CSVLogger:
-    """The logger; where a new column makes it write all rows again, it replaces its file in one step.
+    """Return the logger; where a new column makes it write all rows again, it replaces its file in one step.
 
     Lightning empties the file first: a process killed then would lose the curves.
     """
@@ -122,40 +121,3 @@ def whole(logger: CSVLogger) -> CSVLogger:
 
     writer._rewrite_with_new_header = rewrite
     return logger
-
-
-def report_row(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run as one flat row, ``student.selected.test.acc1`` …, and its retention; no nulls."""
-    row = {
-        key: value for key, value in flat(result).items() if value is not None and not isinstance(value, (list, dict))
-    }
-    row["overrides"] = " ".join(result["overrides"])
-    main = record.metrics_of(result)[0]["name"]
-    for epoch in ("selected", "last"):
-        student, teacher = (row.get(f"{who}.test.{main}") for who in (f"student.{epoch}", "teacher"))
-        if student is not None and teacher:
-            row[f"retention.{epoch}"] = student / teacher
-    return row
-
-
-def finish_wandb(result: Mapping[str, Any]) -> None:
-    """Write the report row of the record as the summary, and close what :func:`opened` was told of: one run a process.
-
-    Called after the record is on disk, whatever a server does.
-    """
-    while _OPEN:
-        logger = _OPEN.pop()
-        run, logger._experiment = logger._experiment, None
-        if run is not None:
-            failed = result["status"] not in ("finished", "pruned")
-            wandb_run.close_run(run, Path(logger.save_dir or "."), report_row(result), exit_code=int(failed))
-
-
-def opened(loggers: Sequence[Any]) -> None:
-    """Remember the W&B loggers of this process, so that whoever has the record at the end can close them."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    _OPEN.extend(logger for logger in loggers if isinstance(logger, WandbLogger))
-
-
-_OPEN: list[Any] = []

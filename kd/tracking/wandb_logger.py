@@ -63,12 +63,12 @@ class WandbLogger(LightningWandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """The resolved config."""
+        """Log the resolved config."""
         self._safely(lambda: super(WandbLogger, self).log_hyperparams(params))
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """One row of the history."""
+        """Log one row of the history."""
         self._safely(lambda: super(WandbLogger, self).log_metrics(metrics, step))
 
     def _safely(self, act: Callable[[], Any]) -> None:

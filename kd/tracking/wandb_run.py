@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def has_key() -> bool:
-    """Whether wandb would log in without asking: a key in the environment or in the netrc file."""
+    """Tell whether wandb would log in without asking: a key in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -53,12 +53,12 @@ def mode(offline: bool | None) -> str:
 
 
 def run_files(directory: Path) -> list[Path]:
-    """The ``.wandb`` files below a directory, online or offline, oldest first."""
+    """Return the ``.wandb`` files below a directory, online or offline, oldest first."""
     return sorted(f for f in directory.rglob("wandb/*run-*/run-*.wandb") if not f.parent.is_symlink())
 
 
 def run_id(directory: Path) -> str:
-    """The id of the W&B run that the directory holds already, wherever it was moved to; else a new one."""
+    """Return the id of the W&B run that the directory holds already, wherever it was moved to; else a new one."""
     for file in reversed(run_files(directory)):
         if file.parents[2] == directory:
             return file.stem.removeprefix("run-")
@@ -66,12 +66,12 @@ def run_id(directory: Path) -> str:
 
 
 def send_later(directory: Path) -> str:
-    """The command that sends what the directory holds."""
+    """Return the command that sends what the directory holds."""
     return f"kd wandb sync {shlex.quote(str(directory))}"
 
 
 def open_run(directory: Path, timeout: float, offline: bool | None = None, **init: Any) -> Any:
-    """A ``wandb.Run`` that writes below ``directory``: online within ``timeout`` seconds, else offline.
+    """Return a ``wandb.Run`` that writes below ``directory``: online within ``timeout`` seconds, else offline.
 
     ``init``: arguments of ``wandb.init``. Raises only where not even the disk can be written.
     """
@@ -127,7 +127,7 @@ def close_run(run: Any, directory: Path, summary: Mapping[str, Any], exit_code: 
 
 
 def _refused(run: Any) -> list[str]:
-    """What the server refused: ``finish`` returns as if nothing had been, wandb's own log tells."""
+    """Return what the server refused: ``finish`` returns as if nothing had been, wandb's own log tells."""
     try:
         text = Path(run.settings.log_internal).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -150,7 +150,7 @@ def teardown(closed: Any = None) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What wandb or the network complains about, in one line without what no reader needs."""
+    """Return what wandb or the network complains about, in one line without what no reader needs."""
     if isinstance(error, OSError) and (found := re.search(r"Connection refused|timed out|resolve \S+", str(error))):
         return _short(found[0].lower())
     return _short("; ".join(str(error).split("\n"))) or type(error).__name__

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from kd.data import content
+from kd.data.images.base import Source
 from kd.data.images.digits import Digits
 from kd.data.images.imagefolder import ImageFolder
 from kd.data.split import hashed
@@ -176,3 +177,23 @@ def test_files_of_one_size_are_told_apart_by_their_bytes(image_folder: Write, mo
     found = after.seen_in_test(seen)
     assert found
     assert set(found) <= set(leaked)
+
+
+def test_test_images_that_are_training_images_are_counted(images: Path) -> None:
+    class Twice(Digits):
+        def load(self):
+            train = super().load().train
+            doubled = train._replace(inputs=train.inputs.clone())
+            doubled.inputs[100:110] = doubled.inputs[0:10]
+            return Source(train, doubled)
+
+    assert digits().copies_in_test() == 0
+    module = Twice(train_size=50)
+    module.setup()
+    kept = {module.parts["train"].inputs[i].numpy().tobytes() for i in module.parts["train"].index}
+    expected = sum(image.numpy().tobytes() in kept for image in module.parts["test"].inputs)
+    assert module.copies_in_test() == expected
+    assert 40 <= expected <= 60
+    for i in range(20):
+        shutil.copy(images / "train" / "cat" / "000.png", images / "train" / "cat" / f"more{i}.png")
+    assert folder(images).copies_in_test() == 0, "files are not read for it"

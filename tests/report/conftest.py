@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kd.records import record
-from kd.studies.spec import Comparison, Condition, Figure, Published, Row, Study
+from kd.studies.study import Comparison, Condition, Figure, Published, Row, Study
 
 CLASSES, TEST = 10, 1000
 SIZES = {"teacher": (85_002, 84_480, 0.045), "student": (3_466, 3_392, 0.028)}

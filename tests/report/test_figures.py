@@ -10,7 +10,7 @@ import pytest
 from kd.errors import KdError
 from kd.report import cost, curves, figures, frame, style
 from kd.report.measures import Measure
-from kd.studies.spec import Figure, Published, Row
+from kd.studies.study import Figure, Published, Row
 
 ACC, ERRORS = Measure("last/test/acc1"), Measure("last/test/errors")
 
@@ -174,10 +174,10 @@ def test_reliability_has_a_panel_for_each_row_with_predictions(study, runs, foun
 
 
 def test_labels_are_moved_apart_and_no_further() -> None:
-    moved = style.apart([1.0, 1.0, 5.0], 1.0, 0.0, 10.0)
+    moved = style.spread_out([1.0, 1.0, 5.0], 1.0, 0.0, 10.0)
     assert moved == pytest.approx([0.5, 1.5, 5.0])
-    assert style.apart([9.9, 9.8, 9.7], 1.0, 0.0, 10.0) == pytest.approx([10.0, 9.0, 8.0], abs=0.02)
-    assert style.apart([3.0, 1.0], 1.0, 0.0, 10.0) == [3.0, 1.0]
+    assert style.spread_out([9.9, 9.8, 9.7], 1.0, 0.0, 10.0) == pytest.approx([10.0, 9.0, 8.0], abs=0.02)
+    assert style.spread_out([3.0, 1.0], 1.0, 0.0, 10.0) == [3.0, 1.0]
 
 
 @pytest.mark.parametrize(

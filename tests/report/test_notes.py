@@ -1,4 +1,4 @@
-"""The small print: what is there is explained, what is not there is not."""
+"""Notes explain what is on the page, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scipy import stats
 from kd import report
 from kd.report import cost, frame, notes, provenance
 from kd.report.measures import Measure
-from kd.report.page import whole
+from kd.report.page import unbroken
 from kd.report.report import _roles
-from kd.studies.spec import Comparison, Published
+from kd.studies.study import Comparison, Published
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_what_no_run_has_yet_is_not_in_the_tables(small, runs, tmp_path) -> None
 
 
 def test_a_head_does_not_break_at_a_hyphen_and_many_columns_are_set_close(small, runs, tmp_path) -> None:
-    assert whole("test top-1, % <b>") == 'test <span class="whole">top-1,</span> % &lt;b&gt;'
+    assert unbroken("test top-1, % <b>") == 'test <span class="unbroken">top-1,</span> % &lt;b&gt;'
     found = frame.of_study(small, runs)
     html = report.build(small, found, None, tmp_path).paths["html"].read_text()
     assert html.count('<table class="wide">') == 1, "the results have ten columns, the comparisons eight"

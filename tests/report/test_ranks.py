@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 from kd.report import frame, ranks, tables
 from kd.report.measures import Measure
 from kd.report.report import build
-from kd.studies import spec
+from kd.studies import load
 
 ACC = Measure("last/test/acc1")
 STUDY = """
@@ -33,11 +33,11 @@ LEVELS = {"kd": [5, 6, 5, 7, 9, 3], "hint": [4, 5, 7, 6, 8, 2], "at": [3, 4, 5, 
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> spec.Study:
+def study(tmp_path: Path) -> load.Study:
     folder = tmp_path / "pairs"
     folder.mkdir()
-    (folder / spec.STUDY).write_text(STUDY)
-    return spec.load(folder)
+    (folder / load.STUDY).write_text(STUDY)
+    return load.load_study(folder)
 
 
 def runs_of(levels: dict[str, list[int]]) -> list[dict[str, object]]:

@@ -19,7 +19,7 @@ from kd.records.manifest import Job, Manifest
 from kd.report import frame
 from kd.report.page import markdown, spread
 from kd.report.tables import Grid
-from kd.studies.spec import Comparison, Condition, Published
+from kd.studies.study import Comparison, Condition, Published
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -65,7 +65,7 @@ def plain(text: str) -> str:
 
 def test_a_study_with_its_runs(study, runs, tmp_path) -> None:
     found = report.build(study, frame.of_study(study, runs), runs, tmp_path / "out")
-    assert found.verdict == "supported"
+    assert found.verdict.headline == "2 supported"
     assert set(found.figures) == {"bars", "map_1", "lines_2", "pareto", "curves", "reliability"}
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["figures", "report.html", "report.md"]
     page = read(found.paths["html"])
@@ -80,14 +80,14 @@ def test_a_study_with_its_runs(study, runs, tmp_path) -> None:
     assert "http" not in html
     said, text = plain(" ".join(page.text)), plain(found.paths["md"].read_text().replace("**", ""))
     for page_text in (said, text):
-        assert "The claim is supported" in page_text
-        for reason in found.reasons:
-            assert plain(reason) in page_text
+        assert "2 conditions: 2 supported" in page_text
+        for judged in found.verdict.conditions:
+            assert plain(judged.text) in page_text
         for word in (study.question, study.paper, study.claim, study.published.source, study.cost, "4acf7a75e6"):
             assert word in page_text
         assert "2 runs are not finished" in page_text
         assert "the loss is not finite" in page_text
-    order = [said.index(w) for w in (study.question, "The claim is", "Results", "Comparisons", "Published", "Protocol")]
+    order = [said.index(w) for w in (study.question, "2 conditions", "Results", "Comparisons", "Published", "Protocol")]
     assert order == sorted(order)
     links = re.findall(r"\]\((figures/\w+\.png)\)", found.paths["md"].read_text())
     assert [tmp_path / "out" / link for link in links] == list(found.figures.values())
@@ -99,7 +99,7 @@ def test_from_results_csv_alone_the_same_numbers_without_curves(small, runs, tmp
     first = report.build(small, full, runs, tmp_path / "first")
     second = report.build(small, frame.read_results(tmp_path / "results.csv", small), None, tmp_path / "second")
     assert set(first.figures) - set(second.figures) == {"curves", "reliability"}
-    assert (second.verdict, second.reasons) == (first.verdict, first.reasons)
+    assert second.verdict == first.verdict
     tables = [p.paths["md"].read_text().split("## Results")[1].split("## ")[0] for p in (first, second)]
     assert tables[0] == tables[1]
 
@@ -121,19 +121,25 @@ def test_a_paper_without_numbers_has_no_table(small, runs, tmp_path) -> None:
 def test_one_seed_says_that_it_has_no_interval(small, runs, tmp_path) -> None:
     found = frame.of_study(small, runs)
     built = report.build(small, found[found["seed"] == 0], None, tmp_path)
-    assert built.verdict == "not shown"
+    assert built.verdict.headline == "2 undecided"
     text = built.paths["md"].read_text()
-    assert "The claim was not shown" in text
+    assert "2 conditions: 2 undecided" in text
     assert "There is one seed a row: no spread and no interval can be given." in text
-    assert "one seed: no interval" in built.reasons[0]
+    assert "one seed: no interval" in built.verdict.conditions[0].sentence
 
 
 def test_a_contradicted_claim(small, runs, tmp_path) -> None:
     wrong = replace(small, comparisons={"x": Comparison("x", "alone", "distilled", "test/acc1")},
                     supported=(Condition("x", above=0.0),))  # fmt: skip
     built = report.build(wrong, frame.of_study(wrong, runs), None, tmp_path)
-    assert built.verdict == "contradicted"
-    assert 'class="verdict contradicted"' in built.paths["html"].read_text()
+    assert built.verdict.headline == "1 rejected", "a bound of our own"
+    built = report.build(replace(wrong, claim_of="paper"), frame.of_study(wrong, runs), None, tmp_path)
+    assert built.verdict.headline == "1 contradicted"
+    html = built.paths["html"].read_text()
+    assert 'class="verdict contradicted"' in html
+    assert '<li class="contradicted"><b>contradicted</b>' in html
+    assert "Contradicted: none of the interval fulfils a condition that the paper itself claims." in html
+    assert "Rejected:" not in html, "a word that the page does not have"
 
 
 def test_text_of_others_is_escaped(small, runs, tmp_path) -> None:
@@ -184,7 +190,7 @@ def test_nothing_is_written_when_something_is_wrong(small, runs, tmp_path) -> No
 @pytest.fixture
 def known(small, monkeypatch):
     """The study by its name."""
-    monkeypatch.setattr("kd.studies.spec.load", lambda name: small, raising=False)
+    monkeypatch.setattr("kd.studies.load.load_study", lambda name: small, raising=False)
     small.folder.mkdir(parents=True)
     return small
 
@@ -193,7 +199,7 @@ def test_kd_report_of_a_study(kd, known, runs, monkeypatch) -> None:
     monkeypatch.setenv("KD_RUNS", str(runs.parent))
     said = kd("report", "made_up")
     assert said.code == 0, said.err
-    assert "supported:" in said.out
+    assert "2 supported:" in said.out
     assert "soft targets, T = 4" in said.out
     assert (runs / "report.html").is_file()
     frame.write_results(known.folder / "results.csv", known, frame.of_study(known, runs))
@@ -211,7 +217,7 @@ def test_kd_report_of_a_study_that_ran_elsewhere(kd, known, runs, monkeypatch) -
     manifest.write(runs, Manifest("study", "made_up", {}, str(known.folder)))
     (known.folder / "study.yaml").touch()
     asked = []
-    monkeypatch.setattr("kd.studies.spec.load", lambda name: asked.append(name) or known)
+    monkeypatch.setattr("kd.studies.load.load_study", lambda name: asked.append(name) or known)
     assert kd("report", str(runs)).code == 0
     shutil.rmtree(known.folder)
     assert kd("report", str(runs)).code == 0
@@ -249,7 +255,7 @@ def test_kd_report_of_a_sweep(kd, write, tmp_path) -> None:
     ]
     assert "| temperature=4 | missing | 2 | – |" in text
     assert (sweep / "figures" / "lines_1.png").read_bytes()[:8] == PNG
-    assert "The claim" not in text
+    assert "condition" not in text
 
 
 def test_kd_report_of_runs(kd, write, tmp_path) -> None:
@@ -321,7 +327,7 @@ def test_runs_by_different_code_are_two_rows(kd, write, tmp_path) -> None:
         read = {"code_read": {"own.Term": code}} if code else {}
         write(tmp_path / "a" / f"run{seed}", seed, 0.9, overrides=["loss=[ce]", f"seed={seed}"], **about, **read)
     assert kd("report", "a").code == 0
-    marks = [sources.fingerprint(record.read(tmp_path / "a" / f"run{seed}")) for seed in (0, 2)]
+    marks = [sources.fingerprint(record.read(tmp_path / "a" / f"run{seed}"), ["own.Term"]) for seed in (0, 2)]
     assert {tuple(row.split(" | ")[:2]) for row in rows_of("report/report.md")[:3]} == {
         (f"| x code=sha256:{marks[0]}", "2"),
         (f"| x code=sha256:{marks[1]}", "1"),
@@ -329,6 +335,19 @@ def test_runs_by_different_code_are_two_rows(kd, write, tmp_path) -> None:
     }
     assert kd("report", "a/run0", "a/run1", "a/run3").code == 0
     assert rows_of("report/report.md")[0].startswith("| x | 3 |"), "one code is one experiment"
+
+
+def test_runs_by_different_code_and_values_are_told_apart_by_both(kd, write, tmp_path) -> None:
+    for seed, (code, value) in enumerate((("aaaa", 1), ("bbbb", 4))):
+        read = {"own.Term": {"own": code}, f"own.Net{seed}": {"net": str(seed)}}  # a network of one alone is no change
+        about = {"config_hash": str(value), "overrides": [f"loss.kd.temperature={value}"], "code_read": read}
+        write(tmp_path / "one" / f"run{seed}", 0, 0.9, name="x", **about)
+        write(tmp_path / "two" / f"run{seed}", 0, 0.9, name=f"x{value}", **about)
+    marks = [sources.fingerprint({"code_read": {"own.Term": {"own": code}}}, ["own.Term"]) for code in ("aaaa", "bbbb")]
+    for folder, named in (("one", ("x temperature=1", "x temperature=4")), ("two", ("x1", "x4"))):
+        assert kd("report", folder).code == 0
+        found = {row.split(" | ")[0] for row in rows_of("report/report.md")[:2]}
+        assert found == {f"| {name} code=sha256:{mark}" for name, mark in zip(named, marks, strict=True)}
 
 
 def test_runs_by_code_that_is_other_code_now_are_said(kd, write, tmp_path, monkeypatch) -> None:

@@ -56,8 +56,8 @@ def test_a_reproduction_is_read(study, runs, tmp_path, monkeypatch) -> None:
     (tmp_path / "study.pickle").write_bytes(pickle.dumps(small))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     first = (
-        "import pickle\nfrom pathlib import Path\n\nfrom kd.studies import spec\n\n"
-        "spec.load = lambda name: pickle.loads(Path('study.pickle').read_bytes())"
+        "import pickle\nfrom pathlib import Path\n\nfrom kd.studies import load\n\n"
+        "load.load_study = lambda name: pickle.loads(Path('study.pickle').read_bytes())"
     )
     said, pictures = executed("03_reproduction.ipynb", tmp_path, first)
     for part in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from statsmodels.stats.power import TTestPower
 
 from kd.report import stats
 
@@ -156,3 +157,45 @@ def test_over_images_of_different_test_sets() -> None:
     assert found.estimate == pytest.approx(6 / 20)
     same = stats.over_images([(np.arange(10), row, row)])
     assert (same.estimate, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+# ---------------------------------------------------------------------- what a design can show, and one run
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 40])
+def test_the_detectable_effect_has_a_power_of_80_percent(n) -> None:
+    """By statsmodels, another implementation; infinity for one pair."""
+    assert stats.detectable(n) == pytest.approx(TTestPower().solve_power(nobs=n, alpha=0.05, power=0.8), rel=1e-3)
+    assert stats.detectable(1) == np.inf
+
+
+def test_the_detectable_effect_is_found_in_four_of_five_simulated_studies() -> None:
+    rng = np.random.default_rng(1)
+    differences = rng.normal(3 * stats.detectable(5), 3, (20_000, 5))
+    found = scipy_stats.ttest_1samp(differences, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_nineteen_of_twenty_further_runs_lie_in_the_prediction_interval() -> None:
+    rng = np.random.default_rng(2)
+    runs = rng.normal(100, 7, (4000, 6))
+    bounds = np.array([stats.one_more(line[:5]) for line in runs])
+    inside = (bounds[:, 0] < runs[:, 5]) & (runs[:, 5] < bounds[:, 1])
+    assert inside.mean() == pytest.approx(0.95, abs=0.012)
+    low, high = stats.one_more([1.0, 2.0, 6.0])
+    reach = scipy_stats.t.ppf(0.975, 2) * np.std([1, 2, 6], ddof=1) * (1 + 1 / 3) ** 0.5
+    assert (low, high) == pytest.approx((3 - reach, 3 + reach))
+    assert stats.one_more([1.0]) is stats.one_more([2.0, 2.0]) is stats.one_more([]) is None
+
+
+def test_the_narrow_interval_is_of_90_percent() -> None:
+    found = stats.difference(DISTILLED, ALONE)
+    interval = scipy_stats.ttest_rel(DISTILLED, ALONE).confidence_interval(0.9)
+    assert found.narrow == pytest.approx((interval.low, interval.high))
+    assert found.spread == pytest.approx((DISTILLED - ALONE).std(ddof=1))
+    share = stats.share(DISTILLED, ALONE, TEACHER)
+    for bound in share.narrow:
+        left = (DISTILLED - ALONE) - bound * (TEACHER - ALONE)
+        assert scipy_stats.ttest_1samp(left, 0).pvalue == pytest.approx(0.1, abs=1e-6)
+    reach = scipy_stats.t.ppf(0.975, 4) * share.spread / 5**0.5
+    assert np.ptp(share.theory) / 2 == pytest.approx(reach, rel=0.05), "the linear approximation, of a clear gap"

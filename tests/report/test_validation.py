@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd.cli.report import _gathered
 from kd.records import manifest, record
 from kd.records.manifest import Job, Manifest
-from kd.report import frame, swept
+from kd.report import frame, sweep_summary
+from kd.report.sources import gathered
 from kd.report.tables import main_grid, measures, numbers
 from kd.report.validation import by_validation, monitored, order
 
@@ -75,7 +75,7 @@ def test_a_small_monitor_is_better_small(sweep) -> None:
     for run_dir in sweep.glob("lr-*"):
         found = record.read(run_dir)
         measured(run_dir, found["student"]["last"]["val"], found["student"]["last"]["test"], "val/nll")
-    given = _gathered([str(sweep)])
+    given = gathered([str(sweep)])
     assert list(given.study.rows) == ["lr=0.1", "lr=0.2", "lr=0.3"]
     shown = measures(given.study, given.frame)
     assert [m.column for m in shown[:3]] == ["selected/val/nll", "selected/test/nll", "last/test/nll"]
@@ -87,7 +87,7 @@ def test_a_small_monitor_is_better_small(sweep) -> None:
 def test_runs_of_two_monitors_are_ordered_by_accuracy(sweep) -> None:
     run_dir = next(sweep.glob("lr-*"))
     measured(run_dir, {}, {}, "val/nll")
-    given = _gathered([str(sweep)])
+    given = gathered([str(sweep)])
     assert monitored(given.frame).column == "selected/val/acc1"
     without = given.frame.drop(columns=[c for c in given.frame if "/val/" in c])
     assert monitored(without).column == "selected/test/acc1"
@@ -161,18 +161,18 @@ def test_a_run_that_failed_hides_nothing_of_the_others(kd, sweep, write) -> None
 def test_other_runs_differ_and_a_run_by_itself_does_not(write, tmp_path) -> None:
     for name, loss in (("a", "[ce]"), ("b", "[ce,kd]")):
         write(tmp_path / name / "seed3", 3, 0.9, overrides=[f"loss={loss}", "seed=3", f"name={name}"])
-    both = _gathered([str(tmp_path / "a"), str(tmp_path / "b")])
+    both = gathered([str(tmp_path / "a"), str(tmp_path / "b")])
     assert both.about[:2] == [
         "Different between the runs: loss ([ce], [ce,kd]).",
         "The same in all runs: data Digits 4822861089d4: 808/270/1000 train/val/test; teacher none; seed 3.",
     ]
-    alone = _gathered([str(tmp_path / "a")])
+    alone = gathered([str(tmp_path / "a")])
     assert [text.split(":")[0] for text in alone.about] == ["The same in all runs"]
 
 
 def test_many_values_are_a_range_and_drawn_numbers_are_short() -> None:
     drawn = [f"{0.01234567890123456 * n}" for n in range(1, 9)]
-    assert swept._listed(drawn) == "8 values from 0.01235 to 0.09877"
-    assert swept._listed([*drawn, "[ce]"]) == "9 values"
-    assert swept._listed(drawn[:1]) == "0.01235"
-    assert json.dumps(swept._differing([{"a": "1", "b": "2"}, {"a": "1"}])) == '{"b": ["2", "not set"]}'
+    assert sweep_summary._listed(drawn) == "8 values from 0.01235 to 0.09877"
+    assert sweep_summary._listed([*drawn, "[ce]"]) == "9 values"
+    assert sweep_summary._listed(drawn[:1]) == "0.01235"
+    assert json.dumps(sweep_summary._differing([{"a": "1", "b": "2"}, {"a": "1"}])) == '{"b": ["2", "not set"]}'

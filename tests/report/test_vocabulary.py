@@ -9,7 +9,7 @@ import pytest
 
 from kd.errors import KdError
 from kd.report import frame, vocabulary
-from kd.studies.spec import Comparison, Evaluation, Figure, Published, Row
+from kd.studies.study import Comparison, Evaluation, Figure, Published, Row
 
 MOVED = {
     "moved": Evaluation("moved", ("data.test_shift=2",)),

@@ -92,10 +92,10 @@ def test_two_jobs_that_are_the_same_run(engine, tmp_path, arguments) -> None:
 
 
 def test_rows_of_a_study_that_are_the_same_experiment(engine, tmp_path) -> None:
-    twins = [Job(f"{row}/seed1", row, ("seed=1", "recipe.epochs=3", f"name={row}")) for row in ("a", "b")]
+    same = [Job(f"{row}/seed1", row, ("seed=1", "recipe.epochs=3", f"name={row}")) for row in ("a", "b")]
     sentence = r"^rows a and b are the same experiment \(seed 1\): change the overrides of one, or leave it out$"
     with pytest.raises(KdError, match=sentence):
-        engine.run("study", "tiny", twins)
+        engine.run("study", "tiny", same)
     fixed = [Job(f"a/seed{n}", "a", (f"seed={n}", "seed=7", "name=a")) for n in (0, 1)]
     with pytest.raises(KdError, match=r"^row a: its seeds 0 and 1 are the same run \(seed = 7\): an override sets"):
         engine.run("study", "tiny", fixed)
@@ -308,7 +308,7 @@ def test_a_launcher_that_says_nothing(engine) -> None:
     engine.launcher.launch = lambda overrides, initial_job_idx: write(Path("sweep/a"), "running")
     outcomes = engine.run("sweep", "sweep", jobs(a=(), b=()))
     assert [(o.state.status, o.state.reason) for o in outcomes] == [
-        ("interrupted", "it stopped without a word"),
+        ("interrupted", "it stopped without a record"),
         ("failed", "the launcher did not run it"),
     ]
 

@@ -12,9 +12,9 @@ import yaml
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, State
 from kd.report.frame import read_evaluations
-from kd.studies import spec
+from kd.studies import load
 from kd.sweeps import evaluations, local
-from kd.sweeps.engine import Outcome
+from kd.sweeps.outcome import Outcome
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             run_dir.mkdir(parents=True)
             (run_dir / "config.yaml").write_text(yaml.safe_dump({"hardware": hardware}))
             outcomes.append(Outcome(Job(f"a/seed{seed}", "", ()), run_dir, State(FINISHED)))
-        assert evaluations.complete(spec.load(str(folder)), outcomes, SimpleNamespace(**launcher)) == []
+        assert evaluations.complete(load.load_study(str(folder)), outcomes, SimpleNamespace(**launcher)) == []
         found = [read_evaluations(o.run_dir)["moved"]["metrics"] for o in outcomes]
         return {f["gpu"] for f in found}, [f["threads"] for f in found]  # which takes more of them is chance
 

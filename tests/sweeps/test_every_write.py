@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 SCRIPT = """
 import functools, json, os, shutil, signal, sys
 from pathlib import Path
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.sweeps.job import work
-from kd.sweeps.pool import forked, warm_up
+from kd.sweeps.pool import forked, preload
 
 OVERRIDES = ["data=fake", "data.shape=[1,4,4]", "data.train_images=40", "data.test_images=16", "recipe.epochs=2"]
 OVERRIDES += ["protocol.monitor=val/nll", "protocol.val_every=1"]
@@ -43,7 +43,7 @@ def job(run_dir, kill_at, slot):
     work(checked(OVERRIDES), Path(run_dir), OVERRIDES)
     Path(run_dir + ".json").write_text(json.dumps(seen))
 
-warm_up()
+preload()
 print([code for _, code in forked([functools.partial(job, "whole", 0)], 1)])
 seen = json.loads(Path("whole.json").read_text())
 last = {name: len(seen) - seen[::-1].index(name) for name in KILLED_AT}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.sweeps import local
+from kd.parallel import devices
 
 LISTED = """#!/bin/sh
 echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-6d0f)"
@@ -22,4 +22,4 @@ def test_a_gpu_in_parts_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert local.gpus() == ["0", "1"]
+    assert devices.gpus() == ["0", "1"]

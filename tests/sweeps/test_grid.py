@@ -51,7 +51,7 @@ def test_the_keys_of_a_term_belong_to_the_jobs_that_have_it(engine, capsys, monk
     ]
     assert len(every) == 4
     teacher = ["model@teacher=mlp", "teacher.allow_random=true"]
-    monkeypatch.setattr(grid, "conclude", lambda *_: None)  # the records are bare
+    monkeypatch.setattr(grid, "print_results", lambda *_: None)  # the records are bare
     sweep(engine, ["loss=[ce],[ce,kd]", "loss.kd.temperature=1,4", *teacher])
     assert "sweep of 3 jobs (4 combinations: " in capsys.readouterr().out
     assert engine.launcher.launched == [["loss-ce", "loss-ce+kd_temperature-1", "loss-ce+kd_temperature-4"]]

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.errors import KdError, MachineFailure, RunFailure
 from kd.records import record
-from kd.records.state import look
+from kd.records.state import state_of
 from kd.records.weight_files import CHECKPOINT
 from kd.run import weights
 from kd.sweeps import job
@@ -67,7 +67,7 @@ def test_stopped_goes_on_failed_begins_again_finished_stays(config, stop_at, tmp
             with pytest.raises((KeyboardInterrupt, Exception), match=r"as arranged|x: No space left|to go on"):
                 work(config, tmp_path / name, OVERRIDES)
     for name, (_, status, failure) in ends.items():
-        assert (look(tmp_path / name).status, record.read(tmp_path / name).get("failure")) == (status, failure)
+        assert (state_of(tmp_path / name).status, record.read(tmp_path / name).get("failure")) == (status, failure)
     kept = (tmp_path / "whole" / "result.json").read_bytes()
     logs = {}
     for name in ends:
@@ -100,7 +100,7 @@ def test_a_disk_that_is_full_while_the_weights_are_written(config, tmp_path, mon
     monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(KdError, match=r"student.safetensors cannot be written: .*No space left on device"):
         work(config, tmp_path, OVERRIDES)
-    assert (look(tmp_path).status, record.read(tmp_path)["failure"]) == ("failed", "machine")
+    assert (state_of(tmp_path).status, record.read(tmp_path)["failure"]) == ("failed", "machine")
     before = (tmp_path / "train.log").read_text()
     assert work(config, tmp_path, OVERRIDES) == "finished"
     again = (tmp_path / "train.log").read_text().removeprefix(before)
@@ -118,7 +118,10 @@ def test_a_job_that_cannot_go_on_says_why_and_keeps_all(config, stop_at, tmp_pat
     for _ in range(2):
         with pytest.raises(KdError, match=r"last.ckpt cannot be read"):
             work(config, tmp_path, OVERRIDES)
-        assert (look(tmp_path).status, "last.ckpt cannot be read" in look(tmp_path).reason) == ("interrupted", True)
+        assert (state_of(tmp_path).status, "last.ckpt cannot be read" in state_of(tmp_path).reason) == (
+            "interrupted",
+            True,
+        )
         assert (tmp_path / CHECKPOINT).read_bytes() == cut
 
 
@@ -127,7 +130,7 @@ def test_without_a_checkpoint_an_interrupted_job_begins_again(config, stop_at, t
     with pytest.raises(KeyboardInterrupt):
         work(config, tmp_path, OVERRIDES)
     monkeypatch.undo()
-    assert look(tmp_path).status == "interrupted"
+    assert state_of(tmp_path).status == "interrupted"
     assert work(config, tmp_path, OVERRIDES) == "finished"
 
 
@@ -181,11 +184,11 @@ def test_clearing_leaves_the_files_of_others(tmp_path) -> None:
 
 
 def test_a_record_is_left_where_there_is_none_and_never_replaced(tmp_path) -> None:
-    job.leave_a_record(tmp_path / "a", ["seed=1"], "failed", "lost")
+    job.ensure_record(tmp_path / "a", ["seed=1"], "failed", "lost")
     found = record.read(tmp_path / "a")
     assert (found["status"], found["error"], found["overrides"], found["name"]) == ("failed", "lost", ["seed=1"], "a")
     record.write(tmp_path / "a", {**found, "status": "running", "seed": 7})
-    job.leave_a_record(tmp_path / "a", ["seed=1"], "interrupted", "killed")
+    job.ensure_record(tmp_path / "a", ["seed=1"], "interrupted", "killed")
     assert (record.read(tmp_path / "a")["status"], record.read(tmp_path / "a")["seed"]) == ("interrupted", 7)
-    job.leave_a_record(tmp_path / "a", ["seed=1"], "failed", "too late")
+    job.ensure_record(tmp_path / "a", ["seed=1"], "failed", "too late")
     assert record.read(tmp_path / "a")["error"] == "killed"

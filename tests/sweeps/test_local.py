@@ -121,7 +121,7 @@ def test_each_job_has_its_own_block_of_gpus(make_engine, noting, four_gpus) -> N
 def test_blocks_of_gpus(four_gpus) -> None:
     def blocks(n_jobs, devices, share=1, accelerator="gpu"):
         jobs = [{"accelerator": accelerator, "devices": devices}] * 9
-        return [",".join(s.gpus) for s in local.shares(jobs, n_jobs, share)]
+        return [",".join(s.gpus) for s in local.resources(jobs, n_jobs, share)]
 
     assert blocks("auto", 1) == ["2", "3", "5", "7"]
     assert blocks("auto", 3) == [""]  # one job at once: it chooses by itself
@@ -142,7 +142,7 @@ def test_blocks_of_gpus(four_gpus) -> None:
 
 def test_jobs_on_the_cpu_take_no_gpu_of_a_mixed_sweep(four_gpus) -> None:
     mixed = [{"accelerator": "cpu", "devices": 8}, {"accelerator": "gpu", "devices": 2}]
-    assert [s.gpus for s in local.shares(mixed, "auto", 1)] == [["2", "3"], ["5", "7"]]
+    assert [s.gpus for s in local.resources(mixed, "auto", 1)] == [["2", "3"], ["5", "7"]]
 
 
 def test_processes_on_the_cpu_count_as_jobs_do(make_engine, noting, monkeypatch) -> None:
@@ -194,7 +194,7 @@ def told(run_dir: Path, selected: int, **changed: object) -> str:
     }
     found = {"status": "finished", "protocol": {"monitor": "val/acc1"}, "student": student, "wall_clock_s": 1.25}
     record.write(run_dir, {"schema": 1, **found, **changed})
-    return local.said(run_dir)
+    return local.job_line(run_dir)
 
 
 def test_the_line_of_a_job_is_of_the_epoch_of_the_table(tmp_path) -> None:

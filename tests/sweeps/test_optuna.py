@@ -112,7 +112,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
 
 
 def kept_trials(folder: Path, name: str, url: str | None = None) -> list[Any]:
-    store = trials.opened(folder / name, url and f"sqlite:///{folder / url}")
+    store = trials.open_storage(folder / name, url and f"sqlite:///{folder / url}")
     return optuna.load_study(study_name=name, storage=store).get_trials()
 
 
@@ -213,19 +213,19 @@ def test_without_optuna_one_sentence_says_how_to_get_it(
 
 
 def test_a_journal_cut_in_a_line_is_mended(tmp_path: Path) -> None:
-    study = optuna.create_study(study_name="s", storage=trials.opened(tmp_path, None))
+    study = optuna.create_study(study_name="s", storage=trials.open_storage(tmp_path, None))
     study.ask()
     journal = tmp_path / trials.JOURNAL
     whole = journal.read_bytes()
     journal.write_bytes(whole + whole[:20])
-    trials.mend(journal)
+    trials.truncate_torn_line(journal)
     assert journal.read_bytes() == whole
-    trials.mend(tmp_path / "none")
-    assert len(optuna.load_study(study_name="s", storage=trials.opened(tmp_path, None)).trials) == 1
+    trials.truncate_torn_line(tmp_path / "none")
+    assert len(optuna.load_study(study_name="s", storage=trials.open_storage(tmp_path, None)).trials) == 1
 
 
 def test_a_storage_that_is_away_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = trials.opened(tmp_path, None)
+    store = trials.open_storage(tmp_path, None)
     study = optuna.create_study(study_name="s", storage=store)
     trial = Trial(study, store, study.ask()._trial_id + 99)
     assert trial.report(1, 0.5) is False
@@ -347,7 +347,7 @@ def test_the_keys_of_a_term_belong_to_the_trials_that_have_it(engine) -> None:
 
 
 def test_a_report_lists_a_trial_that_could_not_begin(tmp_path: Path) -> None:
-    from kd.sweeps.job import leave_a_record
+    from kd.sweeps.job import ensure_record
 
     listed = {
         "trial-0000": manifest.Job("trial-0000", "seed=3 T=2", ("seed=3", "loss.kd.temperature=2")),
@@ -355,7 +355,7 @@ def test_a_report_lists_a_trial_that_could_not_begin(tmp_path: Path) -> None:
         "trial-0002": manifest.Job("trial-0002", "teacher=b", ("seed=3", "teacher.checkpoint=b")),
     }
     manifest.write(tmp_path, manifest.Manifest("optuna", "s", listed))
-    leave_a_record(tmp_path / "trial-0000", listed["trial-0000"].overrides, "failed", "there is no teacher")
+    ensure_record(tmp_path / "trial-0000", listed["trial-0000"].overrides, "failed", "there is no teacher")
     _, frame = gather.read_sweep(tmp_path)
     assert frame.iloc[0][["row", "seed", "status", "error"]].tolist() == ["T=2", 3, "failed", "there is no teacher"]
     assert list(frame["row"]) == ["T=2", "teacher=a", "teacher=b"]

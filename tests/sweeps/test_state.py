@@ -12,10 +12,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from kd.cli.hydra_app import checked
+from kd.config.compose import checked
 from kd.errors import KdError
 from kd.records import inputs, record, weight_files
-from kd.records.state import FAILED, FINISHED, INTERRUPTED, PRUNED, look, refuse_another
+from kd.records.state import FAILED, FINISHED, INTERRUPTED, PRUNED, refuse_another, state_of
 
 
 def test_the_same_experiment_of_another_teacher_seed_is_another_run(tmp_path: Path) -> None:
@@ -52,16 +52,16 @@ def test_a_teacher_replaced_at_its_path_is_another_one(tmp_path: Path, status: s
     teacher = trained(tmp_path / "teacher", checked(["loss=[ce]"]))
     config = checked(["loss=[ce,kd]", f"teacher.checkpoint={teacher}"])
     student = trained(tmp_path / "student", config, status)
-    assert look(student, config).status == status
+    assert state_of(student, config).status == status
     (teacher / weight_files.SELECTED).write_bytes(b"others")
     sentence = rf"student: teacher.checkpoint = {teacher} holds other weights than when the run began: remove that run"
     with pytest.raises(KdError, match=sentence):
-        look(student, config)
-    assert look(student).status == status
+        state_of(student, config)
+    assert state_of(student).status == status
     (teacher / weight_files.SELECTED).write_bytes(b"weights")
-    assert look(student, config).status == status
+    assert state_of(student, config).status == status
     (teacher / weight_files.SELECTED).unlink()
-    assert look(student, config).status == status, "a finished teacher may be made small"
+    assert state_of(student, config).status == status, "a finished teacher may be made small"
 
 
 OWN = ["loss=[ce]", "+loss.own={_target_: own_term.Own, weight: 1}"]
@@ -76,19 +76,19 @@ def test_a_run_by_other_code_of_ones_own_is_another_one(tmp_path: Path, monkeypa
     teacher = trained(tmp_path / "teacher", checked(OWN), status)
     reads = checked(["loss=[ce,kd]", f"teacher.checkpoint={teacher}"])
     student = trained(tmp_path / "student", reads, status)
-    assert look(teacher, checked(OWN)).status == status
+    assert state_of(teacher, checked(OWN)).status == status
     term.write_text(term.read_text().replace("return 1.0", "return 0.01 * 1.0"))
     sentence = (
         r"teacher: _target_ = own_term.Own is other code than when the run began \(changed: own_term.py\): remove"
     )
     with pytest.raises(KdError, match=sentence):
-        look(teacher, checked(OWN))
-    assert look(student, reads).status == status, "it has read the same weights"
+        state_of(teacher, checked(OWN))
+    assert state_of(student, reads).status == status, "it has read the same weights"
     found = record.read(teacher)
     record.write(teacher, {**found, "status": FAILED})
-    assert look(teacher, checked(OWN)).status == FAILED, "it is started anew anyway"
+    assert state_of(teacher, checked(OWN)).status == FAILED, "it is started anew anyway"
     record.write(teacher, {key: value for key, value in found.items() if key != "code_read"})
-    assert look(teacher, checked(OWN)).status == status, "of a record of before this is not known"
+    assert state_of(teacher, checked(OWN)).status == status, "of a record of before this is not known"
 
 
 def test_a_teacher_that_is_gone_is_said_to_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_a_teacher_that_is_gone_is_said_to_be_gone(tmp_path: Path, monkeypatch: 
     shutil.rmtree(teacher)
     gone = r"^teacher.checkpoint = teacher does not exist: whether \S+student is a run of it"
     with pytest.raises(KdError, match=gone):
-        look(student, checked(["loss=[ce,kd]", "teacher.checkpoint=teacher"]))
+        state_of(student, checked(["loss=[ce,kd]", "teacher.checkpoint=teacher"]))
 
 
 def test_weights_are_known_by_their_tensors(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ import yaml
 from kd.cli import study as verb
 from kd.cli.main import main
 from kd.errors import KdError
-from kd.report import vocabulary
-from kd.studies import graph, spec
+from kd.report import frame, power, vocabulary
+from kd.studies import load, references
+from kd.studies.study import Study
 from kd.sweeps import evaluations
 from kd.sweeps.evaluations import best_bias
 from kd.sweeps.study import _refuse_swept, _same_experiments, plan
@@ -56,6 +57,7 @@ def write(folder: Path, **changed: Any) -> Path:
         "comparisons": {"helps": {"row": "T4", "than": "alone", "measure": "test/acc1"}},
         "claim": "It helps.",
         "supported": [{"comparison": "helps", "above": 0}],
+        "exploratory": True,
         **changed,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def names(jobs: list[Any]) -> list[str]:
 
 
 def test_a_grid_becomes_a_row_for_each_combination(tmp_path: Path) -> None:
-    study = spec.load(write(tmp_path / "tiny"))
+    study = load.load_study(write(tmp_path / "tiny"))
     assert list(study.rows) == ["teacher", "alone", "T1", "T4"]
     row = study.rows["T4"]
     assert (row.label, row.values) == ("soft targets, T = 4", {"temperature": 4})
@@ -82,26 +84,26 @@ def test_a_grid_becomes_a_row_for_each_combination(tmp_path: Path) -> None:
 
 
 def test_other_seeds_leave_fixed_ones_alone(tmp_path: Path) -> None:
-    study = spec.load(write(tmp_path / "tiny"), seeds=[7, 8])
+    study = load.load_study(write(tmp_path / "tiny"), seeds=[7, 8])
     assert (study.rows["alone"].seeds, study.rows["teacher"].seeds) == ((7, 8), (0,))
 
 
 def test_placeholders_become_quoted_run_directories(tmp_path: Path) -> None:
     overrides = ["teacher.checkpoint=[{a},{a@1}]", "data.split_seed={seed}", "recipe.batch_size=${oc.env:N,{x: 1}}"]
     rows = {"a": {"overrides": []}, "b": {"overrides": overrides}}
-    study = spec.load(
+    study = load.load_study(
         write(tmp_path / "tiny", rows=rows, overrides=[], comparisons=None, supported=None, evaluations=None)
     )
-    found = graph.resolved(study, study.rows["b"], 0, Path("/runs/it's"))
+    found = references.resolve_overrides(study, study.rows["b"], 0, Path("/runs/it's"))
     first, second = (rf"'/runs/it\'s/a/seed{n}'" for n in (0, 1))
     own = (f"teacher.checkpoint=[{first},{second}]", "data.split_seed=0", overrides[2])
     assert found == (*own, "teacher.epoch=last"), "what is reported teaches"
     selected = replace(study, epoch="selected")
-    assert graph.resolved(selected, study.rows["b"], 0, Path("/runs/it's")) == own
+    assert references.resolve_overrides(selected, study.rows["b"], 0, Path("/runs/it's")) == own
     chosen = replace(study.rows["b"], overrides=("teacher.epoch=selected", *overrides))
-    assert graph.resolved(study, chosen, 0, Path("/runs/it's"))[0] == "teacher.epoch=selected"
-    assert len(graph.resolved(study, chosen, 0, Path("/runs/it's"))) == 4
-    assert list(graph.needs(study, study.rows["b"], 0)) == [("a", 0), ("a", 1)]
+    assert references.resolve_overrides(study, chosen, 0, Path("/runs/it's"))[0] == "teacher.epoch=selected"
+    assert len(references.resolve_overrides(study, chosen, 0, Path("/runs/it's"))) == 4
+    assert list(references.runs_read(study, study.rows["b"], 0)) == [("a", 0), ("a", 1)]
 
 
 MAP = {"kind": "map", "x": "temperature", "measure": "test/acc1"}
@@ -110,6 +112,10 @@ LINES = {**MAP, "kind": "lines"}
 
 def when(**bounds: Any) -> list[dict[str, Any]]:
     return [{"comparison": "helps", **bounds}]
+
+
+def helps(**keys: Any) -> dict[str, Any]:
+    return {"helps": {"row": "T4", "than": "alone", "measure": "test/acc1", **keys}}
 
 
 def reads(row: str) -> dict[str, Any]:
@@ -152,6 +158,16 @@ def reads(row: str) -> dict[str, Any]:
             r"inside = \[1\] is not allowed: it must be a list of two numbers, the smaller",
         ),
         ({"supported": when(inside=[2, 1])}, r"inside = \[2, 1\] is not allowed"),
+        ({"supported": when(above=0, claim_of="theirs")}, "claim_of = theirs is not allowed: it must be paper or ours"),
+        ({"claim_of": "theirs"}, r"study\.yaml: claim_of = theirs is not allowed: it must be paper or ours"),
+        ({"claim_off": "paper"}, r"no option claim_off \(near: claim_of"),
+        ({"exploratory": "yes"}, "exploratory = yes is not allowed: it must be true or false"),
+        # effects
+        ({"comparisons": helps(sesoi=0)}, "comparisons: helps: sesoi = 0 is not allowed: it must be more than 0"),
+        ({"comparisons": helps(sesoi=-0.01)}, "sesoi = -0.01 is not allowed"),
+        ({"comparisons": helps(sesoi="a point")}, "sesoi = a point is not allowed: it must be a number"),
+        ({"comparisons": helps(pilot=-1)}, "helps: pilot = -1 is not allowed: it must be 0 or more"),
+        ({"comparisons": helps(pilots=1)}, r"helps has no option pilots \(near: pilot\)"),
         ({"supported": [{"above": 0}]}, "supported: number 1 has no comparison, which it needs: a text"),
         # figures
         (
@@ -197,7 +213,7 @@ def test_what_is_wrong_in_a_study_is_said(tmp_path: Path, changed: dict[str, Any
     if "rows" in changed:
         changed = {"comparisons": None, "supported": None, "evaluations": None, **changed}
     with pytest.raises(KdError, match=sentence):
-        spec.load(write(tmp_path / "tiny", **changed))
+        load.load_study(write(tmp_path / "tiny", **changed))
 
 
 @pytest.mark.parametrize(
@@ -215,17 +231,100 @@ def test_what_is_wrong_in_a_study_is_said(tmp_path: Path, changed: dict[str, Any
     ],
 )  # fmt: skip
 def test_the_bound_of_a_share_is_a_fraction(tmp_path: Path, measure, share_of, bound, sentence) -> None:
-    helps = {"row": "T4", "than": "alone", "measure": measure, "share_of": share_of}
-    study = spec.load(write(tmp_path / "tiny", comparisons={"helps": helps}, supported=when(**bound)))
+    given = helps(measure=measure, share_of=share_of)
+    study = load.load_study(write(tmp_path / "tiny", comparisons=given, supported=when(**bound)))
     with pytest.raises(KdError, match=sentence) if sentence else nullcontext():
         vocabulary.check(study)
+
+
+@pytest.mark.parametrize("key", ["sesoi", "pilot"])
+def test_the_effects_of_a_share_are_fractions(tmp_path: Path, key: str) -> None:
+    study = load.load_study(write(tmp_path / "tiny", comparisons=helps(**{key: 5})))
+    with pytest.raises(KdError, match=rf"comparisons: helps: {key} = 5 is not allowed: .* 0\.01 is one point"):
+        vocabulary.check(study)
+    vocabulary.check(load.load_study(write(tmp_path / "tiny", comparisons=helps(measure="test/errors", **{key: 5}))))
+
+
+# ---------------------------------------------------------------------- what the design can show
+
+
+def design(tmp_path: Path, **keys: Any) -> tuple[Study, dict[str, power.Design]]:
+    more = {key: keys.pop(key) for key in ("seeds", "exploratory", "rows") if key in keys}
+    study = load.load_study(write(tmp_path / "tiny", **{"exploratory": False, **more}, comparisons=helps(**keys)))
+    return study, power.designs(study)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({}, "helps: it has no sesoi"),
+        ({"sesoi": 0.01}, "helps: no pilot gives the spread, of which 5 seeds detect 1.68 times"),
+        (
+            {"sesoi": 0.01, "pilot": 0.01},
+            "sesoi 1.00 points, detectable 1.68 points with 5 seeds of spread 1.00 points",
+        ),
+        ({"sesoi": 0.01, "pilot": 0.001, "seeds": [0]}, "helps: with one seed a row nothing is detectable"),
+        ({"sesoi": 0.01, "pilot": 0.005}, None),
+        ({"sesoi": 0.01, "pilot": 0.01, "seeds": list(range(12))}, None),
+        ({"exploratory": True}, None),
+    ],
+)
+def test_a_design_that_cannot_show_its_effect_is_refused(tmp_path: Path, keys, sentence) -> None:
+    study, found = design(tmp_path, **{"seeds": [0, 1, 2, 3, 4], **keys})
+    if sentence is None:
+        power.refuse_blind(study, found)
+        return
+    with pytest.raises(KdError, match=re.escape(sentence)) as caught:
+        power.refuse_blind(study, found)
+    assert str(caught.value).startswith(f"{tmp_path / 'tiny' / 'study.yaml'}: the design is not known to show")
+    assert str(caught.value).endswith("or say exploratory: true")
+
+
+def test_only_the_comparisons_of_conditions_must_be_detectable(tmp_path: Path) -> None:
+    study = load.load_study(write(tmp_path / "tiny", exploratory=False, supported=None))
+    power.refuse_blind(study, power.designs(study))
+
+
+def test_a_row_of_one_seed_stands_beside_every_seed_of_the_design(tmp_path: Path) -> None:
+    rows = {**ROWS, "alone": {**ROWS["alone"], "seeds": [0, 1, 2]}}
+    assert design(tmp_path, rows=rows, seeds=[1, 2, 3])[1]["helps"].n == 2
+    assert design(tmp_path, rows=rows, seeds=[1, 2, 3], share_of="teacher")[1]["helps"].n == 2
+    assert design(tmp_path, rows=rows, than="teacher", seeds=[1, 2, 3])[1]["helps"].n == 3
+
+
+def test_results_that_are_there_give_the_spread(tmp_path: Path) -> None:
+    """They win over the pilot, and a measure that they lack leaves the pilot."""
+    study, _ = design(tmp_path, sesoi=0.01, pilot=0.5)
+    measured = {("alone", 0): 0.90, ("alone", 1): 0.91, ("T4", 0): 0.95, ("T4", 1): 0.92}
+    lines = [
+        {"row": row, "seed": seed, "status": "finished", "last/test/acc1": accuracy}
+        for (row, seed), accuracy in measured.items()
+    ]
+    found = power.designs(study, frame.table(lines))["helps"]
+    assert found.spread == pytest.approx(np.std([0.05, 0.01], ddof=1))
+    study, _ = design(tmp_path, sesoi=0.01, pilot=0.5, measure="test/nll")
+    assert power.designs(study, frame.table(lines))["helps"].spread == 0.5
+
+
+def test_the_table_of_what_the_design_can_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    power.show(*design(tmp_path, sesoi=0.02, pilot=0.01, seeds=[0, 1, 2, 3, 4]))
+    said = capsys.readouterr().out
+    assert "tiny: what the design can show" in said
+    line = next(line for line in said.splitlines() if line.startswith("│ helps"))
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells == ["helps", "2.00 points", "1.00 points", "–", "5", "1.68 points", "yes"]
+    assert "two-sided paired t-test at 5 %, power 80 %" in said
+    power.show(*design(tmp_path, seeds=[0, 1, 2, 3, 4], exploratory=True))
+    said = capsys.readouterr().out
+    assert "1.68 ×" in said
+    assert "(exploratory)" in said
 
 
 # ---------------------------------------------------------------------- planned
 
 
 def test_rows_come_with_the_runs_that_they_read(tmp_path: Path) -> None:
-    study = spec.load(write(tmp_path / "tiny"))
+    study = load.load_study(write(tmp_path / "tiny"))
     jobs = plan(study, tmp_path, ["T*"], None, ["recipe.epochs=1"])
     assert names(jobs) == ["teacher/seed0", "T1/seed0", "T1/seed1", "T4/seed0", "T4/seed1"]
     assert jobs[2].after == ("teacher/seed0",)
@@ -235,7 +334,7 @@ def test_rows_come_with_the_runs_that_they_read(tmp_path: Path) -> None:
 
 
 def test_seeds_choose_among_those_of_a_row_that_fixes_them(tmp_path: Path) -> None:
-    study = spec.load(write(tmp_path / "tiny"), seeds=[1])
+    study = load.load_study(write(tmp_path / "tiny"), seeds=[1])
     assert names(plan(study, tmp_path, [], [1], [])) == ["alone/seed1", "teacher/seed0", "T1/seed1", "T4/seed1"]
     with pytest.raises(KdError, match="no row has the seeds 1"):
         plan(study, tmp_path, ["teacher"], [1], [])
@@ -318,15 +417,23 @@ def test_a_study_from_nothing_to_its_report(
         "seen": {"eval": ["data.eval_batch_size=8"], "rows": ["alone"]},
         "fixed": {"bias": [3], "rows": ["teacher"]},
     }
-    folder = write(tmp_path / "experiments" / "tiny", rows=few, evaluations=looks)
+    folder = write(tmp_path / "experiments" / "tiny", rows=few, evaluations=looks, exploratory=False)
     runs = tmp_path / "runs" / "study_tiny"
 
+    sentence = "the design is not known to show the smallest effect of interest"
     planned = kd(tmp_path, "tiny", "--dry-run")
-    assert planned.returncode == 0, planned.stderr
+    assert planned.returncode == 1
+    assert sentence in planned.stderr
+    assert "tiny: what the design can show\n" in planned.stdout
     assert "tiny: 5 of 5 runs are missing" in planned.stdout
     assert "ms each" in planned.stdout
     assert not runs.exists()
+    refused = inside("study", "tiny")
+    assert (refused.code, refused.out) == (1, "")
+    assert sentence in refused.err
+    assert not runs.exists()
 
+    write(folder, rows=few, evaluations=looks)
     part = kd(tmp_path, "tiny", "--only", "T4", "--seeds", "0")
     assert part.returncode == 0, part.stderr
     assert "2 runs in" in part.stdout
@@ -451,7 +558,7 @@ def test_other_recipes_and_changed_rows_do_not_reach_the_kept_results(tmp_path: 
 )
 def test_every_row_says_whether_the_study_is_still_itself(make_engine, tmp_path: Path, argument, same) -> None:
     rows = {"a": {"overrides": ["recipe.epochs=3"]}, "b": {"overrides": ["recipe.epochs=2"]}}
-    study = spec.load(
+    study = load.load_study(
         write(tmp_path / "tiny", rows=rows, evaluations=None, comparisons=None, claim=None, supported=None)
     )
     engine = make_engine()
@@ -472,14 +579,14 @@ def test_every_row_says_whether_the_study_is_still_itself(make_engine, tmp_path:
 )
 def test_an_evaluation_that_cannot_work_is_refused_before_the_first_run(make_engine, tmp_path, evaluation, sentence):
     folder = write(tmp_path / "tiny", evaluations={"x": evaluation})
-    study, engine = spec.load(folder), make_engine()
+    study, engine = load.load_study(folder), make_engine()
     with pytest.raises(KdError, match=sentence):
         evaluations.check(study, engine, plan(study, engine.directory, (), None, ()))
 
 
 def test_two_studies_of_one_name(tmp_path: Path) -> None:
     here, there = write(tmp_path / "here" / "tiny"), write(tmp_path / "there" / "tiny")
-    assert not spec.another(there, here), "checked out twice"
+    assert not load.is_other_study(there, here), "checked out twice"
     write(there, question="Another?")
-    assert spec.another(there, here)
-    assert not spec.another(tmp_path / "gone" / "tiny", here), "moved"
+    assert load.is_other_study(there, here)
+    assert not load.is_other_study(tmp_path / "gone" / "tiny", here), "moved"

@@ -10,8 +10,8 @@ import pytest
 from kd.errors import KdError
 from kd.records.manifest import Job
 from kd.records.state import State
-from kd.sweeps.engine import Outcome
-from kd.sweeps.table import conclude
+from kd.sweeps.outcome import Outcome
+from kd.sweeps.table import print_results
 
 
 def outcome(name: str, value: float, monitor: str = "val/acc1", status: str = "finished", reason: str = "") -> Outcome:
@@ -25,7 +25,7 @@ def names(text: str) -> list[str]:
 
 
 def test_the_best_comes_first(capsys) -> None:
-    conclude(Path("sweep"), [outcome("job_b", 0.5), outcome("job_a", 0.9), outcome("job_c", 0.7)])
+    print_results(Path("sweep"), [outcome("job_b", 0.5), outcome("job_a", 0.9), outcome("job_c", 0.7)])
     said = capsys.readouterr().out
     assert names(said) == ["job_a", "job_c", "job_b"]
     assert re.search(r"job_a │\s+0.9000 │\s+50.00 │\s+0.2500 │\s+1.2 ", said)
@@ -36,21 +36,21 @@ def test_jobs_of_different_code_are_told(capsys) -> None:
     some = [outcome("job_a", 0.9), outcome("job_b", 0.7), outcome("job_c", 0.5)]
     for job, code in zip(some, ("aaaa", "aaaa", None), strict=True):
         job.state.record.update({"code_read": {"own.Term": {"own": code}}} if code else {})
-    conclude(Path("sweep"), some)
+    print_results(Path("sweep"), some)
     assert "own.Term" not in capsys.readouterr().out
     some[1].state.record["code_read"]["own.Term"]["own"] = "bbbb"
-    conclude(Path("sweep"), some)
+    print_results(Path("sweep"), some)
     assert "_target_ = own.Term was changed while the jobs ran" in capsys.readouterr().out
 
 
 def test_the_best_loss_is_the_smallest(capsys) -> None:
-    conclude(Path("sweep"), [outcome("job_b", 0.5, "val/nll"), outcome("job_a", 0.9, "val/nll")])
+    print_results(Path("sweep"), [outcome("job_b", 0.5, "val/nll"), outcome("job_a", 0.9, "val/nll")])
     assert names(capsys.readouterr().out) == ["job_b", "job_a"]
 
 
 def test_ties_keep_an_order_and_other_monitors_stand_apart(capsys) -> None:
     both = [outcome("job_b", 0.5), outcome("job_n", 0.1, "val/nll"), outcome("job_a", 0.5)]
-    conclude(Path("sweep"), both)
+    print_results(Path("sweep"), both)
     assert names(capsys.readouterr().out) == ["job_a", "job_b", "job_n"]
 
 
@@ -58,7 +58,7 @@ def test_failures_come_last_with_their_reason(capsys) -> None:
     lost = outcome("job_x", 0, status="failed", reason="the loss is not finite")
     killed = outcome("job_y", 0, status="interrupted", reason="killed by SIGKILL")
     with pytest.raises(KdError) as raised:
-        conclude(Path("sweep"), [lost, outcome("job_a", 0.9), killed])
+        print_results(Path("sweep"), [lost, outcome("job_a", 0.9), killed])
     assert names(capsys.readouterr().out) == ["job_a", "job_x", "job_y"]
     assert str(raised.value).splitlines() == [
         "2 of 3 jobs have no result (the same command again runs what is missing):",
@@ -69,5 +69,5 @@ def test_failures_come_last_with_their_reason(capsys) -> None:
 
 def test_a_sweep_of_failures_is_a_table_too(capsys) -> None:
     with pytest.raises(KdError, match="1 of 1 jobs have no result"):
-        conclude(Path("sweep"), [outcome("job_x", 0, status="failed", reason="why")])
+        print_results(Path("sweep"), [outcome("job_x", 0, status="failed", reason="why")])
     assert names(capsys.readouterr().out) == ["job_x"]

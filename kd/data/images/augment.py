@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd.data.split import generator, mix
-from kd.errors import near
+from kd.errors import did_you_mean
 
 PAD_MODES = ("constant", "reflect")
 
@@ -40,7 +40,7 @@ class Augment:
 def augment_problems(values: Mapping[str, Any]) -> list[str]:
     """One sentence for each entry of ``values`` that :class:`Augment` does not allow."""
     names = [f.name for f in fields(Augment)]
-    problems = [f"data.augment.{key} is not an option{near(key, names)}" for key in values if key not in names]
+    problems = [f"data.augment.{key} is not an option{did_you_mean(key, names)}" for key in values if key not in names]
     pad, mode = values.get("pad", 0), values.get("pad_mode", "constant")
     if not isinstance(pad, int) or isinstance(pad, bool) or pad < 0:
         problems.append(f"data.augment.pad = {pad} is not allowed: it must be a whole number, 0 or more")

@@ -274,6 +274,11 @@ class DataModule(lightning.LightningDataModule):
         self.setup()
         return content.overlap(recorded, self.parts["test"].rows, [self.parts["train"].rows, self.parts["val"].rows])
 
+    def copies_in_test(self) -> int:
+        """How many test images are training images as well, as far as that is known without reading files."""
+        self.setup()
+        return content.copies(self.parts["test"].rows, self.parts["train"].rows)
+
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented; the batches of several ranks together are those of one process."""
         return self._loader("train")

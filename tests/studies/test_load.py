@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from kd.errors import KdError
-from kd.studies import spec
+from kd.studies import load
 from kd.sweeps.study import plan
 
 
-def study(folder: Path, rows: str) -> spec.Study:
+def study(folder: Path, rows: str) -> load.Study:
     folder.mkdir(exist_ok=True)
     (folder / "study.yaml").write_text(f"seeds: [0, 3]\noverrides: [data=fake]\nrows:\n{rows}")
-    return spec.load(folder)
+    return load.load_study(folder)
 
 
 PAIRS = """
@@ -80,7 +80,7 @@ def test_aliases_that_stand_for_too_much_are_refused(tmp_path: Path, file: str, 
     (tmp_path / "study.yaml").write_text("rows: {a: {}}\n")
     (tmp_path / file).write_text(text)
     with pytest.raises(KdError) as caught:
-        spec.load(tmp_path)
+        load.load_study(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / file} cannot be read: it holds more than 100,000 values")
 
 
@@ -94,7 +94,7 @@ def test_aliases_that_stand_for_too_much_are_refused(tmp_path: Path, file: str, 
 def test_what_the_reader_itself_cannot_take_is_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(KdError) as caught:
-        spec.load(tmp_path)
+        load.load_study(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'study.yaml'} {sentence}")
 
 
@@ -168,6 +168,6 @@ def test_what_is_wrong_in_the_published_numbers_is_said(tmp_path: Path, publishe
 def test_what_the_study_sets_itself_is_refused(tmp_path: Path, override: str) -> None:
     (tmp_path / "study.yaml").write_text(f"rows: {{a: {{overrides: ['{override}']}}}}\n")
     with pytest.raises(KdError, match=f"rows: a: {override} is not allowed: the study sets"):
-        spec.load(tmp_path)
+        load.load_study(tmp_path)
     (tmp_path / "study.yaml").write_text("rows: {a: {overrides: ['seed=10{seed}']}}\n")
-    assert spec.load(tmp_path).rows["a"].overrides == ("seed=10{seed}",)
+    assert load.load_study(tmp_path).rows["a"].overrides == ("seed=10{seed}",)

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from kd.records import record, sources, weight_files
-from kd.report import frame, told
-from kd.studies import graph
-from kd.studies.spec import Study
+from kd.report import frame, override_drift
+from kd.studies import references
+from kd.studies.study import Study
 
 MADE = (
     "these results were made with other overrides than study.yaml has now; once their runs are removed, "
@@ -36,7 +36,7 @@ def tell(study: Study, runs: Path, name: str, *added: str) -> None:
     """Write into the records of a row what ``kd study`` would have told its runs."""
     for file in (runs / name).glob("seed*/result.json"):
         seed = int(file.parent.name.removeprefix("seed"))
-        own = graph.resolved(study, study.rows[name], seed, runs.resolve())
+        own = references.resolve_overrides(study, study.rows[name], seed, runs.resolve())
         overrides = [f"seed={seed}", *own, *added, f"name={name}"]
         file.write_text(json.dumps({**json.loads(file.read_text()), "overrides": overrides}))
 
@@ -51,8 +51,8 @@ def changed(study: Study, name: str) -> Study:
 def test_rows_that_the_study_has_otherwise_now(read: Study, runs: Path, tmp_path: Path, kept: bool) -> None:
     def notes(study: Study) -> list[str]:
         if not kept:
-            return told.notes(study, frame.of_study(study, runs))
-        return told.notes(study, frame.read_results(tmp_path / "results.csv", study))
+            return override_drift.notes(study, frame.of_study(study, runs))
+        return override_drift.notes(study, frame.read_results(tmp_path / "results.csv", study))
 
     frame.write_results(tmp_path / "results.csv", read, frame.of_study(read, runs))
     assert notes(read) == []
@@ -65,13 +65,13 @@ def test_results_of_before_cannot_tell(read: Study, runs: Path, tmp_path: Path) 
     file = tmp_path / "results.csv"
     frame.write_results(file, read, frame.of_study(read, runs))
     pd.read_csv(file, dtype=str).drop(columns=["overrides_hash", "added_overrides"]).to_csv(file, index=False)
-    assert told.notes(changed(read, "alone"), frame.read_results(file, read)) == []
+    assert override_drift.notes(changed(read, "alone"), frame.read_results(file, read)) == []
 
 
 def test_what_was_added_on_the_command_line(read: Study, runs: Path) -> None:
     tell(read, runs, "shuffled", "hardware.threads=1", "recipe.epochs=1", "hydra.launcher.n_jobs=2")
-    note = "the runs were also told recipe.epochs=1, which study.yaml does not say"
-    assert told.notes(read, frame.of_study(read, runs)) == [note]
+    note = "the runs also have the overrides recipe.epochs=1, which study.yaml does not have"
+    assert override_drift.notes(read, frame.of_study(read, runs)) == [note]
 
 
 def test_what_does_not_change_a_result_is_not_told(read: Study, runs: Path) -> None:
@@ -84,10 +84,10 @@ def test_what_does_not_change_a_result_is_not_told(read: Study, runs: Path) -> N
         "hardware.threads=1",
         "logger=[]",
     )
-    assert told.notes(read, frame.of_study(read, runs)) == []
+    assert override_drift.notes(read, frame.of_study(read, runs)) == []
     tell(read, runs, "shuffled", "hardware=gpu", "hardware.precision=bf16-mixed", "data.split_seed=7")
-    (note,) = told.notes(read, frame.of_study(read, runs))
-    assert "told data.split_seed=7, hardware.precision=bf16-mixed, hardware=gpu, which" in note
+    (note,) = override_drift.notes(read, frame.of_study(read, runs))
+    assert "overrides data.split_seed=7, hardware.precision=bf16-mixed, hardware=gpu, which" in note
 
 
 def test_what_is_interpolated_has_its_value_in_a_record(read: Study, runs: Path) -> None:
@@ -97,14 +97,14 @@ def test_what_is_interpolated_has_its_value_in_a_record(read: Study, runs: Path)
     tell(with_overrides("recipe.epochs=40", "protocol.val_every=40"), runs, "alone")
     for said, count in (("protocol.val_every=${recipe.epochs}", 0), ("protocol.monitor=${x}", 1)):
         study = with_overrides("recipe.epochs=40", said)
-        assert len(told.notes(study, frame.of_study(study, runs))) == count
+        assert len(override_drift.notes(study, frame.of_study(study, runs))) == count
 
 
 def test_a_row_may_read_a_run_of_another_study(read: Study, runs: Path) -> None:
     own = ("loss=[kd]", "teacher.checkpoint='/runs/study_other/teacher/seed0'")
     study = replace(read, rows={**read.rows, "alone": replace(read.rows["alone"], overrides=own)})
     tell(study, runs, "alone")
-    assert told.notes(study, frame.of_study(study, runs)) == []
+    assert override_drift.notes(study, frame.of_study(study, runs)) == []
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
@@ -155,4 +155,4 @@ def test_what_was_made_by_other_code_does_not_count(read, runs, tmp_path, monkey
 
 def test_runs_may_be_moved(read: Study, runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs, tmp_path / "elsewhere")
-    assert told.notes(read, frame.of_study(read, tmp_path / "elsewhere")) == []
+    assert override_drift.notes(read, frame.of_study(read, tmp_path / "elsewhere")) == []

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd.report import claims, frame, tables, taught
-from kd.studies.spec import Row, Study
+from kd.report import claims, frame, tables, teacher_weights
+from kd.studies.study import Row, Study
 
 OVERRIDES = ("experiment=digits_kd", "teacher.checkpoint={teacher}")
 
@@ -33,11 +33,11 @@ def test_the_epoch_that_taught_must_be_the_one_that_is_shown(read: Study, runs: 
     last = json.loads((runs / "teacher" / "seed0" / "result.json").read_text())["student"]["last"]["epoch"]
     teach(runs, epoch=last, weights="last")
     found = frame.of_study(read, runs)
-    assert taught.notes(read, found) == []
+    assert teacher_weights.notes(read, found) == []
     assert claims.compare(read, found, None)["share"].interval.headline is not None
     teach(runs, epoch=last - 1, weights="selected")
     found = frame.of_study(read, runs)
-    (note,) = taught.notes(read, found)
+    (note,) = teacher_weights.notes(read, found)
     assert note.startswith("row distilled: given the val-selected teacher (test top-1 ")
     share = claims.compare(read, found, None)["share"]
     assert np.isnan(share.interval.estimate)
@@ -51,9 +51,9 @@ def test_the_epoch_that_taught_must_be_the_one_that_is_shown(read: Study, runs: 
 def test_results_of_before_are_told_by_the_teachers_numbers(read: Study, runs: Path) -> None:
     own = json.loads((runs / "teacher" / "seed0" / "result.json").read_text())["student"]["last"]["test"]
     teach(runs, test=own)
-    assert not taught.by_others(read, frame.of_study(read, runs), "distilled", "teacher")
+    assert not teacher_weights.differ(read, frame.of_study(read, runs), "distilled", "teacher")
     teach(runs, test={**own, "nll": own["nll"] + 0.001})
-    assert taught.by_others(read, frame.of_study(read, runs), "distilled", "teacher")
+    assert teacher_weights.differ(read, frame.of_study(read, runs), "distilled", "teacher")
 
 
 @pytest.mark.parametrize(
@@ -67,4 +67,4 @@ def test_results_of_before_are_told_by_the_teachers_numbers(read: Study, runs: P
     ],
 )
 def test_whose_student_a_row_is(overrides: tuple[str, ...], teacher: str | None) -> None:
-    assert taught.teacher_of(Row("x", overrides)) == teacher
+    assert teacher_weights.teacher_of(Row("x", overrides)) == teacher

@@ -1,4 +1,4 @@
-"""A question to a forked process: its answer, its complaint, or that it died without one."""
+"""A function in a forked process: what it returns, what it raises, or that the process died."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import subprocess
 import sys
 
 
-def test_ask_returns_raises_and_says_when_nobody_answers() -> None:
+def test_it_returns_raises_and_reports_a_death() -> None:
     code = """
 import os
 from kd.errors import KdError
-from kd.sweeps.pool import ask
+from kd.sweeps.pool import run_in_subprocess
 
 def refuses(): raise ValueError("loss.kd needs a teacher")
 def silent(): raise LookupError
 def dies(): os._exit(3)
 
-print(ask(lambda: {"pid": os.getpid()})["pid"] != os.getpid(), ask(lambda: None))
+other = run_in_subprocess(lambda: {"pid": os.getpid()})["pid"]
+print(other != os.getpid(), run_in_subprocess(lambda: None))
 for call in (refuses, silent, dies):
-    try: ask(call)
+    try: run_in_subprocess(call)
     except KdError as error: print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""What was swept, what was the same in all runs, which teacher: the head of a page without a study. No torch."""
+"""Summarise a sweep for the head of its page: what differs, what is the same in all runs, which teacher. No torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from kd.records import record
 from kd.report.frame import FINISHED, finished
 
 MOST = 6  # values that are listed; of more, numbers have their range
-ASIDE = ("seed=", "name=", "hydra.", "paths.", "logger")  # say nothing of the experiment
+IRRELEVANT = ("seed=", "name=", "hydra.", "paths.", "logger")  # tell nothing of the experiment
 
 
 def paragraphs(frame: pd.DataFrame, runs_dir: Path, differ: str) -> list[str]:
-    """Sentences from the records and configs of the runs that are there: what differs between them, what does not.
+    """Write sentences from the records and configs of the runs that are there: what differs, what does not.
 
-    ``differ``: the words before what differs. Runs that were only listed have nothing to say.
+    ``differ``: the words before what differs. Runs that were only listed have nothing to add.
     """
     dirs = [runs_dir / str(run) for run in frame["run"].dropna()]
     records = [record.read(run_dir) for run_dir in dirs]
-    configs = [record.read_config(run_dir) if (run_dir / "config.yaml").is_file() else {} for run_dir in dirs]
-    differs = _differing([_told(found.get("overrides", ())) for found in records])
+    configs = [record.read_config(run_dir) if (run_dir / record.CONFIG).is_file() else {} for run_dir in dirs]
+    differs = _differing([_overrides(found.get("overrides", ())) for found in records])
     seeds = sorted(set(frame["seed"]))
-    swept = [f"{key} ({_listed(values)})" for key, values in differs.items()]
-    swept += [f"seed ({_listed(seeds)})"] if len(seeds) > 1 else []
+    varied = [f"{key} ({_listed(values)})" for key, values in differs.items()]
+    varied += [f"seed ({_listed(seeds)})"] if len(seeds) > 1 else []
     ended = [pair for pair in zip(records, configs, strict=True) if pair[0]["status"] == FINISHED]
     facts = [_facts(found, config) for found, config in ended]  # a run that could not begin has none of them
     names = dict.fromkeys(name for fact in facts for name in fact)
@@ -36,20 +36,20 @@ def paragraphs(frame: pd.DataFrame, runs_dir: Path, differ: str) -> list[str]:
     fixed = [f"data {data[0]}"] if len(data) == 1 else []
     fixed += [f"{name} {value}" for name, value in same.items()]
     fixed += [f"seed {seeds[0]}"] if len(seeds) == 1 else []
-    said = [f"{differ}: {'; '.join(swept)}."] if swept else []
+    sentences = [f"{differ}: {'; '.join(varied)}."] if varied else []
     which = "all runs" if len(ended) == len(records) else "all finished runs"
-    return said + ([f"The same in {which}: {'; '.join(fixed)}."] if fixed else [])
+    return sentences + ([f"The same in {which}: {'; '.join(fixed)}."] if fixed else [])
 
 
-def _told(overrides: Sequence[str]) -> dict[str, str]:
-    pairs = (o.lstrip("+").partition("=") for o in overrides if not o.lstrip("+").startswith(ASIDE))
+def _overrides(overrides: Sequence[str]) -> dict[str, str]:
+    pairs = (o.lstrip("+").partition("=") for o in overrides if not o.lstrip("+").startswith(IRRELEVANT))
     return {key: value for key, _, value in pairs}
 
 
-def _differing(told: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """Key → its values, of the keys that runs were told differently; ``not set`` for a run that was not told."""
-    keys = dict.fromkeys(key for run in told for key in run)
-    found = {key: list(dict.fromkeys(run.get(key, "not set") for run in told)) for key in keys}
+def _differing(overrides: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Map each key that differs between runs to its values; ``not set`` for a run that does not set it."""
+    keys = dict.fromkeys(key for run in overrides for key in run)
+    found = {key: list(dict.fromkeys(run.get(key, "not set") for run in overrides)) for key in keys}
     return {key: values for key, values in found.items() if len(values) > 1}
 
 
@@ -70,14 +70,14 @@ def _number(value: Any) -> float | None:
 
 
 def _short(value: Any) -> str:
-    """A number that a search drew has seventeen digits: four are enough for people. A path from where we are."""
+    """Shorten a number that a search drew to four digits, and a path to one relative to the working directory."""
     number = _number(value)
     if number is not None and len(str(value)) > 8:
         return f"{number:.4g}"
-    return _near(str(value))
+    return _relative(str(value))
 
 
-def _near(path: str) -> str:
+def _relative(path: str) -> str:
     return os.path.relpath(path) if os.path.isabs(path) and Path(path).is_relative_to(Path.cwd()) else path
 
 
@@ -86,7 +86,7 @@ def _values(facts: Sequence[Mapping[str, str]], name: str) -> list[str]:
 
 
 def _facts(found: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """What an experiment is made of, by a word for each part: from its record, and its config where there is one."""
+    """Describe an experiment by a word for each part: from its record, and its config where there is one."""
     facts: dict[str, str] = {}
     if config:
         recipe = config["recipe"]
@@ -107,7 +107,7 @@ def _facts(found: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str
 
 
 def _network(node: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
-    """``mlp (hidden [32, 32]; 3,466 parameters)``."""
+    """Describe a network: ``mlp (hidden [32, 32]; 3,466 parameters)``."""
     model = node.get("model") or {}
     name = str(model.get("_target_", "")).rpartition(".")[2]
     given = [f"{k} {v}" for k, v in model.items() if k != "_target_" and v not in (None, False, 0)]
@@ -116,11 +116,11 @@ def _network(node: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
 
 
 def _teacher(node: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
-    """Where it lies, how large it is and how right it is on validation."""
-    lies = measured.get("checkpoint")
-    several = lies if isinstance(lies, (list, tuple)) else [lies]
-    where = " and ".join(_near(str(path)) for path in several if path)
+    """Describe a teacher: where its weights are, its size and its accuracy on validation."""
+    given = measured.get("checkpoint")
+    several = given if isinstance(given, (list, tuple)) else [given]
+    where = " and ".join(_relative(str(path)) for path in several if path)
     known = [f"{measured['parameters']:,} parameters"] if "parameters" in measured else []
-    right = measured.get("val", {}).get("acc1")
-    known += [f"validation top-1 {100 * right:.2f} %"] if right is not None else []
+    accuracy = measured.get("val", {}).get("acc1")
+    known += [f"validation top-1 {100 * accuracy:.2f} %"] if accuracy is not None else []
     return f"{where} ({', '.join(known)})" if known else where

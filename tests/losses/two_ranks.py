@@ -1,0 +1,118 @@
+"""Every term of ``conf/loss``, on one process and on two: values, gradients and what terms keep.
+
+``python -m tests.losses.two_ranks FOLDER RANK WORLD_SIZE``, with ``MASTER_ADDR`` and ``MASTER_PORT``: writes
+``FOLDER/WORLD_SIZE_RANK.pt``, for each term a mapping.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from kd.config.keys import OBJECTIVE_KEYS
+from kd.distill.objective import Objective
+from kd.losses.base import UNLABELLED, Batch, Output, Setup, Term
+from kd.parallel import group
+from kd.run.build import make
+
+CONF = Path(__file__).parents[2] / "conf" / "loss"
+ROWS, SPLIT, CLASSES = 9, 5, 5  # process 0 gets 5 rows, process 1 gets 4, with fewer labels
+DRAWS = 600  # of a term that draws random numbers: its mean is compared
+
+
+def names() -> list[str]:
+    """The terms that the package ships."""
+    return sorted(file.stem for file in CONF.glob("*.yaml"))
+
+
+def term(name: str) -> Term:
+    """A term with the settings of its YAML."""
+    (node,) = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")).values()  # type: ignore[union-attr]
+    built: Term = make({k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}, f"loss.{name}")
+    for side in ("student", "teacher"):
+        taps = getattr(built, f"{side}_taps")
+        if taps is None or len(taps):
+            setattr(built, f"{side}_taps", [f"{side}{stage}" for stage in range(2)])
+    return built
+
+
+def drawn() -> tuple[dict[str, Tensor], dict[str, Tensor], Batch]:
+    """Tensors of student and teacher by name, and the whole batch."""
+    random = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(ROWS, *shape, generator=random, dtype=torch.float64)
+
+    student = {"logits": 3 * normal(CLASSES), "student0": normal(4, 8, 8), "student1": normal(6, 4, 4)}
+    teacher = {"logits": 3 * normal(CLASSES), "teacher0": normal(5, 8, 8), "teacher1": normal(7, 4, 4)}
+    targets = torch.tensor([0, 1, UNLABELLED, 3, 4, 0, UNLABELLED, UNLABELLED, 2])
+    views = {"strong": normal(1)}
+    return student, teacher, Batch(normal(1), targets, torch.arange(ROWS) * 2, views=views)
+
+
+def step(objective: Objective, rows: slice, seed: int) -> dict[str, Any]:
+    """One step on these rows: total, values and gradients of what the student has made and the term has learned."""
+    student, teacher, batch = drawn()
+    leaves = {name: tensor.requires_grad_() for name, tensor in student.items()}
+
+    def output(tensors: dict[str, Tensor]) -> Output:
+        features = {name: tensor[rows] for name, tensor in tensors.items() if name != "logits"}
+        return Output(tensors["logits"][rows], features)
+
+    part = batch.map(lambda t: t[rows])
+    labelled = (part.targets != UNLABELLED).sum()
+    shares = group.shares(len(part), labelled, len(part))
+    torch.manual_seed(seed)
+    values, total = objective(output(leaves), output(teacher), part, 1.0, 4, shares)
+    objective.zero_grad()
+    total.backward()
+    learned = {f"term.{n}": p for n, p in objective.named_parameters()}
+    zero = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in {**leaves, **learned}.items()}
+    return {"total": total.detach(), "values": values[0].detach(), "gradients": {n: g.clone() for n, g in zero.items()}}
+
+
+def run(folder: Path, rank: int, world_size: int) -> None:
+    """All terms, each prepared alike on every process."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        group.join("gloo", rank, world_size, 120)
+    rows = slice(None) if world_size == 1 else (slice(0, SPLIT), slice(SPLIT, None))[rank]
+    found = {}
+    for name in names():
+        built = term(name)
+        student, teacher, batch = drawn()
+        torch.manual_seed(0)
+        networks: dict[str, torch.nn.Module] = {}
+        own, other = (Output(t["logits"], {k: v for k, v in t.items() if k != "logits"}) for t in (student, teacher))
+        index, targets = torch.arange(ROWS) * 2, batch.targets
+        built.prepare(Setup(own, other, batch, networks, index, targets, CLASSES, epochs=4, steps=8))
+        objective = Objective({name: built.double()})
+        first, second = (step(objective, rows, seed) for seed in (1, 2))
+        draws = [step(objective, rows, 10 * seed + rank)["total"] for seed in range(DRAWS)] if _draws(name) else []
+        found[name] = {"steps": [first, second], "draws": draws, "buffers": dict(built.named_buffers())}
+    torch.save(found, folder / f"{world_size}_{rank}.pt")
+    group.leave()
+
+
+def _draws(name: str) -> bool:
+    """Whether a term draws random numbers: the same step with another seed is another number."""
+    torch.manual_seed(0)
+    student, teacher, batch = drawn()
+    built = term(name)
+    own, other = (Output(t["logits"], {k: v for k, v in t.items() if k != "logits"}) for t in (student, teacher))
+    built.prepare(Setup(own, other, batch, {}, torch.arange(ROWS) * 2, batch.targets, CLASSES, epochs=4, steps=8))
+    built.double().eval()
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        results.append(built(own, other, batch).item())
+    return results[0] != results[1]
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
