@@ -118,8 +118,8 @@ class _Gathered:
         student = self._output(self.student, term.student_taps, term.needs_student_logits, term.needs_views)
         teacher = self._output(self.teacher, term.teacher_taps, term.needs_teacher_logits, term.needs_views)
         if self.whole is None:
-            few = self.batch.map(lambda tensor: tensor.new_zeros(len(tensor), 1)).inputs  # inputs are much to send
-            self.whole = replace(self.batch, inputs=few, views={}, extra={}).map(self._rows)
+            few = Batch(self.batch.inputs).map(lambda tensor: tensor.new_zeros(len(tensor), 1))  # much to send
+            self.whole = replace(self.batch, inputs=few.inputs, views={}, extra={}).map(self._rows)
         return student, teacher, self.whole
 
     def _output(self, output: Output, taps: Sequence[Any] | None, logits: bool, views: Sequence[str]) -> Output:
