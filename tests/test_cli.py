@@ -93,7 +93,7 @@ TYPOS = [
     (["loss.ce.weight=heavy"], "loss.ce.weight = heavy is not allowed: it must be a number"),
     (["recipe.epochs=0"], "recipe.epochs = 0 is not allowed: it must be 1 or more"),
     (["protocol.val_every=7"], "protocol.val_every = 7 is not allowed: it must divide recipe.epochs = 30"),
-    (["protocol.mode=min"], "protocol.mode = min is not allowed: the better val/acc1 is its maximum"),
+    (["protocol.mode=best"], "protocol.mode = best is not allowed: it must be max, min or null"),
     (["hardware.devices=0"], "hardware.devices = 0 is not allowed"),
     (["+hardware.trainer.max_epochs=3"], "hardware.trainer.max_epochs = 3 is not allowed"),
     (["seed=-1"], "seed = -1 is not allowed"),

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from kd import errors
 from kd.config.compose import checked
@@ -46,6 +47,7 @@ def cases(teacher_run: Path) -> dict[str, list[str]]:
         "maps": maps,
         "off": [*MAPS, *PLAIN, *TAPS, "loss=[at,hint]", "loss.hint.weight=0"],  # and nothing reaches the classifier
         "accumulated": [*MLP, teacher, "loss=[kd]", "recipe.accumulate=2"],
+        "gathered": [*MLP, teacher, "loss=[ce,cwtm]", "data.label_fraction=0.3"],  # cwtm is over the whole batch
         "batch_norm": [*MAPS, "model@student=resnet8", "loss=[ce]"],
         "mlp_sharded": [*few, "hardware.strategy=fsdp"],
         "maps_sharded": [*maps, "hardware.strategy=fsdp"],
@@ -107,7 +109,7 @@ def curves(run: Path) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in zip(header.split(","), r.split(","), strict=True) if v} for r in rows]
 
 
-@pytest.mark.parametrize("name", ["mlp", "maps", "off", "accumulated", "mlp_sharded", "maps_sharded"])
+@pytest.mark.parametrize("name", ["mlp", "maps", "off", "accumulated", "gathered", "mlp_sharded", "maps_sharded"])
 def test_two_processes_train_like_one(runs: Path, name: str) -> None:
     """Curves of training (windows and epochs) and validation, test metrics, weights; also when FSDP shards them."""
     one, two = runs / "1" / name.removesuffix("_sharded"), runs / "2" / name
@@ -146,6 +148,20 @@ def test_the_teacher_is_left_alone(runs: Path) -> None:
         assert all(torch.equal(value, two["teacher"][name]) for name, value in one["teacher"].items())
         assert names <= set(two["ignored"])
         assert not two["training"]
+
+
+def test_ddp_does_not_overwrite_the_buffers_of_terms() -> None:
+    """Process 0 would send its banks and running statistics round; a teacher is ignored only while it is frozen."""
+    module = nn.Module()
+    for name in ("student", "teacher", "objective"):
+        module.add_module(name, nn.Sequential(nn.BatchNorm1d(2)))
+    buffers = {n for n, _ in module.named_buffers() if n.startswith("objective.")}
+    assert len(buffers) == 3
+    group.ignore_in_ddp(module, None, "objective.")
+    assert set(module._ddp_params_and_buffers_to_ignore) == buffers
+    group.ignore_in_ddp(module, "teacher.", "objective.")
+    teachers = {n for n in module.state_dict() if n.startswith("teacher.")}
+    assert set(module._ddp_params_and_buffers_to_ignore) == buffers | teachers
 
 
 def test_a_parameter_that_no_term_reaches_does_not_stop_ddp(runs: Path) -> None:

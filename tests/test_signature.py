@@ -38,7 +38,7 @@ def test_kwargs_accept_anything() -> None:
     [
         ("tork.optim.SGD", "there is no module 'tork'"),
         ("torch.optim.SGDD", "there is no 'SGDD' in torch.optim"),
-        ("kd.distill.objective.Liner", r"no 'Liner' in kd.distill.objective \(near: Linear"),
+        ("kd.distill.schedules.Liner", r"no 'Liner' in kd.distill.schedules \(near: Linear"),
     ],
 )
 def test_unknown_names_are_sentences(target: str, sentence: str) -> None:

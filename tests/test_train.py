@@ -469,6 +469,10 @@ def test_a_wrong_monitor_lists_what_is_measured(kd) -> None:
         kd("train", *FAST, "protocol.monitor=val/top1"),
         "protocol.monitor = val/top1 is not measured; measured: val/acc1",
     )
+    fails(
+        kd("train", *FAST, "protocol.mode=min"),
+        "protocol.mode = min is not allowed: the better val/acc1 is its maximum (or null)",
+    )
 
 
 def test_an_unexpected_error_keeps_its_traceback(kd, tmp_path, monkeypatch) -> None:

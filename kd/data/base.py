@@ -101,7 +101,8 @@ class AdaptedData(LightningDataModule):
         self.own.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Call the own module's."""
+        """Call the own module's, which may ask its trainer for the number of processes."""
+        self.own.trainer = self.trainer
         self.own.setup(stage)
 
     def teardown(self, stage: str) -> None:
@@ -158,6 +159,13 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         return (as_batch(item, self.name) for item in self.loader)
+
+    batch_sampler = None  # Lightning asks for it wherever there is a sampler
+
+    @property
+    def sampler(self) -> Batches:
+        """Itself: Lightning calls ``loader.sampler.set_epoch(epoch)`` before each epoch."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loader, or its sampler, which epoch begins, where it wants to know."""

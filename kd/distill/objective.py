@@ -110,16 +110,17 @@ class _Gathered:
 
     def __init__(self, student: Output, teacher: Output, batch: Batch) -> None:
         self.student, self.teacher, self.batch = student, teacher, batch
-        self.known: dict[int, Tensor] = {}
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor itself, so that its id stays its own
+        self.whole: Batch | None = None
 
     def seen_by(self, term: Term) -> tuple[Output, Output, Batch]:
         """What a term declares that it reads; of the batch targets, index, mask and its length."""
         student = self._output(self.student, term.student_taps, term.needs_student_logits, term.needs_views)
         teacher = self._output(self.teacher, term.teacher_taps, term.needs_teacher_logits, term.needs_views)
-        length = self.batch.index if self.batch.index is not None else self.batch.targets
-        inputs = length.new_zeros(len(self.batch), 1)  # in the place of the inputs, which would be much to send
-        seen = replace(self.batch, inputs=inputs, views={}, extra={})
-        return student, teacher, seen.map(self._rows)
+        if self.whole is None:
+            few = Batch(self.batch.inputs).map(lambda tensor: tensor.new_zeros(len(tensor), 1))  # much to send
+            self.whole = replace(self.batch, inputs=few.inputs, views={}, extra={}).map(self._rows)
+        return student, teacher, self.whole
 
     def _output(self, output: Output, taps: Sequence[Any] | None, logits: bool, views: Sequence[str]) -> Output:
         names = output.features if taps is None else map(str, taps)
@@ -132,5 +133,5 @@ class _Gathered:
 
     def _rows(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.known:
-            self.known[id(tensor)] = group.gather_rows(tensor)
-        return self.known[id(tensor)]
+            self.known[id(tensor)] = tensor, group.gather_rows(tensor)
+        return self.known[id(tensor)][1]

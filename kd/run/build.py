@@ -225,7 +225,7 @@ def _statistics(
 ) -> list[float] | None:
     """Of the teacher's input, by rank: the user's word, what the run recorded, what the weights came with."""
     for source in (section, recorded, pretrained):
-        if source.get(which) is not None:
+        if source.get(which):  # [] where the inputs of a run were not normalised
             return list(source[which])
     return None
 

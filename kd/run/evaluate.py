@@ -121,7 +121,8 @@ def evaluate(
         same_data(recorded, data, str(source))
         if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):
             raise KdError(f"{source} was trained on images of shape {recorded['input_shape']}, not {data.input_shape}")
-        mapped = InputMap(data.mean, data.std, recorded.get("mean"), recorded.get("std")) if data.mean else None
+        own = [recorded.get(name) or None for name in ("mean", "std")]
+        mapped = InputMap(data.mean, data.std, *own) if data.mean else None
         prepare = torch.nn.Identity() if mapped is None else mapped.to(**like_run)
         weights.load(student, state, source, "student")
         student.to(**like_run).eval()
