@@ -12,11 +12,18 @@ from kd.records.manifest import Job
 from kd.records.state import State
 from kd.sweeps.outcome import Outcome
 from kd.sweeps.table import print_results
+from kd.tasks.metrics import CLASSIFICATION
 
 
 def outcome(name: str, value: float, monitor: str = "val/acc1", status: str = "finished", reason: str = "") -> Outcome:
     selected = {"val": {monitor.partition("/")[2]: value}, "test": {"acc1": 0.5, "agreement": 0.25}}
-    found = {"protocol": {"monitor": monitor}, "student": {"selected": selected}, "wall_clock_s": 1.25}
+    metrics = [metric.describe() for metric in CLASSIFICATION]
+    found = {
+        "protocol": {"monitor": monitor},
+        "metrics": metrics,
+        "student": {"selected": selected},
+        "wall_clock_s": 1.25,
+    }
     return Outcome(Job(name, name, ()), Path(name), State(status, reason, found if status == "finished" else None))
 
 
