@@ -47,13 +47,14 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
     table = Table()
     mains = list({m["name"]: m for m in (record.metrics_of(_record(o))[0] for o in ended)}.values())
     tests = [f"test {m['title']} %" if m["share"] else f"test {m['title']}" for m in mains]
-    for heading in ("", *columns, *tests, "agreement", "seconds"):
+    beside = next((m for o in ended for m in record.metrics_of(_record(o)) if m["beside_teacher"]), None)
+    for heading in ("", *columns, *tests, beside["title"] if beside else "beside the teacher", "seconds"):
         table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
     for outcome in ended:
         own = objectives or {monitor(outcome): ""}
         values = [number(measured(_record(outcome), c)) if c in own else "" for c in columns]
         test = _record(outcome)["student"]["selected"]["test"]
-        agreement = f"{test['agreement']:.4f}" if "agreement" in test else ""
+        agreement = f"{test[beside['name']]:.4f}" if beside and beside["name"] in test else ""
         seconds = f"{_record(outcome)['wall_clock_s']:.1f}"
         shown = [shown_metric(m, test[m["name"]]) if m["name"] in test else "" for m in mains]
         table.add_row(escape(outcome.job.label), *values, *shown, agreement, seconds)
