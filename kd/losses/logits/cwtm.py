@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kd.losses.base import UNLABELLED, Batch, Output, Term, at_least_float32, check_same_shape, check_temperature
 
+__all__ = ["confidence_weighted_cross_entropy"]
+
 
 def confidence_weighted_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0

@@ -8,6 +8,8 @@ from torch import Tensor
 from kd.losses.base import Batch, Output, Term, check_temperature
 from kd.losses.logits.kd import kl_divergence
 
+__all__ = ["permute_non_argmax", "permuted_kl_divergence"]
+
 
 def permute_non_argmax(teacher_logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Each row (…, classes) with all but its largest entry shuffled, another permutation for every row: φ of Eq. 11.
