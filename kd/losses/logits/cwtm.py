@@ -1,4 +1,4 @@
-"""CWTM, confidence weighted by teacher max: Furlanello et al., Born-Again Neural Networks, ICML 2018, 1805.04770."""
+"""CWTM, confidence weighted by teacher max: Furlanello et al., Born-Again Networks, ICML 2018, arXiv 1805.04770."""
 
 from __future__ import annotations
 

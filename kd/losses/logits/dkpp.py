@@ -1,4 +1,4 @@
-"""DKPP, dark knowledge with permuted predictions: Furlanello et al., Born-Again Networks, ICML 2018, 1805.04770."""
+"""DKPP, permuted dark knowledge: Furlanello et al., Born-Again Networks, ICML 2018, arXiv 1805.04770."""
 
 from __future__ import annotations
 
