@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kd.losses.base import Batch, Output, Setup, Term, at_least_float32, check_choice
 
+__all__ = ["attention_map", "attention_transfer"]
+
 VARIANTS = ("code", "paper")
 
 

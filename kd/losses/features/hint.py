@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kd.losses.adapters import KINDS, build_adapter
 from kd.losses.base import Batch, Output, Setup, Term, at_least_float32, check_choice, check_same_shape
 
+__all__ = ["hint_loss"]
+
 VARIANTS = ("code", "paper")
 
 
