@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kd.distill.answers import Answers
-from kd.distill.evaluation import Evaluated, measure
+from kd.distill.evaluation import measure
 from kd.distill.objective import Objective
+from kd.distill.optimisation import MakeGroups, MakeOptimizer, MakeScheduler, Optimised, OwnRecipe, WarmUp
 from kd.distill.step_buffer import StepBuffer, first_bad
 from kd.distill.taps import Taps, resolve
 from kd.errors import KdError, RunFailure
@@ -24,9 +25,6 @@ from kd.parallel import group
 from kd.tasks.base import Task, Want
 
 log = logging.getLogger(__name__)
-
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Step:
     over: Mapping[str, str] = field(default_factory=dict)
 
 
-class Distiller(Evaluated):
+class Distiller(Optimised):
     """Trains ``student`` on the objective; ``teacher`` may be None (plain supervised training).
 
     Call :meth:`prepare` with one batch before the trainer sees the module: it runs both networks once, resolves the
@@ -57,13 +55,13 @@ class Distiller(Evaluated):
     of the set-up by name, trained along with the student. ``gradient_clip``, ``accumulate``: of the recipe, where this
     module steps its optimisers itself (Lightning does it otherwise).
 
+    ``warmup``, ``groups``, ``own_recipes``: a rise of the rate, parameter groups, and other optimisers for networks of
+    ``own_optimizers``; see :mod:`kd.distill.optimisation`.
+
     ``supplies_teacher``: whether a subclass makes its own teacher, so that terms which need one are satisfied.
-    ``own_optimizers``: names of :meth:`networks` that get an optimiser and a schedule of their own, made by the same
-    recipe; with any of them the module steps all optimisers itself, after one backward pass of ``Step.total``.
     """
 
     supplies_teacher = False
-    own_optimizers: Sequence[str] = ()
 
     def __init__(
         self,
@@ -80,6 +78,9 @@ class Distiller(Evaluated):
         peers: Mapping[str, nn.Module] | None = None,
         gradient_clip: float | None = None,
         accumulate: int = 1,
+        warmup: WarmUp | None = None,
+        groups: MakeGroups | None = None,
+        own_recipes: Mapping[str, OwnRecipe] | None = None,
     ) -> None:
         super().__init__(student, teacher, task, num_classes)
         if log_every < 1:
@@ -92,10 +93,14 @@ class Distiller(Evaluated):
         self.unreached: list[str] = []  # see find_unreached
         self.sharded = False  # whether each process holds a part of every parameter only
         self._buffer: StepBuffer | None = None
+        self._earlier: tuple[Tensor, int] | None = None  # sums of this epoch from before a run was resumed
+        self._reseed = False  # before the next step: a validation by steps was between it and the last one
+        self.epoch_trained = -1  # the epoch of the last batch
         self._counts = False  # whether the student has logits to count right answers in
         # the dry pass wants the teacher's, to compare the classes; after it only the terms have a say
         self._want = Want(logits=True, features=True)
         self.gradient_clip, self.accumulate = gradient_clip, accumulate
+        self.warmup, self.make_groups, self.own_recipes = warmup, groups, own_recipes or {}
         self.automatic_optimization = not self.own_optimizers
         objective.check_teacher(teacher is not None or self.supplies_teacher)
 
@@ -310,38 +315,6 @@ class Distiller(Evaluated):
             self.descend(step.total, batch_idx)
         return step.total
 
-    def descend(self, total: Tensor, batch_idx: int) -> None:
-        """Step all optimisers of a set-up with more than one: accumulate, clip, schedules by step and by epoch."""
-        self.manual_backward(total / self.accumulate)
-        last = self.trainer.is_last_batch
-        stepped = last or (batch_idx + 1) % self.accumulate == 0
-        for optimizer in self._several(self.optimizers()) if stepped else ():
-            if self.gradient_clip is not None:
-                self.clip_gradients(optimizer, self.gradient_clip, "norm")
-            optimizer.step()
-            optimizer.zero_grad()
-        if stepped and (last or self._interval == "step"):
-            for scheduler in self._several(self.lr_schedulers() or []):
-                scheduler.step()
-
-    @staticmethod
-    def _several(given: Any) -> list[Any]:
-        return list(given) if isinstance(given, (list, tuple)) else [given]
-
-    def place(self, batch_idx: int | None = None) -> tuple[float, int]:
-        """How far the training is: (fractional) epoch, of so many. Outside of a trainer (0, 1)."""
-        trainer = self._trainer
-        if trainer is None:
-            return 0.0, 1
-        if batch_idx is None:
-            batch_idx = trainer.fit_loop.epoch_loop.batch_idx
-        batches = trainer.num_training_batches
-        if (trainer.max_epochs or -1) < 1:  # the length is given in steps
-            return trainer.global_step / max(1, trainer.max_steps), 1
-        return trainer.current_epoch + (batch_idx / max(1, batches) if batches != float("inf") else 0.0), int(
-            trainer.max_epochs or 1
-        )
-
     # ------------------------------------------------------------------ bookkeeping of an epoch
 
     def on_fit_start(self) -> None:
@@ -383,9 +356,32 @@ class Distiller(Evaluated):
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
         return self.trainer.val_dataloaders
 
+    def on_train_start(self) -> None:
+        """Go on with the warm-up, and with an epoch that a checkpoint has cut in two."""
+        super().on_train_start()
+        if self.trainer.fit_loop.restarted_mid_epoch:
+            self._seed()  # what the loader has drawn at the beginning of the epoch
+            self._reseed = True
+
     def on_train_epoch_start(self) -> None:
         """Seed by epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
-        seed = (self.seed * 1_000_003 + self.current_epoch * 9_176 + self.global_rank) % 2**32
+        self._seed()
+
+    def on_validation_end(self) -> None:
+        """After a checkpoint within an epoch a resumed run must draw what this one draws: seed anew."""
+        trainer = self.trainer
+        self._reseed = (
+            trainer.state.fn == "fit" and trainer.check_val_every_n_epoch is None and not trainer.is_last_batch
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed by step behind a validation within the epoch."""
+        if self._reseed:
+            self._seed(self.steps_done)
+            self._reseed = False
+
+    def _seed(self, step: int = 0) -> None:
+        seed = (self.seed * 1_000_003 + self.current_epoch * 9_176 + step * 7_368_787 + self.global_rank) % 2**32
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -396,12 +392,28 @@ class Distiller(Evaluated):
             names = self.task.counts if step.counts else ()
             labelled = [name for name, over in step.over.items() if over == "labelled"]
             self._buffer = StepBuffer(list(step.values), self.log_every, self.device, labelled, names)
+            if self._earlier is not None:
+                self._buffer.sums, self._buffer.row_total = self._earlier
+                self._earlier = None
         self._buffer.add([*step.values.values(), *step.counts, step.labelled], rows=step.rows)
-        last = self.trainer.is_last_batch
-        if last or self._buffer.full:
+        self.epoch_trained = self.current_epoch
+        last = self.closes_epoch(batch_idx)
+        if last or self._buffer.full or self.validates_next():
             self._read_buffer(self._buffer, batch_idx)
         if last:  # before the validation, so that the epoch's line has both
+            self.close_epoch()
+
+    def close_epoch(self) -> None:
+        """Make the epoch's means of all steps that were read; once more it does nothing. All processes call it."""
+        if self._buffer is not None and self._buffer.filled:  # a callback has ended the run within the epoch
+            self._read_buffer(self._buffer, self.trainer.fit_loop.batch_idx)
+        if self._buffer is not None and self._buffer.row_total:
             self.epoch_means = self._train_means(self._buffer, *self._buffer.take_epoch())
+
+    def on_train_epoch_end(self) -> None:
+        """Give the epoch's means to Lightning's callbacks; the loggers have them step by step."""
+        self.close_epoch()
+        self.log_dict(self.epoch_means, logger=False)
 
     def _read_buffer(self, buffer: StepBuffer, batch_idx: int) -> None:
         window = buffer.read()
@@ -411,10 +423,9 @@ class Distiller(Evaluated):
         means = self._train_means(buffer, *buffer.last)  # over all processes
         for name in self.objective.schedules:
             means[f"weight/{name}"] = self.objective.weight(name, *self.place(batch_idx + 1))
-        means["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        done = self.global_step // (1 if self.automatic_optimization else max(1, len(self.trainer.optimizers)))
+        means |= self.rates()
         for logger in self.loggers:
-            logger.log_metrics({"epoch": self.current_epoch, **means}, step=done)
+            logger.log_metrics({"epoch": self.current_epoch, **means}, step=self.steps_done)
 
     def _stop_on(self, buffer: StepBuffer, bad: tuple[int, list[int]], batch_idx: int, steps: int) -> None:
         row, columns = bad
@@ -428,33 +439,17 @@ class Distiller(Evaluated):
         )
 
     def _train_means(self, buffer: StepBuffer, sums: Tensor, rows: int) -> dict[str, float]:
-        if self.trainer.world_size > 1:
-            packed = torch.cat([sums, torch.tensor([float(rows)], dtype=torch.float64)]).to(self.device)
-            packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()
-            sums, rows = packed[:-1], int(packed[-1])
-        return {f"train/{name}": value for name, value in buffer.means(sums, rows).items()}
+        return {f"train/{name}": value for name, value in buffer.means(*self._over_all(sums, rows)).items()}
 
-    # ------------------------------------------------------------------ optimiser and checkpoints
+    def _over_all(self, sums: Tensor, rows: int) -> tuple[Tensor, int]:
+        """Add up the sums of all processes."""
+        if self.trainer.world_size == 1:
+            return sums, rows
+        packed = torch.cat([sums, torch.tensor([float(rows)], dtype=torch.float64)]).to(self.device)
+        packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()
+        return packed[:-1], int(packed[-1])
 
-    def trainable(self) -> list[nn.Parameter]:
-        """What the optimiser gets: the parameters of :meth:`networks` that want a gradient."""
-        return [p for network in self.networks().values() for p in network.parameters() if p.requires_grad]
-
-    def configure_optimizers(self) -> Any:
-        """The recipe's optimiser and schedule, or several of them: see ``own_optimizers``."""
-        networks = self.networks()
-        apart = {id(p) for name in self.own_optimizers for p in networks[name].parameters()}
-        groups = [[p for p in self.trainable() if id(p) not in apart]]
-        groups += [[p for p in networks[name].parameters() if p.requires_grad] for name in self.own_optimizers]
-        made = [self._optimizer(parameters) for parameters in groups if parameters]
-        return made[0] if len(made) == 1 else made
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        optimizer = self._make_optimizer(parameters)
-        if self._make_scheduler is None:
-            return {"optimizer": optimizer}
-        scheduler = {"scheduler": self._make_scheduler(optimizer), "interval": self._interval}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+    # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave a frozen teacher out: it is not trained, and half as large again. One that is trained along is kept."""
@@ -462,7 +457,10 @@ class Distiller(Evaluated):
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
         checkpoint["kd"] = {"history": self.history, "epoch_means": self.epoch_means, "about": self.about}
-        checkpoint["kd"]["teacher_trained"] = self.teacher_trained
+        checkpoint["kd"] |= {"teacher_trained": self.teacher_trained, "epoch_trained": self.epoch_trained}
+        if self._buffer is not None and self._buffer.row_total:  # in the middle of an epoch
+            sums, rows = self._over_all(self._buffer.sums.clone(), self._buffer.row_total)
+            checkpoint["kd"]["sums"] = {"sums": sums, "rows": rows}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put a teacher that was left out back, so that loading stays strict. ``KdError`` when the data is another."""
@@ -471,6 +469,9 @@ class Distiller(Evaluated):
         if not self.sharded and not self._teacher_changed:
             own = self.state_dict()
             checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
+        self.epoch_trained = checkpoint["kd"].get("epoch_trained", checkpoint["epoch"])
+        if (kept := checkpoint["kd"].get("sums")) is not None and self.global_rank == 0:  # those of all processes
+            self._earlier = (kept["sums"], kept["rows"])
         self.history, self.epoch_means = (dict(checkpoint["kd"][name]) for name in ("history", "epoch_means"))
 
     def _refuse_other_data(self, before: Mapping[str, Any]) -> None:

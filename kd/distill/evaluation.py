@@ -79,6 +79,7 @@ class Evaluated(L.LightningModule):
         self.teacher_tested: dict[str, Any] = {}
         self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
         self.comparable = teacher is not None and teacher.live  # whether the two networks' logits mean the same
+        self.average: nn.Module | None = None  # of :attr:`trained` over the steps; see kd.run.average
         self._deployed: list[nn.Module] = []  # in a list: its modules belong to the student and the terms
         self._teacher_outputs: dict[tuple[str, int], Output] = {}
         self._kept = 0
@@ -87,7 +88,15 @@ class Evaluated(L.LightningModule):
 
     @property
     def deployed(self) -> nn.Module:
-        """The network that is measured, saved and exported: the student, with the heads that terms leave on it."""
+        """The network that is measured, saved and exported: the student, with the heads that terms leave on it.
+
+        Where its average is kept, that.
+        """
+        return self.trained if self.average is None else self.average
+
+    @property
+    def trained(self) -> nn.Module:
+        """The same network with the weights that the optimiser steps."""
         return self._deployed[0] if self._deployed else self.student
 
     @property

@@ -39,8 +39,9 @@ def config_hash(config: Mapping[str, Any]) -> str:
     kept["protocol"] = {k: v for k, v in config["protocol"].items() if k != "keep_predictions"}
     for role in ("student", "teacher"):
         kept[role] = {**config[role], "checkpoint": _experiment_of(config[role]["checkpoint"])}
-    if not kept.get("networks"):
-        kept.pop("networks", None)
+    for key in ("networks", "callbacks"):
+        if not kept.get(key):
+            kept.pop(key, None)
     for key in ("cache", "trust"):  # the same answers, sooner, or from a file that is allowed to name code
         kept["teacher"].pop(key, None)
     text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)

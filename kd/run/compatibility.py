@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -69,6 +70,21 @@ def _last_batch(module: Distiller, data: Any, size: int) -> None:
     short = next((s for s in ("val", "test") if (data.sizes[s] or processes) < processes), None)
     if short:
         raise KdError(f"the {short} split has {data.sizes[short]} image(s), fewer than the {processes} processes")
+
+
+def check_accumulation(recipe: Mapping[str, Any], protocol: Mapping[str, Any], data: Any) -> None:
+    """Refuse validations that would come between two steps of the optimiser: Lightning counts batches."""
+    every, accumulate = protocol["val_every_steps"], recipe["accumulate"]
+    if every is None or accumulate == 1:
+        return
+    loader = data.train_dataloader()
+    batches = len(loader) if hasattr(loader, "__len__") else None
+    if batches is None or batches % accumulate:
+        raise KdError(
+            f"protocol.val_every_steps = {every} is not allowed with recipe.accumulate = {accumulate} and "
+            f"{'an unknown number of' if batches is None else batches} batches an epoch: the last step of an epoch "
+            "would be of fewer batches, use protocol.val_every"
+        )
 
 
 def check_steps(recipe: dict[str, Any], module: Distiller) -> None:

@@ -22,17 +22,35 @@ log = logging.getLogger(__name__)
 
 
 def close(
-    config: dict[str, Any], run_dir: Path, trainer: L.Trainer, module: Distiller, data: Any, best: Any
+    config: dict[str, Any],
+    run_dir: Path,
+    trainer: L.Trainer,
+    module: Distiller,
+    data: Any,
+    best: Any,
+    digest: str,
+    again: bool = False,
 ) -> dict[str, Any]:
-    """Test the last and the val-selected student, each once; predictions where they are to be kept."""
+    """Test the last and the val-selected student, each once; predictions where they are to be kept.
+
+    ``digest``: of the last student; ``again``: whether callbacks may have changed it after its validation.
+    """
     data.setup("test")
-    last_epoch = trainer.current_epoch - 1
+    last_epoch, steps = module.epoch_trained, module.steps_done
     train_means = {k.partition("/")[2]: v for k, v in module.epoch_means.items()}
+    same = best.epoch == last_epoch and best.step in (None, steps)
+    changed = again and same and group.broadcast(best.digest != digest)
+    same = same and not changed
+    if again or last_epoch not in module.history:
+        module.history[last_epoch] = _validated(trainer, module, data)
     last = {"epoch": last_epoch, "train": train_means, "val": _split(module.history[last_epoch])}
-    selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(module.history[best.epoch])}
+    picked = best.metrics or module.history[best.epoch]
+    selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(picked)}
+    if config["protocol"].get("val_every_steps") is not None or config["recipe"].get("steps") is not None:
+        last["step"], selected["step"] = steps, best.step
     keep = config["protocol"]["keep_predictions"]
     state = best.read() if group.rank() == 0 else {}
-    if best.epoch != last_epoch:
+    if not same:
         last.update(_test(trainer, module, data, "test_last"))
         weights.load(module.deployed, group.broadcast(state), run_dir, "student")
     selected.update(_test(trainer, module, data, "test", run_dir if keep else None))
@@ -50,10 +68,18 @@ def close(
         outcome["teacher"] = _teacher_part(config, module)
         if module.teacher_trained:
             outcome["teacher"]["weights"] = weight_files.TRAINED_ALONG
-            if best.epoch != last_epoch:  # the teacher of that epoch is gone: nothing to agree with
+            if not same:  # the teacher of that epoch is gone: nothing to agree with
                 alone = module.task.names(with_teacher=False)
                 selected["test"] = {k: v for k, v in selected["test"].items() if k in alone}
     return outcome
+
+
+def _validated(trainer: L.Trainer, module: Distiller, data: Any) -> dict[str, float]:
+    """Validate the last student, which no validation of the fit has seen as it is; no point of the curves."""
+    loggers, trainer.loggers = trainer.loggers, []
+    (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    trainer.loggers = loggers
+    return {name: float(value) for name, value in found.items()}
 
 
 def _export(config: Mapping[str, Any], run_dir: Path, module: Distiller) -> None:

@@ -17,6 +17,7 @@ import yaml
 
 from kd import __version__, errors
 from kd.config.hardware import settings
+from kd.config.recipe import recorded
 from kd.errors import KdError, MachineFailure
 from kd.parallel import cluster, launch
 from kd.parallel.devices import refuse_missing
@@ -206,7 +207,7 @@ def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         "seed": config["seed"],
         "data_seeds": record.data_seeds(config),
         "tags": config["tags"],
-        "protocol": {**config["protocol"], "epochs": config["recipe"]["epochs"]},
+        "protocol": recorded(config["protocol"], config["recipe"]),
         "process": lock.this_process(),  # while it runs
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"kd": __version__, **{name: version(name) for name in ("torch", "lightning", "timm")}},

@@ -11,13 +11,17 @@ import lightning as L
 import torch
 
 from kd.config.instantiate import make
+from kd.config.recipe import length, recorded, settings
+from kd.config.recipe import protocol as complete_protocol
 from kd.data.images.base import DataModule
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
 from kd.records import record, weight_files
 from kd.run import build, callbacks, compatibility, cost, finish, hardware, pruning, weights
+from kd.run.average import AverageStudent
 from kd.run.data_facts import facts
+from kd.run.ending import Ending
 from kd.tracking import loggers
 
 log = logging.getLogger(__name__)
@@ -39,12 +43,20 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     spent = record.read(run_dir).get("wall_clock_s", 0.0) if checkpoint else 0.0
     data = build.datamodule(config)
     module = build.distiller(config, data)
-    protocol = selection(config["protocol"], module)
-    compatibility.check_steps(config["recipe"], module)
+    recipe, validated = settings(config), complete_protocol(config)
+    protocol = selection(validated, module)
+    compatibility.check_steps(recipe, module)
+    compatibility.check_accumulation(recipe, validated, data)
     about = {"model": config["student"]["model"], "data": facts(data), "seed": config["seed"]}
     module.about = about
     stopper = pruning.callback(run_dir)
-    hooks = [*callbacks.standard(run_dir, protocol, about, spent), *([stopper] if stopper else [])]
+    own_hooks = build.callbacks(config, protocol, [f"val/{name}" for name in module.task.names(module.comparable)])
+    hooks = [
+        *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None),
+        *([AverageStudent(**recipe["ema"])] if recipe["ema"] else []),
+        *([stopper] if stopper else []),
+        *own_hooks,
+    ]
     first = group.rank() == 0
     extra = build.loggers(config, run_dir) if first else []
     own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first else []
@@ -58,19 +70,24 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     if first and (copies := data.copies_in_test() if isinstance(data, DataModule) else 0):
         log.warning("%d of %d test images are copies of training images", copies, data.sizes["test"])
     if checkpoint:
-        log.info("resumed: %d of %d epochs are trained, after %.0f s", before.epochs, config["recipe"]["epochs"], spent)
+        log.info("resumed: %s are trained, after %.0f s", _trained(before, recipe, validated), spent)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stopper and stopper.epoch is not None:
         return stopper.outcome(module.history)
-    last = weights.save(module.deployed, run_dir / weight_files.LAST, {**about, "epoch": trainer.current_epoch - 1})
+    ending = next(h for h in hooks if isinstance(h, Ending))
+    ending.note(trainer)
+    last = weights.save(module.deployed, run_dir / weight_files.LAST, {**about, "epoch": module.epoch_trained})
     outcome: dict[str, Any] = {
         "data": {k: v for k, v in about["data"].items() if k != "seen"} | {"sizes": data.sizes},
         "metrics": [metric.describe() for metric in module.task.metrics],
-        "protocol": {**protocol, "epochs": config["recipe"]["epochs"]},
-        **finish.close(config, run_dir, trainer, module, data, hooks[0]),
+        "protocol": {**recorded(protocol, recipe), "epochs": recipe["epochs"] or module.epoch_trained + 1},
+        **({"stopped": ending.stopped} if ending.stopped else {}),
+        **finish.close(config, run_dir, trainer, module, data, hooks[0], last, bool(own_hooks)),
         "processes": group.world_size(),
     }
     outcome["student"]["last"]["digest"] = last
+    if ending.stopped:
+        log.info("stopped at epoch %d, step %d: %s", *_place(ending.stopped), ending.stopped["why"])
     networks: dict[str, Any] = {"student": module.deployed, "teacher": module.teacher}
     for role, size in measured.items():
         speed = {} if module.sharded else {"latency_ms": cost.latency_ms(networks[role], module.task, example)}
@@ -103,18 +120,20 @@ def make_trainer(
     config: dict[str, Any], run_dir: Path, run_loggers: list[Any], hooks: list[Any], module: Distiller
 ) -> L.Trainer:
     """Lightning's trainer for the recipe, protocol and hardware of the config."""
-    recipe = config["recipe"]
+    recipe, protocol = settings(config), complete_protocol(config)
     machine = hardware.trainer_arguments(config, module)
     selected = next((h for h in hooks if isinstance(h, callbacks.SelectedWeights)), None)
     lean = module.automatic_optimization  # else the module does it: Lightning refuses both
+    several = 1 if lean else max(1, len(module.optimizer_names()))  # Lightning counts the steps of all optimisers
     arguments: dict[str, Any] = {
-        "max_epochs": recipe["epochs"],
+        "max_epochs": recipe["epochs"] or -1,
+        **({"max_steps": recipe["steps"] * several} if recipe["steps"] else {}),
         **(
             {"accumulate_grad_batches": recipe["accumulate"], "gradient_clip_val": recipe["gradient_clip"]}
             if lean
             else {}
         ),
-        "check_val_every_n_epoch": config["protocol"]["val_every"],
+        **_validations(recipe, protocol),
         **machine,
         "plugins": [*machine["plugins"], callbacks.WholeCheckpoints(selected)],
         "logger": run_loggers,
@@ -130,6 +149,24 @@ def make_trainer(
         f"hardware.accelerator = {config['hardware']['accelerator']}",
         **arguments,
     )
+
+
+def _validations(recipe: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+    if protocol["val_every_steps"] is None:
+        return {"check_val_every_n_epoch": protocol["val_every"]}
+    # Lightning counts batches here
+    return {"check_val_every_n_epoch": None, "val_check_interval": protocol["val_every_steps"] * recipe["accumulate"]}
+
+
+def _trained(before: weights.Progress, recipe: dict[str, Any], protocol: dict[str, Any]) -> str:
+    """Write how far a run was: in the unit of its length, steps where it validates by them."""
+    if recipe["steps"] is None and protocol["val_every_steps"] is None:
+        return f"{before.epochs} of {recipe['epochs']} epochs"
+    return f"{before.steps} steps, of {length(recipe)},"
+
+
+def _place(stopped: dict[str, Any]) -> tuple[int, int]:
+    return stopped["epoch"] + 1, stopped["step"]
 
 
 def selection(protocol: dict[str, Any], module: Distiller) -> dict[str, Any]:
