@@ -247,17 +247,19 @@ def _resize(asked: Any, expected: Any, given: Any) -> int | None:
 
 
 def objective(config: Mapping[str, Any]) -> Objective:
-    """The named terms with their weights and schedules."""
+    """The named terms with their weights and schedules; a ``term`` or a schedule may be there as an object already."""
     terms, factors, schedules = {}, {}, {}
     for name, node in config["loss"].items():
         if node is None:
             continue
-        terms[name] = make({k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}, f"loss.{name}")
+        made = {k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}
+        terms[name] = node["term"] if "term" in node else make(made, f"loss.{name}")
         if not isinstance(terms[name], Term):
             raise KdError(f"loss.{name}._target_ = {node['_target_']} is not a kd.losses.base.Term")
         factors[name] = node.get("weight", 1.0)
         if node.get("schedule") is not None:
-            schedules[name] = make(node["schedule"], f"loss.{name}.schedule")
+            schedule = node["schedule"]
+            schedules[name] = schedule if callable(schedule) else make(schedule, f"loss.{name}.schedule")
     return Objective(terms, factors, schedules)
 
 
@@ -312,7 +314,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         scheduler=scheduler,
         scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
-        **_taken_by(config["distiller"]["_target_"], peers, recipe),
+        **taken_by(get_object(config["distiller"]["_target_"]), peers, recipe),
     )
     compatibility.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
@@ -327,10 +329,10 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     return module
 
 
-def _taken_by(target: str, peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
+def taken_by(distiller: Any, peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What only some distillers are given: peers where there are any, clipping where Lightning does not do it."""
     given: dict[str, Any] = {"peers": peers} if peers else {}
-    if getattr(get_object(target), "own_optimizers", ()):
+    if getattr(distiller, "own_optimizers", ()):
         given |= {"gradient_clip": recipe["gradient_clip"], "accumulate": recipe["accumulate"]}
     return given
 

@@ -22,30 +22,34 @@ log = logging.getLogger(__name__)
 
 
 def close(
-    config: dict[str, Any], run_dir: Path, trainer: L.Trainer, module: Distiller, data: Any, best: Any
+    config: dict[str, Any], run_dir: Path | None, trainer: L.Trainer, module: Distiller, data: Any, best: Any
 ) -> dict[str, Any]:
-    """Test the last and the val-selected student, each once; predictions where they are to be kept."""
+    """Test the last and the val-selected student, each once; predictions where they are to be kept.
+
+    Without a ``run_dir`` no file is written. The module is left with the selected student.
+    """
     data.setup("test")
     last_epoch = trainer.current_epoch - 1
     train_means = {k.partition("/")[2]: v for k, v in module.epoch_means.items()}
     last = {"epoch": last_epoch, "train": train_means, "val": _split(module.history[last_epoch])}
     selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(module.history[best.epoch])}
-    keep = config["protocol"]["keep_predictions"]
+    keep = run_dir if config["protocol"]["keep_predictions"] else None
     state = best.read() if group.rank() == 0 else {}
     if best.epoch != last_epoch:
         last.update(_test(trainer, module, data, "test_last"))
-        weights.load(module.deployed, group.broadcast(state), run_dir, "student")
-    selected.update(_test(trainer, module, data, "test", run_dir if keep else None))
+        weights.load(module.deployed, group.broadcast(state), run_dir or "selected", "student")
+    selected.update(_test(trainer, module, data, "test", keep))
     last = {**selected, **last}  # the same student is tested once
-    if keep:
+    if keep is not None:
         trainer.loggers = []  # this pass is for the file: it is no point of the curves
         module.predictions = {}
         trainer.validate(module, datamodule=data, verbose=False)
-        _save_predictions(run_dir / record.PREDICTIONS["val"], module)
+        _save_predictions(keep / record.PREDICTIONS["val"], module)
     if best.digest is not None:
         selected["digest"] = best.digest
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
-    _export(config, run_dir, module)
+    if run_dir is not None:
+        _export(config, run_dir, module)
     if module.teacher is not None:
         outcome["teacher"] = _teacher_part(config, module)
         if module.teacher_trained:
@@ -124,7 +128,7 @@ def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], da
     )
 
 
-def summary(outcome: dict[str, Any], task: Task, run_dir: Path) -> str:
+def summary(outcome: Mapping[str, Any], task: Task, run_dir: Path | None) -> str:
     """The end of a run: student last and selected, teacher, retention, and where everything is."""
     student, teacher = outcome["student"], outcome.get("teacher")
     last, selected = student["last"], student["selected"]
@@ -138,7 +142,8 @@ def summary(outcome: dict[str, Any], task: Task, run_dir: Path) -> str:
         lines["size"] = _size(student)
     else:
         lines["retention"] = f"{_retention(selected, teacher, task)}; {_size(student)} against {_size(teacher)}"
-    lines["run directory"] = str(run_dir.resolve())
+    if run_dir is not None:
+        lines["run directory"] = str(run_dir.resolve())
     return "\n".join(f"{label:<30} {text}" for label, text in lines.items())
 
 

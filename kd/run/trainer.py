@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
 
     Of several processes each runs it, and the first one writes.
     """
+    begin(config)
+    data = build.datamodule(config)
+    module = build.distiller(config, data)
+    compatibility.check_steps(config["recipe"], module)
+    return carry_out(config, run_dir, data, module, checkpoint)
+
+
+def begin(config: Mapping[str, Any]) -> None:
+    """Set up the process for a run: what is logged, threads, random numbers, the memory that is measured."""
     quieten()
     hardware.warn_of_slow_precision(config)
     if torch.cuda.is_available():
@@ -35,19 +45,33 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     if config["hardware"]["threads"]:
         torch.set_num_threads(config["hardware"]["threads"])
     L.seed_everything(config["seed"], workers=True, verbose=False)
+
+
+def carry_out(
+    config: dict[str, Any],
+    run_dir: Path | None,
+    data: Any,
+    module: Distiller,
+    checkpoint: Path | None = None,
+    further: Sequence[L.Callback] = (),
+    resumable: bool = True,
+) -> dict[str, Any]:
+    """Fit a prepared module (on from ``checkpoint``), test once; the part of the record that this yields.
+
+    Without a ``run_dir`` nothing is written. ``further``: callbacks beside those of every run. ``resumable``: whether
+    checkpoints are kept to go on from.
+    """
     before = weights.progress(checkpoint) if checkpoint else weights.Progress()
-    spent = record.read(run_dir).get("wall_clock_s", 0.0) if checkpoint else 0.0
-    data = build.datamodule(config)
-    module = build.distiller(config, data)
+    spent = record.read(run_dir).get("wall_clock_s", 0.0) if checkpoint and run_dir else 0.0
     protocol = selection(config["protocol"], module)
-    compatibility.check_steps(config["recipe"], module)
     about = {"model": config["student"]["model"], "data": facts(data), "seed": config["seed"]}
     module.about = about
-    stopper = pruning.callback(run_dir)
-    hooks = [*callbacks.standard(run_dir, protocol, about, spent), *([stopper] if stopper else [])]
+    stopper = pruning.callback(run_dir) if run_dir else None
+    hooks = callbacks.standard(run_dir, protocol, about, spent, resumable)
+    hooks += [*([stopper] if stopper else []), *further]
     first = group.rank() == 0
-    extra = build.loggers(config, run_dir) if first else []
-    own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first else []
+    extra = build.loggers(config, run_dir) if first and run_dir else []
+    own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first and run_dir else []
     trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
     for logger in extra:
         logger.log_hyperparams(config)
@@ -62,7 +86,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stopper and stopper.epoch is not None:
         return stopper.outcome(module.history)
-    last = weights.save(module.deployed, run_dir / weight_files.LAST, {**about, "epoch": trainer.current_epoch - 1})
+    described = {**about, "epoch": trainer.current_epoch - 1}
+    last = weights.save(module.deployed, run_dir / weight_files.LAST, described) if run_dir else None
     outcome: dict[str, Any] = {
         "data": {k: v for k, v in about["data"].items() if k != "seen"} | {"sizes": data.sizes},
         "metrics": [metric.describe() for metric in module.task.metrics],
@@ -70,7 +95,8 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         **finish.close(config, run_dir, trainer, module, data, hooks[0]),
         "processes": group.world_size(),
     }
-    outcome["student"]["last"]["digest"] = last
+    if last is not None:
+        outcome["student"]["last"]["digest"] = last
     networks: dict[str, Any] = {"student": module.deployed, "teacher": module.teacher}
     for role, size in measured.items():
         speed = {} if module.sharded else {"latency_ms": cost.latency_ms(networks[role], module.task, example)}
@@ -100,7 +126,7 @@ def quieten() -> None:
 
 
 def make_trainer(
-    config: dict[str, Any], run_dir: Path, run_loggers: list[Any], hooks: list[Any], module: Distiller
+    config: dict[str, Any], run_dir: Path | None, run_loggers: list[Any], hooks: list[Any], module: Distiller
 ) -> L.Trainer:
     """Lightning's trainer for the recipe, protocol and hardware of the config."""
     recipe = config["recipe"]
@@ -119,7 +145,8 @@ def make_trainer(
         "plugins": [*machine["plugins"], callbacks.WholeCheckpoints(selected)],
         "logger": run_loggers,
         "callbacks": hooks,
-        "default_root_dir": str(run_dir),
+        "default_root_dir": str(run_dir) if run_dir else None,
+        "enable_checkpointing": any(isinstance(h, L.pytorch.callbacks.ModelCheckpoint) for h in hooks),
         "enable_progress_bar": any(isinstance(h, callbacks.RichProgressBar) for h in hooks),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,  # the dry batch and the teacher's measurement have seen the split already
