@@ -331,7 +331,7 @@ class Distiller(Evaluated):
     def answer_both(self, batch: Batch) -> tuple[Output, Output]:
         """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
         teacher = self.answer_of_teacher(batch)
-        student = self._answer_of_student(batch.inputs, batch)
+        student = self.answer_of_student(batch)
         for view in self.objective.views:
             if view not in batch.views:
                 raise KdError(
@@ -340,16 +340,17 @@ class Distiller(Evaluated):
                 )
             seen = Batch(batch.views[view], batch.targets, batch.index, batch.mask, {}, batch.extra)
             teacher.views[view] = self.answer_of_teacher(seen)
-            student.views[view] = self._answer_of_student(seen.inputs, seen)
+            student.views[view] = self.answer_of_student(seen)
         return teacher, student
 
     def answer_of_teacher(self, batch: Batch) -> Output:
         """The teacher's output; empty without one. A set-up that supplies its own overrides this."""
         return Output() if self.teacher is None else self.teacher.answer(batch, self._want)
 
-    def _answer_of_student(self, inputs: Any, batch: Batch) -> Output:
+    def answer_of_student(self, batch: Batch) -> Output:
+        """The student's output, with the taps of the terms."""
         self.student_taps.active = bool(self.student_taps.names)
-        output = self.task.answer(self.student, inputs, batch, self._want)
+        output = self.task.answer(self.student, batch.inputs, batch, self._want)
         if self.student_taps.active:
             output.features |= self.student_taps.take()
         self.student_taps.active = False

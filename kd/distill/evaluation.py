@@ -120,6 +120,7 @@ class Evaluated(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh meters for the pass, and one network on all processes."""
+        self.deployed.eval()  # its outermost module may not be one of the student's
         group.same_buffers(self.deployed)
         self.watch_teacher()
         self._meter = self.task.meter(self.num_classes).to(self.device)

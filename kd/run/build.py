@@ -72,6 +72,12 @@ def network(spec: Mapping[str, Any], path: str, num_classes: int | None, input_s
     except Exception as error:
         raise KdError(f"{path}._target_ = {spec['_target_']}: {first_line(error)}") from error
     given = {k: v for k, v in known.items() if k in accepted and k not in spec}
+    wanted = accepted.get("num_classes")
+    if num_classes is None and wanted is not None and wanted.default is wanted.empty and "num_classes" not in spec:
+        raise KdError(
+            f"{path}._target_ = {spec['_target_']} takes num_classes, which the data does not tell: give "
+            f"the data module an attribute num_classes (data.num_classes), or set {path}.num_classes"
+        )
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if anything and "num_classes" in known and not str(spec["_target_"]).startswith("transformers."):
         given.setdefault("num_classes", spec.get("num_classes", num_classes))

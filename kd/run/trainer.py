@@ -175,7 +175,8 @@ def selection(protocol: dict[str, Any], module: Distiller) -> dict[str, Any]:
     if protocol["mode"] not in (None, metric.better):
         allowed = f"the better {monitor} is its {metric.better}imum (or null)"
         raise KdError(f"protocol.mode = {protocol['mode']} is not allowed: {allowed}")
-    if task.needs_logits and not module.objective.needs("student_logits"):
+    trained = bool(module.objective.needs("student_logits")) or module.deployed is not module.student
+    if task.needs_logits and not trained:
         log.info("no term reads the logits: %s picks no checkpoint, the last epoch is the selected one", monitor)
         return {**protocol, "monitor": None, "mode": None}
     return {**protocol, "monitor": monitor, "mode": metric.better}
