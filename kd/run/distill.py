@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,13 @@ from kd.data.base import AdaptedData, Loaders
 from kd.distill.answers import Answers
 from kd.distill.distiller import DEFAULT_OPTIMIZER, Distiller, MakeOptimizer, MakeScheduler
 from kd.distill.teacher import Teacher
-from kd.errors import KdError
+from kd.errors import KdError, did_you_mean
 from kd.run import build, compatibility, finish, loss_nodes, trainer
 from kd.run.train import recorded
 from kd.tasks.base import Task
 from kd.tasks.classification import Classification
 
+FACTS = ("class_names", "input_shape", "mean", "std", "train_index", "train_targets", "split_facts")
 ALONE, TAUGHT = {"ce": 1.0}, {"ce": 0.1, "kd": 0.9}  # the losses without a word: those of the CIFAR-100 tables
 
 
@@ -106,9 +108,13 @@ def distill(
 
     Raises ``KdError``, before the first epoch, for what does not fit.
     """
+    unknown = [key for key in facts if key not in FACTS]
+    if unknown:
+        known = [*inspect.signature(distill).parameters, *FACTS]
+        raise KdError(f"there is no option {unknown[0]}{did_you_mean(unknown[0], known)}")
     loss = loss if loss is not None else ALONE if teacher is None else TAUGHT
     nodes = loss_nodes.complete(loss)
-    _check(epochs, val_every, accumulate, facts)
+    _check(epochs, val_every, accumulate)
     where = Path(run_dir) if run_dir is not None else None
     config = _config(locals(), nodes)
     found: dict[str, Any] = {}
@@ -159,7 +165,7 @@ class _Curves(L.Callback):
         self.epochs.append({"epoch": epoch, **module.epoch_means, **module.history.get(epoch, {})})
 
 
-def _check(epochs: int, val_every: int, accumulate: int, facts: Mapping[str, Any]) -> None:
+def _check(epochs: int, val_every: int, accumulate: int) -> None:
     for key, value in {"epochs": epochs, "val_every": val_every, "accumulate": accumulate}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise KdError(f"{key} = {value} is not allowed: it must be a whole number, 1 or more")
