@@ -21,12 +21,8 @@ from kd.errors import did_you_mean
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
 OBJECTIVE_KEYS = ("weight", "schedule", "checkpoint")  # of every term: not arguments of the term itself
 INSTANTIATE = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # Hydra's own
-LISTS = {
-    "loss": "loss terms",
-    "logger": "loggers",
-    "callbacks": "callbacks",
-}  # groups of which several options may be chosen
-SINGLE = ("model@student", "model@teacher", "data", "task", "recipe", "hardware", "experiment")
+LISTS = {"loss": "loss terms", "logger": "loggers", "callbacks": "callbacks"}  # of which several may be chosen
+SINGLE = ("model@student", "model@teacher", "data", "task", "recipe", "distiller", "hardware", "experiment")
 # arguments of lightning.Trainer that other keys of the config set, or that would break a run's bookkeeping
 OWN_TRAINER_KEYS = (
     *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val"),

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lightning import LightningDataModule
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from kd.errors import KdError
 from kd.losses.base import Batch
@@ -245,6 +246,17 @@ def as_batch(item: Any, name: str = "data") -> Batch:
         f"{name} gives batches of type {type(item).__name__}: a batch must be (inputs, targets), (inputs, targets, "
         "index), a mapping with labels, or a kd.losses.base.Batch(inputs, targets, index)"
     )
+
+
+def refuse_unsharded(loader: Any, split: str, processes: int) -> None:
+    """``KdError`` for a loader that gives each of several processes the same batches."""
+    inner = loader.loader if isinstance(loader, Batches) else loader
+    sharded = isinstance(getattr(inner, "sampler", None), DistributedSampler)
+    if processes > 1 and not sharded and not hasattr(inner, "world_size"):
+        raise KdError(
+            f"the {split} loader gives each of the {processes} processes the whole set: give it a "
+            "torch.utils.data.DistributedSampler, or train in one process"
+        )
 
 
 def _defines(own: Any, method: str) -> bool:

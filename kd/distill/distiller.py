@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd.data.base import as_batch, refuse_unsharded
 from kd.distill.answers import Answers
 from kd.distill.evaluation import measure
 from kd.distill.objective import Objective
 from kd.distill.optimisation import MakeGroups, MakeOptimizer, MakeScheduler, Optimised, OwnRecipe, WarmUp
 from kd.distill.step_buffer import StepBuffer, first_bad
 from kd.distill.taps import Taps, resolve
+from kd.distill.teacher import Teacher
 from kd.errors import KdError, RunFailure
 from kd.losses.base import Batch, Output, Setup
 from kd.parallel import group
 from kd.tasks.base import Task, Want
+from kd.tasks.classification import Classification
 
 log = logging.getLogger(__name__)
+
+DEFAULT_OPTIMIZER: MakeOptimizer = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)
 
 
 @dataclass
@@ -42,14 +48,31 @@ class Step:
     counts: Sequence[Tensor] = ()
     over: Mapping[str, str] = field(default_factory=dict)
 
+    def beside(self, other: Step, name: str) -> Step:
+        """This step with another one on the same batch: the totals added, the other's values as ``name/…``."""
+        values = self.values | {f"{name}/{key}": value for key, value in other.values.items()}
+        over = {**self.over, **{f"{name}/{key}": kind for key, kind in other.over.items()}}
+        return replace(self, total=self.total + other.total, values=values, over=over)
+
 
 class Distiller(Optimised):
     """Trains ``student`` on the objective; ``teacher`` may be None (plain supervised training).
 
-    Call :meth:`prepare` with one batch before the trainer sees the module: it runs both networks once, resolves the
-    taps and lets the terms build their adapters. Methods that own the loop subclass this and are named by
-    ``distiller._target_``; they differ in up to three places, :meth:`compose` (what a batch becomes), :meth:`losses`
-    (what is computed of it) and :meth:`networks` (what is trained), and inherit the rest.
+    Works in a plain ``lightning.Trainer`` with any loaders, whose batches become :class:`~kd.losses.base.Batch` by
+    :func:`kd.data.base.as_batch`::
+
+        module = Distiller(student, teacher, Objective({"ce": CrossEntropy(), "kd": KnowledgeDistillation(4.0)}))
+        lightning.Trainer(max_epochs=10).fit(module, train_loader, val_loader)
+
+    ``teacher``: an :class:`~kd.distill.answers.Answers`, or a network, which is frozen. ``task``: None is image
+    classification. ``num_classes``: None is as many as the student answers. ``optimizer``: called with the parameters;
+    None is AdamW, learning rate 1e-3, weight decay 0.01. ``scheduler``: called with the optimiser; None is a constant
+    rate.
+
+    :meth:`prepare` runs both networks once, resolves the taps and lets the terms build their adapters. The trainer's
+    own training loader is used for it where it was not called before. Methods that own the loop subclass this and are
+    named by ``distiller._target_``; they differ in up to three places, :meth:`compose` (what a batch becomes),
+    :meth:`losses` (what is computed of it) and :meth:`networks` (what is trained), and inherit the rest.
 
     ``log_every``: steps between two readings of the loss buffer, each one synchronisation. ``peers``: further networks
     of the set-up by name, trained along with the student. ``gradient_clip``, ``accumulate``: of the recipe, where this
@@ -66,11 +89,11 @@ class Distiller(Optimised):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Answers | None,
+        teacher: Answers | nn.Module | None,
         objective: Objective,
-        task: Task,
-        num_classes: int | None,
-        optimizer: MakeOptimizer,
+        task: Task | None = None,
+        num_classes: int | None = None,
+        optimizer: MakeOptimizer | None = None,
         scheduler: MakeScheduler | None = None,
         scheduler_interval: str = "epoch",
         seed: int = 0,
@@ -82,15 +105,20 @@ class Distiller(Optimised):
         groups: MakeGroups | None = None,
         own_recipes: Mapping[str, OwnRecipe] | None = None,
     ) -> None:
+        task = task if task is not None else Classification()
+        if teacher is not None and not isinstance(teacher, Answers):
+            teacher = Teacher([teacher], task=task)
         super().__init__(student, teacher, task, num_classes)
         if log_every < 1:
             raise ValueError(f"log_every = {log_every} is not allowed: it must be 1 or more")
         self.objective, self.seed, self.log_every = objective, seed, log_every
         self.peers = nn.ModuleDict(dict(peers or {}))
-        self._make_optimizer, self._make_scheduler, self._interval = optimizer, scheduler, scheduler_interval
+        self._make_optimizer, self._make_scheduler = optimizer or DEFAULT_OPTIMIZER, scheduler
+        self._interval = scheduler_interval
         self.epoch_means: dict[str, float] = {}  # of the last training epoch
         self.about: dict[str, Any] = {}  # what is recorded with the weights: model, data facts
         self.unreached: list[str] = []  # see find_unreached
+        self.prepared = False  # whether the taps are resolved and the adapters built
         self.sharded = False  # whether each process holds a part of every parameter only
         self._buffer: StepBuffer | None = None
         self._earlier: tuple[Tensor, int] | None = None  # sums of this epoch from before a run was resumed
@@ -113,6 +141,10 @@ class Distiller(Optimised):
     def losses(self, batch: Batch) -> Step:
         """Compute one step on a batch that has been through :meth:`compose` and ``task.rows``."""
         teacher, student = self.answer_both(batch)
+        return self.score(student, teacher, batch)
+
+    def score(self, student: Output, teacher: Output, batch: Batch) -> Step:
+        """The objective of two outputs on a batch, as one step. Each of several networks has one of its own."""
         labelled = self.task.labelled(batch)
         rows = len(batch.targets) if batch.targets is not None else len(batch)
         shares = group.shares(rows, labelled, len(batch))
@@ -139,11 +171,15 @@ class Distiller(Optimised):
     ) -> None:
         """Run both networks and each term once on two samples of a batch; resolve taps, build adapters, compare.
 
+        Each term sees ``Term.prepare(setup)``, then one ``forward``, both in eval mode: see
+        :class:`~kd.losses.base.Setup`. Call it once, before the optimiser is built.
+
         ``train_index``, ``train_targets``: of the training set; ``epochs``, ``steps``: the length of the run; all for
         :class:`~kd.losses.base.Setup`. The random state and batch statistics are left as they were. Raises ``KdError``
         for wrong taps and for shapes that do not fit.
         """
-        few = self.task.rows(self.compose(batch.few(2).to(self.device)))
+        self.to(self.device)  # a teacher, or a term with weights, may have come from another one
+        few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
         terms = self.objective.items()
         self._resolve_taps()
         gradient = bool(self.objective.needs("input_gradient"))
@@ -162,7 +198,7 @@ class Distiller(Optimised):
                 own = student if term.needs_student_logits else student.without_logits()
                 other = teacher if term.needs_teacher_logits else teacher.without_logits()
                 try:
-                    term.prepare(Setup(own, other, few, networks, **known))
+                    term.eval().prepare(Setup(own, other, few, networks, **known))
                     value = term.eval()(own, other, few)  # eval: adapters may have batch statistics
                 except (ValueError, RuntimeError, TypeError, LookupError, AssertionError) as error:
                     raise KdError(f"loss.{name}: {str(error).splitlines()[0]}") from error
@@ -172,6 +208,37 @@ class Distiller(Optimised):
             self.objective.train()
             self._deploy(few)
         self.student.train(training)
+        self.to(self.device)  # the adapters
+        self.prepared = True
+
+    def setup(self, stage: str) -> None:
+        """Prepare on the trainer's own loaders, where nobody has done it before (called by Lightning)."""
+        trainer = self.trainer
+        if trainer.world_size > 1:
+            group.ignore_in_ddp(self, None if self.teacher_trained else "teacher.", "objective.")
+        if stage == "fit" and not self.prepared:
+            trainer.fit_loop.setup_data()
+            loader: Any = trainer.train_dataloader
+            data = getattr(trainer, "datamodule", None)
+            refuse_unsharded(loader, "train", trainer.world_size)
+            known = (getattr(data, name, None) for name in ("train_index", "train_targets"))
+            length: dict[str, Any] = {"epochs": max(0, trainer.max_epochs or 0) or None}
+            length["steps"] = max(0, trainer.max_steps) or None
+            self.prepare(as_batch(next(iter(loader))), *known, **length)
+        elif stage in ("validate", "test") and not self.prepared and self.num_classes is None:
+            loop = trainer.test_loop if stage == "test" else trainer.validate_loop
+            loop.setup_data()
+            loaders: Any = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
+            batch = as_batch(next(iter(loaders)))
+            self.num_classes = self._classes_of_student(batch)
+
+    @torch.no_grad()
+    def _classes_of_student(self, batch: Batch) -> int | None:
+        self.to(self.device)
+        few, training = self.task.rows(batch.few(2).to(self.device)), self.student.training
+        answer = self.task.answer(self.student.eval(), few.inputs, few, Want())
+        self.student.train(training)
+        return answer.logits.shape[-1] if answer.has_logits else None
 
     def _resolve_taps(self) -> None:
         terms = self.objective.items()
@@ -238,7 +305,7 @@ class Distiller(Optimised):
 
     def find_unreached(self, batch: Batch) -> None:
         """Note the trainable parameters that no term reaches, in one backward pass on two samples: DDP must know."""
-        few = self.task.rows(self.compose(batch.few(2).to(self.device)))
+        few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
         training = self.student.training
         self.student.eval()
         self.objective.eval()
@@ -273,7 +340,7 @@ class Distiller(Optimised):
     def answer_both(self, batch: Batch) -> tuple[Output, Output]:
         """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
         teacher = self.answer_of_teacher(batch)
-        student = self._answer_of_student(batch.inputs, batch)
+        student = self.answer_of_student(batch)
         for view in self.objective.views:
             if view not in batch.views:
                 raise KdError(
@@ -282,16 +349,17 @@ class Distiller(Optimised):
                 )
             seen = Batch(batch.views[view], batch.targets, batch.index, batch.mask, {}, batch.extra)
             teacher.views[view] = self.answer_of_teacher(seen)
-            student.views[view] = self._answer_of_student(seen.inputs, seen)
+            student.views[view] = self.answer_of_student(seen)
         return teacher, student
 
     def answer_of_teacher(self, batch: Batch) -> Output:
         """The teacher's output; empty without one. A set-up that supplies its own overrides this."""
         return Output() if self.teacher is None else self.teacher.answer(batch, self._want)
 
-    def _answer_of_student(self, inputs: Any, batch: Batch) -> Output:
+    def answer_of_student(self, batch: Batch) -> Output:
+        """The student's output, with the taps of the terms."""
         self.student_taps.active = bool(self.student_taps.names)
-        output = self.task.answer(self.student, inputs, batch, self._want)
+        output = self.task.answer(self.student, batch.inputs, batch, self._want)
         if self.student_taps.active:
             output.features |= self.student_taps.take()
         self.student_taps.active = False
@@ -305,9 +373,9 @@ class Distiller(Optimised):
         """What the network that is deployed returns."""
         return self.deployed(**inputs) if isinstance(inputs, Mapping) else self.deployed(inputs)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: named terms, their weighted sum, counts into the buffer."""
-        batch = self.task.rows(self.compose(batch))
+        batch = self.task.rows(self.compose(as_batch(batch)))
         self._inputs_of(batch, self._want.input_gradient)
         step = self.losses(batch)
         self.track(step, batch_idx)
@@ -326,7 +394,13 @@ class Distiller(Optimised):
         if self.comparable and "val" not in self.teacher_metrics:
             self._measure_teacher()
         if self.teacher.cache and self._want.logits:
-            loader = self.trainer.datamodule.answering_dataloader()  # type: ignore[attr-defined]
+            data: Any = getattr(self.trainer, "datamodule", None)
+            if not hasattr(data, "answering_dataloader"):
+                raise KdError(
+                    "a teacher with cache = True answers the whole training set before the first epoch: its data must "
+                    "be a kd.data.base.AdaptedData or a data module of kd (trainer.fit(module, datamodule=data))"
+                )
+            loader = data.answering_dataloader()
             with self.trainer.precision_plugin.forward_context():  # as in the training step
                 self.teacher.begin(loader, self.device)
 
@@ -354,7 +428,8 @@ class Distiller(Optimised):
         if data is not None:
             return data.val_dataloader()
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        return self.trainer.val_dataloaders
+        loaders = self.trainer.val_dataloaders
+        return loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
 
     def on_train_start(self) -> None:
         """Go on with the warm-up, and with an epoch that a checkpoint has cut in two."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric as StateMetric
 
+from kd.data.base import as_batch
 from kd.distill.answers import Answers
 from kd.errors import RunFailure
 from kd.losses.base import Batch, Output
@@ -128,6 +129,7 @@ class Evaluated(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh meters for the pass, and one network on all processes."""
+        self.deployed.eval()  # its outermost module may not be one of the student's
         group.same_buffers(self.deployed)
         self.watch_teacher()
         self._meter = self.task.meter(self.num_classes).to(self.device)
@@ -136,16 +138,16 @@ class Evaluated(L.LightningModule):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Student and teacher on one validation batch."""
         self._evaluate("val", batch, batch_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Student and teacher on one test batch."""
         self._evaluate("test", batch, batch_idx)
 
-    def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> None:
-        batch = self.task.rows(batch)
+    def _evaluate(self, split: str, batch: Any, batch_idx: int) -> None:
+        batch = self.task.rows(as_batch(batch))
         with _without_autocast(self.device):
             output, teacher = self.task.answer(self.deployed, batch.inputs, batch, Want()).to_float32(), None
             if output.has_logits:
@@ -186,7 +188,7 @@ class Evaluated(L.LightningModule):
         metrics = {f"val/{k}": v for k, v in self._meter.compute(self.comparable).items()}
         _check_metrics(metrics, more)
         self.log_dict(metrics)
-        if self.trainer.state.fn == "fit":
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.history[self.current_epoch] = metrics
             if self.comparable and self.teacher_trained:
                 self.teacher_metrics["val"] = self._teacher_meter.compute(False)
@@ -240,7 +242,7 @@ def measure(
     meter = task.meter(num_classes).to(device)
     finite, finite_teacher = NotFinite().to(device), NotFinite().to(device)
     for batch in loader:
-        batch = task.rows(batch.to(device))
+        batch = task.rows(as_batch(batch).to(device))
         output, beside = network(batch).to_float32(), None
         if output.has_logits:
             finite.update(output.logits, batch.index)

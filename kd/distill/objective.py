@@ -32,6 +32,11 @@ class Objective(nn.Module):
         schedules: Mapping[str, Schedule] | None = None,
     ) -> None:
         super().__init__()
+        for name in terms:
+            if "." in name or hasattr(nn.ModuleDict, name):
+                raise KdError(
+                    f"loss.{name} is no name for a term: torch modules have an attribute of it; choose another"
+                )
         self.terms = nn.ModuleDict(dict(terms))
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in terms}
         self.schedules = dict(schedules or {})

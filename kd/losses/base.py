@@ -129,6 +129,17 @@ class Output:
             self._logits = at_least_float32(self._logits)
         return self
 
+    def detach(self) -> Output:
+        """The same numbers without a graph: what one network answers, as the target of another."""
+        logits = None if self._logits is None else self._logits.detach()
+        hidden = None if self.hidden is None else self.hidden.detach()
+        features = {name: tensor.detach() for name, tensor in self.features.items()}
+        views = {name: view.detach() for name, view in self.views.items()}
+        members = [member.detach() for member in self.members]
+        return Output(
+            logits, features, hidden=hidden, head=self.head, topk=self.topk, raw=self.raw, members=members, views=views
+        )
+
     def without_logits(self) -> Output:
         """The same output with nothing to make logits from: what a term gets that declares that it reads none."""
         return Output(features=self.features, raw=self.raw, members=self.members, views=self.views)
@@ -138,8 +149,9 @@ class Output:
 class Setup:
     """What :meth:`Term.prepare` may look at, before the first step.
 
-    ``student``, ``teacher``, ``batch``: of a dry pass over two samples, in eval mode, without gradient unless a term
-    needs that of the inputs. ``networks``: the bare modules by role, ``student`` and ``teacher`` (of several teachers
+    ``student``, ``teacher``, ``batch``: of a dry pass over the first two samples of the first training batch, both
+    networks in eval mode, without gradient unless a term needs that of the inputs. Their first dimension says nothing
+    of the batch size. ``networks``: the bare modules by role, ``student`` and ``teacher`` (of several teachers
     ``teacher0``, ``teacher1`` …): classifier weights, batch statistics, prefix tokens. ``train_index`` (n,) and
     ``train_targets`` (n, …): the training set, None where the data does not tell. ``classes``: outputs of a row.
     ``epochs``, ``steps``: the length of the run, where it is known.
@@ -205,7 +217,13 @@ class Term(nn.Module):
     progress: float = 0.0
 
     def prepare(self, setup: Setup) -> None:
-        """Build adapters and banks from a dry pass. Called once, before the optimiser is built.
+        """Build adapters and banks from a dry pass over two samples (:class:`Setup`).
+
+        Called once, on every process alike, before the optimiser is built and weights of an earlier run are loaded;
+        the term is in eval mode (``self.training`` is False), and its taps are plain names. Right after it ``forward``
+        is called on the same outputs, still in eval mode: it must return a scalar, and change no bank. Modules that
+        are assigned here are trained with the student; ``register_buffer`` what checkpoints must keep. Leave the
+        networks of the set-up as they are; copy what is to be reused (:meth:`deployed`).
 
         Raises ``ValueError`` with one sentence when the shapes cannot be matched.
         """
@@ -215,7 +233,10 @@ class Term(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward(student, teacher, batch)")
 
     def deployed(self, student: nn.Module) -> nn.Module:
-        """The network that is evaluated, measured and exported: ``student``, or one with a head of this term."""
+        """The network that is evaluated, measured and exported: ``student``, or one with a head of this term.
+
+        It shares the student's weights (:func:`kd.models.classifier.with_module`): called once, after :meth:`prepare`.
+        """
         return student
 
     def pairs(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:

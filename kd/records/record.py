@@ -168,6 +168,11 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
         raise KdError(f"{file} cannot be read: it is not valid YAML") from None
 
 
+def from_python(config: Mapping[str, Any]) -> bool:
+    """Tell whether ``kd.distill`` was given the networks of a run: its config does not say how they are made."""
+    return config["student"].get("model") is None
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN: null instead."""
     if isinstance(value, Mapping):

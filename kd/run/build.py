@@ -71,6 +71,12 @@ def network(spec: Mapping[str, Any], path: str, num_classes: int | None, input_s
     except Exception as error:
         raise KdError(f"{path}._target_ = {spec['_target_']}: {first_line(error)}") from error
     given = {k: v for k, v in known.items() if k in accepted and k not in spec}
+    wanted = accepted.get("num_classes")
+    if num_classes is None and wanted is not None and wanted.default is wanted.empty and "num_classes" not in spec:
+        raise KdError(
+            f"{path}._target_ = {spec['_target_']} takes num_classes, which the data does not tell: give "
+            f"the data module an attribute num_classes (data.num_classes), or set {path}.num_classes"
+        )
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if anything and "num_classes" in known and not str(spec["_target_"]).startswith("transformers."):
         given.setdefault("num_classes", spec.get("num_classes", num_classes))
@@ -246,17 +252,19 @@ def _resize(asked: Any, expected: Any, given: Any) -> int | None:
 
 
 def objective(config: Mapping[str, Any]) -> Objective:
-    """The named terms with their weights and schedules."""
+    """The named terms with their weights and schedules; a ``term`` or a schedule may be there as an object already."""
     terms, factors, schedules = {}, {}, {}
     for name, node in config["loss"].items():
         if node is None:
             continue
-        terms[name] = make({k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}, f"loss.{name}")
+        made = {k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}
+        terms[name] = node["term"] if "term" in node else make(made, f"loss.{name}")
         if not isinstance(terms[name], Term):
             raise KdError(f"loss.{name}._target_ = {node['_target_']} is not a kd.losses.base.Term")
         factors[name] = node.get("weight", 1.0)
         if node.get("schedule") is not None:
-            schedules[name] = make(node["schedule"], f"loss.{name}.schedule")
+            schedule = node["schedule"]
+            schedules[name] = schedule if callable(schedule) else make(schedule, f"loss.{name}.schedule")
     return Objective(terms, factors, schedules)
 
 
@@ -308,7 +316,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         num_classes=data.num_classes,
         seed=config["seed"],
         **optim.arguments(config, own),
-        **_taken_by(own, peers, recipe),
+        **taken_by(get_object(config["distiller"]["_target_"]), peers, recipe),
     )
     compatibility.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
@@ -326,10 +334,10 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     return module
 
 
-def _taken_by(own: Sequence[str], peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
+def taken_by(distiller: Any, peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What only some distillers are given: peers where there are any, clipping where Lightning does not do it."""
     given: dict[str, Any] = {"peers": peers} if peers else {}
-    if own:
+    if getattr(distiller, "own_optimizers", ()):
         given |= {"gradient_clip": recipe["gradient_clip"], "accumulate": recipe["accumulate"]}
     return given
 

@@ -30,13 +30,13 @@ class SelectedWeights(Callback):
     """Keeps the student of the best validation, as a file that loads without this package.
 
     ``monitor``: a metric of the validation split; ``mode``: "max" or "min". Ties go to the earlier epoch. Without a
-    ``monitor`` the last validation stands.
+    ``monitor`` the last validation stands. Without a ``run_dir`` they are kept in memory.
 
     The checkpoint of that epoch is written first and knows the digest of the weights, which are among its own: a run
     that is killed between the two writes finds them there (:mod:`kd.run.resume`).
     """
 
-    def __init__(self, run_dir: Path, monitor: str | None, mode: str, about: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path | None, monitor: str | None, mode: str, about: dict[str, Any]) -> None:
         self.run_dir, self.monitor, self.mode, self.about = run_dir, monitor, mode, about
         self.best: float | None = None
         self.epoch: int | None = None
@@ -58,12 +58,15 @@ class SelectedWeights(Callback):
 
     def write(self) -> None:
         """Write what was kept; once its checkpoint is there."""
-        if self.unwritten:
+        if self.unwritten and self.run_dir is not None:
             weights.write(self.unwritten, self.run_dir / weight_files.SELECTED, {**self.about, "epoch": self.epoch})
             self.unwritten = {}
 
     def read(self) -> dict[str, torch.Tensor]:
         """The selected weights from their file. ``KdError`` when it holds others."""
+        self.write()
+        if self.run_dir is None:
+            return self.unwritten
         state = weights.read(self.run_dir / weight_files.SELECTED)[0]
         if self.digest is not None and weights.digest(state) != self.digest:
             raise KdError(f"{self.run_dir / weight_files.SELECTED} was replaced while the run trained: start it anew")
@@ -184,26 +187,30 @@ class StopOnSigterm(Callback):
 
 
 def standard(
-    run_dir: Path, protocol: dict[str, Any], about: dict[str, Any], earlier: float = 0.0, in_steps: bool = False
+    run_dir: Path | None,
+    protocol: dict[str, Any],
+    about: dict[str, Any],
+    earlier: float = 0.0,
+    in_steps: bool = False,
+    resumable: bool = True,
 ) -> list[Callback]:
     """The callbacks of every run: selected weights, the checkpoint to resume from, and progress.
 
-    ``earlier``: seconds that a resumed run has taken before; ``in_steps``: its length is in steps.
+    ``earlier``: seconds that a resumed run has taken before; ``in_steps``: its length is in steps; ``resumable``:
+    whether there is a checkpoint to go on from.
     """
     by_epoch = protocol.get("val_every_steps") is None and not in_steps
-    callbacks: list[Callback] = [
-        SelectedWeights(run_dir, protocol["monitor"], protocol["mode"], about),
-        Ending(),
-        ModelCheckpoint(
+    callbacks: list[Callback] = [SelectedWeights(run_dir, protocol["monitor"], protocol["mode"], about), Ending()]
+    if run_dir is not None and resumable:
+        last = ModelCheckpoint(
             dirpath=str((run_dir / weight_files.CHECKPOINT).parent),
             filename=weight_files.CHECKPOINT.stem,
             every_n_epochs=(protocol["val_every"] if by_epoch else None) or 1,
             save_on_train_epoch_end=by_epoch,  # else behind each validation
             enable_version_counter=False,
-        ),
-        EpochLine(),
-        WallClock(earlier),
-    ]
+        )
+        callbacks += [last, WallClock(earlier)]
+    callbacks.append(EpochLine())
     if group.joined():
         callbacks.append(StopOnSigterm())
     if sys.stderr.isatty() and group.rank() == 0:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kd.data.base import SPLITS, AdaptedData, refuse_unsharded
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
@@ -16,6 +17,9 @@ from kd.parallel import group
 def check(module: Distiller, data: Any, batch_size: int) -> None:
     """Refuse, with one sentence, what the data cannot give or what would be silently wrong."""
     _labels(module, data)
+    if isinstance(data, AdaptedData) and group.joined():
+        for split in SPLITS:
+            refuse_unsharded(getattr(data, f"{split}_dataloader")(), split, group.world_size())
     if module.teacher is not None and module.teacher.cache:
         _cache(module, data)
     _last_batch(module, data, batch_size)

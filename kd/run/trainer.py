@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
 
     Of several processes each runs it, and the first one writes.
     """
+    begin(config)
+    data = build.datamodule(config)
+    module = build.distiller(config, data)
+    compatibility.check_steps(settings(config), module)
+    return carry_out(config, run_dir, data, module, checkpoint)
+
+
+def begin(config: Mapping[str, Any]) -> None:
+    """Set up the process for a run: what is logged, threads, random numbers, the memory that is measured."""
     quieten()
     hardware.warn_of_slow_precision(config)
     if torch.cuda.is_available():
@@ -39,27 +49,41 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     if config["hardware"]["threads"]:
         torch.set_num_threads(config["hardware"]["threads"])
     L.seed_everything(config["seed"], workers=True, verbose=False)
+
+
+def carry_out(
+    config: dict[str, Any],
+    run_dir: Path | None,
+    data: Any,
+    module: Distiller,
+    checkpoint: Path | None = None,
+    further: Sequence[L.Callback] = (),
+    resumable: bool = True,
+) -> dict[str, Any]:
+    """Fit a prepared module (on from ``checkpoint``), test once; the part of the record that this yields.
+
+    Without a ``run_dir`` nothing is written. ``further``: callbacks beside those of every run. ``resumable``: whether
+    checkpoints are kept to go on from.
+    """
     before = weights.progress(checkpoint) if checkpoint else weights.Progress()
-    spent = record.read(run_dir).get("wall_clock_s", 0.0) if checkpoint else 0.0
-    data = build.datamodule(config)
-    module = build.distiller(config, data)
+    spent = record.read(run_dir).get("wall_clock_s", 0.0) if checkpoint and run_dir else 0.0
     recipe, validated = settings(config), complete_protocol(config)
     protocol = selection(validated, module)
-    compatibility.check_steps(recipe, module)
     compatibility.check_accumulation(recipe, validated, data)
     about = {"model": config["student"]["model"], "data": facts(data), "seed": config["seed"]}
     module.about = about
-    stopper = pruning.callback(run_dir)
-    own_hooks = build.callbacks(config, protocol, [f"val/{name}" for name in module.task.names(module.comparable)])
+    stopper = pruning.callback(run_dir) if run_dir else None
+    names = [f"val/{name}" for name in module.task.names(module.comparable)]
+    own_hooks = [*build.callbacks(config, protocol, names), *further]
     hooks = [
-        *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None),
+        *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None, resumable),
         *([AverageStudent(**recipe["ema"])] if recipe["ema"] else []),
         *([stopper] if stopper else []),
         *own_hooks,
     ]
     first = group.rank() == 0
-    extra = build.loggers(config, run_dir) if first else []
-    own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first else []
+    extra = build.loggers(config, run_dir) if first and run_dir else []
+    own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first and run_dir else []
     trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
     for logger in extra:
         logger.log_hyperparams(config)
@@ -76,13 +100,18 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
         return stopper.outcome(module.history)
     ending = next(h for h in hooks if isinstance(h, Ending))
     ending.note(trainer)
-    last = weights.save(module.deployed, run_dir / weight_files.LAST, {**about, "epoch": module.epoch_trained})
+    described = {**about, "epoch": module.epoch_trained}
+    if run_dir:
+        last = weights.save(module.deployed, run_dir / weight_files.LAST, described)
+    else:
+        last = weights.digest(weights.whole_state(module.deployed))
+    again = any(not getattr(hook, "observes_only", False) for hook in own_hooks)
     outcome: dict[str, Any] = {
         "data": {k: v for k, v in about["data"].items() if k != "seen"} | {"sizes": data.sizes},
         "metrics": [metric.describe() for metric in module.task.metrics],
         "protocol": {**recorded(protocol, recipe), "epochs": recipe["epochs"] or module.epoch_trained + 1},
         **({"stopped": ending.stopped} if ending.stopped else {}),
-        **finish.close(config, run_dir, trainer, module, data, hooks[0], last, bool(own_hooks)),
+        **finish.close(config, run_dir, trainer, module, data, hooks[0], last, again),
         "processes": group.world_size(),
     }
     outcome["student"]["last"]["digest"] = last
@@ -117,7 +146,7 @@ def quieten() -> None:
 
 
 def make_trainer(
-    config: dict[str, Any], run_dir: Path, run_loggers: list[Any], hooks: list[Any], module: Distiller
+    config: dict[str, Any], run_dir: Path | None, run_loggers: list[Any], hooks: list[Any], module: Distiller
 ) -> L.Trainer:
     """Lightning's trainer for the recipe, protocol and hardware of the config."""
     recipe, protocol = settings(config), complete_protocol(config)
@@ -138,7 +167,8 @@ def make_trainer(
         "plugins": [*machine["plugins"], callbacks.WholeCheckpoints(selected)],
         "logger": run_loggers,
         "callbacks": hooks,
-        "default_root_dir": str(run_dir),
+        "default_root_dir": str(run_dir) if run_dir else None,
+        "enable_checkpointing": any(isinstance(h, L.pytorch.callbacks.ModelCheckpoint) for h in hooks),
         "enable_progress_bar": any(isinstance(h, callbacks.RichProgressBar) for h in hooks),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,  # the dry batch and the teacher's measurement have seen the split already
@@ -185,7 +215,8 @@ def selection(protocol: dict[str, Any], module: Distiller) -> dict[str, Any]:
     if protocol["mode"] not in (None, metric.better):
         allowed = f"the better {monitor} is its {metric.better}imum (or null)"
         raise KdError(f"protocol.mode = {protocol['mode']} is not allowed: {allowed}")
-    if task.needs_logits and not module.objective.needs("student_logits"):
+    trained = bool(module.objective.needs("student_logits")) or module.deployed is not module.student
+    if task.needs_logits and not trained:
         log.info("no term reads the logits: %s picks no checkpoint, the last epoch is the selected one", monitor)
         return {**protocol, "monitor": None, "mode": None}
     return {**protocol, "monitor": monitor, "mode": metric.better}
