@@ -197,9 +197,10 @@ class Distiller(Optimised):
             for name, term in terms:
                 own = student if term.needs_student_logits else student.without_logits()
                 other = teacher if term.needs_teacher_logits else teacher.without_logits()
+                seen = few if term.needs_labels else few.without_targets()
                 try:
-                    term.eval().prepare(Setup(own, other, few, networks, **known))
-                    value = term.eval()(own, other, few)  # eval: adapters may have batch statistics
+                    term.eval().prepare(Setup(own, other, seen, networks, **known))
+                    value = term.eval()(own, other, seen)  # eval: adapters may have batch statistics
                 except (ValueError, RuntimeError, TypeError, LookupError, AssertionError) as error:
                     raise KdError(f"loss.{name}: {str(error).splitlines()[0]}") from error
                 if not isinstance(value, Tensor) or value.ndim:

@@ -48,6 +48,10 @@ class Batch:
 
         return self.map(cut)
 
+    def without_targets(self) -> Batch:
+        """The same batch with targets that cannot be read: what a term gets that declares that it reads none."""
+        return replace(self, targets=torch.empty(0).as_subclass(_Undeclared) if self.targets is not None else None)
+
     def to(self, device: Any) -> Batch:
         """The batch with all its tensors on a device."""
         return self.map(lambda tensor: tensor.to(device))
@@ -55,6 +59,14 @@ class Batch:
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor changed, those inside of mappings and lists as well."""
         return replace(self, **{f.name: _mapped(getattr(self, f.name), change) for f in fields(self)})
+
+
+class _Undeclared(Tensor):
+    """``ValueError`` on whatever is done with it."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise ValueError("this term reads batch.targets without declaring it (needs_labels)")
 
 
 @dataclass

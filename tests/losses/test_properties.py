@@ -319,29 +319,6 @@ def test_ce_and_kd_terms_are_their_functions() -> None:
     torch.testing.assert_close(kd, kl_divergence(student.logits, teacher.logits, 2.0))
 
 
-def test_terms_declare_what_they_read() -> None:
-    needs = {
-        name: (term.needs_teacher, term.needs_student_logits, term.needs_teacher_logits, term.needs_labels, term.over)
-        for name, term in {
-            "ce": CrossEntropy(),
-            "kd": KnowledgeDistillation(),
-            "hint": Hint(),
-            "at": AttentionTransfer(),
-            "cwtm": ConfidenceWeighted(),
-            "dkpp": PermutedPredictions(),
-        }.items()
-    }
-    assert needs == {
-        "ce": (False, True, False, True, "labelled"),
-        "kd": (True, True, True, False, "rows"),
-        "hint": (True, False, False, False, "samples"),
-        "at": (True, False, False, False, "samples"),
-        "cwtm": (True, True, True, True, "batch"),
-        "dkpp": (True, True, True, False, "rows"),
-    }
-    assert (Hint().student_taps, AttentionTransfer().student_taps) == ((-2,), None)
-
-
 def test_hint_term_trains_its_adapters() -> None:
     student, teacher = outputs(((2, 3, 8, 8), (2, 5, 4, 4)), ((2, 7), (2, 9)))
     term = Hint(["s0", "s1"], ["t0", "t1"])
