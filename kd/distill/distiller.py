@@ -442,6 +442,7 @@ class Distiller(Optimised):
     def on_train_epoch_start(self) -> None:
         """Seed by epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
         self._seed()
+        self._reseed = False
 
     def on_validation_end(self) -> None:
         """After a checkpoint within an epoch a resumed run must draw what this one draws: seed anew."""
