@@ -212,15 +212,20 @@ class Distiller(Evaluated):
             group.ignore_in_ddp(self, None if self.teacher_trained else "teacher.", "objective.")
         if stage == "fit" and not self.prepared:
             trainer.fit_loop.setup_data()
-            loader, data = trainer.train_dataloader, getattr(trainer, "datamodule", None)
+            data: Any = getattr(trainer, "datamodule", None)
+            loader: Any = trainer.train_dataloader
             refuse_unsharded(loader, "train", trainer.world_size)
             known = (getattr(data, name, None) for name in ("train_index", "train_targets"))
-            length = {"epochs": max(0, trainer.max_epochs or 0) or None, "steps": max(0, trainer.max_steps) or None}
+            length: dict[str, Any] = {
+                "epochs": max(0, trainer.max_epochs or 0) or None,
+                "steps": max(0, trainer.max_steps) or None,
+            }
             self.prepare(as_batch(next(iter(loader))), *known, **length)
         elif stage in ("validate", "test") and not self.prepared and self.num_classes is None:
             loop = trainer.test_loop if stage == "test" else trainer.validate_loop
             loop.setup_data()
-            batch = as_batch(next(iter(trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders)))
+            given: Any = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
+            batch = as_batch(next(iter(given)))
             self.num_classes = self._classes_of_student(batch)
 
     @torch.no_grad()
@@ -417,7 +422,7 @@ class Distiller(Evaluated):
         if self.comparable and "val" not in self.teacher_metrics:
             self._measure_teacher()
         if self.teacher.cache and self._want.logits:
-            data = getattr(self.trainer, "datamodule", None)
+            data: Any = getattr(self.trainer, "datamodule", None)
             if not hasattr(data, "answering_dataloader"):
                 raise KdError(
                     "a teacher with cache = True answers the whole training set before the first epoch: its data must "
