@@ -50,6 +50,15 @@ def test_the_table_of_losses_is_that_of_kd_methods() -> None:
     assert generated() == f"\n{current}\n\n", "run kd methods --write README.md"
 
 
+def test_the_lines_of_the_python_api() -> None:
+    code = next(b for b in blocks("python") if "kd.distill(" in b).replace("epochs=30", "epochs=1, accelerator='cpu'")
+    batches = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(2)]
+    names = dict.fromkeys(("train", "val", "test"), batches)
+    names |= {"student": torch.nn.Linear(4, 3), "teacher": torch.nn.Linear(4, 3)}
+    exec(code, names)
+    assert not names["student"].training
+
+
 def test_no_placeholder_is_left() -> None:
     assert not re.findall(r"[A-Z]+_OUTPUT", README)
     assert 150 <= len(README.replace(generated(), "").splitlines()) <= 250

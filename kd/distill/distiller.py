@@ -219,18 +219,20 @@ class Distiller(Optimised):
             group.ignore_in_ddp(self, None if self.teacher_trained else "teacher.", "objective.")
         if stage == "fit" and not self.prepared:
             trainer.fit_loop.setup_data()
+            data: Any = getattr(trainer, "datamodule", None)
             loader: Any = trainer.train_dataloader
-            data = getattr(trainer, "datamodule", None)
             refuse_unsharded(loader, "train", trainer.world_size)
             known = (getattr(data, name, None) for name in ("train_index", "train_targets"))
-            length: dict[str, Any] = {"epochs": max(0, trainer.max_epochs or 0) or None}
-            length["steps"] = max(0, trainer.max_steps) or None
+            length: dict[str, Any] = {
+                "epochs": max(0, trainer.max_epochs or 0) or None,
+                "steps": max(0, trainer.max_steps) or None,
+            }
             self.prepare(as_batch(next(iter(loader))), *known, **length)
         elif stage in ("validate", "test") and not self.prepared and self.num_classes is None:
             loop = trainer.test_loop if stage == "test" else trainer.validate_loop
             loop.setup_data()
-            loaders: Any = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
-            batch = as_batch(next(iter(loaders)))
+            given: Any = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
+            batch = as_batch(next(iter(given)))
             self.num_classes = self._classes_of_student(batch)
 
     @torch.no_grad()

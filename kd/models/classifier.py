@@ -16,9 +16,9 @@ def classifier(network: nn.Module) -> str:
     Its input is the tap ``f"{name}:input"``. ``ValueError`` when there is none.
     """
     modules = dict(network.named_modules())
-    if hasattr(network, "get_classifier"):
-        find: Any = network.get_classifier
-        found = find()
+    get_classifier: Any = getattr(network, "get_classifier", None)
+    if get_classifier is not None:
+        found = get_classifier()
         return next(name for name, module in modules.items() if module is found)
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if not linear:
