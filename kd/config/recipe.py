@@ -144,19 +144,22 @@ def _of_the_groups(recipe: Mapping[str, Any]) -> Iterator[str]:
         yield f"recipe.groups = {rules} is not allowed: it must be a list of {{pattern: …, lr: …, weight_decay: …}}"
         return
     for place, rule in enumerate(rules or ()):
-        path = f"recipe.groups.{place}"
-        if not isinstance(rule, Mapping) or not isinstance(rule.get("pattern"), str):
-            yield f"{path} = {rule} is not allowed: it must be a mapping with a pattern of parameter names"
-            continue
-        for key in rule:
-            if key not in GROUP_KEYS:
-                yield f"{path}.{key} is not a key of a group{did_you_mean(str(key), GROUP_KEYS)}"
-        if len(rule) == 1:
-            yield f"{path} = {rule} is not allowed: it must set lr, weight_decay or both"
-        if (rate := rule.get("lr")) is not None and not (number(rate) and rate >= 0) and factor(rate) is None:
-            yield f"{path}.lr = {rate} is not allowed: it must be a rate (0.01) or a factor of it (x0.1)"
-        if (own := rule.get("weight_decay")) is not None and not (number(own) and own >= 0):
-            yield f"{path}.weight_decay = {own} is not allowed: it must be a finite number, 0 or more"
+        yield from _of_the_group(f"recipe.groups.{place}", rule)
+
+
+def _of_the_group(path: str, rule: Any) -> Iterator[str]:
+    if not isinstance(rule, Mapping) or not isinstance(rule.get("pattern"), str):
+        yield f"{path} = {rule} is not allowed: it must be a mapping with a pattern of parameter names"
+        return
+    for key in rule:
+        if key not in GROUP_KEYS:
+            yield f"{path}.{key} is not a key of a group{did_you_mean(str(key), GROUP_KEYS)}"
+    if len(rule) == 1:
+        yield f"{path} = {rule} is not allowed: it must set lr, weight_decay or both"
+    if (rate := rule.get("lr")) is not None and not (number(rate) and rate >= 0) and factor(rate) is None:
+        yield f"{path}.lr = {rate} is not allowed: it must be a rate (0.01) or a factor of it (x0.1)"
+    if (own := rule.get("weight_decay")) is not None and not (number(own) and own >= 0):
+        yield f"{path}.weight_decay = {own} is not allowed: it must be a finite number, 0 or more"
 
 
 def factor(rate: Any) -> float | None:

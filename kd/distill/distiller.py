@@ -20,10 +20,10 @@ from kd.distill.evaluation import measure
 from kd.distill.objective import Objective
 from kd.distill.optimisation import MakeGroups, MakeOptimizer, MakeScheduler, Optimised, OwnRecipe, WarmUp
 from kd.distill.step_buffer import StepBuffer, first_bad
-from kd.distill.taps import Taps, resolve
+from kd.distill.taps import Taps, resolve, unfuse
 from kd.distill.teacher import Teacher
 from kd.errors import KdError, RunFailure
-from kd.losses.base import Batch, Output, Setup
+from kd.losses.base import Batch, Output, Setup, Term
 from kd.parallel import group
 from kd.tasks.base import Task, Want
 from kd.tasks.classification import Classification
@@ -194,6 +194,8 @@ class Distiller(Optimised):
             networks = {"student": self.student, **self._teacher_networks()}
             known: dict[str, Any] = {"train_index": train_index, "train_targets": train_targets}
             known |= {"classes": self.num_classes, "epochs": epochs, "steps": steps}
+            known["layouts"] = {"student": self.student_taps.layouts}
+            known["layouts"] |= {"teacher": self.teacher.layouts} if self.teacher is not None else {}
             for name, term in terms:
                 own = student if term.needs_student_logits else student.without_logits()
                 other = teacher if term.needs_teacher_logits else teacher.without_logits()
@@ -255,9 +257,19 @@ class Distiller(Optimised):
                     term.teacher_taps = []
             except KdError as error:
                 raise KdError(f"loss.{name}: {error}") from None
+            if term.needs_attention_maps:
+                self._unfuse(name, term, root)
         self.student_taps = Taps(self.student, [str(n) for _, t in terms for n in t.student_taps or ()], "student")
         if self.teacher is not None:
             self.teacher.tap([str(n) for _, t in terms for n in t.teacher_taps or ()])
+
+    def _unfuse(self, name: str, term: Term, root: nn.Module | None) -> None:
+        """Let the tapped attention make its maps, and say that it is slower for it."""
+        for side, network, taps in (("student", self.student, term.student_taps), ("teacher", root, term.teacher_taps)):
+            changed = unfuse(network, [str(tap) for tap in taps or ()]) if network is not None else []
+            if changed:
+                where = ", ".join(changed)
+                log.info("loss.%s reads attention maps: fused attention is off in the %s's %s", name, side, where)
 
     def _teacher_networks(self) -> dict[str, nn.Module]:
         networks = list(self.teacher.networks) if self.teacher is not None else []

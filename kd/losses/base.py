@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd.losses.layouts import NCHW, UNKNOWN, VECTOR, Layout, Tapped
+
 UNLABELLED = -1  # the target of a row whose label is withheld; it still belongs to the transfer set
 OVER = ("rows", "labelled", "samples", "batch")
 
@@ -166,7 +168,8 @@ class Setup:
     of the batch size. ``networks``: the bare modules by role, ``student`` and ``teacher`` (of several teachers
     ``teacher0``, ``teacher1`` …): classifier weights, batch statistics, prefix tokens. ``train_index`` (n,) and
     ``train_targets`` (n, …): the training set, None where the data does not tell. ``classes``: outputs of a row.
-    ``epochs``, ``steps``: the length of the run, where it is known.
+    ``epochs``, ``steps``: the length of the run, where it is known. ``layouts``: side (``student``, ``teacher``) → tap
+    → layout of the recorded tensor; maps are (B, C, H, W) whatever the network makes.
     """
 
     student: Output
@@ -178,6 +181,12 @@ class Setup:
     classes: int | None = None
     epochs: int | None = None
     steps: int | None = None
+    layouts: Mapping[str, Mapping[str, Layout]] = field(default_factory=dict)
+
+    def layout(self, side: str, tap: str | int, feature: Tensor) -> Layout:
+        """The layout of a recorded tensor. Of one that no network made: that of the contract, NCHW or plain tokens."""
+        by_hand = {2: VECTOR, 3: Layout("tokens"), 4: NCHW}.get(feature.ndim, UNKNOWN)
+        return self.layouts.get(side, {}).get(str(tap), by_hand)
 
     @property
     def size(self) -> int:
@@ -193,7 +202,8 @@ class Term(nn.Module):
     A subclass declares what it needs; the distiller supplies it, or refuses before the first batch.
 
     ``student_taps`` / ``teacher_taps``
-        Names of the tensors to record on each side: module names (``"layer2"``, ``"layer2.0.act:input"``) or
+        Names of the tensors to record on each side: module names (``"layer2"``, ``"layer2.0.act:input"``,
+        ``"layer2:output.1"``, with a layout that the network does not say ``"layer2@NHWC"``) or
         integers (stage numbers of the network, negative ones from the end). ``None`` stands for all stages.
         After :meth:`prepare` both are lists of plain names, the keys of ``Output.features``.
     ``needs_teacher``, ``needs_student_logits``, ``needs_teacher_logits``, ``needs_labels``
@@ -203,7 +213,7 @@ class Term(nn.Module):
     ``needs_input_gradient``
         Whether it differentiates by ``batch.inputs``: they require a gradient then, and the teacher keeps its graph.
     ``needs_attention_maps``
-        Whether its taps are attention maps, which fused attention does not make.
+        Whether its taps are attention maps, which fused attention does not make: timm's is switched off around them.
     ``over``
         What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``; or ``"batch"``: it is no plain mean
         (Gram matrices, batch statistics, normalisers, contrasts, banks), and on several processes it sees the outputs
@@ -256,8 +266,7 @@ class Term(nn.Module):
 
         Taps that are still ``None`` (no distiller has resolved them) stand for everything that was recorded.
         """
-        students = list(student.features if self.student_taps is None else self.student_taps)
-        teachers = list(teacher.features if self.teacher_taps is None else self.teacher_taps)
+        students, teachers = self._names(student, teacher)
         if len(students) != len(teachers) or not students:
             raise ValueError(
                 f"student_taps = {students} and teacher_taps = {teachers} are not allowed: "
@@ -267,6 +276,21 @@ class Term(nn.Module):
             (_recorded(student, s, "student"), _recorded(teacher, t, "teacher"))
             for s, t in zip(students, teachers, strict=True)
         ]
+
+    def tapped(self, setup: Setup) -> list[tuple[Tapped, Tapped]]:
+        """Names, shapes and layouts of the tapped tensors, side by side as :meth:`pairs` gives them."""
+        found = []
+        tensors = self.pairs(setup.student, setup.teacher)
+        for names, pair in zip(zip(*self._names(setup.student, setup.teacher), strict=True), tensors, strict=True):
+            sides = zip(("student", "teacher"), names, pair, strict=True)
+            one, other = (Tapped(s, str(n), tuple(f.shape), setup.layout(s, n, f)) for s, n, f in sides)
+            found.append((one, other))
+        return found
+
+    def _names(self, student: Output, teacher: Output) -> tuple[list[str | int], list[str | int]]:
+        students = list(student.features if self.student_taps is None else self.student_taps)
+        teachers = list(teacher.features if self.teacher_taps is None else self.teacher_taps)
+        return students, teachers
 
 
 def _recorded(output: Output, tap: str | int, side: str) -> Tensor:

@@ -363,10 +363,15 @@ def test_unequal_taps_are_refused(make: type[Term], s: list[str], t: list[str]) 
 
 def test_attention_refuses_vectors_by_name() -> None:
     student, teacher = outputs(((2, 3, 8, 8), (2, 5, 8, 8)), ((2, 7), (2, 7)))
-    with pytest.raises(ValueError, match=r"^student tap s1 has shape \(2, 7\): attention maps need \(B, C, H, W\)$"):
-        AttentionTransfer(["s0", "s1"], ["t0", "t0"]).prepare(Setup(student, teacher, BATCH))
-    with pytest.raises(ValueError, match=r"^teacher tap t1 has shape \(2, 7\)"):
-        AttentionTransfer(["s0", "s0"], ["t0", "t1"]).prepare(Setup(student, teacher, BATCH))
+    for taps, sentence in {
+        (
+            "s1",
+            "t0",
+        ): r"^at cannot compare student tap s1 \(vector: 7\) with teacher tap t0 \(NCHW: 5 × 8 × 8\): tap",
+        ("s0", "t1"): r"student tap s0 \(NCHW: 3 × 8 × 8\) with teacher tap t1 \(vector: 7\): tap maps",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            AttentionTransfer(["s0", taps[0]], ["t0", taps[1]]).prepare(Setup(student, teacher, BATCH))
     with pytest.raises(ValueError, match=r"^the teacher's feature has shape"):
         attention_transfer(normal(2, 3, 4, 4), normal(2, 3))
 
