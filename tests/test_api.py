@@ -26,7 +26,7 @@ from kd.errors import KdError
 from kd.losses.base import Batch, Output, Setup, Term
 from kd.losses.logits.ce import CrossEntropy
 from kd.losses.logits.kd import KnowledgeDistillation
-from kd.models.classifier import classifier, with_module
+from kd.models.base import classifier, with_module
 from kd.run import build, loss_nodes
 from kd.run.train import train
 
@@ -468,7 +468,7 @@ def test_a_network_with_another_module_shares_the_rest() -> None:
     whole = nn.Sequential()
     whole.add_module("body", inner)
     whole.add_module("fc", nn.Linear(5, 3))
-    assert classifier(whole) == "fc"
+    assert classifier(whole).name == "fc"
     other = with_module(whole, "fc", nn.Linear(5, 9))
     deep = with_module(whole, "body.0", nn.Linear(4, 5))
     assert whole(torch.zeros(2, 4)).shape == (2, 3)

@@ -257,7 +257,7 @@ class Term(nn.Module):
     def deployed(self, student: nn.Module) -> nn.Module:
         """The network that is evaluated, measured and exported: ``student``, or one with a head of this term.
 
-        It shares the student's weights (:func:`kd.models.classifier.with_module`): called once, after :meth:`prepare`.
+        It shares the student's weights (:func:`kd.models.base.with_module`): called once, after :meth:`prepare`.
         """
         return student
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -234,6 +235,19 @@ def classifier(network: nn.Module) -> Classifier:
 def before_classifier(network: nn.Module) -> str:
     """The tap of the features that the classifier reads, ``NAME:input``. ``ValueError`` where there is none."""
     return f"{classifier(network).name}:input"
+
+
+def with_module(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The same network, all its weights shared, with another module in the place of ``name``; itself it stays as it is.
+
+    For :meth:`kd.losses.base.Term.deployed`: ``with_module(student, "fc", nn.Sequential(projector, head))``.
+    """
+    first, _, rest = name.partition(".")
+    changed = copy.copy(network)
+    changed._modules = dict(network._modules)
+    inner = network.get_submodule(first)
+    changed._modules[first] = with_module(inner, rest, module) if rest else module
+    return changed
 
 
 def _classifier_name(network: nn.Module) -> str | None:
