@@ -13,6 +13,8 @@ from scipy import stats
 from kd.cli import demo
 from kd.report.stats import paired_interval
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("recipe.epochs=2", "protocol.val_every=2")
 
 

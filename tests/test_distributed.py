@@ -25,6 +25,8 @@ from kd.errors import KdError, MachineFailure
 from kd.parallel import cluster, group, launch
 from tests import ranks
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SGD = ["recipe=sgd_cosine", "recipe.optimizer.lr=0.05"]
 # 101 images in batches of 32: the last one has 5, on two processes 3 and 2; 719 test images

@@ -1,4 +1,4 @@
-"""Every notebook is kept without what it printed; 01 runs on fresh runs, 04 trains (02 and 03: see tests/report)."""
+"""Every notebook is kept without what it printed; 01 runs on fresh runs, 04 to 06 train (02, 03: see tests/report)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
+pytestmark = pytest.mark.slow
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -50,6 +52,19 @@ def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
         assert cell.metadata == {}
 
 
+def executed(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[nbformat.NotebookNode]:
+    """The code cells of a notebook after it ran in a folder; two epochs each."""
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = re.sub(r"(epochs)=\d+", r"\1=2", cell.source)  # time is all that they cost
+    NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(folder)}}).execute()
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
 def test_runs_are_read(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nbclient import NotebookClient
 
@@ -82,3 +97,28 @@ def test_a_method_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (run,) = tmp_path.glob("my_method_*/sweep/loss-ce+correlation_seed-2")
     record = json.loads((run / "result.json").read_text())
     assert {"ce", "correlation"} < set(record["student"]["last"]["train"])
+
+
+def test_the_loop_is_owned_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = executed(NOTEBOOKS[4], tmp_path, monkeypatch)
+    (folder,) = tmp_path.glob("own_loop_*")
+    records = {run.parent.name: json.loads(run.read_text()) for run in folder.glob("*/result.json")}
+    assert set(records) == {"teacher", "simkd", "crd", "crd_on", "mutual", "from_the_peer"}
+    assert records["simkd"]["student"]["parameters"] > records["crd"]["student"]["parameters"]  # the teacher's head
+    assert records["simkd"]["protocol"]["monitor"] == "val/acc1"
+    assert {"ce", "kd", "crd"} < set(records["crd_on"]["student"]["last"]["train"])
+    assert {"peer/ce", "peer/kd"} < set(records["mutual"]["student"]["last"]["train"])
+    assert records["from_the_peer"]["teacher"]["parameters"] == 64 * 64 + 64 + 64 * 10 + 10
+    assert len(list(folder.glob("sweep/*/result.json"))) == 2
+    assert "'crd.student_bank': (" in "\n".join(map(text_of, code))
+    methods = [cell.source for cell in code if cell.source.startswith("%%writefile") and ".py" in cell.source[:30]]
+    assert len(methods) == 3
+    assert not re.findall(r"(?:self|setup|batch|step|student|teacher)\._[a-z]", "".join(methods))
+
+
+def test_the_python_api_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = executed(NOTEBOOKS[5], tmp_path, monkeypatch)
+    (folder,) = tmp_path.glob("from_python_*")
+    assert {path.name for path in folder.iterdir()} >= {"run", "teacher", "distilled", "mydata.py"}
+    assert "val/agreement" in "\n".join(map(text_of, code))
+    assert "'train': 900" in text_of(code[-1])

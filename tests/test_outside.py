@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from kd.config.composition import CONF, options
+
 MODULE = '''
 """Three plug-ins of kd."""
 
@@ -102,7 +104,18 @@ def test_a_term_a_model_and_a_data_set_from_outside_train(kd, importable) -> Non
 
 
 def test_the_groups_from_outside_stand_beside_the_own_ones(kd, importable) -> None:
-    assert "loss: at, ce, cwtm, dkpp, hint, kd, mine" in kd("train", "--help", "--config-dir", "myconf").out
+    losses = ", ".join(sorted([*options("loss", [CONF]), "mine"]))
+    assert f"loss: {losses}\n" in kd("train", "--help", "--config-dir", "myconf").out
+
+
+def test_the_methods_from_outside_stand_beside_the_own_ones(kd, importable) -> None:
+    table = kd("methods", "--config-dir", "myconf").out.splitlines()
+    assert [line.split()[0] for line in table] == ["name", *sorted([*options("loss", [CONF]), "mine"])]
+    assert next(line for line in table if line.startswith("mine")).split() == ["mine", "logits", "0.5", "no"]
+    page = kd("methods", "mine", "--config-dir", "myconf").out
+    assert "mymodule.MyTerm" in page
+    assert "scale: 2.0" in page
+    assert "mymodule" not in sys.modules
 
 
 TYPOS = [

@@ -8,12 +8,19 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from kd.cli import methods
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
     found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
     return ["\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found]
+
+
+def generated() -> str:
+    """What stands between the marks of ``kd methods --write``."""
+    return README.split(methods.MARKS[0])[1].split(methods.MARKS[1])[0]
 
 
 def test_the_loss_of_the_three_steps_trains(kd, tmp_path, monkeypatch, teacher_run) -> None:
@@ -38,6 +45,20 @@ def test_the_loss_in_a_loop_of_your_own() -> None:
     assert torch.isfinite(logits.grad).all()
 
 
+def test_the_table_of_losses_is_that_of_kd_methods() -> None:
+    current = methods.markdown(methods.collect())
+    assert generated() == f"\n{current}\n\n", "run kd methods --write README.md"
+
+
+def test_the_lines_of_the_python_api() -> None:
+    code = next(b for b in blocks("python") if "kd.distill(" in b).replace("epochs=30", "epochs=1, accelerator='cpu'")
+    batches = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(2)]
+    names = dict.fromkeys(("train", "val", "test"), batches)
+    names |= {"student": torch.nn.Linear(4, 3), "teacher": torch.nn.Linear(4, 3)}
+    exec(code, names)
+    assert not names["student"].training
+
+
 def test_no_placeholder_is_left() -> None:
     assert not re.findall(r"[A-Z]+_OUTPUT", README)
-    assert 150 <= len(README.splitlines()) <= 250
+    assert 150 <= len(README.replace(generated(), "").splitlines()) <= 250

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from kd.distill.distiller import Distiller
 
+pytestmark = pytest.mark.slow
+
 TOYS = Path(__file__).parent / "toys"
 COMMON = ["--config-dir", str(TOYS / "conf"), "recipe.epochs=4", "recipe.batch_size=8", "hardware=cpu"]
 COMMON += ["recipe.optimizer.lr=0.05"]

@@ -14,6 +14,8 @@ from wandb_disk import read_back
 from kd.tracking import wandb_run
 from kd.tracking.wandb_report import log_report
 
+pytestmark = pytest.mark.slow
+
 TABLE = pd.DataFrame({"row": ["alone", "distilled"], "errors": [146.0, 74.0]})
 SETTINGS = {"project": "kd", "entity": None, "offline": None, "timeout": 2}
 

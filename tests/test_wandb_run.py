@@ -18,6 +18,8 @@ from kd.records.record import read
 from kd.run.train import train
 from kd.tracking import wandb_run
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["recipe.epochs=2", "hardware=cpu", "logger=wandb", "logger.wandb.timeout=2"]
 
 

@@ -14,6 +14,8 @@ from wandb_disk import only
 from kd.config.compose import checked
 from kd.records.record import read
 
+pytestmark = pytest.mark.slow
+
 SWEEP = Path(__file__).parents[1] / "experiments" / "wandb_sweep.yaml"
 CHOSEN = {"loss.kd.temperature": 8, "loss.kd.weight": 0.5, "seed": 1}
 

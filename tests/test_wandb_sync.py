@@ -12,6 +12,8 @@ from kd.records import lock
 from kd.tracking import wandb_run
 from kd.tracking.wandb_sync import sync
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:

@@ -13,6 +13,8 @@ from zipfile import ZipFile
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CONF_FILES = {file.relative_to(ROOT).as_posix() for file in (ROOT / "conf").rglob("*.yaml")}
 

@@ -12,6 +12,7 @@ from kd import __version__
 VERBS = {
     "train": "train a student, alone or with a teacher (a Hydra application: sweeps with -m)",
     "eval": "measure a run, a checkpoint or a teacher alone on the validation or test split",
+    "methods": "the loss terms: what each reads, its paper, its formula, and how paper and code differ",
     "study": "run what a study lacks, teachers first, and report it beside the published numbers",
     "report": "tables, intervals and figures of a study, a sweep or any runs, as one page",
     "wandb": "send to Weights & Biases what runs have kept on disk (kd wandb sync)",
@@ -20,6 +21,7 @@ VERBS = {
 MODULES = {
     "train": "kd.cli.train",
     "eval": "kd.cli.evaluate",
+    "methods": "kd.cli.methods",
     "study": "kd.cli.study",
     "report": "kd.cli.report",
     "wandb": "kd.cli.wandb",
@@ -29,7 +31,7 @@ MODULES = {
 
 def usage() -> str:
     """Return what ``kd --help`` prints."""
-    verbs = "\n".join(f"  {verb:<7}{text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items())
     return f"kd {__version__}: knowledge distillation\n\nkd VERB [arguments]\n\n{verbs}\n\nkd VERB --help says more."
 
 

@@ -11,7 +11,7 @@ from kd.config import composition, hardware, keys, values
 from kd.errors import KdError
 
 # sections that do not matter when a finished run is measured
-TRAINING = ("loss", "recipe", "distiller", "logger")
+TRAINING = ("loss", "recipe", "distiller", "logger", "callbacks")
 
 
 def to_container(node: Any) -> Any:

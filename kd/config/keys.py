@@ -21,8 +21,8 @@ from kd.errors import did_you_mean
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
 OBJECTIVE_KEYS = ("weight", "schedule", "checkpoint")  # of every term: not arguments of the term itself
 INSTANTIATE = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # Hydra's own
-LISTS = {"loss": "loss terms", "logger": "loggers"}  # groups of which several options may be chosen
-SINGLE = ("model@student", "model@teacher", "data", "task", "recipe", "hardware", "experiment")
+LISTS = {"loss": "loss terms", "logger": "loggers", "callbacks": "callbacks"}  # of which several may be chosen
+SINGLE = ("model@student", "model@teacher", "data", "task", "recipe", "distiller", "hardware", "experiment")
 # arguments of lightning.Trainer that other keys of the config set, or that would break a run's bookkeeping
 OWN_TRAINER_KEYS = (
     *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val"),
@@ -75,7 +75,7 @@ def drop_left_out(values: dict[str, Any], line: Mapping[str, str]) -> None:
     out. Where the command line chooses no terms, such a node stays: whoever wrote the file forgot the term.
     """
     typed = {".".join(key.split(".")[:2]) for key in line}
-    for group in ("loss", "logger") if "loss" in line else ("logger",):
+    for group in (g for g in LISTS if g != "loss" or "loss" in line):
         nodes, known = values[group], composition.options(group)
         left_out = {n for n in nodes if n in known and not _made(nodes[n]) and f"{group}.{n}" not in typed}
         values[group] = {name: node for name, node in nodes.items() if name not in left_out}

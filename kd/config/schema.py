@@ -39,13 +39,21 @@ class Teacher:
 
 @dataclass
 class Recipe:
-    """Optimiser, schedule, epochs, batch."""
+    """Optimiser, schedule, length, batch."""
 
-    epochs: int = MISSING
+    epochs: int | None = None  # the length of the run, in epochs or in steps of the optimiser: one of the two
+    steps: int | None = None
     batch_size: int = MISSING
     optimizer: dict[str, Any] = field(default_factory=dict)
     scheduler: Any = None  # _target_ and its arguments; null: a constant rate
     scheduler_interval: str = "epoch"  # or "step"
+    warmup: float | None = None  # the rate rises linearly for so many epochs; steps, where the length is in steps
+    warmup_start: float | None = None  # share of the rate to begin with; null: 0
+    no_decay: str | None = None  # norm_and_bias: no weight decay for norms, biases, embeddings, tokens
+    layer_decay: float | None = None  # factor of the rate from a layer to the one before it
+    groups: Any = None  # [{pattern: glob or regex, lr: rate or xFACTOR, weight_decay: …}]; a parameter's first match
+    ema: Any = None  # {decay: 0.999, warmup: true}: the average of the student is what is measured and kept
+    networks: Any = None  # {NAME: {optimizer: …, scheduler: …}} of a set-up's network with an optimiser of its own
     gradient_clip: float | None = None
     accumulate: int = 1
 
@@ -78,7 +86,8 @@ class Protocol:
 
     monitor: str | None = None  # null: the first metric of the task, on val
     mode: str | None = None  # max or min; null: what is better for the metric
-    val_every: int = 1  # epochs between validations; the last epoch is always validated
+    val_every: int | None = 1  # epochs between validations; the end of the run is always validated
+    val_every_steps: int | None = None  # steps of the optimiser between them, in place of epochs
     keep_predictions: bool = False  # write predictions_val.npz and predictions_test.npz
 
 
@@ -108,15 +117,23 @@ class Root:
     distiller: dict[str, Any] = field(default_factory=dict)
     hardware: Hardware = field(default_factory=Hardware)
     logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # Lightning's, or your own, beside those of every run
     protocol: Protocol = field(default_factory=Protocol)
     paths: Paths = field(default_factory=Paths)
     resume: str | None = None
 
 
+# sections that hold a _target_, or nodes with one
+OPEN = (
+    *("student", "teacher", "task", "data", "loss", "networks", "recipe", "distiller", "hardware", "logger"),
+    "callbacks",
+)
+
+
 def open_schema() -> Any:
     """Make the schema, open where a ``_target_`` may be: arguments need no ``+``; :mod:`kd.config.keys` checks them."""
     root = OmegaConf.structured(Root)
-    for name in ("student", "teacher", "task", "data", "loss", "networks", "recipe", "distiller", "hardware", "logger"):
+    for name in OPEN:
         OmegaConf.set_struct(root[name], False)
     return root
 

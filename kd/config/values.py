@@ -8,18 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-# of optimisers and schedulers, and the least that each may be: torch finds out late, or not at all, that a value is no
-# number, infinite, or a period of 0; that a rate is negative it says itself
-LEAST = {
-    **dict.fromkeys(("lr", "momentum", "weight_decay", "eps", "gamma", "eta_min"), -math.inf),
-    **dict.fromkeys(("T_max", "T_0", "step_size", "total_iters"), 1),
-}
+from kd.config import recipe
+from kd.config.recipe import number
+
 THREADS = 1024
-
-
-def number(value: Any) -> bool:
-    """Tell whether a value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def of_every_use(config: Mapping[str, Any]) -> Iterator[str]:
@@ -49,7 +41,7 @@ def of_every_use(config: Mapping[str, Any]) -> Iterator[str]:
 def of_a_training(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong for a run that trains."""
     yield from _of_the_loss(config["loss"])
-    yield from _of_the_recipe(config["recipe"], config["protocol"])
+    yield from recipe.problems(config)
     if not 0 <= config["seed"] < 2**32:
         yield f"seed = {config['seed']} is not allowed: it must be 0 to {2**32 - 1}"
     threads, deterministic = config["hardware"]["threads"], config["hardware"]["deterministic"]
@@ -84,30 +76,6 @@ def _of_the_loss(loss: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path} = {value} is not allowed: it must be a finite number above 0"
         elif key == "weight" and not 0 <= value < math.inf:
             yield f"{path} = {value} is not allowed: it must be a finite number, 0 or more"
-
-
-def _of_the_recipe(recipe: Mapping[str, Any], protocol: Mapping[str, Any]) -> Iterator[str]:
-    whole = {f"recipe.{k}": recipe[k] for k in ("epochs", "batch_size", "accumulate")}
-    for path, value in {**whole, "protocol.val_every": protocol["val_every"]}.items():
-        if value < 1:
-            yield f"{path} = {value} is not allowed: it must be 1 or more"
-    every, epochs = protocol["val_every"], recipe["epochs"]
-    if every >= 1 and epochs % every:
-        yield f"protocol.val_every = {every} is not allowed: it must divide recipe.epochs = {epochs} (set both)"
-    for section in ("optimizer", "scheduler"):
-        node = recipe[section] if isinstance(recipe[section], Mapping) else {}
-        for key, value in node.items():
-            path = f"recipe.{section}.{key}"
-            if key == "T_max" and epochs < 1:  # said already: it is recipe.epochs
-                continue
-            if key in LEAST and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                yield f"{path} = {value} is not allowed: it must be a number"
-            elif key in LEAST and not (number(value) and value >= LEAST[key]):
-                least = "" if LEAST[key] < 0 else f", {LEAST[key]} or more"
-                yield f"{path} = {value} is not allowed: it must be a finite number{least}"
-    clip = recipe["gradient_clip"]
-    if clip is not None and not 0 < clip < math.inf:
-        yield f"recipe.gradient_clip = {clip} is not allowed: it must be a finite number above 0, or null"
 
 
 def _choices(config: Mapping[str, Any]) -> Iterator[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 from lightning import LightningDataModule
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from kd.errors import KdError
 from kd.losses.base import Batch
@@ -154,11 +156,51 @@ class Batches:
 
     def __init__(self, loader: Any, name: str) -> None:
         self.loader, self.name = loader, name
+        self.epoch = 0
+        self._handed, self._ended = 0, False
+        self._resume: dict[str, Any] | None = None
         if hasattr(loader, "__len__"):
             self.__class__ = _SizedBatches  # Lightning asks for a length by the class alone
 
     def __iter__(self) -> Iterator[Batch]:
-        return (as_batch(item, self.name) for item in self.loader)
+        resume, self._resume = self._resume, None
+        if resume is None:
+            return self._made(iter(self.loader), 0)
+        if resume["epoch"] == 0 and not resume["ended"]:  # begun before the epoch's seed is set, as it was then
+            return self._made(self._rest(iter(self.loader), resume), resume["batch"])
+        return self._later(resume)
+
+    def _later(self, resume: dict[str, Any]) -> Iterator[Batch]:
+        """Begin when the first batch is fetched: the seed of its epoch is set by then, as it was without the resume."""
+        same = resume["epoch"] == self.epoch
+        items = self._rest(iter(self.loader), resume) if same else iter(self.loader)
+        yield from self._made(items, resume["batch"] if same else 0)
+
+    def _rest(self, items: Iterator[Any], resume: dict[str, Any]) -> Iterator[Any]:
+        return islice(items, resume["batch"], None)
+
+    def _made(self, items: Iterator[Any], handed: int) -> Iterator[Batch]:
+        self._handed, self._ended = handed, False
+        for item in items:
+            self._handed += 1
+            yield as_batch(item, self.name)
+        self._ended = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and batches trained on, for a checkpoint in the middle of an epoch."""
+        trained = self._handed - self._ahead()
+        return {"epoch": self.epoch, "batch": trained, "ended": self._ended or trained == self._length()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Skip what was trained on already, if the next iteration is over that same epoch."""
+        self._resume = state
+
+    def _ahead(self) -> int:
+        """Batches that Lightning has fetched and not trained on: one, where it cannot know the last one by a length."""
+        return 0 if self._ended or not self._handed else 1
+
+    def _length(self) -> int | None:
+        return None
 
     batch_sampler = None  # Lightning asks for it wherever there is a sampler
 
@@ -169,6 +211,7 @@ class Batches:
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loader, or its sampler, which epoch begins, where it wants to know."""
+        self.epoch = epoch
         parts: list[Any] = [self.loader, getattr(self.loader, "sampler", None)]
         for part in parts:
             if hasattr(part, "set_epoch"):
@@ -178,6 +221,12 @@ class Batches:
 class _SizedBatches(Batches):
     def __len__(self) -> int:
         return len(self.loader)
+
+    def _ahead(self) -> int:
+        return 0
+
+    def _length(self) -> int | None:
+        return len(self)
 
 
 def as_batch(item: Any, name: str = "data") -> Batch:
@@ -197,6 +246,17 @@ def as_batch(item: Any, name: str = "data") -> Batch:
         f"{name} gives batches of type {type(item).__name__}: a batch must be (inputs, targets), (inputs, targets, "
         "index), a mapping with labels, or a kd.losses.base.Batch(inputs, targets, index)"
     )
+
+
+def refuse_unsharded(loader: Any, split: str, processes: int) -> None:
+    """``KdError`` for a loader that gives each of several processes the same batches."""
+    inner = loader.loader if isinstance(loader, Batches) else loader
+    sharded = isinstance(getattr(inner, "sampler", None), DistributedSampler)
+    if processes > 1 and not sharded and not hasattr(inner, "world_size"):
+        raise KdError(
+            f"the {split} loader gives each of the {processes} processes the whole set: give it a "
+            "torch.utils.data.DistributedSampler, or train in one process"
+        )
 
 
 def _defines(own: Any, method: str) -> bool:

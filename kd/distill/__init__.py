@@ -1,0 +1,1 @@
+"""The LightningModule and what it is made of. As a function, ``kd.distill(…)`` is :func:`kd.run.distill.distill`."""

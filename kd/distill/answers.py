@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from kd.errors import KdError
 from kd.losses.base import Batch, Output
+from kd.losses.layouts import Layout
 from kd.tasks.base import Want
 
 
@@ -56,3 +57,8 @@ class Answers(nn.Module):
     def inspect_taps(self) -> bool:
         """After a dry pass: whether it must be repeated (:meth:`kd.distill.taps.Taps.inspect`)."""
         return False
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """After a dry pass: the layouts of the recorded tensors, by tap."""
+        return {}

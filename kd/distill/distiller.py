@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd.data.base import as_batch, refuse_unsharded
 from kd.distill.answers import Answers
-from kd.distill.evaluation import Evaluated, measure
+from kd.distill.evaluation import measure
 from kd.distill.objective import Objective
+from kd.distill.optimisation import MakeGroups, MakeOptimizer, MakeScheduler, Optimised, OwnRecipe, WarmUp
 from kd.distill.step_buffer import StepBuffer, first_bad
-from kd.distill.taps import Taps, resolve
+from kd.distill.taps import Taps, resolve, unfuse
+from kd.distill.teacher import Teacher
 from kd.errors import KdError, RunFailure
-from kd.losses.base import Batch, Output, Setup
+from kd.losses.base import Batch, Output, Setup, Term
 from kd.parallel import group
 from kd.tasks.base import Task, Want
+from kd.tasks.classification import Classification
 
 log = logging.getLogger(__name__)
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-MakeScheduler = Callable[[torch.optim.Optimizer], Any]
+DEFAULT_OPTIMIZER: MakeOptimizer = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)
 
 
 @dataclass
@@ -44,35 +48,52 @@ class Step:
     counts: Sequence[Tensor] = ()
     over: Mapping[str, str] = field(default_factory=dict)
 
+    def beside(self, other: Step, name: str) -> Step:
+        """This step with another one on the same batch: the totals added, the other's values as ``name/…``."""
+        values = self.values | {f"{name}/{key}": value for key, value in other.values.items()}
+        over = {**self.over, **{f"{name}/{key}": kind for key, kind in other.over.items()}}
+        return replace(self, total=self.total + other.total, values=values, over=over)
 
-class Distiller(Evaluated):
+
+class Distiller(Optimised):
     """Trains ``student`` on the objective; ``teacher`` may be None (plain supervised training).
 
-    Call :meth:`prepare` with one batch before the trainer sees the module: it runs both networks once, resolves the
-    taps and lets the terms build their adapters. Methods that own the loop subclass this and are named by
-    ``distiller._target_``; they differ in up to three places, :meth:`compose` (what a batch becomes), :meth:`losses`
-    (what is computed of it) and :meth:`networks` (what is trained), and inherit the rest.
+    Works in a plain ``lightning.Trainer`` with any loaders, whose batches become :class:`~kd.losses.base.Batch` by
+    :func:`kd.data.base.as_batch`::
+
+        module = Distiller(student, teacher, Objective({"ce": CrossEntropy(), "kd": KnowledgeDistillation(4.0)}))
+        lightning.Trainer(max_epochs=10).fit(module, train_loader, val_loader)
+
+    ``teacher``: an :class:`~kd.distill.answers.Answers`, or a network, which is frozen. ``task``: None is image
+    classification. ``num_classes``: None is as many as the student answers. ``optimizer``: called with the parameters;
+    None is AdamW, learning rate 1e-3, weight decay 0.01. ``scheduler``: called with the optimiser; None is a constant
+    rate.
+
+    :meth:`prepare` runs both networks once, resolves the taps and lets the terms build their adapters. The trainer's
+    own training loader is used for it where it was not called before. Methods that own the loop subclass this and are
+    named by ``distiller._target_``; they differ in up to three places, :meth:`compose` (what a batch becomes),
+    :meth:`losses` (what is computed of it) and :meth:`networks` (what is trained), and inherit the rest.
 
     ``log_every``: steps between two readings of the loss buffer, each one synchronisation. ``peers``: further networks
     of the set-up by name, trained along with the student. ``gradient_clip``, ``accumulate``: of the recipe, where this
     module steps its optimisers itself (Lightning does it otherwise).
 
+    ``warmup``, ``groups``, ``own_recipes``: a rise of the rate, parameter groups, and other optimisers for networks of
+    ``own_optimizers``; see :mod:`kd.distill.optimisation`.
+
     ``supplies_teacher``: whether a subclass makes its own teacher, so that terms which need one are satisfied.
-    ``own_optimizers``: names of :meth:`networks` that get an optimiser and a schedule of their own, made by the same
-    recipe; with any of them the module steps all optimisers itself, after one backward pass of ``Step.total``.
     """
 
     supplies_teacher = False
-    own_optimizers: Sequence[str] = ()
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: Answers | None,
+        teacher: Answers | nn.Module | None,
         objective: Objective,
-        task: Task,
-        num_classes: int | None,
-        optimizer: MakeOptimizer,
+        task: Task | None = None,
+        num_classes: int | None = None,
+        optimizer: MakeOptimizer | None = None,
         scheduler: MakeScheduler | None = None,
         scheduler_interval: str = "epoch",
         seed: int = 0,
@@ -80,22 +101,34 @@ class Distiller(Evaluated):
         peers: Mapping[str, nn.Module] | None = None,
         gradient_clip: float | None = None,
         accumulate: int = 1,
+        warmup: WarmUp | None = None,
+        groups: MakeGroups | None = None,
+        own_recipes: Mapping[str, OwnRecipe] | None = None,
     ) -> None:
+        task = task if task is not None else Classification()
+        if teacher is not None and not isinstance(teacher, Answers):
+            teacher = Teacher([teacher], task=task)
         super().__init__(student, teacher, task, num_classes)
         if log_every < 1:
             raise ValueError(f"log_every = {log_every} is not allowed: it must be 1 or more")
         self.objective, self.seed, self.log_every = objective, seed, log_every
         self.peers = nn.ModuleDict(dict(peers or {}))
-        self._make_optimizer, self._make_scheduler, self._interval = optimizer, scheduler, scheduler_interval
+        self._make_optimizer, self._make_scheduler = optimizer or DEFAULT_OPTIMIZER, scheduler
+        self._interval = scheduler_interval
         self.epoch_means: dict[str, float] = {}  # of the last training epoch
         self.about: dict[str, Any] = {}  # what is recorded with the weights: model, data facts
         self.unreached: list[str] = []  # see find_unreached
+        self.prepared = False  # whether the taps are resolved and the adapters built
         self.sharded = False  # whether each process holds a part of every parameter only
         self._buffer: StepBuffer | None = None
+        self._earlier: tuple[Tensor, int] | None = None  # sums of this epoch from before a run was resumed
+        self._reseed = False  # before the next step: a validation by steps was between it and the last one
+        self.epoch_trained = -1  # the epoch of the last batch
         self._counts = False  # whether the student has logits to count right answers in
         # the dry pass wants the teacher's, to compare the classes; after it only the terms have a say
         self._want = Want(logits=True, features=True)
         self.gradient_clip, self.accumulate = gradient_clip, accumulate
+        self.warmup, self.make_groups, self.own_recipes = warmup, groups, own_recipes or {}
         self.automatic_optimization = not self.own_optimizers
         objective.check_teacher(teacher is not None or self.supplies_teacher)
 
@@ -108,6 +141,10 @@ class Distiller(Evaluated):
     def losses(self, batch: Batch) -> Step:
         """Compute one step on a batch that has been through :meth:`compose` and ``task.rows``."""
         teacher, student = self.answer_both(batch)
+        return self.score(student, teacher, batch)
+
+    def score(self, student: Output, teacher: Output, batch: Batch) -> Step:
+        """The objective of two outputs on a batch, as one step. Each of several networks has one of its own."""
         labelled = self.task.labelled(batch)
         rows = len(batch.targets) if batch.targets is not None else len(batch)
         shares = group.shares(rows, labelled, len(batch))
@@ -134,11 +171,15 @@ class Distiller(Evaluated):
     ) -> None:
         """Run both networks and each term once on two samples of a batch; resolve taps, build adapters, compare.
 
+        Each term sees ``Term.prepare(setup)``, then one ``forward``, both in eval mode: see
+        :class:`~kd.losses.base.Setup`. Call it once, before the optimiser is built.
+
         ``train_index``, ``train_targets``: of the training set; ``epochs``, ``steps``: the length of the run; all for
         :class:`~kd.losses.base.Setup`. The random state and batch statistics are left as they were. Raises ``KdError``
         for wrong taps and for shapes that do not fit.
         """
-        few = self.task.rows(self.compose(batch.few(2).to(self.device)))
+        self.to(self.device)  # a teacher, or a term with weights, may have come from another one
+        few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
         terms = self.objective.items()
         self._resolve_taps()
         gradient = bool(self.objective.needs("input_gradient"))
@@ -153,12 +194,15 @@ class Distiller(Evaluated):
             networks = {"student": self.student, **self._teacher_networks()}
             known: dict[str, Any] = {"train_index": train_index, "train_targets": train_targets}
             known |= {"classes": self.num_classes, "epochs": epochs, "steps": steps}
+            known["layouts"] = {"student": self.student_taps.layouts}
+            known["layouts"] |= {"teacher": self.teacher.layouts} if self.teacher is not None else {}
             for name, term in terms:
                 own = student if term.needs_student_logits else student.without_logits()
                 other = teacher if term.needs_teacher_logits else teacher.without_logits()
+                seen = few if term.needs_labels else few.without_targets()
                 try:
-                    term.prepare(Setup(own, other, few, networks, **known))
-                    value = term.eval()(own, other, few)  # eval: adapters may have batch statistics
+                    term.eval().prepare(Setup(own, other, seen, networks, **known))
+                    value = term.eval()(own, other, seen)  # eval: adapters may have batch statistics
                 except (ValueError, RuntimeError, TypeError, LookupError, AssertionError) as error:
                     raise KdError(f"loss.{name}: {str(error).splitlines()[0]}") from error
                 if not isinstance(value, Tensor) or value.ndim:
@@ -167,6 +211,39 @@ class Distiller(Evaluated):
             self.objective.train()
             self._deploy(few)
         self.student.train(training)
+        self.to(self.device)  # the adapters
+        self.prepared = True
+
+    def setup(self, stage: str) -> None:
+        """Prepare on the trainer's own loaders, where nobody has done it before (called by Lightning)."""
+        trainer = self.trainer
+        if trainer.world_size > 1:
+            group.ignore_in_ddp(self, None if self.teacher_trained else "teacher.", "objective.")
+        if stage == "fit" and not self.prepared:
+            trainer.fit_loop.setup_data()
+            data: Any = getattr(trainer, "datamodule", None)
+            loader: Any = trainer.train_dataloader
+            refuse_unsharded(loader, "train", trainer.world_size)
+            known = (getattr(data, name, None) for name in ("train_index", "train_targets"))
+            length: dict[str, Any] = {
+                "epochs": max(0, trainer.max_epochs or 0) or None,
+                "steps": max(0, trainer.max_steps) or None,
+            }
+            self.prepare(as_batch(next(iter(loader))), *known, **length)
+        elif stage in ("validate", "test") and not self.prepared and self.num_classes is None:
+            loop = trainer.test_loop if stage == "test" else trainer.validate_loop
+            loop.setup_data()
+            given: Any = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
+            batch = as_batch(next(iter(given)))
+            self.num_classes = self._classes_of_student(batch)
+
+    @torch.no_grad()
+    def _classes_of_student(self, batch: Batch) -> int | None:
+        self.to(self.device)
+        few, training = self.task.rows(batch.few(2).to(self.device)), self.student.training
+        answer = self.task.answer(self.student.eval(), few.inputs, few, Want())
+        self.student.train(training)
+        return answer.logits.shape[-1] if answer.has_logits else None
 
     def _resolve_taps(self) -> None:
         terms = self.objective.items()
@@ -180,9 +257,19 @@ class Distiller(Evaluated):
                     term.teacher_taps = []
             except KdError as error:
                 raise KdError(f"loss.{name}: {error}") from None
+            if term.needs_attention_maps:
+                self._unfuse(name, term, root)
         self.student_taps = Taps(self.student, [str(n) for _, t in terms for n in t.student_taps or ()], "student")
         if self.teacher is not None:
             self.teacher.tap([str(n) for _, t in terms for n in t.teacher_taps or ()])
+
+    def _unfuse(self, name: str, term: Term, root: nn.Module | None) -> None:
+        """Let the tapped attention make its maps, and say that it is slower for it."""
+        for side, network, taps in (("student", self.student, term.student_taps), ("teacher", root, term.teacher_taps)):
+            changed = unfuse(network, [str(tap) for tap in taps or ()]) if network is not None else []
+            if changed:
+                where = ", ".join(changed)
+                log.info("loss.%s reads attention maps: fused attention is off in the %s's %s", name, side, where)
 
     def _teacher_networks(self) -> dict[str, nn.Module]:
         networks = list(self.teacher.networks) if self.teacher is not None else []
@@ -233,7 +320,7 @@ class Distiller(Evaluated):
 
     def find_unreached(self, batch: Batch) -> None:
         """Note the trainable parameters that no term reaches, in one backward pass on two samples: DDP must know."""
-        few = self.task.rows(self.compose(batch.few(2).to(self.device)))
+        few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
         training = self.student.training
         self.student.eval()
         self.objective.eval()
@@ -268,7 +355,7 @@ class Distiller(Evaluated):
     def answer_both(self, batch: Batch) -> tuple[Output, Output]:
         """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
         teacher = self.answer_of_teacher(batch)
-        student = self._answer_of_student(batch.inputs, batch)
+        student = self.answer_of_student(batch)
         for view in self.objective.views:
             if view not in batch.views:
                 raise KdError(
@@ -277,16 +364,17 @@ class Distiller(Evaluated):
                 )
             seen = Batch(batch.views[view], batch.targets, batch.index, batch.mask, {}, batch.extra)
             teacher.views[view] = self.answer_of_teacher(seen)
-            student.views[view] = self._answer_of_student(seen.inputs, seen)
+            student.views[view] = self.answer_of_student(seen)
         return teacher, student
 
     def answer_of_teacher(self, batch: Batch) -> Output:
         """The teacher's output; empty without one. A set-up that supplies its own overrides this."""
         return Output() if self.teacher is None else self.teacher.answer(batch, self._want)
 
-    def _answer_of_student(self, inputs: Any, batch: Batch) -> Output:
+    def answer_of_student(self, batch: Batch) -> Output:
+        """The student's output, with the taps of the terms."""
         self.student_taps.active = bool(self.student_taps.names)
-        output = self.task.answer(self.student, inputs, batch, self._want)
+        output = self.task.answer(self.student, batch.inputs, batch, self._want)
         if self.student_taps.active:
             output.features |= self.student_taps.take()
         self.student_taps.active = False
@@ -300,47 +388,15 @@ class Distiller(Evaluated):
         """What the network that is deployed returns."""
         return self.deployed(**inputs) if isinstance(inputs, Mapping) else self.deployed(inputs)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: named terms, their weighted sum, counts into the buffer."""
-        batch = self.task.rows(self.compose(batch))
+        batch = self.task.rows(self.compose(as_batch(batch)))
         self._inputs_of(batch, self._want.input_gradient)
         step = self.losses(batch)
         self.track(step, batch_idx)
         if not self.automatic_optimization:
             self.descend(step.total, batch_idx)
         return step.total
-
-    def descend(self, total: Tensor, batch_idx: int) -> None:
-        """Step all optimisers of a set-up with more than one: accumulate, clip, schedules by step and by epoch."""
-        self.manual_backward(total / self.accumulate)
-        last = self.trainer.is_last_batch
-        stepped = last or (batch_idx + 1) % self.accumulate == 0
-        for optimizer in self._several(self.optimizers()) if stepped else ():
-            if self.gradient_clip is not None:
-                self.clip_gradients(optimizer, self.gradient_clip, "norm")
-            optimizer.step()
-            optimizer.zero_grad()
-        if stepped and (last or self._interval == "step"):
-            for scheduler in self._several(self.lr_schedulers() or []):
-                scheduler.step()
-
-    @staticmethod
-    def _several(given: Any) -> list[Any]:
-        return list(given) if isinstance(given, (list, tuple)) else [given]
-
-    def place(self, batch_idx: int | None = None) -> tuple[float, int]:
-        """How far the training is: (fractional) epoch, of so many. Outside of a trainer (0, 1)."""
-        trainer = self._trainer
-        if trainer is None:
-            return 0.0, 1
-        if batch_idx is None:
-            batch_idx = trainer.fit_loop.epoch_loop.batch_idx
-        batches = trainer.num_training_batches
-        if (trainer.max_epochs or -1) < 1:  # the length is given in steps
-            return trainer.global_step / max(1, trainer.max_steps), 1
-        return trainer.current_epoch + (batch_idx / max(1, batches) if batches != float("inf") else 0.0), int(
-            trainer.max_epochs or 1
-        )
 
     # ------------------------------------------------------------------ bookkeeping of an epoch
 
@@ -353,7 +409,13 @@ class Distiller(Evaluated):
         if self.comparable and "val" not in self.teacher_metrics:
             self._measure_teacher()
         if self.teacher.cache and self._want.logits:
-            loader = self.trainer.datamodule.answering_dataloader()  # type: ignore[attr-defined]
+            data: Any = getattr(self.trainer, "datamodule", None)
+            if not hasattr(data, "answering_dataloader"):
+                raise KdError(
+                    "a teacher with cache = True answers the whole training set before the first epoch: its data must "
+                    "be a kd.data.base.AdaptedData or a data module of kd (trainer.fit(module, datamodule=data))"
+                )
+            loader = data.answering_dataloader()
             with self.trainer.precision_plugin.forward_context():  # as in the training step
                 self.teacher.begin(loader, self.device)
 
@@ -381,11 +443,36 @@ class Distiller(Evaluated):
         if data is not None:
             return data.val_dataloader()
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        return self.trainer.val_dataloaders
+        loaders = self.trainer.val_dataloaders
+        return loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
+
+    def on_train_start(self) -> None:
+        """Go on with the warm-up, and with an epoch that a checkpoint has cut in two."""
+        super().on_train_start()
+        if self.trainer.fit_loop.restarted_mid_epoch:
+            self._seed()  # what the loader has drawn at the beginning of the epoch
+            self._reseed = True
 
     def on_train_epoch_start(self) -> None:
         """Seed by epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
-        seed = (self.seed * 1_000_003 + self.current_epoch * 9_176 + self.global_rank) % 2**32
+        self._seed()
+        self._reseed = False
+
+    def on_validation_end(self) -> None:
+        """After a checkpoint within an epoch a resumed run must draw what this one draws: seed anew."""
+        trainer = self.trainer
+        self._reseed = (
+            trainer.state.fn == "fit" and trainer.check_val_every_n_epoch is None and not trainer.is_last_batch
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed by step behind a validation within the epoch."""
+        if self._reseed:
+            self._seed(self.steps_done)
+            self._reseed = False
+
+    def _seed(self, step: int = 0) -> None:
+        seed = (self.seed * 1_000_003 + self.current_epoch * 9_176 + step * 7_368_787 + self.global_rank) % 2**32
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -396,12 +483,28 @@ class Distiller(Evaluated):
             names = self.task.counts if step.counts else ()
             labelled = [name for name, over in step.over.items() if over == "labelled"]
             self._buffer = StepBuffer(list(step.values), self.log_every, self.device, labelled, names)
+            if self._earlier is not None:
+                self._buffer.sums, self._buffer.row_total = self._earlier
+                self._earlier = None
         self._buffer.add([*step.values.values(), *step.counts, step.labelled], rows=step.rows)
-        last = self.trainer.is_last_batch
-        if last or self._buffer.full:
+        self.epoch_trained = self.current_epoch
+        last = self.closes_epoch(batch_idx)
+        if last or self._buffer.full or self.validates_next():
             self._read_buffer(self._buffer, batch_idx)
         if last:  # before the validation, so that the epoch's line has both
+            self.close_epoch()
+
+    def close_epoch(self) -> None:
+        """Make the epoch's means of all steps that were read; once more it does nothing. All processes call it."""
+        if self._buffer is not None and self._buffer.filled:  # a callback has ended the run within the epoch
+            self._read_buffer(self._buffer, self.trainer.fit_loop.batch_idx)
+        if self._buffer is not None and self._buffer.row_total:
             self.epoch_means = self._train_means(self._buffer, *self._buffer.take_epoch())
+
+    def on_train_epoch_end(self) -> None:
+        """Give the epoch's means to Lightning's callbacks; the loggers have them step by step."""
+        self.close_epoch()
+        self.log_dict(self.epoch_means, logger=False)
 
     def _read_buffer(self, buffer: StepBuffer, batch_idx: int) -> None:
         window = buffer.read()
@@ -411,10 +514,9 @@ class Distiller(Evaluated):
         means = self._train_means(buffer, *buffer.last)  # over all processes
         for name in self.objective.schedules:
             means[f"weight/{name}"] = self.objective.weight(name, *self.place(batch_idx + 1))
-        means["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        done = self.global_step // (1 if self.automatic_optimization else max(1, len(self.trainer.optimizers)))
+        means |= self.rates()
         for logger in self.loggers:
-            logger.log_metrics({"epoch": self.current_epoch, **means}, step=done)
+            logger.log_metrics({"epoch": self.current_epoch, **means}, step=self.steps_done)
 
     def _stop_on(self, buffer: StepBuffer, bad: tuple[int, list[int]], batch_idx: int, steps: int) -> None:
         row, columns = bad
@@ -428,33 +530,17 @@ class Distiller(Evaluated):
         )
 
     def _train_means(self, buffer: StepBuffer, sums: Tensor, rows: int) -> dict[str, float]:
-        if self.trainer.world_size > 1:
-            packed = torch.cat([sums, torch.tensor([float(rows)], dtype=torch.float64)]).to(self.device)
-            packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()
-            sums, rows = packed[:-1], int(packed[-1])
-        return {f"train/{name}": value for name, value in buffer.means(sums, rows).items()}
+        return {f"train/{name}": value for name, value in buffer.means(*self._over_all(sums, rows)).items()}
 
-    # ------------------------------------------------------------------ optimiser and checkpoints
+    def _over_all(self, sums: Tensor, rows: int) -> tuple[Tensor, int]:
+        """Add up the sums of all processes."""
+        if self.trainer.world_size == 1:
+            return sums, rows
+        packed = torch.cat([sums, torch.tensor([float(rows)], dtype=torch.float64)]).to(self.device)
+        packed = self.trainer.strategy.reduce(packed, reduce_op="sum").cpu()
+        return packed[:-1], int(packed[-1])
 
-    def trainable(self) -> list[nn.Parameter]:
-        """What the optimiser gets: the parameters of :meth:`networks` that want a gradient."""
-        return [p for network in self.networks().values() for p in network.parameters() if p.requires_grad]
-
-    def configure_optimizers(self) -> Any:
-        """The recipe's optimiser and schedule, or several of them: see ``own_optimizers``."""
-        networks = self.networks()
-        apart = {id(p) for name in self.own_optimizers for p in networks[name].parameters()}
-        groups = [[p for p in self.trainable() if id(p) not in apart]]
-        groups += [[p for p in networks[name].parameters() if p.requires_grad] for name in self.own_optimizers]
-        made = [self._optimizer(parameters) for parameters in groups if parameters]
-        return made[0] if len(made) == 1 else made
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        optimizer = self._make_optimizer(parameters)
-        if self._make_scheduler is None:
-            return {"optimizer": optimizer}
-        scheduler = {"scheduler": self._make_scheduler(optimizer), "interval": self._interval}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+    # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave a frozen teacher out: it is not trained, and half as large again. One that is trained along is kept."""
@@ -462,7 +548,10 @@ class Distiller(Evaluated):
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
         checkpoint["kd"] = {"history": self.history, "epoch_means": self.epoch_means, "about": self.about}
-        checkpoint["kd"]["teacher_trained"] = self.teacher_trained
+        checkpoint["kd"] |= {"teacher_trained": self.teacher_trained, "epoch_trained": self.epoch_trained}
+        if self._buffer is not None and self._buffer.row_total:  # in the middle of an epoch
+            sums, rows = self._over_all(self._buffer.sums.clone(), self._buffer.row_total)
+            checkpoint["kd"]["sums"] = {"sums": sums, "rows": rows}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put a teacher that was left out back, so that loading stays strict. ``KdError`` when the data is another."""
@@ -471,6 +560,9 @@ class Distiller(Evaluated):
         if not self.sharded and not self._teacher_changed:
             own = self.state_dict()
             checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
+        self.epoch_trained = checkpoint["kd"].get("epoch_trained", checkpoint["epoch"])
+        if (kept := checkpoint["kd"].get("sums")) is not None and self.global_rank == 0:  # those of all processes
+            self._earlier = (kept["sums"], kept["rows"])
         self.history, self.epoch_means = (dict(checkpoint["kd"][name]) for name in ("history", "epoch_means"))
 
     def _refuse_other_data(self, before: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric as StateMetric
 
+from kd.data.base import as_batch
 from kd.distill.answers import Answers
 from kd.errors import RunFailure
 from kd.losses.base import Batch, Output
@@ -79,6 +80,7 @@ class Evaluated(L.LightningModule):
         self.teacher_tested: dict[str, Any] = {}
         self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
         self.comparable = teacher is not None and teacher.live  # whether the two networks' logits mean the same
+        self.average: nn.Module | None = None  # of :attr:`trained` over the steps; see kd.run.average
         self._deployed: list[nn.Module] = []  # in a list: its modules belong to the student and the terms
         self._teacher_outputs: dict[tuple[str, int], Output] = {}
         self._kept = 0
@@ -87,7 +89,15 @@ class Evaluated(L.LightningModule):
 
     @property
     def deployed(self) -> nn.Module:
-        """The network that is measured, saved and exported: the student, with the heads that terms leave on it."""
+        """The network that is measured, saved and exported: the student, with the heads that terms leave on it.
+
+        Where its average is kept, that.
+        """
+        return self.trained if self.average is None else self.average
+
+    @property
+    def trained(self) -> nn.Module:
+        """The same network with the weights that the optimiser steps."""
         return self._deployed[0] if self._deployed else self.student
 
     @property
@@ -119,6 +129,7 @@ class Evaluated(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh meters for the pass, and one network on all processes."""
+        self.deployed.eval()  # its outermost module may not be one of the student's
         group.same_buffers(self.deployed)
         self.watch_teacher()
         self._meter = self.task.meter(self.num_classes).to(self.device)
@@ -127,16 +138,16 @@ class Evaluated(L.LightningModule):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Student and teacher on one validation batch."""
         self._evaluate("val", batch, batch_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Student and teacher on one test batch."""
         self._evaluate("test", batch, batch_idx)
 
-    def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> None:
-        batch = self.task.rows(batch)
+    def _evaluate(self, split: str, batch: Any, batch_idx: int) -> None:
+        batch = self.task.rows(as_batch(batch))
         with _without_autocast(self.device):
             output, teacher = self.task.answer(self.deployed, batch.inputs, batch, Want()).to_float32(), None
             if output.has_logits:
@@ -177,7 +188,7 @@ class Evaluated(L.LightningModule):
         metrics = {f"val/{k}": v for k, v in self._meter.compute(self.comparable).items()}
         _check_metrics(metrics, more)
         self.log_dict(metrics)
-        if self.trainer.state.fn == "fit":
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.history[self.current_epoch] = metrics
             if self.comparable and self.teacher_trained:
                 self.teacher_metrics["val"] = self._teacher_meter.compute(False)
@@ -231,7 +242,7 @@ def measure(
     meter = task.meter(num_classes).to(device)
     finite, finite_teacher = NotFinite().to(device), NotFinite().to(device)
     for batch in loader:
-        batch = task.rows(batch.to(device))
+        batch = task.rows(as_batch(batch).to(device))
         output, beside = network(batch).to_float32(), None
         if output.has_logits:
             finite.update(output.logits, batch.index)

@@ -32,6 +32,11 @@ class Objective(nn.Module):
         schedules: Mapping[str, Schedule] | None = None,
     ) -> None:
         super().__init__()
+        for name in terms:
+            if "." in name or hasattr(nn.ModuleDict, name):
+                raise KdError(
+                    f"loss.{name} is no name for a term: torch modules have an attribute of it; choose another"
+                )
         self.terms = nn.ModuleDict(dict(terms))
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in terms}
         self.schedules = dict(schedules or {})
@@ -72,7 +77,7 @@ class Objective(nn.Module):
                 "term out (loss=[ce])"
             )
 
-    def weight(self, name: str, epoch: float, epochs: int) -> float:
+    def weight(self, name: str, epoch: float, epochs: float) -> float:
         """The factor of a term at this (fractional) epoch."""
         schedule = self.schedules.get(name)
         return self.weights[name] * (schedule(epoch, epochs) if schedule else 1.0)
@@ -83,7 +88,7 @@ class Objective(nn.Module):
         teacher: Output,
         batch: Batch,
         epoch: float = 0.0,
-        epochs: int = 1,
+        epochs: float = 1,
         shares: Shares | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Each term's unweighted value, and their weighted sum (all scalars).
@@ -94,7 +99,7 @@ class Objective(nn.Module):
         values, parts = [], []
         whole = _Gathered(student, teacher, batch)
         for name, term in self.items():
-            term.progress = min(1.0, epoch / max(1, epochs))
+            term.progress = min(1.0, epoch / epochs)
             several = shares is not None and term.over == "batch"
             value = term(*whole.seen_by(term)) if several else term(student, teacher, batch)
             weight: Any = self.weight(name, epoch, epochs)

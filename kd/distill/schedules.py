@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-Schedule = Callable[[float, int], float]
+Schedule = Callable[[float, float], float]
 """``factor(epoch, epochs)``: what a term's weight is multiplied by at this (fractional) epoch of so many."""
 
 
@@ -18,7 +18,7 @@ class Linear:
     def __init__(self, start: float = 0.0, end: float = 1.0, epochs: float | None = None) -> None:
         self.start, self.end, self.epochs = _factor("start", start), _factor("end", end), _length(epochs)
 
-    def __call__(self, epoch: float, epochs: int) -> float:
+    def __call__(self, epoch: float, epochs: float) -> float:
         done = min(1.0, epoch / (self.epochs or epochs))
         return self.start + (self.end - self.start) * done
 
@@ -29,7 +29,7 @@ class Cosine:
     def __init__(self, start: float = 1.0, end: float = 0.0, epochs: float | None = None) -> None:
         self.start, self.end, self.epochs = _factor("start", start), _factor("end", end), _length(epochs)
 
-    def __call__(self, epoch: float, epochs: int) -> float:
+    def __call__(self, epoch: float, epochs: float) -> float:
         done = min(1.0, epoch / (self.epochs or epochs))
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
 
@@ -40,7 +40,7 @@ class Step:
     def __init__(self, milestones: Sequence[float], gamma: float = 0.1) -> None:
         self.milestones, self.gamma = sorted(milestones), _factor("gamma", gamma)
 
-    def __call__(self, epoch: float, epochs: int) -> float:
+    def __call__(self, epoch: float, epochs: float) -> float:
         return self.gamma ** sum(epoch >= m for m in self.milestones)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from kd.errors import KdError, did_you_mean
-from kd.models.stages import stages
+from kd.losses.layouts import NCHW, Layout, parse_layout
+from kd.models.base import layout, stages
 
 Name = str | int
 
@@ -36,19 +37,45 @@ def resolve(names: Sequence[Name] | None, network: nn.Module, side: str) -> list
 
 def _stages(network: nn.Module, side: str) -> list[str]:
     try:
-        return list(stages(network))
+        return [stage.name for stage in stages(network)]
     except ValueError as error:
         raise KdError(f"{side}: {error}") from None
 
 
-def _module(network: nn.Module, name: str, side: str) -> nn.Module:
+def _module(network: nn.Module, tap: str, side: str) -> nn.Module:
     modules = dict(network.named_modules())
-    module, _, port = name.partition(":")
-    if port not in ("", "input", "output"):
-        raise KdError(f"{side} tap {name} is not allowed: after the colon stands input or output")
-    if module not in modules:
-        raise KdError(f"{side} tap {name} does not exist: there is no module {module}{did_you_mean(module, modules)}")
-    return modules[module]
+    place, at, declared = tap.partition("@")
+    name, _, port = place.partition(":")
+    if port.partition(".")[0] not in ("", "input", "output") or port.startswith("."):
+        raise KdError(
+            f"{side} tap {tap} is not allowed: after the colon stands input or output, and of several tensors "
+            "which, as output.1 or output.attentions"
+        )
+    if name not in modules:
+        raise KdError(f"{side} tap {tap} does not exist: there is no module {name}{did_you_mean(name, modules)}")
+    if at:
+        try:
+            parse_layout(declared)
+        except ValueError as error:
+            raise KdError(f"{side} tap {tap}: {error}") from None
+    return modules[name]
+
+
+def unfuse(network: nn.Module, taps: Sequence[str]) -> list[str]:
+    """Switch the fused attention of timm's networks off around these taps, so that their attention maps are made.
+
+    Returns the modules where that was necessary.
+    """
+    changed = []
+    for tap in taps:
+        name = tap.partition("@")[0].partition(":")[0]
+        while name:
+            module: Any = network.get_submodule(name)
+            if getattr(module, "fused_attn", False):
+                module.fused_attn = False
+                changed.append(name)
+            name = name.rpartition(".")[0]
+    return changed
 
 
 class AllTapped(Exception):
@@ -59,7 +86,12 @@ class Taps:
     """Records tensors of one network while it runs.
 
     ``names`` are module names; ``"layer2.0.act:input"`` is the first input of that module, the plain name its output.
-    A module that answers with a tuple or list is represented by the first tensor in it.
+    A module that answers with a tuple, list or mapping is represented by the first tensor in it; another one is
+    ``"MODULE:output.1"``, ``"MODULE:output.attentions"``, or deeper, ``"MODULE:output.attentions.3"``. A name may end
+    with a layout, ``"MODULE@NHWC"``: see :func:`kd.models.base.layout`.
+
+    Maps (B, H, W, C) are recorded as views (B, C, H, W). ``layouts``: of the tensors as they are recorded, by name,
+    known after the first pass.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str], side: str) -> None:
@@ -73,9 +105,11 @@ class Taps:
         self._fired: dict[str, int] = dict.fromkeys(self.names, 0)
         self._clone: set[str] = set()
         self._overwritten: set[str] = set()
+        self.layouts: dict[str, Layout] = {}
+        self._made: dict[tuple[str, int], Layout] = {}  # as the network makes them, by name and number of dimensions
         for name in self.names:
             module = _module(network, name, side)
-            if name.endswith(":input"):
+            if name.partition("@")[0].partition(":")[2].startswith("input"):
                 module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
             else:
                 module.register_forward_hook(self._output_hook(name))
@@ -83,7 +117,7 @@ class Taps:
     def _input_hook(self, name: str):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.active:
-                self._record(name, args or tuple(kwargs.values()))
+                self._record(name, {**dict(enumerate(args)), **kwargs})
 
         return hook
 
@@ -95,16 +129,44 @@ class Taps:
         return hook
 
     def _record(self, name: str, value: Any) -> None:
-        tensor = value
-        if isinstance(value, (tuple, list)):
-            tensor = next((v for v in value if isinstance(v, Tensor)), None)
-        if not isinstance(tensor, Tensor):
-            raise KdError(f"{self.side} tap {name} is a {type(value).__name__}, not a tensor: tap a module inside it")
+        tensor = self._tensor(name, value)
         kept = tensor.clone() if name in self._clone else tensor
-        self._recorded[name], self._versions[name] = kept, kept._version
+        self._versions[name] = kept._version
+        self._recorded[name] = self._as_map(name, kept)
         self._fired[name] += 1
         if self.stop and len(self._recorded) == len(self.names):
             raise AllTapped
+
+    def _tensor(self, name: str, value: Any) -> Tensor:
+        """The tensor that a tap names in what a module takes or answers."""
+        first, *parts = name.partition("@")[0].partition(":")[2].split(".")
+        for number, part in enumerate(parts):
+            inside = _entries(value)
+            if part not in inside:
+                where = ".".join([first, *parts[:number]])
+                raise KdError(
+                    f"{self.side} tap {name} does not exist: {where} is a {type(value).__name__} with "
+                    f"{', '.join(inside) or 'nothing inside'}"
+                )
+            value = inside[part]
+        if isinstance(value, (tuple, list, Mapping)):
+            entries = value.values() if isinstance(value, Mapping) else value
+            value = next((v for v in entries if isinstance(v, Tensor)), value)
+        if not isinstance(value, Tensor):
+            raise KdError(f"{self.side} tap {name} is a {type(value).__name__}, not a tensor: tap a module inside it")
+        return value
+
+    def _as_map(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor with its channels in the second place, where it is a map; notes its layout."""
+        made = self._made.get((name, tensor.ndim))
+        if made is None:
+            try:
+                made = layout(self._network, name, tensor.shape)
+            except ValueError as error:
+                raise KdError(f"{self.side} {error}") from None
+            self._made[name, tensor.ndim] = made
+            self.layouts[name] = NCHW if made.kind == "NHWC" else made
+        return tensor.permute(0, 3, 1, 2) if made.kind == "NHWC" else tensor
 
     def take(self) -> dict[str, Tensor]:
         """The tensors of the last forward pass by name; forgets them. ``KdError`` when one did not fire."""
@@ -117,7 +179,7 @@ class Taps:
 
     def _why(self, name: str) -> str:
         """Why a module does not run: most likely a fused attention, which has no map of weights to show."""
-        module = name.partition(":")[0]
+        module = name.partition("@")[0].partition(":")[0]
         while module:
             if getattr(self._network.get_submodule(module), "fused_attn", False):
                 return (
@@ -143,3 +205,14 @@ class Taps:
         self._clone |= overwritten
         self._fired = dict.fromkeys(self.names, 0)
         return bool(overwritten)
+
+
+def _entries(value: Any) -> dict[str, Any]:
+    """What is inside a tuple, a named tuple, a mapping: by number and by name."""
+    if isinstance(value, Mapping):
+        numbered = {str(number): entry for number, entry in enumerate(value.values())}
+        return {**numbered, **{str(key): entry for key, entry in value.items()}}
+    if not isinstance(value, (tuple, list)):
+        return {}
+    named = dict(zip(getattr(value, "_fields", ()), value, strict=False))
+    return {**{str(number): entry for number, entry in enumerate(value)}, **named}

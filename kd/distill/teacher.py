@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from kd.distill.answers import Answers
 from kd.distill.taps import AllTapped, Taps
 from kd.errors import KdError
 from kd.losses.base import Batch, Output
+from kd.losses.layouts import Layout
 from kd.tasks.base import Task, Want
 from kd.tasks.classification import Classification
 
@@ -111,6 +112,11 @@ class Teacher(Answers):
     def inspect_taps(self) -> bool:
         """After a dry pass: refuse taps that fire twice; whether the pass must be repeated."""
         return self.taps.inspect()
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """After a dry pass: the layouts of the recorded tensors, by tap."""
+        return self.taps.layouts
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval, whatever a trainer calls."""

@@ -4,11 +4,120 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kd.losses.base import check_choice
+from kd.losses.layouts import (
+    NCHW,
+    UNKNOWN,
+    VECTOR,
+    Layout,
+    Tapped,
+    cannot_compare,
+    cure_of,
+    map_to_tokens,
+    resample,
+    tokens_to_map,
+)
 
 KINDS = ("auto", "conv_bn_relu", "conv", "linear", "identity")
+
+
+class Convert(nn.Module):
+    """Brings a feature to another layout and grid, without parameters.
+
+    ``made``: its layout, NCHW or tokens; ``kind``: ``"NCHW"`` or ``"tokens"``. ``size``: the grid that it is resampled
+    to, None: its own. Prefix tokens are dropped, or kept with ``keep_prefix`` (tokens to tokens).
+    """
+
+    def __init__(self, made: Layout, kind: str, size: tuple[int, int] | None = None, keep_prefix: bool = False) -> None:
+        super().__init__()
+        self.made, self.kind, self.size, self.keep_prefix = made, kind, size, keep_prefix
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, N, D) or (B, C, H, W) → the same."""
+        if self.made.kind == self.kind == "tokens" and self.size is None:
+            return feature[:, self.made.prefix :]
+        found = feature if self.made == NCHW else tokens_to_map(feature, self.made.prefix)
+        found = found if self.size is None else resample(found, self.size)
+        if self.kind == "NCHW":
+            return found
+        found = map_to_tokens(found)
+        return torch.cat([feature[:, : self.made.prefix], found], dim=1) if self.keep_prefix else found
+
+
+def match(what: str, kind: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
+    """Two modules: the adapter of the student's tensor, and what the teacher's goes through (no parameters).
+
+    Tensors of one layout are adapted as :func:`build_adapter` says. With ``auto`` they are compared in the teacher's
+    layout otherwise, with ``conv`` and ``conv_bn_relu`` as maps, with ``linear`` as tokens: the student's grid is
+    resampled to the teacher's, ``auto`` resamples maps that no convolution fits as well. Prefix tokens take part where
+    both have equally many, otherwise they are left out on both sides.
+
+    ``ValueError``, with both taps and layouts and what to do, where they cannot be compared.
+    """
+    check_choice("adapter", kind, KINDS)
+    try:
+        made, other = student.layout, teacher.layout
+        if UNKNOWN in (made, other):
+            if kind != "auto":  # who chooses the map says what the dimensions are
+                return build_adapter(kind, student.shape, teacher.shape), nn.Identity()
+            cure = f"{cure_of(student, teacher, ())}, or choose adapter=linear, conv or identity"
+            raise cannot_compare(what, student, teacher, cure)
+        if made == other == NCHW and kind == "auto" and not _fits(student.shape[2:], teacher.shape[2:]):
+            return _resampled(student, teacher, "conv_bn_relu"), nn.Identity()
+        linear = kind in ("auto", "linear") and student.shape[1] == teacher.shape[1]
+        if made == other and (made.kind != "tokens" or kind == "identity" or linear):
+            return build_adapter(kind, student.shape, teacher.shape), nn.Identity()
+        if VECTOR in (made, other) or kind == "identity":
+            raise cannot_compare(what, student, teacher, cure_of(student, teacher, ("the same kind of feature",)))
+        if kind in ("conv", "conv_bn_relu") or (kind == "auto" and other == NCHW):
+            return _as_maps(kind, student, teacher)
+        return _as_tokens(what, student, teacher)
+    except ValueError as error:
+        if str(student) in str(error) and str(teacher) in str(error):
+            raise
+        raise ValueError(f"{error} ({student}, {teacher})") from None
+
+
+def _as_maps(kind: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
+    own, other = student.as_map(), teacher.as_map()
+    goal = nn.Identity() if teacher.layout == NCHW else Convert(teacher.layout, "NCHW")
+    if kind == "auto" and not _fits(own.shape[2:], other.shape[2:]):
+        return _resampled(student, other, "conv_bn_relu"), goal
+    adapter = build_adapter(kind, own.shape, other.shape)
+    return (adapter if student.layout == NCHW else nn.Sequential(Convert(student.layout, "NCHW"), adapter)), goal
+
+
+def _as_tokens(what: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
+    same = student.layout == teacher.layout  # as many prefix tokens: they take part
+    counts = [t.shape[1] - t.layout.prefix if t.layout.kind == "tokens" else None for t in (student, teacher)]
+    size = None
+    if counts[0] is None or counts[0] != counts[1]:
+        if student.grid is None or teacher.grid is None:
+            cure = (
+                "they must have equal N, or be square grids behind the prefix tokens, the number of which is said as "
+                f"{(student if student.grid is None else teacher).bare}@tokens1"
+            )
+            raise cannot_compare(what, student, teacher, cure)
+        size = teacher.grid
+    width, target = (t.shape[1] if t.layout == NCHW else t.shape[2] for t in (student, teacher))
+    adapter = nn.Sequential(Convert(student.layout, "tokens", size, keep_prefix=same), nn.Linear(width, target))
+    return adapter, nn.Identity() if same else Convert(teacher.layout, "tokens")
+
+
+def _resampled(student: Tapped, teacher: Tapped, kind: str) -> nn.Module:
+    """Resample to the teacher's grid, then a 1×1 convolution."""
+    own = student.as_map()
+    shape = (*own.shape[:2], *teacher.shape[2:])
+    return nn.Sequential(Convert(student.layout, "NCHW", teacher.grid), build_adapter(kind, shape, teacher.shape))
+
+
+def _fits(size: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether one of the convolutions brings a map of this size to the target."""
+    pairs = list(zip(size, target, strict=True))
+    return all(2 * s == t for s, t in pairs) or all(s >= t for s, t in pairs)
 
 
 def build_adapter(kind: str, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module:

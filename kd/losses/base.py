@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd.losses.layouts import NCHW, UNKNOWN, VECTOR, Layout, Tapped
+
 UNLABELLED = -1  # the target of a row whose label is withheld; it still belongs to the transfer set
 OVER = ("rows", "labelled", "samples", "batch")
 
@@ -48,6 +50,10 @@ class Batch:
 
         return self.map(cut)
 
+    def without_targets(self) -> Batch:
+        """The same batch with targets that cannot be read: what a term gets that declares that it reads none."""
+        return replace(self, targets=torch.empty(0).as_subclass(_Undeclared) if self.targets is not None else None)
+
     def to(self, device: Any) -> Batch:
         """The batch with all its tensors on a device."""
         return self.map(lambda tensor: tensor.to(device))
@@ -55,6 +61,14 @@ class Batch:
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor changed, those inside of mappings and lists as well."""
         return replace(self, **{f.name: _mapped(getattr(self, f.name), change) for f in fields(self)})
+
+
+class _Undeclared(Tensor):
+    """``ValueError`` on whatever is done with it."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise ValueError("this term reads batch.targets without declaring it (needs_labels)")
 
 
 @dataclass
@@ -129,6 +143,17 @@ class Output:
             self._logits = at_least_float32(self._logits)
         return self
 
+    def detach(self) -> Output:
+        """The same numbers without a graph: what one network answers, as the target of another."""
+        logits = None if self._logits is None else self._logits.detach()
+        hidden = None if self.hidden is None else self.hidden.detach()
+        features = {name: tensor.detach() for name, tensor in self.features.items()}
+        views = {name: view.detach() for name, view in self.views.items()}
+        members = [member.detach() for member in self.members]
+        return Output(
+            logits, features, hidden=hidden, head=self.head, topk=self.topk, raw=self.raw, members=members, views=views
+        )
+
     def without_logits(self) -> Output:
         """The same output with nothing to make logits from: what a term gets that declares that it reads none."""
         return Output(features=self.features, raw=self.raw, members=self.members, views=self.views)
@@ -138,11 +163,13 @@ class Output:
 class Setup:
     """What :meth:`Term.prepare` may look at, before the first step.
 
-    ``student``, ``teacher``, ``batch``: of a dry pass over two samples, in eval mode, without gradient unless a term
-    needs that of the inputs. ``networks``: the bare modules by role, ``student`` and ``teacher`` (of several teachers
+    ``student``, ``teacher``, ``batch``: of a dry pass over the first two samples of the first training batch, both
+    networks in eval mode, without gradient unless a term needs that of the inputs. Their first dimension says nothing
+    of the batch size. ``networks``: the bare modules by role, ``student`` and ``teacher`` (of several teachers
     ``teacher0``, ``teacher1`` …): classifier weights, batch statistics, prefix tokens. ``train_index`` (n,) and
     ``train_targets`` (n, …): the training set, None where the data does not tell. ``classes``: outputs of a row.
-    ``epochs``, ``steps``: the length of the run, where it is known.
+    ``epochs``, ``steps``: the length of the run, where it is known. ``layouts``: side (``student``, ``teacher``) → tap
+    → layout of the recorded tensor; maps are (B, C, H, W) whatever the network makes.
     """
 
     student: Output
@@ -154,6 +181,12 @@ class Setup:
     classes: int | None = None
     epochs: int | None = None
     steps: int | None = None
+    layouts: Mapping[str, Mapping[str, Layout]] = field(default_factory=dict)
+
+    def layout(self, side: str, tap: str | int, feature: Tensor) -> Layout:
+        """The layout of a recorded tensor. Of one that no network made: that of the contract, NCHW or plain tokens."""
+        by_hand = {2: VECTOR, 3: Layout("tokens"), 4: NCHW}.get(feature.ndim, UNKNOWN)
+        return self.layouts.get(side, {}).get(str(tap), by_hand)
 
     @property
     def size(self) -> int:
@@ -169,7 +202,8 @@ class Term(nn.Module):
     A subclass declares what it needs; the distiller supplies it, or refuses before the first batch.
 
     ``student_taps`` / ``teacher_taps``
-        Names of the tensors to record on each side: module names (``"layer2"``, ``"layer2.0.act:input"``) or
+        Names of the tensors to record on each side: module names (``"layer2"``, ``"layer2.0.act:input"``,
+        ``"layer2:output.1"``, with a layout that the network does not say ``"layer2@NHWC"``) or
         integers (stage numbers of the network, negative ones from the end). ``None`` stands for all stages.
         After :meth:`prepare` both are lists of plain names, the keys of ``Output.features``.
     ``needs_teacher``, ``needs_student_logits``, ``needs_teacher_logits``, ``needs_labels``
@@ -179,7 +213,7 @@ class Term(nn.Module):
     ``needs_input_gradient``
         Whether it differentiates by ``batch.inputs``: they require a gradient then, and the teacher keeps its graph.
     ``needs_attention_maps``
-        Whether its taps are attention maps, which fused attention does not make.
+        Whether its taps are attention maps, which fused attention does not make: timm's is switched off around them.
     ``over``
         What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``; or ``"batch"``: it is no plain mean
         (Gram matrices, batch statistics, normalisers, contrasts, banks), and on several processes it sees the outputs
@@ -205,7 +239,13 @@ class Term(nn.Module):
     progress: float = 0.0
 
     def prepare(self, setup: Setup) -> None:
-        """Build adapters and banks from a dry pass. Called once, before the optimiser is built.
+        """Build adapters and banks from a dry pass over two samples (:class:`Setup`).
+
+        Called once, on every process alike, before the optimiser is built and weights of an earlier run are loaded;
+        the term is in eval mode (``self.training`` is False), and its taps are plain names. Right after it ``forward``
+        is called on the same outputs, still in eval mode: it must return a scalar, and change no bank. Modules that
+        are assigned here are trained with the student; ``register_buffer`` what checkpoints must keep. Leave the
+        networks of the set-up as they are; copy what is to be reused (:meth:`deployed`).
 
         Raises ``ValueError`` with one sentence when the shapes cannot be matched.
         """
@@ -215,7 +255,10 @@ class Term(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward(student, teacher, batch)")
 
     def deployed(self, student: nn.Module) -> nn.Module:
-        """The network that is evaluated, measured and exported: ``student``, or one with a head of this term."""
+        """The network that is evaluated, measured and exported: ``student``, or one with a head of this term.
+
+        It shares the student's weights (:func:`kd.models.base.with_module`): called once, after :meth:`prepare`.
+        """
         return student
 
     def pairs(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
@@ -223,8 +266,7 @@ class Term(nn.Module):
 
         Taps that are still ``None`` (no distiller has resolved them) stand for everything that was recorded.
         """
-        students = list(student.features if self.student_taps is None else self.student_taps)
-        teachers = list(teacher.features if self.teacher_taps is None else self.teacher_taps)
+        students, teachers = self._names(student, teacher)
         if len(students) != len(teachers) or not students:
             raise ValueError(
                 f"student_taps = {students} and teacher_taps = {teachers} are not allowed: "
@@ -234,6 +276,21 @@ class Term(nn.Module):
             (_recorded(student, s, "student"), _recorded(teacher, t, "teacher"))
             for s, t in zip(students, teachers, strict=True)
         ]
+
+    def tapped(self, setup: Setup) -> list[tuple[Tapped, Tapped]]:
+        """Names, shapes and layouts of the tapped tensors, side by side as :meth:`pairs` gives them."""
+        found = []
+        tensors = self.pairs(setup.student, setup.teacher)
+        for names, pair in zip(zip(*self._names(setup.student, setup.teacher), strict=True), tensors, strict=True):
+            sides = zip(("student", "teacher"), names, pair, strict=True)
+            one, other = (Tapped(s, str(n), tuple(f.shape), setup.layout(s, n, f)) for s, n, f in sides)
+            found.append((one, other))
+        return found
+
+    def _names(self, student: Output, teacher: Output) -> tuple[list[str | int], list[str | int]]:
+        students = list(student.features if self.student_taps is None else self.student_taps)
+        teachers = list(teacher.features if self.teacher_taps is None else self.teacher_taps)
+        return students, teachers
 
 
 def _recorded(output: Output, tap: str | int, side: str) -> Tensor:

@@ -1,19 +1,38 @@
-"""The pure loss functions: tensors in, scalar out, torch only, for any training loop."""
+"""The pure loss functions of all methods: tensors in, scalar out, torch only, for any training loop.
 
-from kd.losses.features.at import attention_map, attention_transfer
-from kd.losses.features.hint import hint_loss
-from kd.losses.logits.ce import cross_entropy
-from kd.losses.logits.cwtm import confidence_weighted_cross_entropy
-from kd.losses.logits.dkpp import permute_non_argmax, permuted_kl_divergence
-from kd.losses.logits.kd import kl_divergence
+Collects what the method files name in ``__all__``; a method file is any module in a folder of ``kd.losses``.
+"""
 
-__all__ = [
-    "attention_map",
-    "attention_transfer",
-    "confidence_weighted_cross_entropy",
-    "cross_entropy",
-    "hint_loss",
-    "kl_divergence",
-    "permute_non_argmax",
-    "permuted_kl_divergence",
-]
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import kd.losses
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...  # the names come into being below, where no type checker sees them
+
+
+def _collect() -> dict[str, Any]:
+    functions: dict[str, Any] = {}
+    for found in pkgutil.walk_packages(kd.losses.__path__, "kd.losses."):
+        if found.ispkg or found.name.count(".") < 3 or found.name.rpartition(".")[2].startswith("_"):
+            continue  # a folder, what all methods share, what some of them share
+        module = import_module(found.name)
+        for name in module.__all__:
+            if name in functions:
+                raise ImportError(f"{functions[name].__module__} and {found.name} both define {name}: rename one")
+            functions[name] = getattr(module, name)
+    return functions
+
+
+_functions = _collect()
+globals().update(_functions)
+__all__ = sorted(_functions)
+
+
+def __dir__() -> list[str]:
+    return __all__

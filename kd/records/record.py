@@ -39,8 +39,9 @@ def config_hash(config: Mapping[str, Any]) -> str:
     kept["protocol"] = {k: v for k, v in config["protocol"].items() if k != "keep_predictions"}
     for role in ("student", "teacher"):
         kept[role] = {**config[role], "checkpoint": _experiment_of(config[role]["checkpoint"])}
-    if not kept.get("networks"):
-        kept.pop("networks", None)
+    for key in ("networks", "callbacks"):
+        if not kept.get(key):
+            kept.pop(key, None)
     for key in ("cache", "trust"):  # the same answers, sooner, or from a file that is allowed to name code
         kept["teacher"].pop(key, None)
     text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)
@@ -165,6 +166,11 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
         raise KdError(f"{file} {error}") from None
     except (OSError, ValueError, yaml.YAMLError):
         raise KdError(f"{file} cannot be read: it is not valid YAML") from None
+
+
+def from_python(config: Mapping[str, Any]) -> bool:
+    """Tell whether ``kd.distill`` was given the networks of a run: its config does not say how they are made."""
+    return config["student"].get("model") is None
 
 
 def _finite(value: Any) -> Any:

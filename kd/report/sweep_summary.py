@@ -96,7 +96,7 @@ def _facts(found: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str
         facts |= {
             "student": _network(config["student"], found.get("student", {})),
             "loss": " + ".join(config["loss"]),
-            "epochs": str(recipe["epochs"]),
+            "epochs": str(recipe["epochs"]) if recipe["epochs"] is not None else f"{recipe['steps']} steps",
             "batch size": str(recipe["batch_size"]),
             "optimiser": str(optimizer.get("_target_", "")).rpartition(".")[2],
             "learning rate": _short(optimizer.get("lr", "")),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import get_object
 from lightning import LightningDataModule
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from kd.config import hardware
@@ -24,11 +23,11 @@ from kd.distill.answers import Answers
 from kd.distill.distiller import Distiller
 from kd.distill.objective import Objective
 from kd.distill.teacher import InputMap, Teacher
-from kd.errors import KdError
+from kd.errors import KdError, did_you_mean
 from kd.losses.base import Term
 from kd.parallel import group
 from kd.records import weight_files
-from kd.run import compatibility, described, integrity, weights
+from kd.run import compatibility, described, integrity, optim, weights
 from kd.run.data_facts import same_data
 from kd.tasks.base import Task
 from kd.tracking.loggers import complete
@@ -72,6 +71,12 @@ def network(spec: Mapping[str, Any], path: str, num_classes: int | None, input_s
     except Exception as error:
         raise KdError(f"{path}._target_ = {spec['_target_']}: {first_line(error)}") from error
     given = {k: v for k, v in known.items() if k in accepted and k not in spec}
+    wanted = accepted.get("num_classes")
+    if num_classes is None and wanted is not None and wanted.default is wanted.empty and "num_classes" not in spec:
+        raise KdError(
+            f"{path}._target_ = {spec['_target_']} takes num_classes, which the data does not tell: give "
+            f"the data module an attribute num_classes (data.num_classes), or set {path}.num_classes"
+        )
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if anything and "num_classes" in known and not str(spec["_target_"]).startswith("transformers."):
         given.setdefault("num_classes", spec.get("num_classes", num_classes))
@@ -247,17 +252,19 @@ def _resize(asked: Any, expected: Any, given: Any) -> int | None:
 
 
 def objective(config: Mapping[str, Any]) -> Objective:
-    """The named terms with their weights and schedules."""
+    """The named terms with their weights and schedules; a ``term`` or a schedule may be there as an object already."""
     terms, factors, schedules = {}, {}, {}
     for name, node in config["loss"].items():
         if node is None:
             continue
-        terms[name] = make({k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}, f"loss.{name}")
+        made = {k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}
+        terms[name] = node["term"] if "term" in node else make(made, f"loss.{name}")
         if not isinstance(terms[name], Term):
             raise KdError(f"loss.{name}._target_ = {node['_target_']} is not a kd.losses.base.Term")
         factors[name] = node.get("weight", 1.0)
         if node.get("schedule") is not None:
-            schedules[name] = make(node["schedule"], f"loss.{name}.schedule")
+            schedule = node["schedule"]
+            schedules[name] = schedule if callable(schedule) else make(schedule, f"loss.{name}.schedule")
     return Objective(terms, factors, schedules)
 
 
@@ -290,8 +297,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     """Student, teacher, objective and task as one module, prepared on the first training batch."""
     recipe = config["recipe"]
     built_task = task(config)
-    optimizer = functools.partial(_optimizer, recipe["optimizer"])
-    scheduler = functools.partial(_scheduler, recipe["scheduler"]) if recipe["scheduler"] else None
+    own = getattr(get_object(config["distiller"]["_target_"]), "own_optimizers", ())
     net = student(config, data)
     peers = {
         name: network(node, f"networks.{name}", data.num_classes, data.input_shape)
@@ -308,16 +314,17 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         objective=objective(config),
         task=built_task,
         num_classes=data.num_classes,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scheduler_interval=recipe["scheduler_interval"],
         seed=config["seed"],
-        **_taken_by(config["distiller"]["_target_"], peers, recipe),
+        **optim.arguments(config, own),
+        **taken_by(get_object(config["distiller"]["_target_"]), peers, recipe),
     )
     compatibility.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
-    module.prepare(batch, data.train_index, data.train_targets, epochs=recipe["epochs"])
+    length = {"epochs": recipe["epochs"], "steps": recipe.get("steps")}
+    module.prepare(batch, data.train_index, data.train_targets, **length)
     _load_terms(config, module)
+    if isinstance(module.make_groups, optim.Groups):
+        module.make_groups.check(module.networks())
     if group.joined():
         module.find_unreached(batch)
         if hardware.settings(config)["sync_batchnorm"]:
@@ -327,10 +334,10 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     return module
 
 
-def _taken_by(target: str, peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
+def taken_by(distiller: Any, peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What only some distillers are given: peers where there are any, clipping where Lightning does not do it."""
     given: dict[str, Any] = {"peers": peers} if peers else {}
-    if getattr(get_object(target), "own_optimizers", ()):
+    if getattr(distiller, "own_optimizers", ()):
         given |= {"gradient_clip": recipe["gradient_clip"], "accumulate": recipe["accumulate"]}
     return given
 
@@ -343,14 +350,6 @@ def task(config: Mapping[str, Any]) -> Task:
     return built
 
 
-def _optimizer(node: Mapping[str, Any], params: Any) -> torch.optim.Optimizer:
-    return make(node, "recipe.optimizer", params=list(params))
-
-
-def _scheduler(node: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any:
-    return make(node, "recipe.scheduler", optimizer=optimizer)
-
-
 def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
     """The loggers of the config, completed with where the run writes; ``finish_loggers`` closes them."""
     built = []
@@ -358,4 +357,25 @@ def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
         if node is not None:
             built.append(make(complete(name, node, config, run_dir), f"logger.{name}"))
     keep_open(built)
+    return built
+
+
+def callbacks(config: Mapping[str, Any], protocol: Mapping[str, Any], measured: Sequence[str]) -> list[Callback]:
+    """The callbacks of the config; ``protocol``: of the run, with what selects; ``measured``: the metrics of val."""
+    built = []
+    for name, node in (config.get("callbacks") or {}).items():
+        if node is None:
+            continue
+        path = f"callbacks.{name}"
+        if "monitor" in node and node["monitor"] is None and protocol["monitor"] is not None:
+            node = {**node, "monitor": protocol["monitor"], "mode": protocol["mode"]}
+        made = make(node, path)
+        if not isinstance(made, Callback):
+            raise KdError(
+                f"{path}._target_ = {node['_target_']} makes a {type(made).__name__}, not a Lightning callback"
+            )
+        monitor = getattr(made, "monitor", None)
+        if isinstance(monitor, str) and monitor.startswith("val/") and monitor not in measured:
+            raise KdError(f"{path}.monitor = {monitor} is not measured{did_you_mean(monitor, measured)}")
+        built.append(made)
     return built

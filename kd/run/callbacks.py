@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kd.parallel import group
 from kd.records import weight_files
 from kd.records.durable import replacing
 from kd.run import weights
+from kd.run.ending import Ending
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +30,18 @@ class SelectedWeights(Callback):
     """Keeps the student of the best validation, as a file that loads without this package.
 
     ``monitor``: a metric of the validation split; ``mode``: "max" or "min". Ties go to the earlier epoch. Without a
-    ``monitor`` the last validation stands.
+    ``monitor`` the last validation stands. Without a ``run_dir`` they are kept in memory.
 
     The checkpoint of that epoch is written first and knows the digest of the weights, which are among its own: a run
     that is killed between the two writes finds them there (:mod:`kd.run.resume`).
     """
 
-    def __init__(self, run_dir: Path, monitor: str | None, mode: str, about: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path | None, monitor: str | None, mode: str, about: dict[str, Any]) -> None:
         self.run_dir, self.monitor, self.mode, self.about = run_dir, monitor, mode, about
         self.best: float | None = None
         self.epoch: int | None = None
+        self.step: int | None = None  # of the optimiser; several validations of an epoch differ in it
+        self.metrics: dict[str, float] = {}
         self.digest: str | None = None
         self.unwritten: dict[str, torch.Tensor] = {}
 
@@ -47,18 +51,22 @@ class SelectedWeights(Callback):
             return
         value = float(trainer.callback_metrics[self.monitor]) if self.monitor is not None else None
         if value is None or self.best is None or (value > self.best if self.mode == "max" else value < self.best):
-            self.best, self.epoch = value, trainer.current_epoch
+            self.best, self.epoch, self.step = value, trainer.current_epoch, module.steps_done
+            self.metrics = dict(module.history[trainer.current_epoch])
             self.unwritten = weights.whole_state(module.deployed)
             self.digest = weights.digest(self.unwritten)
 
     def write(self) -> None:
         """Write what was kept; once its checkpoint is there."""
-        if self.unwritten:
+        if self.unwritten and self.run_dir is not None:
             weights.write(self.unwritten, self.run_dir / weight_files.SELECTED, {**self.about, "epoch": self.epoch})
             self.unwritten = {}
 
     def read(self) -> dict[str, torch.Tensor]:
         """The selected weights from their file. ``KdError`` when it holds others."""
+        self.write()
+        if self.run_dir is None:
+            return self.unwritten
         state = weights.read(self.run_dir / weight_files.SELECTED)[0]
         if self.digest is not None and weights.digest(state) != self.digest:
             raise KdError(f"{self.run_dir / weight_files.SELECTED} was replaced while the run trained: start it anew")
@@ -66,11 +74,13 @@ class SelectedWeights(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: a resumed run must not forget its best."""
-        return {"best": self.best, "epoch": self.epoch, "digest": self.digest}
+        where = {"epoch": self.epoch, "step": self.step}
+        return {"best": self.best, **where, "digest": self.digest, "metrics": self.metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.best, self.epoch, self.digest = state["best"], state["epoch"], state.get("digest")
+        self.step, self.metrics = state.get("step"), state.get("metrics", {})
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -96,24 +106,53 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class EpochLine(Callback):
-    """One log line an epoch: training means, validation metrics, seconds."""
+    """One log line an epoch, and one a validation within it: training means, validation metrics, seconds."""
+
+    start: float | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock."""
         self.start = time.perf_counter()
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start it where a run goes on in the middle of an epoch."""
+        self.start = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Print the line of a validation that is counted in steps."""
+        if trainer.state.fn != "fit" or trainer.check_val_every_n_epoch is not None or not trainer.is_global_zero:
+            return
+        self._save(trainer)
+        of = f"/{module.steps}" if module.steps else ""
+        shown = _shown(module.history[trainer.current_epoch])
+        log.info("step %d%s (epoch %d)  %s", module.steps_done, of, trainer.current_epoch + 1, shown)
+
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
         """Print the line (the first process only)."""
+        module.close_epoch()  # of all processes
         if not trainer.is_global_zero:
             return
         epoch = trainer.current_epoch
-        if epoch in module.history:  # with each checkpoint: what a killed run leaves must fit together
-            for logger in trainer.loggers:
-                if isinstance(logger, CSVLogger):
-                    logger.save()
+        if epoch in module.history:
+            self._save(trainer)
         values = {**module.epoch_means, **module.history.get(epoch, {})}
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "train/acc5")
-        log.info("epoch %d/%d  %s  (%.1f s)", epoch + 1, trainer.max_epochs, shown, time.perf_counter() - self.start)
+        seconds = time.perf_counter() - (self.start or time.perf_counter())
+        of = (
+            f"/{trainer.max_epochs}"
+            if (trainer.max_epochs or -1) > 0
+            else f" (step {module.steps_done}/{module.steps})"
+        )
+        log.info("epoch %d%s  %s  (%.1f s)", epoch + 1, of, _shown(values), seconds)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Write the curves with each checkpoint: what a killed run leaves must fit together."""
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "train/acc5")
 
 
 class WallClock(Callback):
@@ -147,23 +186,31 @@ class StopOnSigterm(Callback):
         self.on_train_start(trainer, module)
 
 
-def standard(run_dir: Path, protocol: dict[str, Any], about: dict[str, Any], earlier: float = 0.0) -> list[Callback]:
+def standard(
+    run_dir: Path | None,
+    protocol: dict[str, Any],
+    about: dict[str, Any],
+    earlier: float = 0.0,
+    in_steps: bool = False,
+    resumable: bool = True,
+) -> list[Callback]:
     """The callbacks of every run: selected weights, the checkpoint to resume from, and progress.
 
-    ``earlier``: seconds that a resumed run has taken before.
+    ``earlier``: seconds that a resumed run has taken before; ``in_steps``: its length is in steps; ``resumable``:
+    whether there is a checkpoint to go on from.
     """
-    callbacks: list[Callback] = [
-        SelectedWeights(run_dir, protocol["monitor"], protocol["mode"], about),
-        ModelCheckpoint(
+    by_epoch = protocol.get("val_every_steps") is None and not in_steps
+    callbacks: list[Callback] = [SelectedWeights(run_dir, protocol["monitor"], protocol["mode"], about), Ending()]
+    if run_dir is not None and resumable:
+        last = ModelCheckpoint(
             dirpath=str((run_dir / weight_files.CHECKPOINT).parent),
             filename=weight_files.CHECKPOINT.stem,
-            every_n_epochs=protocol["val_every"],
-            save_on_train_epoch_end=True,
+            every_n_epochs=(protocol["val_every"] if by_epoch else None) or 1,
+            save_on_train_epoch_end=by_epoch,  # else behind each validation
             enable_version_counter=False,
-        ),
-        EpochLine(),
-        WallClock(earlier),
-    ]
+        )
+        callbacks += [last, WallClock(earlier)]
+    callbacks.append(EpochLine())
     if group.joined():
         callbacks.append(StopOnSigterm())
     if sys.stderr.isatty() and group.rank() == 0:

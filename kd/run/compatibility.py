@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kd.data.base import SPLITS, AdaptedData, refuse_unsharded
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
@@ -15,6 +17,9 @@ from kd.parallel import group
 def check(module: Distiller, data: Any, batch_size: int) -> None:
     """Refuse, with one sentence, what the data cannot give or what would be silently wrong."""
     _labels(module, data)
+    if isinstance(data, AdaptedData) and group.joined():
+        for split in SPLITS:
+            refuse_unsharded(getattr(data, f"{split}_dataloader")(), split, group.world_size())
     if module.teacher is not None and module.teacher.cache:
         _cache(module, data)
     _last_batch(module, data, batch_size)
@@ -69,6 +74,21 @@ def _last_batch(module: Distiller, data: Any, size: int) -> None:
     short = next((s for s in ("val", "test") if (data.sizes[s] or processes) < processes), None)
     if short:
         raise KdError(f"the {short} split has {data.sizes[short]} image(s), fewer than the {processes} processes")
+
+
+def check_accumulation(recipe: Mapping[str, Any], protocol: Mapping[str, Any], data: Any) -> None:
+    """Refuse validations that would come between two steps of the optimiser: Lightning counts batches."""
+    every, accumulate = protocol["val_every_steps"], recipe["accumulate"]
+    if every is None or accumulate == 1:
+        return
+    loader = data.train_dataloader()
+    batches = len(loader) if hasattr(loader, "__len__") else None
+    if batches is None or batches % accumulate:
+        raise KdError(
+            f"protocol.val_every_steps = {every} is not allowed with recipe.accumulate = {accumulate} and "
+            f"{'an unknown number of' if batches is None else batches} batches an epoch: the last step of an epoch "
+            "would be of fewer batches, use protocol.val_every"
+        )
 
 
 def check_steps(recipe: dict[str, Any], module: Distiller) -> None:

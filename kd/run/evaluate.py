@@ -30,6 +30,8 @@ TYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}  #
 def run_config(run: str | Path, overrides: Sequence[str] = (), own: Collection[str] = ()) -> dict[str, Any]:
     """Read the config of a run and change some keys. ``KdError`` for keys that it does not have, or an edited file."""
     config = record.read_config(run)
+    if record.from_python(config):
+        raise KdError(f"run={run}: that run was started by kd.distill, its networks are not in its config.yaml")
     before = record.read(run) if (Path(run) / record.FILE).is_file() else {}
     if differs := integrity.config_changed(config, before):
         raise KdError(

@@ -22,38 +22,66 @@ log = logging.getLogger(__name__)
 
 
 def close(
-    config: dict[str, Any], run_dir: Path, trainer: L.Trainer, module: Distiller, data: Any, best: Any
+    config: dict[str, Any],
+    run_dir: Path | None,
+    trainer: L.Trainer,
+    module: Distiller,
+    data: Any,
+    best: Any,
+    digest: str,
+    again: bool = False,
 ) -> dict[str, Any]:
-    """Test the last and the val-selected student, each once; predictions where they are to be kept."""
+    """Test the last and the val-selected student, each once; predictions where they are to be kept.
+
+    Without a ``run_dir`` no file is written. The module is left with the selected student. ``digest``: of the last
+    student; ``again``: whether callbacks may have changed it after its validation.
+    """
     data.setup("test")
-    last_epoch = trainer.current_epoch - 1
+    last_epoch, steps = module.epoch_trained, module.steps_done
     train_means = {k.partition("/")[2]: v for k, v in module.epoch_means.items()}
+    same = best.epoch == last_epoch and best.step in (None, steps)
+    changed = again and same and group.broadcast(best.digest != digest)
+    same = same and not changed
+    if again or last_epoch not in module.history:
+        module.history[last_epoch] = _validated(trainer, module, data)
     last = {"epoch": last_epoch, "train": train_means, "val": _split(module.history[last_epoch])}
-    selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(module.history[best.epoch])}
-    keep = config["protocol"]["keep_predictions"]
+    picked = best.metrics or module.history[best.epoch]
+    selected: dict[str, Any] = {"epoch": best.epoch, "val": _split(picked)}
+    if config["protocol"].get("val_every_steps") is not None or config["recipe"].get("steps") is not None:
+        last["step"], selected["step"] = steps, best.step
+    keep = run_dir if config["protocol"]["keep_predictions"] else None
     state = best.read() if group.rank() == 0 else {}
-    if best.epoch != last_epoch:
+    if not same:
         last.update(_test(trainer, module, data, "test_last"))
-        weights.load(module.deployed, group.broadcast(state), run_dir, "student")
-    selected.update(_test(trainer, module, data, "test", run_dir if keep else None))
+        weights.load(module.deployed, group.broadcast(state), run_dir or "selected", "student")
+    selected.update(_test(trainer, module, data, "test", keep))
     last = {**selected, **last}  # the same student is tested once
-    if keep:
+    if keep is not None:
         trainer.loggers = []  # this pass is for the file: it is no point of the curves
         module.predictions = {}
         trainer.validate(module, datamodule=data, verbose=False)
-        _save_predictions(run_dir / record.PREDICTIONS["val"], module)
+        _save_predictions(keep / record.PREDICTIONS["val"], module)
     if best.digest is not None:
         selected["digest"] = best.digest
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
-    _export(config, run_dir, module)
+    if run_dir is not None:
+        _export(config, run_dir, module)
     if module.teacher is not None:
         outcome["teacher"] = _teacher_part(config, module)
         if module.teacher_trained:
             outcome["teacher"]["weights"] = weight_files.TRAINED_ALONG
-            if best.epoch != last_epoch:  # the teacher of that epoch is gone: nothing to agree with
+            if not same:  # the teacher of that epoch is gone: nothing to agree with
                 alone = module.task.names(with_teacher=False)
                 selected["test"] = {k: v for k, v in selected["test"].items() if k in alone}
     return outcome
+
+
+def _validated(trainer: L.Trainer, module: Distiller, data: Any) -> dict[str, float]:
+    """Validate the last student, which no validation of the fit has seen as it is; no point of the curves."""
+    loggers, trainer.loggers = trainer.loggers, []
+    (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    trainer.loggers = loggers
+    return {name: float(value) for name, value in found.items()}
 
 
 def _export(config: Mapping[str, Any], run_dir: Path, module: Distiller) -> None:
@@ -124,7 +152,7 @@ def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], da
     )
 
 
-def summary(outcome: dict[str, Any], task: Task, run_dir: Path) -> str:
+def summary(outcome: Mapping[str, Any], task: Task, run_dir: Path | None) -> str:
     """The end of a run: student last and selected, teacher, retention, and where everything is."""
     student, teacher = outcome["student"], outcome.get("teacher")
     last, selected = student["last"], student["selected"]
@@ -138,7 +166,8 @@ def summary(outcome: dict[str, Any], task: Task, run_dir: Path) -> str:
         lines["size"] = _size(student)
     else:
         lines["retention"] = f"{_retention(selected, teacher, task)}; {_size(student)} against {_size(teacher)}"
-    lines["run directory"] = str(run_dir.resolve())
+    if run_dir is not None:
+        lines["run directory"] = str(run_dir.resolve())
     return "\n".join(f"{label:<30} {text}" for label, text in lines.items())
 
 

@@ -36,9 +36,9 @@ class StopWhenPruned(Callback):
         """Report the measure, and stop all processes when the pruner says so."""
         if trainer.state.fn != "fit":
             return
-        epoch, last = trainer.current_epoch, trainer.current_epoch + 1 == trainer.max_epochs
+        epoch, place, last = trainer.current_epoch, *_place(trainer)
         value = float(trainer.callback_metrics[self.measure])
-        stop = self.trial is not None and self.trial.report(epoch + 1, value) and not last
+        stop = self.trial is not None and self.trial.report(place, value) and not last
         if group.broadcast(stop):
             self.epoch = epoch
             trainer.should_stop = True
@@ -51,6 +51,15 @@ class StopWhenPruned(Callback):
         reason = f"at epoch {self.epoch + 1}: {self.measure} {value:.4f} is behind the other trials"
         log.info("pruned %s", reason)
         return {"status": "pruned", "error": reason, "pruned": {"epoch": self.epoch, "val": metrics}}
+
+
+def _place(trainer: L.Trainer) -> tuple[int, bool]:
+    """Return what counts the validations, epochs or steps, and whether this is the last one."""
+    epochs, steps = trainer.max_epochs or -1, getattr(trainer, "max_steps", -1)
+    last = trainer.current_epoch + 1 == epochs or 0 < steps <= trainer.global_step
+    if epochs > 0 and getattr(trainer, "check_val_every_n_epoch", 1) is not None:
+        return trainer.current_epoch + 1, last
+    return trainer.global_step, last and (epochs < 0 or trainer.is_last_batch)
 
 
 class Trial:

@@ -6,7 +6,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,6 +17,7 @@ import yaml
 
 from kd import __version__, errors
 from kd.config.hardware import settings
+from kd.config.recipe import recorded
 from kd.errors import KdError, MachineFailure
 from kd.parallel import cluster, launch
 from kd.parallel.devices import refuse_missing
@@ -34,6 +35,8 @@ def resume(run_dir: Path) -> dict[str, Any]:
     config, before = record.read_config(run_dir), record.read(run_dir)
     if before["status"] == "finished":
         raise KdError(f"resume={run_dir}: that run is finished")
+    if record.from_python(config):
+        raise KdError(f"resume={run_dir}: that run was started by kd.distill, its networks are not in its config.yaml")
     if not (run_dir / CHECKPOINT).is_file():
         raise KdError(f"resume={run_dir}: there is no {CHECKPOINT} in it, the run ended before its first validation")
     resuming.check_config(run_dir, config, before)
@@ -63,10 +66,43 @@ def train(
         return _train(config, run_dir, overrides, checkpoint, {**before, "wall_clock_s": seconds})
 
 
+def run_from_python(config: dict[str, Any], run_dir: Path | None, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do the ``work`` of a run that was started from Python, in this process, and return its record.
+
+    ``work`` yields the part of the record that is known at its end. Without a ``run_dir`` nothing is written.
+    """
+    if run_dir is None:
+        start = time.perf_counter()
+        result = _opening(config, ())
+        result.pop("process")
+        result.update({"status": "finished", **work()})
+        _close(result, time.perf_counter() - start)
+        return result
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _in_use(run_dir), logged(run_dir):
+        _refuse_second(run_dir)
+        _refuse_to_overwrite(run_dir)
+        return _train(config, run_dir, (), None, {}, work)
+
+
+def _close(result: dict[str, Any], seconds: float) -> None:
+    result["wall_clock_s"] = round(seconds, 3)
+    result.setdefault("peak_memory_mb", peak_memory())
+    result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def _train(
-    config: dict[str, Any], run_dir: Path, overrides: Sequence[str], checkpoint: Path | None, before: dict[str, Any]
+    config: dict[str, Any],
+    run_dir: Path,
+    overrides: Sequence[str],
+    checkpoint: Path | None,
+    before: dict[str, Any],
+    work: Callable[[], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train in a directory that is this process's; ``before``: the record of an earlier session, if there was one."""
+    """Train in a directory that is this process's; ``before``: the record of an earlier session, if there was one.
+
+    ``work``: what is done; None: what the config says, in as many processes as it asks for.
+    """
     start = time.perf_counter()
     result = _opening(config, overrides)
     earlier = before.get("wall_clock_s", 0.0)
@@ -79,7 +115,8 @@ def _train(
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             record.write_text(run_dir / record.CONFIG, text)
         record.write(run_dir, result)
-        result.update({"status": "finished", **_launch(config, run_dir, checkpoint)})
+        outcome = work() if work is not None else _launch(config, run_dir, checkpoint)
+        result.update({"status": "finished", **outcome})
     except (KeyboardInterrupt, SystemExit) as error:
         result.update(status="interrupted", error="interrupted")
         raise KeyboardInterrupt(_kept(run_dir)) from error
@@ -92,9 +129,7 @@ def _train(
         raise shown from error
     finally:
         result.pop("process", None)
-        result["wall_clock_s"] = round(earlier + time.perf_counter() - start, 3)
-        result.setdefault("peak_memory_mb", peak_memory())
-        result["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        _close(result, earlier + time.perf_counter() - start)
         try:
             record.write(run_dir, result)
         except MachineFailure:
@@ -154,6 +189,8 @@ def _finish(run_dir: Path, outcome: dict[str, Any]) -> None:
 
 def _kept(run_dir: Path) -> str:
     """Say what an interrupted run has left, and the command that goes on with it."""
+    if record.from_python(record.read_config(run_dir)):
+        return f"nothing is kept of a run that kd.distill started: remove {run_dir} and start again"
     if (run_dir / CHECKPOINT).is_file():
         return f"all up to its last validation is kept; to go on: {shlex.join(['kd', 'train', f'resume={run_dir}'])}"
     return f"nothing is kept, as there was no validation yet: remove {run_dir} and start again"
@@ -206,7 +243,7 @@ def _opening(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         "seed": config["seed"],
         "data_seeds": record.data_seeds(config),
         "tags": config["tags"],
-        "protocol": {**config["protocol"], "epochs": config["recipe"]["epochs"]},
+        "protocol": recorded(config["protocol"], config["recipe"]),
         "process": lock.this_process(),  # while it runs
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"kd": __version__, **{name: version(name) for name in ("torch", "lightning", "timm")}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import lightning as L
 import torch
 
 from kd.config.instantiate import make
+from kd.config.recipe import length, recorded, settings
+from kd.config.recipe import protocol as complete_protocol
 from kd.data.images.base import DataModule
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
 from kd.records import record, weight_files
 from kd.run import build, callbacks, compatibility, cost, finish, hardware, pruning, weights
+from kd.run.average import AverageStudent
 from kd.run.data_facts import facts
+from kd.run.ending import Ending
 from kd.tracking import loggers
 
 log = logging.getLogger(__name__)
@@ -28,6 +33,15 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
 
     Of several processes each runs it, and the first one writes.
     """
+    begin(config)
+    data = build.datamodule(config)
+    module = build.distiller(config, data)
+    compatibility.check_steps(settings(config), module)
+    return carry_out(config, run_dir, data, module, checkpoint)
+
+
+def begin(config: Mapping[str, Any]) -> None:
+    """Set up the process for a run: what is logged, threads, random numbers, the memory that is measured."""
     quieten()
     hardware.warn_of_slow_precision(config)
     if torch.cuda.is_available():
@@ -35,19 +49,41 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     if config["hardware"]["threads"]:
         torch.set_num_threads(config["hardware"]["threads"])
     L.seed_everything(config["seed"], workers=True, verbose=False)
+
+
+def carry_out(
+    config: dict[str, Any],
+    run_dir: Path | None,
+    data: Any,
+    module: Distiller,
+    checkpoint: Path | None = None,
+    further: Sequence[L.Callback] = (),
+    resumable: bool = True,
+) -> dict[str, Any]:
+    """Fit a prepared module (on from ``checkpoint``), test once; the part of the record that this yields.
+
+    Without a ``run_dir`` nothing is written. ``further``: callbacks beside those of every run. ``resumable``: whether
+    checkpoints are kept to go on from.
+    """
     before = weights.progress(checkpoint) if checkpoint else weights.Progress()
-    spent = record.read(run_dir).get("wall_clock_s", 0.0) if checkpoint else 0.0
-    data = build.datamodule(config)
-    module = build.distiller(config, data)
-    protocol = selection(config["protocol"], module)
-    compatibility.check_steps(config["recipe"], module)
+    spent = record.read(run_dir).get("wall_clock_s", 0.0) if checkpoint and run_dir else 0.0
+    recipe, validated = settings(config), complete_protocol(config)
+    protocol = selection(validated, module)
+    compatibility.check_accumulation(recipe, validated, data)
     about = {"model": config["student"]["model"], "data": facts(data), "seed": config["seed"]}
     module.about = about
-    stopper = pruning.callback(run_dir)
-    hooks = [*callbacks.standard(run_dir, protocol, about, spent), *([stopper] if stopper else [])]
+    stopper = pruning.callback(run_dir) if run_dir else None
+    names = [f"val/{name}" for name in module.task.names(module.comparable)]
+    own_hooks = [*build.callbacks(config, protocol, names), *further]
+    hooks = [
+        *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None, resumable),
+        *([AverageStudent(**recipe["ema"])] if recipe["ema"] else []),
+        *([stopper] if stopper else []),
+        *own_hooks,
+    ]
     first = group.rank() == 0
-    extra = build.loggers(config, run_dir) if first else []
-    own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first else []
+    extra = build.loggers(config, run_dir) if first and run_dir else []
+    own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first and run_dir else []
     trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
     for logger in extra:
         logger.log_hyperparams(config)
@@ -58,19 +94,29 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     if first and (copies := data.copies_in_test() if isinstance(data, DataModule) else 0):
         log.warning("%d of %d test images are copies of training images", copies, data.sizes["test"])
     if checkpoint:
-        log.info("resumed: %d of %d epochs are trained, after %.0f s", before.epochs, config["recipe"]["epochs"], spent)
+        log.info("resumed: %s are trained, after %.0f s", _trained(before, recipe, validated), spent)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if stopper and stopper.epoch is not None:
         return stopper.outcome(module.history)
-    last = weights.save(module.deployed, run_dir / weight_files.LAST, {**about, "epoch": trainer.current_epoch - 1})
+    ending = next(h for h in hooks if isinstance(h, Ending))
+    ending.note(trainer)
+    described = {**about, "epoch": module.epoch_trained}
+    if run_dir:
+        last = weights.save(module.deployed, run_dir / weight_files.LAST, described)
+    else:
+        last = weights.digest(weights.whole_state(module.deployed))
+    again = any(not getattr(hook, "observes_only", False) for hook in own_hooks)
     outcome: dict[str, Any] = {
         "data": {k: v for k, v in about["data"].items() if k != "seen"} | {"sizes": data.sizes},
         "metrics": [metric.describe() for metric in module.task.metrics],
-        "protocol": {**protocol, "epochs": config["recipe"]["epochs"]},
-        **finish.close(config, run_dir, trainer, module, data, hooks[0]),
+        "protocol": {**recorded(protocol, recipe), "epochs": recipe["epochs"] or module.epoch_trained + 1},
+        **({"stopped": ending.stopped} if ending.stopped else {}),
+        **finish.close(config, run_dir, trainer, module, data, hooks[0], last, again),
         "processes": group.world_size(),
     }
     outcome["student"]["last"]["digest"] = last
+    if ending.stopped:
+        log.info("stopped at epoch %d, step %d: %s", *_place(ending.stopped), ending.stopped["why"])
     networks: dict[str, Any] = {"student": module.deployed, "teacher": module.teacher}
     for role, size in measured.items():
         speed = {} if module.sharded else {"latency_ms": cost.latency_ms(networks[role], module.task, example)}
@@ -100,26 +146,29 @@ def quieten() -> None:
 
 
 def make_trainer(
-    config: dict[str, Any], run_dir: Path, run_loggers: list[Any], hooks: list[Any], module: Distiller
+    config: dict[str, Any], run_dir: Path | None, run_loggers: list[Any], hooks: list[Any], module: Distiller
 ) -> L.Trainer:
     """Lightning's trainer for the recipe, protocol and hardware of the config."""
-    recipe = config["recipe"]
+    recipe, protocol = settings(config), complete_protocol(config)
     machine = hardware.trainer_arguments(config, module)
     selected = next((h for h in hooks if isinstance(h, callbacks.SelectedWeights)), None)
     lean = module.automatic_optimization  # else the module does it: Lightning refuses both
+    several = 1 if lean else max(1, len(module.optimizer_names()))  # Lightning counts the steps of all optimisers
     arguments: dict[str, Any] = {
-        "max_epochs": recipe["epochs"],
+        "max_epochs": recipe["epochs"] or -1,
+        **({"max_steps": recipe["steps"] * several} if recipe["steps"] else {}),
         **(
             {"accumulate_grad_batches": recipe["accumulate"], "gradient_clip_val": recipe["gradient_clip"]}
             if lean
             else {}
         ),
-        "check_val_every_n_epoch": config["protocol"]["val_every"],
+        **_validations(recipe, protocol),
         **machine,
         "plugins": [*machine["plugins"], callbacks.WholeCheckpoints(selected)],
         "logger": run_loggers,
         "callbacks": hooks,
-        "default_root_dir": str(run_dir),
+        "default_root_dir": str(run_dir) if run_dir else None,
+        "enable_checkpointing": any(isinstance(h, L.pytorch.callbacks.ModelCheckpoint) for h in hooks),
         "enable_progress_bar": any(isinstance(h, callbacks.RichProgressBar) for h in hooks),
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,  # the dry batch and the teacher's measurement have seen the split already
@@ -130,6 +179,24 @@ def make_trainer(
         f"hardware.accelerator = {config['hardware']['accelerator']}",
         **arguments,
     )
+
+
+def _validations(recipe: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+    if protocol["val_every_steps"] is None:
+        return {"check_val_every_n_epoch": protocol["val_every"]}
+    # Lightning counts batches here
+    return {"check_val_every_n_epoch": None, "val_check_interval": protocol["val_every_steps"] * recipe["accumulate"]}
+
+
+def _trained(before: weights.Progress, recipe: dict[str, Any], protocol: dict[str, Any]) -> str:
+    """Write how far a run was: in the unit of its length, steps where it validates by them."""
+    if recipe["steps"] is None and protocol["val_every_steps"] is None:
+        return f"{before.epochs} of {recipe['epochs']} epochs"
+    return f"{before.steps} steps, of {length(recipe)},"
+
+
+def _place(stopped: dict[str, Any]) -> tuple[int, int]:
+    return stopped["epoch"] + 1, stopped["step"]
 
 
 def selection(protocol: dict[str, Any], module: Distiller) -> dict[str, Any]:
@@ -148,7 +215,8 @@ def selection(protocol: dict[str, Any], module: Distiller) -> dict[str, Any]:
     if protocol["mode"] not in (None, metric.better):
         allowed = f"the better {monitor} is its {metric.better}imum (or null)"
         raise KdError(f"protocol.mode = {protocol['mode']} is not allowed: {allowed}")
-    if task.needs_logits and not module.objective.needs("student_logits"):
+    trained = bool(module.objective.needs("student_logits")) or module.deployed is not module.student
+    if task.needs_logits and not trained:
         log.info("no term reads the logits: %s picks no checkpoint, the last epoch is the selected one", monitor)
         return {**protocol, "monitor": None, "mode": None}
     return {**protocol, "monitor": monitor, "mode": metric.better}

@@ -136,11 +136,17 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
         raise KdError(f"{file} holds no state dict (name → tensor)")
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if any(name.startswith("student.") for name in state):  # a checkpoint of this package
-        state = {n: v for n, v in state.items() if n.startswith("student.")}
-    for prefix in ("student.", "module.", "_orig_mod.", "model."):
+        state = student_of(state)
+    for prefix in ("module.", "_orig_mod.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def student_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the student of a module's state dict, its average where one is kept."""
+    prefix = "average." if any(name.startswith("average.") for name in state) else "student."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def load(network: nn.Module, state: dict[str, Tensor], source: str | Path, role: str) -> None:

@@ -125,8 +125,9 @@ def _timed(line: Line, directory: Path, configs: Mapping[str, Mapping[str, Any]]
         return replace(line, seconds=math.nan, how=NO_GPU)
     config = _without_missing(dict(configs[line.missing[0].name]), directory, configs)
     steps, seconds, start = clock(config)
+    length = config["recipe"].get("steps") or config["recipe"]["epochs"] * steps
     how = f"{steps} steps an epoch, {1000 * seconds:.1f} ms each"
-    return replace(line, seconds=start + config["recipe"]["epochs"] * steps * seconds, how=how)
+    return replace(line, seconds=start + length * seconds, how=how)
 
 
 def trained(run_dir: Path, found: Mapping[str, Any]) -> float:
@@ -169,7 +170,7 @@ def speed(config: Mapping[str, Any]) -> str:
     ignored = ({*record.NOT_THE_EXPERIMENT} - {"hardware"}) | {"protocol"}
     kept = {key: value for key, value in config.items() if key not in ignored}
     kept["data"] = _without(config["data"], "seed", "split_seed")
-    kept["recipe"] = _without(config["recipe"], "epochs", "scheduler")
+    kept["recipe"] = _without(config["recipe"], "epochs", "steps", "warmup", "scheduler")
     kept["loss"] = {n: _without(term, "weight", "schedule", "temperature") for n, term in config["loss"].items()}
     return json.dumps(kept, sort_keys=True, default=str)
 

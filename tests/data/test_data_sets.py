@@ -242,7 +242,10 @@ def test_real_mnist(kd_data: str, name: str, mean: float, std: float) -> None:
 
 @pytest.mark.data
 def test_real_stamps(kd_data: str) -> None:
-    module = instantiate(config("stamps8", root=kd_data))
+    """A folder of photographs as an engineer has it: cut-outs of 96 pixels, inputs as EfficientNet-Lite wants them."""
+    own = {"folder": "stamps8", "image_size": 96, "crop_pct": 1.0, "num_workers": 0, "val_fraction": 0.2}
+    own |= {"augment": {"pad": 8}, "mean": [0.5], "std": [0.5]}
+    module = instantiate(config("imagefolder", root=kd_data, **own))
     batch = next(iter(module.train_dataloader()))
     assert batch.inputs.shape == (32, 3, 96, 96)
     assert [len(module.parts[p].targets) for p in ("train", "val", "test")] == [145, 38, 56]

@@ -14,6 +14,8 @@ import torch
 
 from tests.losses import two_ranks
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

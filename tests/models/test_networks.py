@@ -11,10 +11,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from kd.losses.layouts import NCHW
+from kd.models.base import before_classifier, layout, stages
 from kd.models.cifar_resnet import resnet
 from kd.models.mobilenetv2 import mobilenetv2
 from kd.models.shufflenetv2 import WIDTHS, shufflenetv2
-from kd.models.stages import stages
 from kd.models.vgg import vgg
 from kd.models.wrn import wrn
 
@@ -76,7 +77,7 @@ def tapped(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict
     """The answer, the stage outputs, and copies of them made on the spot."""
     seen: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
-    for name in stages(model):
+    for name, _ in stages(model):
 
         def hook(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
             seen[name], copies[name] = output, output.clone()
@@ -98,9 +99,12 @@ def test_cifar_network(name: str) -> None:
     logits, seen, copies = tapped(model.eval(), torch.randn(2, *CIFAR))
     assert logits.shape == (2, 100)
     assert logits.isfinite().all()
-    assert list(seen) == stages(model) == LAYERS[: len(seen)]
+    assert list(seen) == [stage.name for stage in stages(model)] == LAYERS[: len(seen)]
     assert all(torch.equal(seen[key], copies[key]) for key in seen), "an in-place operation overwrites a tap"
     assert not any(getattr(module, "inplace", False) for module in model.modules())
+    for stage in stages(model):
+        assert stage.layout == layout(model, stage.name, seen[stage.name].shape) == NCHW
+    assert before_classifier(model) == "fc:input"
     if name in MAPS:
         assert [(f.shape[1], f.shape[2]) for f in seen.values()] == MAPS[name]
 

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import pytest
 
 from kd.records import manifest
 from kd.records.manifest import Job, Manifest
 from kd.report import frame
+
+pytestmark = pytest.mark.slow
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 

@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import functools, json, os, shutil, signal, sys
 from pathlib import Path

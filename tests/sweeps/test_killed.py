@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SEEDS, EPOCHS, KILLS = 6, 8, 10
 JOBS = 2 * SEEDS
 EPOCH = re.compile(r"INFO epoch (\d+)/")

@@ -16,6 +16,8 @@ from hydra.errors import MissingConfigException
 from kd.config.explain import explain
 from tests.sweeps.slurm import FakeSlurm, wait_for
 
+pytestmark = pytest.mark.slow
+
 TINY = ["data=fake", "data.train_images=64", "protocol.val_every=1", "hardware=cpu", "hydra.sweep.dir=runs/sweep"]
 
 

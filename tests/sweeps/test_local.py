@@ -15,6 +15,8 @@ from kd.records import manifest, record
 from kd.records.manifest import Job
 from kd.sweeps import local
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,8 @@ from kd.sweeps.optuna import Search
 from kd.sweeps.space import Space, space
 from kd.sweeps.terms import Terms
 
+pytestmark = pytest.mark.slow
+
 TINY = ["data=fake", "data.train_images=64", "recipe.epochs=3", "protocol.val_every=1", "hardware=cpu"]
 LR = "recipe.optimizer.lr=tag(log,interval(1e-4,1e-1))"
 SEARCH = [

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HEAD = "import json, os, signal, sys, time\nfrom pathlib import Path\nfrom kd.sweeps import pool\n\n"
 
 

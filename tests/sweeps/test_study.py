@@ -27,6 +27,8 @@ from kd.sweeps import evaluations
 from kd.sweeps.evaluations import best_bias
 from kd.sweeps.study import _refuse_swept, _same_experiments, plan
 
+pytestmark = pytest.mark.slow
+
 TINY = ["data=fake", "data.train_images=64", "recipe.epochs=2", "protocol.val_every=1", "hardware=cpu"]
 ROWS: dict[str, Any] = {
     "teacher": {"overrides": ["student.model.hidden=[32]"], "seeds": [0]},

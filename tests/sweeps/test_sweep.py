@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 FAST = ["recipe.epochs=2", "hardware=cpu"]
 
 

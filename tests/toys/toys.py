@@ -356,18 +356,12 @@ class Mutual(Distiller):
     own_optimizers = ("peer",)
 
     def answer_of_teacher(self, batch: Batch) -> Output:
-        with torch.no_grad():
-            return self.task.answer(self.peers["peer"], batch.inputs, batch, Want())
+        return self.task.answer(self.peers["peer"], batch.inputs, batch, Want())
 
     def losses(self, batch: Batch) -> Step:
-        step = super().losses(batch)
-        peer = self.task.answer(self.peers["peer"], batch.inputs, batch, Want())
-        with torch.no_grad():
-            student = self.task.answer(self.student, batch.inputs, batch, Want())
-        values, total = self.objective(peer, student, batch, *self.place())
-        step.values |= {f"peer/{name}": value for name, value in zip(self.objective.names, values, strict=True)}
-        step.total = step.total + total
-        return step
+        student, peer = self.answer_of_student(batch), self.answer_of_teacher(batch)
+        step = self.score(student, peer.detach(), batch)
+        return step.beside(self.score(peer, student.detach(), batch), "peer")
 
 
 class KeptTopK(Answers):

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import Batch, Output, Setup, Term, at_least_float32, check_choice
+from kd.losses.layouts import cannot_compare, cure_of, tokens_to_map
+
+__all__ = ["attention_map", "attention_transfer"]
 
 VARIANTS = ("code", "paper")
 
@@ -51,6 +54,10 @@ def _pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(at_least_float32(feature), size)
 
 
+def _as_map(feature: Tensor, prefix: int | None) -> Tensor:
+    return feature if prefix is None else tokens_to_map(feature, prefix)
+
+
 def _check_map(name: str, feature: Tensor) -> None:
     if feature.ndim != 4:
         raise ValueError(f"{name} has shape {tuple(feature.shape)}: attention maps need (B, C, H, W)")
@@ -63,7 +70,10 @@ def _check_p(p: float) -> float:
 
 
 class AttentionTransfer(Term):
-    """:func:`attention_transfer` summed over the taps; ``None`` is all stages of each network."""
+    """:func:`attention_transfer` summed over the taps; ``None`` is all stages of each network.
+
+    Tokens are compared as maps: prefix tokens are left out, the patches are a square grid.
+    """
 
     needs_student_logits = False
     needs_teacher_logits = False
@@ -80,16 +90,26 @@ class AttentionTransfer(Term):
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
         self.p = _check_p(p)
         self.variant = check_choice("variant", variant, VARIANTS)
+        self.prefixes: list[tuple[int | None, int | None]] = []  # of each pair that is tokens: how many to leave out
 
     def prepare(self, setup: Setup) -> None:
-        """Refuse taps that are not equally many, or not maps (B, C, H, W)."""
-        self.pairs(setup.student, setup.teacher)
-        sides = (("student", self.student_taps, setup.student), ("teacher", self.teacher_taps, setup.teacher))
-        for side, taps, output in sides:
-            for tap in output.features if taps is None else taps:
-                _check_map(f"{side} tap {tap}", output.features[str(tap)])
+        """Refuse taps that are not equally many, or neither maps (B, C, H, W) nor a square grid of tokens."""
+        self.prefixes = []
+        for student, teacher in self.tapped(setup):
+            kinds = {student.layout.kind, teacher.layout.kind}
+            if not kinds <= {"NCHW", "tokens"}:
+                cure = cure_of(student, teacher, ("maps (B, C, H, W)", "tokens"))
+                raise cannot_compare("at", student, teacher, cure)
+            for tap in (student, teacher):
+                if tap.grid is None:
+                    cure = f"{tap.bare} has no square grid, say how many prefix tokens it has as {tap.bare}@tokens1"
+                    raise cannot_compare("at", student, teacher, cure)
+            both = [tap.layout.prefix if tap.layout.kind == "tokens" else None for tap in (student, teacher)]
+            self.prefixes.append((both[0], both[1]))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The sum over the taps."""
         pairs = self.pairs(student, teacher)
-        return torch.stack([attention_transfer(s, t, self.p, self.variant) for s, t in pairs]).sum()
+        prefixes = self.prefixes or [(None, None)] * len(pairs)
+        maps = [(_as_map(s, p), _as_map(t, q)) for (s, t), (p, q) in zip(pairs, prefixes, strict=True)]
+        return torch.stack([attention_transfer(s, t, self.p, self.variant) for s, t in maps]).sum()

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd.losses.adapters import KINDS, build_adapter
+from kd.losses.adapters import KINDS, match
 from kd.losses.base import Batch, Output, Setup, Term, at_least_float32, check_choice, check_same_shape
+
+__all__ = ["hint_loss"]
 
 VARIANTS = ("code", "paper")
 
@@ -33,7 +35,8 @@ class Hint(Term):
     The default tap -2, the stage before the last, is the middle layer of the paper: "hint layer 2" of CIFAR resnets.
     The paper trains in two stages (hint alone, then KD); here the term stands beside the others from the start, as in
     the CIFAR-100 benchmark code, and a schedule on its weight takes it away. ``adapter``: see
-    :func:`~kd.losses.adapters.build_adapter`.
+    :func:`~kd.losses.adapters.build_adapter`, and :func:`~kd.losses.adapters.match` for maps beside tokens and for
+    grids of other sizes.
     """
 
     needs_student_logits = False
@@ -52,11 +55,14 @@ class Hint(Term):
         self.adapter = check_choice("adapter", adapter, KINDS)
         self.variant = check_choice("variant", variant, VARIANTS)
         self.adapters = nn.ModuleList()
+        self.goals = nn.ModuleList()  # what the teacher's features go through; no parameters
 
     def prepare(self, setup: Setup) -> None:
         """Build one adapter a pair of taps, where and of the type that the student's feature is."""
-        pairs = self.pairs(setup.student, setup.teacher)
-        self.adapters = nn.ModuleList(build_adapter(self.adapter, s.shape, t.shape).to(s) for s, t in pairs)
+        matched = [match("hint", self.adapter, s, t) for s, t in self.tapped(setup)]
+        features = [s for s, _ in self.pairs(setup.student, setup.teacher)]
+        self.adapters = nn.ModuleList(a.to(f) for (a, _), f in zip(matched, features, strict=True))
+        self.goals = nn.ModuleList(goal for _, goal in matched)
         normalised = any(isinstance(m, _BatchNorm) for m in self.adapters.modules())
         self.over = "batch" if normalised else "samples"  # batch statistics are those of the whole batch
 
@@ -65,5 +71,5 @@ class Hint(Term):
         pairs = self.pairs(student, teacher)
         if not self.adapters:
             raise ValueError("the adapters are missing: call prepare(setup) before the first batch")
-        losses = [hint_loss(a(s), t, self.variant) for a, (s, t) in zip(self.adapters, pairs, strict=True)]
-        return torch.stack(losses).sum()
+        both = zip(self.adapters, self.goals, pairs, strict=True)
+        return torch.stack([hint_loss(adapter(s), goal(t), self.variant) for adapter, goal, (s, t) in both]).sum()

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kd.losses.base import UNLABELLED, Batch, Output, Term, at_least_float32
 
+__all__ = ["cross_entropy"]
+
 
 def cross_entropy(student_logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean of −Σ_c q log softmax(z_s) over the labelled rows; q is the label, smoothed towards uniform.

@@ -1,4 +1,4 @@
-"""CWTM, confidence weighted by teacher max: Furlanello et al., Born-Again Neural Networks, ICML 2018, 1805.04770."""
+"""CWTM, confidence weighted by teacher max: Furlanello et al., Born-Again Networks, ICML 2018, arXiv 1805.04770."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import UNLABELLED, Batch, Output, Term, at_least_float32, check_same_shape, check_temperature
+
+__all__ = ["confidence_weighted_cross_entropy"]
 
 
 def confidence_weighted_cross_entropy(

@@ -1,4 +1,4 @@
-"""DKPP, dark knowledge with permuted predictions: Furlanello et al., Born-Again Networks, ICML 2018, 1805.04770."""
+"""DKPP, permuted dark knowledge: Furlanello et al., Born-Again Networks, ICML 2018, arXiv 1805.04770."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kd.losses.base import Batch, Output, Term, check_temperature
 from kd.losses.logits.kd import kl_divergence
+
+__all__ = ["permute_non_argmax", "permuted_kl_divergence"]
 
 
 def permute_non_argmax(teacher_logits: Tensor, generator: torch.Generator | None = None) -> Tensor:

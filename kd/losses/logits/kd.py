@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kd.losses.base import Batch, Output, Term, at_least_float32, check_same_shape, check_temperature
 
+__all__ = ["kl_divergence"]
+
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T² · mean over rows of Σ_c p_t (log p_t − log p_s), with p = softmax(z / T) as in Eq. 1.

@@ -1,0 +1,257 @@
+"""What a network says of itself: its stages, the layout of any tensor in it, its classifier."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from kd.losses.layouts import NCHW, UNKNOWN, VECTOR, Layout, parse_layout
+
+MAPS: tuple[type[nn.Module], ...] = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.Dropout2d,
+    nn.Upsample,
+)
+MAPS += (nn.PixelShuffle, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+PREFIX = ("cls_token", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens")
+CLASSIFIERS = ("fc", "head", "heads", "classifier", "score")
+
+
+class Stage(NamedTuple):
+    """One stage: the module that ends it, and the layout of its output."""
+
+    name: str
+    layout: Layout
+
+
+class Classifier(NamedTuple):
+    """The last layer of a network: the name of the module, and the module."""
+
+    name: str
+    module: nn.Module
+
+
+# ---------------------------------------------------------------------- stages
+
+
+def stages(network: nn.Module) -> list[Stage]:
+    """The stages from the input to the output: module names, and the layouts of these modules' outputs.
+
+    Networks of ``kd.models`` say so in their attribute ``stages``; timm's in ``feature_info`` (a ViT: its blocks).
+    A user's network needs nothing but ``self.stages = ("layer1", "layer2")``; see :func:`layout` for its layouts.
+
+    Raises ``ValueError`` with one sentence when the network says nothing.
+    """
+    known = [name for name, _ in network.named_modules() if name]
+    own = getattr(network, "stages", None)  # timm's ConvNeXt has a module of this name
+    found = [str(name) for name in own] if isinstance(own, (tuple, list)) else None
+    found = [name for name in _feature_info(network) if name in known] if found is None else found
+    if found or isinstance(own, (tuple, list)):
+        return [Stage(name, layout(network, name)) for name in found]
+    some = [name for name in known if name.count(".") <= 1][:8]
+    raise ValueError(
+        f"{type(network).__name__} does not say where its stages are: name the taps yourself, "
+        f"for example {', '.join(some) if some else 'after giving it submodules'}"
+    )
+
+
+def _feature_info(network: nn.Module) -> dict[str, int | None]:
+    """Module → channels, as timm's networks list their stages."""
+    info = getattr(network, "feature_info", None)
+    entries = [entry for entry in info if isinstance(entry, Mapping) and "module" in entry] if info else []
+    return {entry["module"]: entry.get("num_chs") for entry in entries}
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+def layout(network: nn.Module, tap: str, shape: Sequence[int] | None = None) -> Layout:
+    """The layout of a tap (``MODULE``, ``MODULE:input``, ``MODULE:output.1``, each with ``@LAYOUT`` or without).
+
+    ``shape``: of the recorded tensor, where it is there. With it the answer is certain: what the network says holds
+    for tensors of that many dimensions only, and (B, D) is a vector. Sources, the first that says something:
+
+    - ``@NCHW``, ``@NHWC``, ``@tokens``, ``@tokens2`` (with two prefix tokens) or ``@vector`` in the tap's name;
+    - a module inside an attention block: unknown; convolutions, batch norms and 2-d pooling: NCHW;
+    - of the innermost network around it the attributes ``layout`` or ``output_fmt`` (timm's Swin: NHWC) and
+      ``num_prefix_tokens`` (timm's ViT; tokens), prefix tokens among its parameters, ``config.hidden_size`` of
+      transformers; timm's ``feature_info``: NCHW unless the channels are the last dimension;
+    - a network with convolutions, in which nothing near the tap works on the last dimension: NCHW.
+
+    ``ValueError`` for a declared layout that does not exist, or does not fit the shape.
+    """
+    place, _, declared = tap.partition("@")
+    name, _, port = place.partition(":")
+    around = list(_around(network, name))
+    prefix = next((count for module, _ in around if (count := _prefix(module)) is not None), None)
+    if declared:
+        return _declared(tap, declared, prefix or 0, shape)
+    module = around[0][0]
+    is_attention = name != "" and _is_attention(module, name)
+    if any(part and _is_attention(inner, part) for inner, part in _above(network, name)):
+        return UNKNOWN
+    if is_attention and "." in port and not port.endswith(".0"):  # weights, beside the features
+        return UNKNOWN
+    if shape is not None and len(shape) == 2:
+        return VECTOR
+    rank = len(shape) if shape is not None else None
+    takes_images = port.startswith("input") and name.rpartition(".")[2] in ("", "patch_embed")
+    if isinstance(module, MAPS) or (takes_images and rank == 4):
+        return NCHW if rank in (4, None) else UNKNOWN
+    if rank is None and name == _classifier_name(network):
+        return VECTOR
+    if rank in (3, None) and prefix is not None:
+        return Layout("tokens", 0 if any(part.startswith("patch_embed") for part in name.split(".")) else prefix)
+    return _map_layout(network, around, name, port, shape) if rank in (4, None) else UNKNOWN
+
+
+def _declared(tap: str, text: str, prefix: int, shape: Sequence[int] | None) -> Layout:
+    found = parse_layout(text, prefix)
+    if shape is not None and len(shape) != found.rank:
+        raise ValueError(f"tap {tap} has shape {tuple(shape)}: it is not {text}, which has {found.rank} dimensions")
+    return found
+
+
+def _map_layout(
+    network: nn.Module, around: Sequence[tuple[nn.Module, str]], name: str, port: str, shape: Sequence[int] | None
+) -> Layout:
+    """Of a tensor of four dimensions."""
+    for module, inside in around:
+        if (order := _order(module)) is not None:
+            return order
+        stages_here = _feature_info(module) if not port.startswith("input") else {}
+        if inside in stages_here:
+            return _by_channels(stages_here[inside], shape)
+    convolves = any(isinstance(m, nn.Conv2d) for m in network.modules())
+    return NCHW if convolves and not _works_on_last(network, name) else UNKNOWN
+
+
+def _by_channels(channels: int | None, shape: Sequence[int] | None) -> Layout:
+    """Timm's stages are NCHW; the few without ``output_fmt`` that are not (SAM, VOLO) differ in the place of C."""
+    if shape is None or channels is None or shape[1] == channels:
+        return NCHW
+    return Layout("NHWC") if shape[3] == channels else UNKNOWN
+
+
+def _order(module: nn.Module) -> Layout | None:
+    """What a network says of its maps in ``layout`` or ``output_fmt`` (a word, or timm's ``Format``)."""
+    for attribute in ("layout", "output_fmt"):
+        said = getattr(module, attribute, None)
+        said = getattr(said, "value", said)
+        if isinstance(said, str) and said in ("NCHW", "NHWC"):
+            return Layout(said)
+    return None
+
+
+def _prefix(module: nn.Module) -> int | None:
+    """How many prefix tokens a network has; None where nothing says that it works on tokens."""
+    if isinstance(module, nn.ModuleList):  # several networks, or blocks
+        return None
+    said = getattr(module, "num_prefix_tokens", None)
+    if isinstance(said, int):
+        return said
+    tokens = [p for name, p in module.named_parameters() if name.rpartition(".")[2] in PREFIX and p.ndim == 3]
+    width = getattr(getattr(module, "config", None), "hidden_size", None)
+    says = getattr(module, "layout", None) == "tokens" or getattr(module, "output_fmt", None) == "NLC"
+    return sum(p.shape[1] for p in tokens) if tokens or says or isinstance(width, int) else None
+
+
+def _around(network: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
+    """The module itself, and all around it to the network, each with the name that the module has inside it."""
+    parts = name.split(".") if name else []
+    for length in range(len(parts), -1, -1):
+        yield network.get_submodule(".".join(parts[:length])), ".".join(parts[length:])
+
+
+def _above(network: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
+    """All modules around a module but the network, with their own names."""
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        yield network.get_submodule(".".join(parts[:length])), ".".join(parts[:length])
+
+
+def _is_attention(module: nn.Module, name: str) -> bool:
+    words = (type(module).__name__.lower(), name.rpartition(".")[2].lower())
+    named = any(word.endswith(("attention", "attn")) for word in words)
+    return named or isinstance(module, nn.MultiheadAttention) or hasattr(module, "fused_attn")
+
+
+def _works_on_last(network: nn.Module, name: str) -> bool:
+    """Whether a module, or its neighbours in one block, read the last dimension: linear layers, norms, attention."""
+    module = network.get_submodule(name)
+    if any(_is_last_norm(m) or _is_attention(m, n) for n, m in module.named_modules()):
+        return True
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        block = network.get_submodule(".".join(parts[:length]))
+        if not isinstance(block, (nn.Sequential, nn.ModuleList)):
+            return any(_is_last_norm(m) or isinstance(m, nn.Linear) for m in _children(block))
+    return isinstance(module, nn.Linear)
+
+
+def _children(block: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a block, those in sequences as well."""
+    for child in block.children():
+        yield from _children(child) if isinstance(child, nn.Sequential) else (child,)
+
+
+def _is_last_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) and "2d" not in type(module).__name__.lower()
+
+
+# ---------------------------------------------------------------------- classifier
+
+
+def classifier(network: nn.Module) -> Classifier:
+    """The layer that makes the logits: name and module, so that it can be tapped as ``NAME:input``.
+
+    timm says which (``get_classifier``; of two heads the first); otherwise the last linear layer in ``fc``, ``head``,
+    ``heads``, ``classifier`` or ``score``, or of the whole network.
+
+    Raises ``ValueError`` when there is none.
+    """
+    known = {id(module): name for name, module in network.named_modules() if name}
+    ask: Any = getattr(network, "get_classifier", None)
+    if callable(ask):
+        said = ask()
+        said = said[0] if isinstance(said, (tuple, list, nn.ModuleList)) else said
+        if isinstance(said, nn.Module) and not isinstance(said, nn.Identity) and id(said) in known:
+            return Classifier(known[id(said)], said)
+    parts = [getattr(network, name, None) for name in CLASSIFIERS]
+    for part in [*(part for part in parts if isinstance(part, nn.Module)), network]:
+        linear = [m for m in part.modules() if isinstance(m, nn.Linear) and id(m) in known]
+        if linear:
+            return Classifier(known[id(linear[-1])], linear[-1])
+    raise ValueError(f"{type(network).__name__} has no classifier: it has no linear layer behind its features")
+
+
+def before_classifier(network: nn.Module) -> str:
+    """The tap of the features that the classifier reads, ``NAME:input``. ``ValueError`` where there is none."""
+    return f"{classifier(network).name}:input"
+
+
+def with_module(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The same network, all its weights shared, with another module in the place of ``name``; itself it stays as it is.
+
+    For :meth:`kd.losses.base.Term.deployed`: ``with_module(student, "fc", nn.Sequential(projector, head))``.
+    """
+    first, _, rest = name.partition(".")
+    changed = copy.copy(network)
+    changed._modules = dict(network._modules)
+    inner = network.get_submodule(first)
+    changed._modules[first] = with_module(inner, rest, module) if rest else module
+    return changed
+
+
+def _classifier_name(network: nn.Module) -> str | None:
+    try:
+        return classifier(network).name
+    except ValueError:
+        return None

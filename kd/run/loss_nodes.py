@@ -1,0 +1,87 @@
+"""The losses of a run from Python, in short: completed by the files of ``conf/loss``, with the checks of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from kd.config import composition
+from kd.config.keys import OBJECTIVE_KEYS
+from kd.config.signature import arguments
+from kd.errors import KdError, did_you_mean
+from kd.losses.base import Term
+
+
+def complete(loss: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return ``{name: node}`` as the section ``loss`` of a config has it, for :func:`kd.run.build.objective`.
+
+    A value is a weight; a mapping of ``weight``, ``schedule`` (a function or a node) and arguments of the term; or a
+    :class:`~kd.losses.base.Term`, alone or as ``term`` in a mapping. What it does not say is as in
+    ``conf/loss/NAME.yaml``; a term of one's own may also be named, ``{"_target_": "mymodule.MyTerm"}``.
+
+    Raises ``KdError`` with near names for an unknown term or key.
+    """
+    if not isinstance(loss, Mapping) or not loss:
+        raise KdError(f"loss = {loss} is not allowed: it must be a mapping of names to weights, such as {{'ce': 1.0}}")
+    return {str(name): _node(str(name), value) for name, value in loss.items()}
+
+
+def _node(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Term):
+        value = {"term": value}
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = {"weight": value}
+    if not isinstance(value, Mapping):
+        raise KdError(
+            f"loss.{name} = {value!r} is not allowed: a weight, a mapping of options, or a kd.losses.base.Term"
+        )
+    if "term" in value:
+        return _checked(name, dict(value), ("term", "weight", "schedule"))
+    node = {**({} if "_target_" in value else _file(name)), **value}
+    try:
+        known = arguments(node["_target_"])
+    except LookupError as error:
+        raise KdError(f"loss.{name}._target_ = {node['_target_']} cannot be found: {error}") from None
+    return node if known.any else _checked(name, node, ("_target_", *OBJECTIVE_KEYS, *known.names))
+
+
+def _file(name: str) -> dict[str, Any]:
+    """The node of ``conf/loss/NAME.yaml``."""
+    options = composition.options("loss", [composition.CONF])
+    if name not in options:
+        raise KdError(
+            f"loss.{name} does not exist{did_you_mean(name, options)}: there are {', '.join(options)}; a term of your "
+            f"own is given as an object, {{'{name}': MyTerm()}}"
+        )
+    text = (composition.CONF / "loss" / f"{name}.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text)[name])
+
+
+def _checked(name: str, node: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    for key in node:
+        if key not in known:
+            near = did_you_mean(key, [k for k in known if k != "_target_"])
+            raise KdError(f"there is no option loss.{name}.{key}{near}")
+    return node
+
+
+def described(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the same without objects, as they are written into ``config.yaml``."""
+    return {
+        name: {key: _plain(value) for key, value in node.items() if key != "term"} | _of_term(node)
+        for name, node in nodes.items()
+    }
+
+
+def _of_term(node: Mapping[str, Any]) -> dict[str, str]:
+    return {"_target_": f"{type(node['term']).__module__}.{type(node['term']).__qualname__}"} if "term" in node else {}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
