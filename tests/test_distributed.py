@@ -68,7 +68,7 @@ def free_port() -> int:
     return int(next(iter(launch._environments(1)))["MASTER_PORT"])
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[str]:
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 300) -> list[str]:
     """What they printed; they are gone afterwards."""
     try:
         return [p.communicate(timeout=timeout)[0] for p in processes]
