@@ -50,7 +50,9 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     about = {"model": config["student"]["model"], "data": facts(data), "seed": config["seed"]}
     module.about = about
     stopper = pruning.callback(run_dir)
-    own_hooks = build.callbacks(config, protocol, [f"val/{name}" for name in module.task.names(module.comparable)])
+    metrics = {name: module.task.metric(name) for name in module.task.names(module.comparable)}
+    better = {f"val/{name}": metric.better for name, metric in metrics.items() if metric is not None}
+    own_hooks = build.callbacks(config, protocol, better)
     hooks = [
         *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None),
         *([AverageStudent(**recipe["ema"])] if recipe["ema"] else []),
