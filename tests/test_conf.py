@@ -16,7 +16,7 @@ from kd.config.instantiate import make
 from kd.config.signature import arguments
 
 OPTIONS = [(f.parent.name, f.stem) for f in sorted(CONF.glob("*/*.yaml")) if not f.name.startswith("_")]
-LISTS = ("loss", "logger")  # groups of which several options are chosen at once
+LISTS = ("loss", "logger", "callbacks")  # groups of which several options are chosen at once
 
 
 @functools.cache

@@ -360,15 +360,21 @@ def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
     return built
 
 
-def callbacks(config: Mapping[str, Any], protocol: Mapping[str, Any], measured: Sequence[str]) -> list[Callback]:
-    """The callbacks of the config; ``protocol``: of the run, with what selects; ``measured``: the metrics of val."""
+def callbacks(config: Mapping[str, Any], protocol: Mapping[str, Any], measured: Mapping[str, str]) -> list[Callback]:
+    """The callbacks of the config; ``protocol``: of the run, with what selects; ``measured``: what is better of val's.
+
+    A ``monitor`` of null is what selects; a ``mode`` of null is what is better for the monitor, of a mean of training
+    the less.
+    """
     built = []
     for name, node in (config.get("callbacks") or {}).items():
         if node is None:
             continue
         path = f"callbacks.{name}"
         if "monitor" in node and node["monitor"] is None and protocol["monitor"] is not None:
-            node = {**node, "monitor": protocol["monitor"], "mode": protocol["mode"]}
+            node = {**node, "monitor": protocol["monitor"]}
+        if node.get("monitor") is not None and "mode" in node and node["mode"] is None:
+            node = {**node, "mode": measured.get(node["monitor"], "min")}
         made = make(node, path)
         if not isinstance(made, Callback):
             raise KdError(

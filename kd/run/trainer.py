@@ -73,8 +73,9 @@ def carry_out(
     about = {"model": config["student"]["model"], "data": facts(data), "seed": config["seed"]}
     module.about = about
     stopper = pruning.callback(run_dir) if run_dir else None
-    names = [f"val/{name}" for name in module.task.names(module.comparable)]
-    own_hooks = [*build.callbacks(config, protocol, names), *further]
+    metrics = {name: module.task.metric(name) for name in module.task.names(module.comparable)}
+    better = {f"val/{name}": metric.better for name, metric in metrics.items() if metric is not None}
+    own_hooks = [*build.callbacks(config, protocol, better), *further]
     hooks = [
         *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None, resumable),
         *([AverageStudent(**recipe["ema"])] if recipe["ema"] else []),
