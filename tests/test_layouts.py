@@ -257,5 +257,5 @@ def test_fused_attention_is_switched_off_where_maps_are_read(caplog) -> None:
     assert [student.blocks[i].attn.fused_attn for i in (0, 1)] == [True, False]
     maps = made.answer_both(made.task.rows(batch()))[0].features[name]
     torch.testing.assert_close(maps.sum(-1), torch.ones(4, 2, 17))
-    with pytest.raises(KdError, match="did not fire: blocks.0.attn uses fused attention"):
+    with pytest.raises(KdError, match=r"did not fire: blocks\.0\.attn uses fused attention"):
         distiller(vit(), vit(), Hint(["blocks.0.attn.attn_drop"], ["blocks.0"]))
