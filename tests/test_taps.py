@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import nn
 
 from kd.distill.taps import Taps, resolve
 from kd.errors import KdError
+from kd.losses.layouts import Layout
 
 
 class Block(nn.Module):
@@ -88,6 +92,90 @@ def test_a_tuple_is_represented_by_its_first_tensor() -> None:
     assert torch.equal(taps.take()["pair"], torch.ones(2))
 
 
+class Several(NamedTuple):
+    logits: torch.Tensor
+    attentions: tuple[torch.Tensor, ...]
+
+
+class Answering(nn.Module):
+    """Answers like the networks of transformers: a tuple with names, or a mapping."""
+
+    def __init__(self, mapping: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Identity()
+        self.mapping = mapping
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> Any:
+        x = self.body(x)
+        answer = Several(x, (x + 1, x + 2))
+        return OrderedDict(answer._asdict()) if self.mapping else answer
+
+
+@pytest.mark.parametrize("mapping", [False, True])
+@pytest.mark.parametrize(
+    ("tap", "value"),
+    [
+        ("net", 0),
+        ("net:output", 0),
+        ("net:output.0", 0),
+        ("net:output.attentions", 1),
+        ("net:output.1.1", 2),
+        ("net:output.attentions.1@tokens", 2),
+        ("net:input", 0),
+        ("net:input.0", 0),
+        ("net:input.scale", 5),
+    ],
+)
+def test_one_of_several_tensors(tap: str, value: float, mapping: bool) -> None:
+    net = nn.ModuleDict({"net": Answering(mapping)})
+    assert resolve([tap], net, "teacher") == [tap]
+    taps = Taps(net, [tap], "teacher")
+    taps.active = True
+    net["net"](torch.zeros(2, 3, 4), scale=torch.full((2, 3, 4), 5.0))
+    assert torch.equal(taps.take()[tap], torch.full((2, 3, 4), float(value)))
+
+
+@pytest.mark.parametrize(
+    ("tap", "sentence"),
+    [
+        (
+            "net:output.7",
+            r"teacher tap net:output\.7 does not exist: output is a Several with 0, 1, logits",
+        ),
+        ("net:output.logits.3", r"output\.logits is a Tensor with nothing inside"),
+        ("net@NHWC", r"teacher tap net@NHWC has shape \(2, 3, 4\): it is not NHWC, which has 4 dimensions"),
+    ],
+)
+def test_a_tensor_that_is_not_there(tap: str, sentence: str) -> None:
+    net = nn.ModuleDict({"net": Answering()})
+    taps = Taps(net, [tap], "teacher")
+    taps.active = True
+    with pytest.raises(KdError, match=sentence):
+        net["net"](torch.zeros(2, 3, 4))
+
+
+def test_a_declared_layout_is_converted() -> None:
+    net, x = nn.ModuleDict({"one": nn.Identity()}), torch.randn(2, 3, 4, 5)
+    taps = Taps(net, ["one@NHWC", "one"], "student")
+    taps.active = True
+    net["one"](x)
+    assert taps.layouts == {"one@NHWC": Layout("NCHW"), "one": Layout("unknown")}
+    found = taps.take()
+    assert torch.equal(found["one@NHWC"], x.permute(0, 3, 1, 2))
+    assert found["one@NHWC"].data_ptr() == x.data_ptr()
+    assert torch.equal(found["one"], x)
+
+
+def test_a_converted_map_that_is_overwritten_in_place_is_cloned() -> None:
+    net, x = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True)), torch.randn(2, 3, 4, 5)
+    taps = Taps(net, ["0@NHWC"], "student")
+    run(taps, net, x.clone())
+    assert taps.inspect()
+    run(taps, net, x.clone())
+    assert not taps.inspect()
+    assert torch.equal(taps.take()["0@NHWC"], x.permute(0, 3, 1, 2))
+
+
 def test_an_inactive_tap_keeps_nothing() -> None:
     net = Net()
     taps = Taps(net, ["one"], "student")
@@ -123,6 +211,7 @@ def test_stages_and_integers() -> None:
         ("one.fcc", r"student tap one\.fcc does not exist: there is no module one\.fcc \(near: one\.fc"),
         (5, "student tap 5 does not exist: the stages are one, two"),
         ("one:middle", "after the colon stands input or output"),
+        ("one@CHW", "student tap one@CHW: layout = CHW is not allowed: it must be NCHW, NHWC, vector, tokens"),
     ],
 )
 def test_wrong_names_list_near_ones(name, sentence) -> None:

@@ -442,6 +442,32 @@ def test_student_comes_first() -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "conf" / "loss").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_memory_format_of_a_feature_changes_no_number(file: Path) -> None:
+    """Channels last, as cuDNN likes them and Swin makes them: no term may ``view``."""
+    config = OmegaConf.load(file)[file.stem]
+    del config.weight, config.schedule
+    targets = torch.tensor([1, 4])
+    features = (normal(2, 3, 8, 6), normal(2, 5, 4, 3))
+    logits = (normal(2, 5), normal(2, 5))
+    values = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(1)
+        term = instantiate(config)
+        term.student_taps = ["f"] if term.student_taps is None or len(term.student_taps) else []
+        term.teacher_taps = ["f"] if term.teacher_taps is None or len(term.teacher_taps) else []
+        maps = [f.clone(memory_format=memory).requires_grad_() for f in features]
+        student, teacher = (Output(z.clone(), {"f": f}) for z, f in zip(logits, maps, strict=True))
+        whole = Batch(torch.empty(2, 1, 1, 1), targets, torch.arange(2))
+        term.prepare(Setup(student, teacher, whole, train_index=torch.arange(2), train_targets=targets, classes=5))
+        torch.manual_seed(2)
+        value = term(student, teacher, whole)
+        if term.student_taps:
+            value.backward()
+        values.append((value.detach(), maps[0].grad))
+    torch.testing.assert_close(values[1], values[0])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf" / "loss").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_yaml_builds_and_shows_every_knob(file: Path) -> None:
     config = OmegaConf.load(file)
     assert list(config) == [file.stem]
