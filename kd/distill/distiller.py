@@ -560,7 +560,7 @@ class Distiller(Optimised):
         if not self.sharded and not self._teacher_changed:
             own = self.state_dict()
             checkpoint["state_dict"].update({k: v for k, v in own.items() if k.startswith("teacher.")})
-        self.epoch_trained = checkpoint["kd"].get("epoch_trained", checkpoint["epoch"])
+        self.epoch_trained = checkpoint["kd"]["epoch_trained"]
         if (kept := checkpoint["kd"].get("sums")) is not None and self.global_rank == 0:  # those of all processes
             self._earlier = (kept["sums"], kept["rows"])
         self.history, self.epoch_means = (dict(checkpoint["kd"][name]) for name in ("history", "epoch_means"))

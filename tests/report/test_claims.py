@@ -221,6 +221,6 @@ def test_words_for_people() -> None:
     assert Measure("last/test/acc1").change(-0.00001) == "0.00"
     assert Measure("last/test/class_3").label == "test accuracy of class 3, %"
     assert Measure("moved/acc1").label == "moved: top-1, %"
-    assert Measure("student/latency_ms").label == "latency, ms an image"
+    assert Measure("student/latency_ms").label == "latency, ms a sample"
     assert Measure("teacher/test/acc1").title == "teacher's test top-1"
     assert tables.p_value(0.00004) == "< 0.001"

@@ -104,7 +104,7 @@ def test_a_search_is_ordered_by_its_first_objective(kd, sweep) -> None:
         record.write(run_dir, found)
     assert kd("report", "sweep").code == 0
     head, _, *rows = table_of(sweep)
-    assert head[2:5] == ["latency, ms an image", "validation top-1, % (val-selected)", "test top-1, % (val-selected)"]
+    assert head[2:5] == ["latency, ms a sample", "validation top-1, % (val-selected)", "test top-1, % (val-selected)"]
     assert [row[0] for row in rows] == ["**lr=0.2**", "lr=0.1", "lr=0.3"]
     assert (
         "by the mean over seeds of the latency, the first objective of the search; the test"
