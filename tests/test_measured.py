@@ -22,6 +22,7 @@ from kd.distill.evaluation import NotFinite, measure
 from kd.errors import KdError
 from kd.losses.base import Batch, Output
 from kd.models.mlp import mlp
+from kd.records.record import config_hash, read_config
 from kd.run import build, finish
 from kd.tasks.classification import Classification
 
@@ -118,6 +119,9 @@ def test_kd_eval_names_the_row(kd, tmp_path, teacher_run) -> None:
     own = (tmp_path / "run" / "config.yaml").read_text()
     changed = f"_target_: tests.test_measured.spoilt\n    total: {total}\n"
     (tmp_path / "run" / "config.yaml").write_text(own.replace("_target_: kd.models.mlp.mlp\n", changed))
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    found["config_hash"] = config_hash(read_config("run"))  # as if the run had begun with it
+    (tmp_path / "run" / "result.json").write_text(json.dumps(found))
     said = kd("eval", "run=run")
     assert said.code == 1
     for word in ("the student (run/student.safetensors)", "of test", f"index {index}"):

@@ -61,4 +61,4 @@ def test_the_lines_of_the_python_api() -> None:
 
 def test_no_placeholder_is_left() -> None:
     assert not re.findall(r"[A-Z]+_OUTPUT", README)
-    assert 150 <= len(README.replace(generated(), "").splitlines()) <= 250
+    assert 150 <= len(README.replace(generated(), "").splitlines()) <= 260  # the Python API has a section of its own

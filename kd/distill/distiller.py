@@ -151,7 +151,8 @@ class Distiller(Optimised):
         values, total = self.objective(student, teacher, batch, *self.place(), shares)
         named = dict(zip(self.objective.names, values, strict=True))
         counts = self.task.count(student, batch) if self._counts else ()
-        loss = total.detach() if shares is None else total.detach() / shares.rows  # the buffer weights it with the rows
+        own = 1.0 if shares is None else shares.rows.clamp(min=1e-12)  # a process may have no row
+        loss = total.detach() / own  # the buffer weights it with the rows
         over = {name: term.over for name, term in self.objective.items()}
         return Step(total, {"loss": loss, **named}, rows, labelled, counts, over)
 

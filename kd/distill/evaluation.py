@@ -82,7 +82,7 @@ class Evaluated(L.LightningModule):
         self.comparable = teacher is not None and teacher.live  # whether the two networks' logits mean the same
         self.average: nn.Module | None = None  # of :attr:`trained` over the steps; see kd.run.average
         self._deployed: list[nn.Module] = []  # in a list: its modules belong to the student and the terms
-        self._teacher_outputs: dict[tuple[str, int], Output] = {}
+        self._teacher_outputs: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # index and logits of a batch
         self._kept = 0
         self._teacher_sums: Tensor | None = None  # of its weights, as last seen
         self._teacher_changed = False
@@ -164,15 +164,16 @@ class Evaluated(L.LightningModule):
                 self.predictions.setdefault(name, []).append(tensor.cpu())
 
     def _answer_for(self, split: str, batch: Batch, batch_idx: int) -> Output:
-        """The teacher's output for a batch: the split never changes, so a frozen one answers once while that fits."""
+        """The teacher's output for a batch: a frozen one answers the same samples once, while that fits."""
         assert self.teacher is not None
-        if (split, batch_idx) in self._teacher_outputs and not self.teacher_trained:
-            return self._teacher_outputs[split, batch_idx]
+        index, kept = batch.index, self._teacher_outputs.get((split, batch_idx))
+        if kept is not None and index is not None and not self.teacher_trained and torch.equal(kept[0], index):
+            return Output(kept[1])
         output = self.teacher.measured(batch).to_float32()
         size = output.logits.numel()
-        if not self.teacher_trained and self._kept + size <= KEPT:
-            self._teacher_outputs[split, batch_idx] = output
-            self._kept += size
+        if index is not None and not self.teacher_trained and self._kept + size <= KEPT:
+            self._teacher_outputs[split, batch_idx] = (index, output.logits)
+            self._kept += size if kept is None else 0
         return output
 
     def _check_finite(self, split: str, more: str = "") -> None:

@@ -126,33 +126,38 @@ class Output:
     @property
     def logits(self) -> Tensor:
         """The logits (rows, classes). ``ValueError`` where nothing gave any."""
-        if self._logits is None and self.hidden is not None and self.head is not None:
-            self._logits = self.head(self.hidden)
-        elif self._logits is None and self.topk is not None:
-            self._logits = self.topk.dense()
-        if self._logits is None:
-            raise ValueError(
-                "there are no logits: the network gives none, or this term reads them without declaring it "
-                "(needs_student_logits, needs_teacher_logits)"
-            )
+        self._logits = self._made()
         return self._logits
+
+    def _made(self) -> Tensor:
+        if self._logits is not None:
+            return self._logits
+        if self.hidden is not None and self.head is not None:
+            return self.head(self.hidden)
+        if self.topk is not None:
+            return self.topk.dense()
+        raise ValueError(
+            "there are no logits: the network gives none, or this term reads them without declaring it "
+            "(needs_student_logits, needs_teacher_logits)"
+        )
 
     def to_float32(self) -> Output:
         """The same output with logits of at least single precision; what they are made from stays as it is."""
-        if self._logits is not None:
-            self._logits = at_least_float32(self._logits)
+        if self.has_logits:
+            self._logits = at_least_float32(self.logits)
         return self
 
     def detach(self) -> Output:
         """The same numbers without a graph: what one network answers, as the target of another."""
-        logits = None if self._logits is None else self._logits.detach()
+        logits = None
+        if self.has_logits:  # made here where nobody has read them yet: the head that makes them has a graph
+            with torch.no_grad():
+                logits = self._made().detach()
         hidden = None if self.hidden is None else self.hidden.detach()
         features = {name: tensor.detach() for name, tensor in self.features.items()}
         views = {name: view.detach() for name, view in self.views.items()}
         members = [member.detach() for member in self.members]
-        return Output(
-            logits, features, hidden=hidden, head=self.head, topk=self.topk, raw=self.raw, members=members, views=views
-        )
+        return Output(logits, features, hidden=hidden, topk=self.topk, raw=self.raw, members=members, views=views)
 
     def without_logits(self) -> Output:
         """The same output with nothing to make logits from: what a term gets that declares that it reads none."""

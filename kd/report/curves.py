@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,11 @@ def chosen(study: Study, frame: pd.DataFrame) -> list[str]:
 
 @styled
 def learning(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None:
-    """Draw validation accuracy by epoch: the mean over seeds, and the band from the lowest to the highest seed."""
+    """Draw the main metric on validation by epoch: the mean over seeds, and the band from lowest to highest seed."""
     main = metrics_of(frame)[0]
     for column in (f"val/{main.name}", f"train/{main.name}"):
-        curves = {name: _curve(frame, name, runs_dir, column) for name in chosen(study, frame)}
+        scale = 100 if main.share else 1
+        curves = {name: scale * _curve(frame, name, runs_dir, column) for name in chosen(study, frame)}
         lines = {name: curve for name, curve in curves.items() if len(curve) > 2}
         if lines:
             break
@@ -51,8 +53,10 @@ def learning(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None
     for ink, curve in zip(inks, lines.values(), strict=True):
         axes.fill_between(curve.index, curve.min(axis=1), curve.max(axis=1), color=ink, alpha=0.15, linewidth=0)
         axes.plot(curve.index, curve.mean(axis=1), color=ink)
-    top = max(float(c.max().max()) for c in lines.values())
-    low = min(_settled(curve) for curve in lines.values())
+    settled = [_settled(curve) for curve in lines.values()]  # the steep beginning would flatten all the rest
+    falls = main.better == "min"
+    top = max(float(c.max().max()) for c in (settled if falls else lines.values()))
+    low = min(float(c.min().min()) for c in (lines.values() if falls else settled))
     axes.set_ylim(low - 0.08 * (top - low + 1e-9), top + 0.04 * (top - low + 1e-9))
     axes.set_xlim(0, max(c.index[-1] for c in lines.values()))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -60,13 +64,13 @@ def learning(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Canvas | None
     axes.set(xlabel="epoch", ylabel=f"{split.lower()} {main.title}{', %' if main.share else ''}")
     axes.set_title(f"{split} {main.title} while training")
     ends = [float(c.mean(axis=1).iloc[-1]) for c in lines.values()]
-    style.end_labels(axes, ends, [label_of(study, n) for n in lines], inks)
+    style.end_labels(axes, ends, [shorten(label_of(study, n), 40, placeholder=" …") for n in lines], inks)
     return figure
 
 
-def _settled(curve: pd.DataFrame) -> float:
-    """Find the lowest value after the first fifth of the epochs: the steep beginning would flatten all the rest."""
-    return float(curve[curve.index > curve.index[-1] / 5].min().min())
+def _settled(curve: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the first fifth of the epochs."""
+    return curve[curve.index > curve.index[-1] / 5]
 
 
 def _inks(study: Study, names: Sequence[str]) -> list[str]:
@@ -77,7 +81,7 @@ def _inks(study: Study, names: Sequence[str]) -> list[str]:
 
 
 def _curve(frame: pd.DataFrame, row: str, runs_dir: Path, column: str) -> pd.DataFrame:
-    """Read percent by epoch (1, 2, …), one column a seed; epochs that all seeds have. Empty if there is no curve."""
+    """Read a metric by epoch (1, 2, …), one column a seed; epochs that all seeds have. Empty if there is no curve."""
     found = {}
     for run in finished(frame)[finished(frame)["row"] == row].itertuples():
         file = runs_dir / str(run.run) / record.METRICS
@@ -90,7 +94,7 @@ def _curve(frame: pd.DataFrame, row: str, runs_dir: Path, column: str) -> pd.Dat
             raise KdError(f"{file} cannot be read: it is not what kd writes") from None
         if series is not None:
             series = series[series.index < run.epochs]  # tests after the last epoch are logged one epoch later
-            found[run.seed] = 100 * series[~series.index.duplicated(keep="last")]
+            found[run.seed] = series[~series.index.duplicated(keep="last")]
     if not found:
         return pd.DataFrame()
     curve = pd.concat(found, axis="columns", join="inner")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -62,12 +63,16 @@ def test_logits_come_from_hidden_states_when_they_are_read() -> None:
     head.register_forward_hook(lambda *a: calls.append(1))
     output = Output(hidden=hidden, head=head)
     assert output.has_logits
-    assert output.to_float32() is output
     assert not calls  # a fused loss, which reads the two, never makes them
     torch.testing.assert_close(output.logits, hidden @ head.weight.T + head.bias)
     assert output.logits is output.logits
     assert len(calls) == 1
     assert not Output(hidden=hidden).has_logits
+    halves = Output(hidden=hidden.bfloat16(), head=copy.deepcopy(head).bfloat16())
+    assert halves.to_float32().logits.dtype == torch.float32  # measured is in single precision
+    trained = Output(hidden=hidden, head=head)
+    assert not trained.detach().logits.requires_grad  # nor does the head get a gradient
+    assert trained.logits.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
