@@ -14,6 +14,7 @@ from kd.errors import KdError
 from kd.records import manifest, record
 from kd.records.manifest import Job
 from kd.sweeps import local
+from kd.tasks.metrics import CLASSIFICATION
 
 pytestmark = pytest.mark.slow
 
@@ -195,7 +196,8 @@ def told(run_dir: Path, selected: int, **changed: object) -> str:
         "last": {"epoch": 5, "val": {"acc1": 0.95}, "test": {"acc1": 0.94}},
     }
     found = {"status": "finished", "protocol": {"monitor": "val/acc1"}, "student": student, "wall_clock_s": 1.25}
-    record.write(run_dir, {"schema": 1, **found, **changed})
+    metrics = [metric.describe() for metric in CLASSIFICATION]
+    record.write(run_dir, {"schema": 1, "metrics": metrics, **found, **changed})
     return local.job_line(run_dir)
 
 
