@@ -5,14 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 RUN = "run.lock"  # of a run directory, held by the process that trains in it
-PATIENCE = 2.0  # seconds: a reader has the lock for some microseconds, a trainer until it ends
+# Linux's locks of an open file can be queried; elsewhere a reader has to take one for some microseconds
+QUERIED = hasattr(fcntl, "F_OFD_GETLK") and struct.calcsize("P") == 8
+PATIENCE = 0.0 if QUERIED else 2.0  # seconds: a trainer has the lock until it ends, such a reader for a moment
 
 
 @contextmanager
@@ -25,10 +28,10 @@ def held(file: Path, patience: float = 0.0) -> Iterator[None]:
         deadline = time.monotonic() + patience
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take(handle)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if time.monotonic() >= deadline:
                     raise
                 time.sleep(0.01)
         yield
@@ -41,11 +44,28 @@ def busy(file: Path) -> bool:
     except OSError:
         return False
     with handle:
+        if QUERIED:
+            found = fcntl.fcntl(handle, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_RDLCK))
+            return bool(struct.unpack(LAYOUT, found)[0] != fcntl.F_UNLCK)
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False
+
+
+def _take(handle: IO[str]) -> None:
+    if QUERIED:
+        fcntl.fcntl(handle, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+LAYOUT = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length (0: all), process (0: of an open file)
+
+
+def _whole_file(kind: int) -> bytes:
+    return struct.pack(LAYOUT, kind, 0, 0, 0, 0)
 
 
 def this_process() -> dict[str, Any]:

@@ -60,9 +60,8 @@ def resumable(run_dir: Path, before: Mapping[str, Any]) -> bool:
 
 
 def busy(run_dir: Path) -> bool:
-    """Tell whether a process, perhaps on another node, trains in a directory; before version 0.1 it locked its log."""
-    file = run_dir / lock.RUN
-    return lock.busy(file if file.exists() else run_dir / "train.log")
+    """Tell whether a process, perhaps on another node, trains in a directory."""
+    return lock.busy(run_dir / lock.RUN)
 
 
 def same_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
