@@ -136,6 +136,13 @@ def test_a_run_its_resume_a_sweep_and_a_report(kd, tmp_path, name) -> None:
     assert record["status"] == "finished"
     check(record, Path("whole"))
 
+    said = kd("eval", "whole", "out=measured.json")
+    assert said.code == 0, said.err
+    measured = json.loads(Path("measured.json").read_text())["metrics"]
+    test = record["student"]["selected"]["test"]
+    assert measured == pytest.approx({name: test[name] for name in measured}, rel=1e-5)
+    assert record["metrics"][0]["name"] in measured
+
     with pytest.MonkeyPatch.context() as patched:
         killed_in_epoch(patched, 2)
         assert kd("train", *COMMON, *overrides, "hydra.run.dir=killed").code == 130
@@ -155,3 +162,21 @@ def test_a_run_its_resume_a_sweep_and_a_report(kd, tmp_path, name) -> None:
     assert said.code == 0, said.err
     page = Path("sweep/report.html").read_text()
     assert record["metrics"][0]["title"] in page
+
+
+def test_a_head_that_stays_is_in_checkpoints_and_no_other_run_takes_it_for_a_plain_student(kd, tmp_path) -> None:
+    words, _ = CASES["reused classifier"]
+    overrides = words.split()
+    assert kd("train", *COMMON, *overrides, "hydra.run.dir=whole").code == 0
+    with pytest.MonkeyPatch.context() as patched:
+        killed_in_epoch(patched, 1)
+        assert kd("train", *COMMON, *overrides, "hydra.run.dir=killed").code == 130
+    (Path("killed") / "student.safetensors").unlink()  # as if it was killed between the two writes
+    said = kd("train", "resume=killed")
+    assert said.code == 0, said.err
+    one, other = (load_file(Path(run) / "student.safetensors") for run in ("whole", "killed"))
+    assert all(torch.equal(one[key], other[key]) for key in {*one, *other})
+    for file in ("student.safetensors", "checkpoints/last.ckpt"):
+        said = kd("train", *COMMON, *BLOBS.split(), f"teacher.checkpoint=whole/{file}", "loss=[kd]", "hydra.run.dir=x")
+        assert said.code == 1
+        assert "keeps a head of loss.reused" in said.err

@@ -120,6 +120,7 @@ class Distiller(Optimised):
         self.unreached: list[str] = []  # see find_unreached
         self.prepared = False  # whether the taps are resolved and the adapters built
         self.sharded = False  # whether each process holds a part of every parameter only
+        self.heads: list[str] = []  # the terms that leave something of theirs on the student
         self._buffer: StepBuffer | None = None
         self._earlier: tuple[Tensor, int] | None = None  # sums of this epoch from before a run was resumed
         self._reseed = False  # before the next step: a validation by steps was between it and the last one
@@ -307,13 +308,21 @@ class Distiller(Optimised):
 
     def _deploy(self, few: Batch) -> None:
         """Let the terms leave their heads on the student, and see that what they made of it answers."""
-        network = self.student
+        network, self.heads = self.student, []
         for name, term in self.objective.items():
-            network = term.deployed(network)
+            before, network = network, term.deployed(network)
+            self.heads += [name] if network is not before else []
             if not isinstance(network, nn.Module):
                 raise KdError(f"loss.{name}: deployed(student) returns a {type(network).__name__}, not a torch module")
         self._deployed = [network]
         if network is not self.student:
+            try:
+                self._deployed_keys()
+            except KeyError:
+                raise KdError(
+                    f"loss.{self.heads[-1]}: deployed(student) has weights that belong neither to the student nor to a "
+                    "term: they would be in no checkpoint"
+                ) from None
             training = network.training
             answer = self.task.answer(network.eval(), few.inputs, few, Want())
             self.task.agree(answer, Output(), self.num_classes, False)
@@ -550,9 +559,16 @@ class Distiller(Optimised):
             checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
         checkpoint["kd"] = {"history": self.history, "epoch_means": self.epoch_means, "about": self.about}
         checkpoint["kd"] |= {"teacher_trained": self.teacher_trained, "epoch_trained": self.epoch_trained}
+        if self.heads:
+            checkpoint["kd"]["deployed"] = self._deployed_keys()
         if self._buffer is not None and self._buffer.row_total:  # in the middle of an epoch
             sums, rows = self._over_all(self._buffer.sums.clone(), self._buffer.row_total)
             checkpoint["kd"]["sums"] = {"sums": sums, "rows": rows}
+
+    def _deployed_keys(self) -> dict[str, str]:
+        """Name in the deployed network → name in this module's state dict, of each of its tensors."""
+        own = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()}
+        return {name: own[id(tensor)] for name, tensor in self.trained.state_dict(keep_vars=True).items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put a teacher that was left out back, so that loading stays strict. ``KdError`` when the data is another."""

@@ -113,6 +113,7 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
     if section["checkpoint"] is not None:
         state, about = integrity.read_weights(section["checkpoint"], section.get("epoch"))
         same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
+        _refuse_heads(about, f"student.checkpoint = {section['checkpoint']}")
         weights.load(net, state, section["checkpoint"], "student")
     elif section["model"].get("pretrained"):
         own = getattr(net, "pretrained_cfg", None) or {}
@@ -122,6 +123,15 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
                 *(own.get("mean"), own.get("std"), data.mean, data.std),
             )
     return net
+
+
+def _refuse_heads(about: Mapping[str, Any], source: str) -> None:
+    """``KdError`` for a student that has kept heads of its terms: its network is more than what a config can name."""
+    if heads := about.get("heads"):
+        raise KdError(
+            f"{source} is a student that keeps a head of loss.{', loss.'.join(heads)}: kd eval RUN and resume=RUN make "
+            "it again from the config of its run, no other run can"
+        )
 
 
 def teacher(config: Mapping[str, Any], data: Any, task: Task) -> Answers | None:
@@ -188,6 +198,7 @@ def _member(
         )
     recorded = about.get("data", {})
     same_data(recorded, data, f"teacher.checkpoint = {checkpoint}")
+    _refuse_heads(about, f"teacher.checkpoint = {checkpoint}")
     shape = tuple(recorded.get("input_shape", data.input_shape))
     net = network(spec, "teacher.model", data.num_classes, shape if spec is not model else data.input_shape)
     if state is not None:

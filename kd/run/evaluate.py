@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,20 +70,18 @@ def evaluate(
     keep: dict[str, Any] | None = None,
     run: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a config's student or teacher on one split.
+    """Measure a config's student or teacher on one split.
 
     ``weights_file``: the student's weights, else ``student.checkpoint``; a student without weights is refused.
     ``keep`` collects index, target and logits of every row. ``run``: whose config it is. A teacher whose weights are
-    nowhere is refused, and beside a student left out: ``without`` says so.
+    nowhere is refused, and beside a student left out: ``without`` says so. So is one that knows the training samples
+    alone, or whose outputs are not those of the student.
     """
     import torch
 
     from kd.distill.evaluation import measure  # start-up: torch, as all of these
-    from kd.distill.teacher import InputMap  # start-up
-    from kd.losses.base import Batch, Output  # start-up
-    from kd.run import build, trainer, weights  # start-up
-    from kd.run.data_facts import same_data  # start-up
-    from kd.tasks.base import Want  # start-up
+    from kd.losses.base import Batch  # start-up
+    from kd.run import build, trainer  # start-up
 
     trainer.quieten()
     source = weights_file or config["student"]["checkpoint"]
@@ -99,51 +97,75 @@ def evaluate(
         raise KdError(f"{without}: there is nothing to measure (teacher.checkpoint=RUN measures another one)")
     device = torch.device("cuda" if torch.cuda.is_available() and config["hardware"]["accelerator"] != "cpu" else "cpu")
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
-    dtype = TYPES.get(config["hardware"]["precision"], "float32")  # of the weights, as in the run
-    like_run = {"device": device, "dtype": getattr(torch, dtype)}
-    if teacher is not None:
-        teacher.to(**like_run)
+    dtype = getattr(torch, TYPES.get(config["hardware"]["precision"], "float32"))  # of the weights, as in the run
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(like_run["dtype"]) if tensor.is_floating_point() else tensor
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    def answered_by_teacher(batch: Batch) -> Output:
-        assert teacher is not None
-        return teacher.measured(batch.map(cast))
+    def answers(network: Any) -> Any:
+        return lambda batch: network(batch.map(cast))
 
+    few: Batch = task.rows(next(iter(loader)).few(2).to(device))
+    beside = None
+    if teacher is not None:
+        if not teacher.live and who == "teacher":
+            raise KdError("the teacher knows its answers to the training samples only: it cannot be measured")
+        beside = answers(teacher.to(device=device, dtype=dtype).measured) if teacher.live else None
     if who == "teacher":
-        if teacher is None:
+        if beside is None:
             raise KdError("there is no teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
         source = config["teacher"]["checkpoint"]
-        network, beside, who_measured = answered_by_teacher, None, f"the teacher ({source})"
+        network, beside = beside, None
     else:
-        student = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
-        state, about = integrity.read_weights(source, None if weights_file else config["student"].get("epoch"))
-        recorded = about.get("data", {})
-        same_data(recorded, data, str(source))
-        if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):
-            raise KdError(f"{source} was trained on images of shape {recorded['input_shape']}, not {data.input_shape}")
-        own = [recorded.get(name) or None for name in ("mean", "std")]
-        mapped = InputMap(data.mean, data.std, *own) if data.mean else None
-        prepare = torch.nn.Identity() if mapped is None else mapped.to(**like_run)
-        weights.load(student, state, source, "student")
-        student.to(**like_run).eval()
-
-        def answered_by_student(batch: Batch) -> Output:
-            return task.answer(student, prepare(batch.map(cast).inputs), batch, Want())
-
-        network, who_measured = answered_by_student, f"the student ({source})"
-        beside = answered_by_teacher if teacher is not None else None
-    metrics, per_class = measure(task, data.num_classes, network, loader, device, beside, keep, who_measured, split)
+        network = answers(_student(config, data, task, source, weights_file is not None, (device, dtype)))
+    with torch.no_grad():
+        outputs = {name: made(few) for name, made in ((who, network), ("teacher", beside)) if made is not None}
+    task.agree(outputs[who], outputs[who], data.num_classes, compared=False)
+    widths = {name: out.logits.shape[-1] if out.has_logits else None for name, out in outputs.items()}
+    if widths.get("teacher", widths[who]) != widths[who]:
+        beside, without = None, f"the teacher answers {widths['teacher']} outputs a row, the student {widths[who]}"
+    classes = data.num_classes if data.num_classes is not None else widths[who]
+    metrics, per_class = measure(task, classes, network, loader, device, beside, keep, f"the {who} ({source})", split)
+    names = data.class_names or [str(number) for number in range(len(per_class))]
     return {
         "who": who,
         "split": split,
         "source": str(source),
         "rows": data.sizes[split],
         "metrics": metrics,
-        "per_class": dict(zip(data.class_names, per_class, strict=True)) if per_class else {},
+        "per_class": dict(zip(names, per_class, strict=True)) if per_class else {},
         **({"without": without} if without else {}),
     }
+
+
+def _student(
+    config: dict[str, Any], data: Any, task: Any, source: Any, of_the_run: bool, like: tuple[Any, Any]
+) -> Callable[[Any], Any]:
+    """Make the student with its weights, as a function of batches; with the heads that its run's terms left on it."""
+    import torch
+
+    from kd.distill.teacher import InputMap  # start-up: torch, as all of these
+    from kd.run import build, weights  # start-up
+    from kd.run.data_facts import same_data  # start-up
+    from kd.tasks.base import Want  # start-up
+
+    device, dtype = like
+    state, about = integrity.read_weights(source, None if of_the_run else config["student"].get("epoch"))
+    recorded = about.get("data", {})
+    same_data(recorded, data, str(source))
+    if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):
+        raise KdError(f"{source} was trained on images of shape {recorded['input_shape']}, not {data.input_shape}")
+    if about.get("heads"):
+        start = {**config["student"], "checkpoint": None, "epoch": None}
+        network = build.distiller({**config, "student": start}, data).trained
+    else:
+        network = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
+    weights.load(network, state, source, "student")
+    network.to(device=device, dtype=dtype).eval()
+    own = [recorded.get(name) or None for name in ("mean", "std")]
+    prepare = InputMap(data.mean, data.std, *own) if data.mean else torch.nn.Identity()
+    prepare.to(device=device, dtype=dtype)
+    return lambda batch: task.answer(network, prepare(batch.inputs), batch, Want())
 
 
 def _made_again(config: Mapping[str, Any], data: Any, task: Any, run: str | Path | None) -> Any:

@@ -66,7 +66,7 @@ def check_files(run_dir: Path) -> Progress:
     found = _selected(run_dir / SELECTED)
     if found is not None and found[1] == epoch and digest in (None, weights.digest(found[0])):
         return progress
-    own = weights.student_of(there["state_dict"])
+    own = weights.student_of(there["state_dict"], there["kd"].get("deployed"))
     if epoch + 1 == progress.epochs and digest == weights.digest(own):
         weights.write(own, run_dir / SELECTED, {**there["kd"]["about"], "epoch": epoch})
         log.info("%s of epoch %d is written again, from the checkpoint", SELECTED, epoch + 1)

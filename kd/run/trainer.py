@@ -71,6 +71,7 @@ def carry_out(
     protocol = selection(validated, module)
     compatibility.check_accumulation(recipe, validated, data)
     about = {"model": config["student"]["model"], "data": facts(data), "seed": config["seed"]}
+    about |= {"heads": module.heads} if module.heads else {}
     module.about = about
     stopper = pruning.callback(run_dir) if run_dir else None
     metrics = {name: module.task.metric(name) for name in module.task.names(module.comparable)}

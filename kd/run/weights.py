@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def read(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor],
     else:
         content = read_pickle(file)
         own = content.get("kd") if isinstance(content, dict) else None
-        state, about = _state_dict(content, file), own.get("about", {}) if isinstance(own, dict) else {}
+        own = own if isinstance(own, dict) else {}
+        state, about = _state_dict(content, file, own.get("deployed")), own.get("about", {})
     facts = about.get("data", {}) if isinstance(about, dict) else None
     shape = facts.get("input_shape", []) if isinstance(facts, dict) else None
     if not isinstance(shape, (list, tuple)) or len(shape) > 4 or not all(type(n) is int and n > 0 for n in shape):
@@ -126,7 +128,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Any]:
         raise KdError(f"{file} cannot be read: it is truncated or not a safetensors file") from None
 
 
-def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
+def _state_dict(content: Any, file: Path, deployed: Mapping[str, str] | None = None) -> dict[str, Tensor]:
     """Unwrap the usual shells: Lightning's and others' outer dictionaries, DDP's and compile's prefixes."""
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -136,15 +138,20 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
         raise KdError(f"{file} holds no state dict (name → tensor)")
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if any(name.startswith("student.") for name in state):  # a checkpoint of this package
-        state = student_of(state)
+        state = student_of(state, deployed)
     for prefix in ("module.", "_orig_mod.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
-def student_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student of a module's state dict, its average where one is kept."""
+def student_of(state: Mapping[str, Tensor], deployed: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """Return the network that is deployed from a module's state dict: the student, or its average where one is kept.
+
+    ``deployed``: where terms leave a head on the student, the name of each of its tensors in ``state``.
+    """
+    if deployed and not any(name.startswith("average.") for name in state):
+        return {name: state[own] for name, own in deployed.items()}
     prefix = "average." if any(name.startswith("average.") for name in state) else "student."
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
