@@ -71,7 +71,7 @@ class AdaptedData(LightningDataModule):
         if lacking:
             raise KdError(f"{name} lacks {', '.join(lacking)}: a run trains, validates and tests on splits of its own")
         first = next(iter(self.train_dataloader()))
-        one = first.few(1).inputs
+        one, self._labels = first.few(1).inputs, first.targets is not None
         self._example = one
         shape = tuple(one.shape[1:]) if isinstance(one, Tensor) else ()
         self.num_classes: int | None = getattr(own, "num_classes", None)
@@ -92,7 +92,7 @@ class AdaptedData(LightningDataModule):
         if hasattr(self.own, "sizes"):
             return dict(self.own.sizes)
         counts = {split: _count(getattr(self.own, f"{split}_dataloader")()) for split in SPLITS}
-        return {**counts, "labelled": counts["train"]}
+        return {**counts, "labelled": counts["train"] if self._labels else 0}
 
     def example(self) -> Any:
         """Inputs of the first training sample, a batch of one."""
@@ -103,9 +103,11 @@ class AdaptedData(LightningDataModule):
         self.own.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Call the own module's, which may ask its trainer for the number of processes."""
+        """Give the own module its trainer, whose number of processes it may ask for.
+
+        It was set up when this was made. One that splits at random in ``setup`` would split otherwise each time.
+        """
         self.own.trainer = self.trainer
-        self.own.setup(stage)
 
     def teardown(self, stage: str) -> None:
         """Call the own module's."""
@@ -159,7 +161,7 @@ class Batches:
         self.epoch = 0
         self._handed, self._ended = 0, False
         self._resume: dict[str, Any] | None = None
-        if hasattr(loader, "__len__"):
+        if _length(loader) is not None:
             self.__class__ = _SizedBatches  # Lightning asks for a length by the class alone
 
     def __iter__(self) -> Iterator[Batch]:
@@ -252,11 +254,25 @@ def refuse_unsharded(loader: Any, split: str, processes: int) -> None:
     """``KdError`` for a loader that gives each of several processes the same batches."""
     inner = loader.loader if isinstance(loader, Batches) else loader
     sharded = isinstance(getattr(inner, "sampler", None), DistributedSampler)
+    sampler: Any = getattr(inner, "sampler", None)
+    if processes > 1 and sharded and split != "train" and sampler.total_size != len(sampler.dataset):
+        raise KdError(
+            f"the {split} loader repeats samples so that all {processes} processes have equally many: they would count "
+            "twice. Give it lightning.pytorch.overrides.distributed.UnrepeatedDistributedSampler"
+        )
     if processes > 1 and not sharded and not hasattr(inner, "world_size"):
         raise KdError(
             f"the {split} loader gives each of the {processes} processes the whole set: give it a "
             "torch.utils.data.DistributedSampler, or train in one process"
         )
+
+
+def _length(loader: Any) -> int | None:
+    """The number of batches; None of a stream: a loader of an ``IterableDataset`` has a length that raises."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _defines(own: Any, method: str) -> bool:

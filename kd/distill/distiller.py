@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd.data.base import as_batch, refuse_unsharded
+from kd.data.base import as_batch
 from kd.distill.answers import Answers
 from kd.distill.evaluation import measure
 from kd.distill.objective import Objective
-from kd.distill.optimisation import MakeGroups, MakeOptimizer, MakeScheduler, Optimised, OwnRecipe, WarmUp
+from kd.distill.optimisation import MakeGroups, MakeOptimizer, MakeScheduler, OwnRecipe, WarmUp
+from kd.distill.preparation import Prepared
 from kd.distill.step_buffer import StepBuffer, first_bad
-from kd.distill.taps import Taps, resolve, unfuse
 from kd.distill.teacher import Teacher
 from kd.errors import KdError, RunFailure
-from kd.losses.base import Batch, Output, Setup, Term
+from kd.losses.base import Batch, Output
 from kd.parallel import group
 from kd.tasks.base import Task, Want
 from kd.tasks.classification import Classification
@@ -55,7 +54,7 @@ class Step:
         return replace(self, total=self.total + other.total, values=values, over=over)
 
 
-class Distiller(Optimised):
+class Distiller(Prepared):
     """Trains ``student`` on the objective; ``teacher`` may be None (plain supervised training).
 
     Works in a plain ``lightning.Trainer`` with any loaders, whose batches become :class:`~kd.losses.base.Batch` by
@@ -161,242 +160,7 @@ class Distiller(Optimised):
         """What is trained, by name: the student, the terms' adapters, and the peers of a set-up."""
         return {"student": self.student, "objective": self.objective, **dict(self.peers.items())}
 
-    # ------------------------------------------------------------------ before the first batch
-
-    def prepare(
-        self,
-        batch: Batch,
-        train_index: Tensor | None = None,
-        train_targets: Tensor | None = None,
-        epochs: int | None = None,
-        steps: int | None = None,
-    ) -> None:
-        """Run both networks and each term once on two samples of a batch; resolve taps, build adapters, compare.
-
-        Each term sees ``Term.prepare(setup)``, then one ``forward``, both in eval mode: see
-        :class:`~kd.losses.base.Setup`. Call it once, before the optimiser is built.
-
-        ``train_index``, ``train_targets``: of the training set; ``epochs``, ``steps``: the length of the run; all for
-        :class:`~kd.losses.base.Setup`. The random state and batch statistics are left as they were. Raises ``KdError``
-        for wrong taps and for shapes that do not fit.
-        """
-        self.to(self.device)  # a teacher, or a term with weights, may have come from another one
-        few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
-        terms = self.objective.items()
-        self._resolve_taps()
-        gradient = bool(self.objective.needs("input_gradient"))
-        training = self.student.training
-        self.student.eval()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), _grad(gradient):
-            self._want = Want(logits=True, features=True, input_gradient=gradient)
-            self._inputs_of(few, gradient)
-            teacher, student = self._dry(few)
-            self._compare(student, teacher)
-            self._want = self._want._replace(logits=bool(self.objective.needs("teacher_logits")))
-            networks = {"student": self.student, **self._teacher_networks()}
-            known: dict[str, Any] = {"train_index": train_index, "train_targets": train_targets}
-            known |= {"classes": self.num_classes, "epochs": epochs, "steps": steps}
-            known["layouts"] = {"student": self.student_taps.layouts}
-            known["layouts"] |= {"teacher": self.teacher.layouts} if self.teacher is not None else {}
-            for name, term in terms:
-                own = student if term.needs_student_logits else student.without_logits()
-                other = teacher if term.needs_teacher_logits else teacher.without_logits()
-                seen = few if term.needs_labels else few.without_targets()
-                try:
-                    term.eval().prepare(Setup(own, other, seen, networks, **known))
-                    value = term.eval()(own, other, seen)  # eval: adapters may have batch statistics
-                except (ValueError, RuntimeError, TypeError, LookupError, AssertionError) as error:
-                    raise KdError(f"loss.{name}: {str(error).splitlines()[0]}") from error
-                if not isinstance(value, Tensor) or value.ndim:
-                    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise KdError(f"loss.{name} returns {shape}: a term must return a scalar tensor")
-            self.objective.train()
-            self._deploy(few)
-        self.student.train(training)
-        self.to(self.device)  # the adapters
-        self.prepared = True
-
-    def setup(self, stage: str) -> None:
-        """Prepare on the trainer's own loaders, where nobody has done it before (called by Lightning)."""
-        trainer = self.trainer
-        if trainer.world_size > 1:
-            group.ignore_in_ddp(self, None if self.teacher_trained else "teacher.", "objective.")
-        if stage == "fit" and not self.prepared:
-            trainer.fit_loop.setup_data()
-            data: Any = getattr(trainer, "datamodule", None)
-            loader: Any = trainer.train_dataloader
-            refuse_unsharded(loader, "train", trainer.world_size)
-            known = (getattr(data, name, None) for name in ("train_index", "train_targets"))
-            length: dict[str, Any] = {
-                "epochs": max(0, trainer.max_epochs or 0) or None,
-                "steps": max(0, trainer.max_steps) or None,
-            }
-            self.prepare(as_batch(next(iter(loader))), *known, **length)
-        elif stage in ("validate", "test") and not self.prepared and self.num_classes is None:
-            loop = trainer.test_loop if stage == "test" else trainer.validate_loop
-            loop.setup_data()
-            given: Any = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
-            batch = as_batch(next(iter(given)))
-            self.num_classes = self._classes_of_student(batch)
-
-    @torch.no_grad()
-    def _classes_of_student(self, batch: Batch) -> int | None:
-        self.to(self.device)
-        few, training = self.task.rows(batch.few(2).to(self.device)), self.student.training
-        answer = self.task.answer(self.student.eval(), few.inputs, few, Want())
-        self.student.train(training)
-        return answer.logits.shape[-1] if answer.has_logits else None
-
-    def _resolve_taps(self) -> None:
-        terms = self.objective.items()
-        root = self.teacher.root if self.teacher is not None else None
-        for name, term in terms:
-            try:
-                term.student_taps = resolve(term.student_taps, self.student, "student")
-                if root is not None:
-                    term.teacher_taps = resolve(term.teacher_taps, root, "teacher")
-                elif self.teacher is None or term.teacher_taps is None:
-                    term.teacher_taps = []
-            except KdError as error:
-                raise KdError(f"loss.{name}: {error}") from None
-            if term.needs_attention_maps:
-                self._unfuse(name, term, root)
-        self.student_taps = Taps(self.student, [str(n) for _, t in terms for n in t.student_taps or ()], "student")
-        if self.teacher is not None:
-            self.teacher.tap([str(n) for _, t in terms for n in t.teacher_taps or ()])
-
-    def _unfuse(self, name: str, term: Term, root: nn.Module | None) -> None:
-        """Let the tapped attention make its maps, and say that it is slower for it."""
-        for side, network, taps in (("student", self.student, term.student_taps), ("teacher", root, term.teacher_taps)):
-            changed = unfuse(network, [str(tap) for tap in taps or ()]) if network is not None else []
-            if changed:
-                where = ", ".join(changed)
-                log.info("loss.%s reads attention maps: fused attention is off in the %s's %s", name, side, where)
-
-    def _teacher_networks(self) -> dict[str, nn.Module]:
-        networks = list(self.teacher.networks) if self.teacher is not None else []
-        if len(networks) == 1:
-            return {"teacher": networks[0]}
-        return {f"teacher{number}": network for number, network in enumerate(networks)}
-
-    def _dry(self, batch: Batch) -> tuple[Output, Output]:
-        try:
-            teacher, student = self.answer_both(batch)
-            again = self.student_taps.inspect()
-            if self.teacher is not None:
-                again |= self.teacher.inspect_taps()
-            if again:
-                teacher, student = self.answer_both(batch)
-                self.student_taps.inspect()
-                if self.teacher is not None:
-                    self.teacher.inspect_taps()
-        except (RuntimeError, AssertionError) as error:
-            parts = batch.inputs if isinstance(batch.inputs, Mapping) else {"": batch.inputs}
-            shape = ", ".join(f"{name} {tuple(part.shape[1:])}".strip() for name, part in parts.items())
-            raise KdError(f"a network cannot take inputs of shape {shape}: {str(error).splitlines()[0]}") from None
-        return teacher, student
-
-    def _compare(self, student: Output, teacher: Output) -> None:
-        """Refuse outputs that do not fit one another; find out what can be measured."""
-        read = bool(self.objective.needs("teacher_logits")) and self.teacher is not None
-        self.task.agree(student, teacher, self.num_classes, read)
-        self._counts = student.has_logits and bool(self.task.counts)
-        if self.num_classes is None and student.has_logits:
-            self.num_classes = student.logits.shape[-1]
-        alike = teacher.has_logits and student.has_logits and teacher.logits.shape[-1] == student.logits.shape[-1]
-        self.comparable = self.comparable and alike
-
-    def _deploy(self, few: Batch) -> None:
-        """Let the terms leave their heads on the student, and see that what they made of it answers."""
-        network, self.heads = self.student, []
-        for name, term in self.objective.items():
-            before, network = network, term.deployed(network)
-            self.heads += [name] if network is not before else []
-            if not isinstance(network, nn.Module):
-                raise KdError(f"loss.{name}: deployed(student) returns a {type(network).__name__}, not a torch module")
-        self._deployed = [network]
-        if network is not self.student:
-            try:
-                self._deployed_keys()
-            except KeyError:
-                raise KdError(
-                    f"loss.{self.heads[-1]}: deployed(student) has weights that belong neither to the student nor to a "
-                    "term: they would be in no checkpoint"
-                ) from None
-            training = network.training
-            answer = self.task.answer(network.eval(), few.inputs, few, Want())
-            self.task.agree(answer, Output(), self.num_classes, False)
-            network.train(training)
-
-    def find_unreached(self, batch: Batch) -> None:
-        """Note the trainable parameters that no term reaches, in one backward pass on two samples: DDP must know."""
-        few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
-        training = self.student.training
-        self.student.eval()
-        self.objective.eval()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            self._inputs_of(few, self._want.input_gradient)
-            teacher, student = self.answer_both(few)
-            _, total = self.objective(student, teacher, few)
-            if total.requires_grad:
-                total.backward()
-        self.student.train(training)
-        self.objective.train()
-        self.unreached = [n for n, p in self.named_parameters() if p.requires_grad and p.grad is None]
-        self.zero_grad(set_to_none=True)
-
-    def configure_model(self) -> None:
-        """Shard student, teacher and adapters, each over all processes (called by Lightning under FSDP)."""
-        if self._device_mesh is None or self.sharded:
-            return
-        self.sharded = True
-        self.strict_loading = False  # the strategy reads a checkpoint before the teacher is put back
-        self.run_whole_teacher()  # a network that is left half-way would not be sharded again
-        teachers = list(self.teacher.networks) if self.teacher is not None else []
-        terms = [term for _, term in self.objective.items() if any(True for _ in term.parameters())]
-        group.shard([self.student, *teachers, *terms], self._device_mesh["data_parallel"])
-
-    def run_whole_teacher(self) -> None:
-        """Do not leave the teacher behind its last tap, whatever the terms need."""
-        self._want = self._want._replace(logits=True)
-
-    # ------------------------------------------------------------------ the forward passes
-
-    def answer_both(self, batch: Batch) -> tuple[Output, Output]:
-        """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
-        teacher = self.answer_of_teacher(batch)
-        student = self.answer_of_student(batch)
-        for view in self.objective.views:
-            if view not in batch.views:
-                raise KdError(
-                    f"a term needs the view {view} of each sample, the batches have "
-                    f"{', '.join(batch.views) or 'none'}: the data module must make it"
-                )
-            seen = Batch(batch.views[view], batch.targets, batch.index, batch.mask, {}, batch.extra)
-            teacher.views[view] = self.answer_of_teacher(seen)
-            student.views[view] = self.answer_of_student(seen)
-        return teacher, student
-
-    def answer_of_teacher(self, batch: Batch) -> Output:
-        """The teacher's output; empty without one. A set-up that supplies its own overrides this."""
-        return Output() if self.teacher is None else self.teacher.answer(batch, self._want)
-
-    def answer_of_student(self, batch: Batch) -> Output:
-        """The student's output, with the taps of the terms."""
-        self.student_taps.active = bool(self.student_taps.names)
-        output = self.task.answer(self.student, batch.inputs, batch, self._want)
-        if self.student_taps.active:
-            output.features |= self.student_taps.take()
-        self.student_taps.active = False
-        return output
-
-    def _inputs_of(self, batch: Batch, gradient: bool) -> None:
-        if gradient and isinstance(batch.inputs, Tensor) and batch.inputs.is_floating_point():
-            batch.inputs = batch.inputs.detach().requires_grad_()
-
-    def forward(self, inputs: Any) -> Any:
-        """What the network that is deployed returns."""
-        return self.deployed(**inputs) if isinstance(inputs, Mapping) else self.deployed(inputs)
+    # ------------------------------------------------------------------ a step
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: named terms, their weighted sum, counts into the buffer."""
@@ -418,16 +182,19 @@ class Distiller(Optimised):
             return
         if self.comparable and "val" not in self.teacher_metrics:
             self._measure_teacher()
-        if self.teacher.cache and self._want.logits:
-            data: Any = getattr(self.trainer, "datamodule", None)
-            if not hasattr(data, "answering_dataloader"):
-                raise KdError(
-                    "a teacher with cache = True answers the whole training set before the first epoch: its data must "
-                    "be a kd.data.base.AdaptedData or a data module of kd (trainer.fit(module, datamodule=data))"
-                )
-            loader = data.answering_dataloader()
+        if self._want.logits:
             with self.trainer.precision_plugin.forward_context():  # as in the training step
-                self.teacher.begin(loader, self.device)
+                self.teacher.begin(self._training_set(), self.device)
+
+    def _training_set(self) -> Iterator[Batch]:
+        """The training set once, in order, read when the first batch is asked for."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "answering_dataloader"):
+            raise KdError(
+                "a teacher with cache = True answers the whole training set before the first epoch: its data must be a "
+                "kd.data.base.AdaptedData or a data module of kd (trainer.fit(module, datamodule=data))"
+            )
+        yield from data.answering_dataloader()
 
     def _measure_teacher(self) -> None:
         assert self.teacher is not None
@@ -565,11 +332,6 @@ class Distiller(Optimised):
             sums, rows = self._over_all(self._buffer.sums.clone(), self._buffer.row_total)
             checkpoint["kd"]["sums"] = {"sums": sums, "rows": rows}
 
-    def _deployed_keys(self) -> dict[str, str]:
-        """Name in the deployed network → name in this module's state dict, of each of its tensors."""
-        own = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()}
-        return {name: own[id(tensor)] for name, tensor in self.trained.state_dict(keep_vars=True).items()}
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put a teacher that was left out back, so that loading stays strict. ``KdError`` when the data is another."""
         self._refuse_other_data(checkpoint["kd"]["about"].get("data", {}))
@@ -591,10 +353,6 @@ class Distiller(Optimised):
                     f"{now.get(key)} now). Put it back, or start a run of its own; an older kd "
                     "divided folders otherwise"
                 )
-
-
-def _grad(wanted: bool) -> Any:
-    return contextlib.nullcontext() if wanted else torch.no_grad()
 
 
 def _cast_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -123,7 +123,8 @@ class _Gathered:
         student = self._output(self.student, term.student_taps, term.needs_student_logits, term.needs_views)
         teacher = self._output(self.teacher, term.teacher_taps, term.needs_teacher_logits, term.needs_views)
         if self.whole is None:
-            few = Batch(self.batch.inputs).map(lambda tensor: tensor.new_zeros(len(tensor), 1))  # much to send
+            # inputs are much to send: in their place stands what no loss survives
+            few = Batch(self.batch.inputs).map(lambda t: torch.full((len(t), 1), torch.nan, device=t.device))
             self.whole = replace(self.batch, inputs=few.inputs, views={}, extra={}).map(self._rows)
         return student, teacher, self.whole
 

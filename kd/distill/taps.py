@@ -105,6 +105,7 @@ class Taps:
         self._fired: dict[str, int] = dict.fromkeys(self.names, 0)
         self._clone: set[str] = set()
         self._overwritten: set[str] = set()
+        self._inspected = False  # the dry pass has found out what to clone
         self.layouts: dict[str, Layout] = {}
         self._made: dict[tuple[str, int], Layout] = {}  # as the network makes them, by name and number of dimensions
         for name in self.names:
@@ -174,6 +175,11 @@ class Taps:
         if silent:
             raise KdError(f"{self.side} tap {silent[0]} did not fire: {self._why(silent[0])}")
         self._compare_versions()
+        if self._inspected and (late := sorted(self._overwritten - self._clone)):
+            raise KdError(
+                f"{self.side} tap {late[0]} is overwritten in place by what follows it in training mode alone, as an "
+                "in-place dropout does: tap the module behind it, or make that one not in place"
+            )
         recorded, self._recorded = self._recorded, {}
         return recorded
 
@@ -201,6 +207,7 @@ class Taps:
             if count > 1:
                 raise KdError(f"{self.side} tap {name} fires {count} times in one pass: tap a module around it")
         self._compare_versions()
+        self._inspected = True
         overwritten, self._overwritten = self._overwritten - self._clone, set()
         self._clone |= overwritten
         self._fired = dict.fromkeys(self.names, 0)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kd.distill.answers import Answers
 from kd.distill.taps import AllTapped, Taps
 from kd.errors import KdError
-from kd.losses.base import Batch, Output
+from kd.losses.base import Batch, Output, at_least_float32
 from kd.losses.layouts import Layout
 from kd.tasks.base import Task, Want
 from kd.tasks.classification import Classification
@@ -165,10 +165,13 @@ class Teacher(Answers):
             return
         index, answers = [], []
         for batch in batches:
-            assert batch.index is not None
+            if batch.index is None:
+                raise KdError("teacher.cache = true keeps answers by the index of each sample, the data gives none")
             index.append(batch.index)
             batch = self.task.rows(batch.to(device))
             answers.append(self(batch.views.get("teacher", batch.inputs), batch).logits.float())
+            if len(answers[-1]) != len(batch):
+                raise KdError("teacher.cache = true keeps a row for each sample, and this task has other rows")
         places, logits = torch.cat(index).to(device), torch.cat(answers)
         self.remembered = logits.new_full((int(places.max()) + 1, logits.shape[1]), torch.nan)
         self.remembered[places] = logits
@@ -178,6 +181,6 @@ class Teacher(Answers):
             raise KdError(f"the teachers disagree on the classes: {', '.join(str(a.shape[-1]) for a in answers)}")
         shares = torch.tensor(self.shares, device=answers[0].device)
         if self.combine == "logits":
-            return torch.einsum("t,t...->...", shares, torch.stack([a.float() for a in answers]))
-        logs = torch.stack([F.log_softmax(a.float(), dim=-1) for a in answers])
+            return torch.einsum("t,t...->...", shares, torch.stack([at_least_float32(a) for a in answers]))
+        logs = torch.stack([F.log_softmax(at_least_float32(a), dim=-1) for a in answers])
         return torch.logsumexp(logs + shares.log().view(-1, *[1] * (logs.ndim - 1)), dim=0)

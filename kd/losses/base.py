@@ -41,6 +41,11 @@ class Batch:
         """Number of samples."""
         return len(_first_tensor(self.inputs))
 
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs are."""
+        return _first_tensor(self.inputs).device
+
     def few(self, count: int) -> Batch:
         """The first ``count`` samples. Call it before ``task.rows``: afterwards targets may be rows, not samples."""
         whole = len(self)
@@ -221,8 +226,9 @@ class Term(nn.Module):
         Whether its taps are attention maps, which fused attention does not make: timm's is switched off around them.
     ``over``
         What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``; or ``"batch"``: it is no plain mean
-        (Gram matrices, batch statistics, normalisers, contrasts, banks), and on several processes it sees the outputs
-        and the batch of all of them, gathered with their gradient.
+        (Gram matrices, batch statistics, normalisers, contrasts, banks), and on several processes it sees those of
+        all: logits and taps with their gradient, targets, index and mask. Not so inputs (NaN there), views of the
+        batch, ``extra``, ``raw`` and ``hidden``.
     ``progress``
         Set before each step: the part of the training that is done, 0 to 1, for temperatures that change.
 

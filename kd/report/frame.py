@@ -15,7 +15,7 @@ from kd.records import inputs, record, weight_files
 from kd.report import override_drift
 from kd.report.measures import EPOCHS, Measure
 from kd.studies.study import Study
-from kd.tasks.metrics import Metric, described
+from kd.tasks.metrics import Metric, described, retention
 
 SCHEMA = 1  # of results.csv
 RESULTS = "results.csv"  # in the folder of a study, and beside its runs
@@ -123,9 +123,9 @@ def _student(found: Mapping[str, Any], main: Metric, rows: int | None) -> dict[s
             numbers |= {f"{epoch}/{split}/{metric}": value for metric, value in part.get(split, {}).items()}
         numbers |= _classes(f"{epoch}/test", part)
         numbers |= _wrong(f"{epoch}/test", part["test"], main, rows)
-        if main.name in found.get("teacher", {}).get("test", {}):
-            numbers[f"{epoch}/retention"] = part["test"][main.name] / max(found["teacher"]["test"][main.name], 1e-12)
-        if main.name in part.get("train", {}):  # mixed images have no label to be right about
+        kept = retention(part["test"].get(main.name), found.get("teacher", {}).get("test", {}).get(main.name))
+        numbers |= {} if kept is None else {f"{epoch}/retention": kept}
+        if main.counted and main.name in part.get("train", {}):  # mixed images have no label to be right about
             numbers[f"{epoch}/gap"] = part["train"][main.name] - part["test"][main.name]
     return numbers
 

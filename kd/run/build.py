@@ -279,7 +279,7 @@ def objective(config: Mapping[str, Any]) -> Objective:
     return Objective(terms, factors, schedules)
 
 
-def _load_terms(config: Mapping[str, Any], module: Distiller) -> None:
+def load_terms(config: Mapping[str, Any], module: Distiller) -> None:
     """Put what an earlier run has learned into the terms that name one: ``loss.NAME.checkpoint=RUN``."""
     for name, term in module.objective.items():
         source = config["loss"][name].get("checkpoint")
@@ -333,7 +333,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     batch = next(iter(data.train_dataloader()))
     length = {"epochs": recipe["epochs"], "steps": recipe.get("steps")}
     module.prepare(batch, data.train_index, data.train_targets, **length)
-    _load_terms(config, module)
+    load_terms(config, module)
     if isinstance(module.make_groups, optim.Groups):
         module.make_groups.check(module.networks())
     if group.joined():

@@ -43,6 +43,15 @@ def _cache(module: Distiller, data: Any) -> None:
             f"teacher.cache = true keeps the teacher's logits only, loss.{tapping[0]} reads its intermediate tensors: "
             "set teacher.cache=null"
         )
+    asked = {"views": module.objective.views, "input gradients": module.objective.needs("input_gradient")}
+    for what, names in asked.items():
+        if names:
+            raise KdError(f"teacher.cache = true keeps no {what}, and a term reads them ({names[0]}): set it to null")
+    if type(module).compose is not Distiller.compose:
+        raise KdError(
+            f"teacher.cache = true keeps answers to the samples as they are, {type(module).__name__} composes others: "
+            "set teacher.cache=null"
+        )
     if data.random_view is not None:
         other = " or data.teacher_view=clean" if data.random_view == "data.augment" else ""
         raise KdError(

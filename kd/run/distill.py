@@ -138,6 +138,7 @@ def distill(
         compatibility.check(module, data, len(batch))
         compatibility.check_steps(config["recipe"], module)
         module.prepare(batch, data.train_index, data.train_targets, epochs=epochs)
+        build.load_terms({"loss": nodes}, module)
         if data.num_classes is None and module.num_classes is not None:
             data.num_classes = module.num_classes
             data.class_names = [str(number) for number in range(module.num_classes)]

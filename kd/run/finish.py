@@ -17,6 +17,7 @@ from kd.records import record, weight_files
 from kd.records.durable import replacing
 from kd.run import weights
 from kd.tasks.base import Task
+from kd.tasks.metrics import retention
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ def close(
     Without a ``run_dir`` no file is written. The module is left with the selected student. ``digest``: of the last
     student; ``again``: whether callbacks may have changed it after its validation.
     """
+    if run_dir is not None:  # all of the last epoch: before the selected weights take their place
+        _export(config, run_dir, module)
     data.setup("test")
     last_epoch, steps = module.epoch_trained, module.steps_done
     train_means = {k.partition("/")[2]: v for k, v in module.epoch_means.items()}
@@ -64,8 +67,6 @@ def close(
     if best.digest is not None:
         selected["digest"] = best.digest
     outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
-    if run_dir is not None:
-        _export(config, run_dir, module)
     if module.teacher is not None:
         outcome["teacher"] = _teacher_part(config, module)
         if module.teacher_trained:
@@ -85,12 +86,17 @@ def _validated(trainer: L.Trainer, module: Distiller, data: Any) -> dict[str, fl
 
 
 def _export(config: Mapping[str, Any], run_dir: Path, module: Distiller) -> None:
-    """Keep the peers of a set-up, each as a file of its own, and what the terms have learned, for another run."""
+    """Keep the peers of a set-up, each as a file of its own, and what the terms have learned, for another run.
+
+    Both as they are after the last epoch, which the files say.
+    """
+    epoch = {"epoch": module.epoch_trained}
     for name, network in module.peers.items():
-        about = {**module.about, "model": config["networks"][name]} if name in (config.get("networks") or {}) else {}
-        weights.save(network, run_dir / f"{name}.safetensors", about)
+        node = (config.get("networks") or {}).get(name)
+        about = {} if node is None else {k: v for k, v in module.about.items() if k != "heads"} | {"model": node}
+        weights.save(network, run_dir / f"{name}.safetensors", {**about, **epoch})
     if module.objective.terms.state_dict():
-        weights.save(module.objective.terms, run_dir / weight_files.TERMS, {})
+        weights.save(module.objective.terms, run_dir / weight_files.TERMS, epoch)
 
 
 def _teacher_part(config: Mapping[str, Any], module: Distiller) -> dict[str, Any]:
@@ -174,7 +180,9 @@ def summary(outcome: Mapping[str, Any], task: Task, run_dir: Path | None) -> str
 def _retention(student: Mapping[str, Any], teacher: Mapping[str, Any], task: Task) -> str:
     """The student's main metric as a share of the teacher's; where less is better, how many times the teacher's."""
     metric = task.metrics[0]
-    ratio = student["test"][metric.name] / (teacher["test"][metric.name] or 1e-12)
+    ratio = retention(student["test"].get(metric.name), teacher["test"].get(metric.name))
+    if ratio is None:
+        return f"none: the teacher's {metric.title} is not above 0"
     return (
         f"{ratio:.1%} of the teacher's {metric.title}"
         if metric.better == "max"

@@ -89,7 +89,7 @@ class Task(ABC):
         """Number of labelled rows of a batch that has been through :meth:`rows`, 0-d."""
         targets = batch.targets
         if targets is None:
-            return torch.tensor(0)
+            return torch.zeros((), dtype=torch.int64, device=batch.device)
         if targets.is_floating_point():  # shares, or numbers to regress on: every row has one
             return torch.tensor(len(targets), device=targets.device)
         return (targets != UNLABELLED).sum()

@@ -33,6 +33,8 @@ class Classification(Task):
 
     def count(self, student: Output, batch: Batch) -> list[Tensor]:
         """Right answers among the labelled rows, top-1 and top-5; of a mixture its larger share is the label."""
+        if batch.targets is None:
+            return [torch.zeros((), device=student.logits.device) for _ in self.counts]
         targets = batch.targets.argmax(-1) if batch.targets.is_floating_point() else batch.targets
         labelled = targets != UNLABELLED
         found = hits(student.logits.detach(), targets.clamp(min=0))

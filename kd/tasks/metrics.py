@@ -38,6 +38,11 @@ def described(given: Iterable[Mapping[str, Any]] | None) -> tuple[Metric, ...]:
     return found or CLASSIFICATION
 
 
+def retention(student: float | None, teacher: float | None) -> float | None:
+    """Return the student's metric ÷ the teacher's; None where a ratio means nothing: of a teacher at 0 or below."""
+    return student / teacher if student is not None and teacher is not None and teacher > 0 else None
+
+
 CLASSIFICATION = (
     Metric("acc1", "top-1", share=True, counted=True),
     Metric("acc5", "top-5", share=True),
