@@ -13,6 +13,7 @@ from wandb_disk import only
 
 from kd.config.compose import checked
 from kd.records.record import read
+from kd.tasks.metrics import CLASSIFICATION
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,9 @@ def test_the_agents_run_is_the_run_that_is_kept(agent, tmp_path) -> None:
 
 def test_its_parameters_and_metric_are_ones_of_kd_train() -> None:
     content = yaml.safe_load(SWEEP.read_text())
-    assert content["metric"]["name"] == checked(["experiment=digits_kd"])["protocol"]["monitor"]
+    first = CLASSIFICATION[0]  # what a run is selected by where protocol.monitor is null
+    assert checked(["experiment=digits_kd"])["protocol"]["monitor"] is None
+    assert content["metric"] == {"name": f"val/{first.name}", "goal": f"{first.better}imize"}
     for key, node in content["parameters"].items():
         for value in node["values"]:
             checked(["experiment=digits_kd", f"{key}={value}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kd.errors import KdError, did_you_mean
@@ -132,7 +133,8 @@ class Taps:
     def _record(self, name: str, value: Any) -> None:
         tensor = self._tensor(name, value)
         kept = tensor.clone() if name in self._clone else tensor
-        self._versions[name] = kept._version
+        if not torch.compiler.is_compiling():  # a compiled network counts versions of its own; the dry pass is eager
+            self._versions[name] = kept._version
         self._recorded[name] = self._as_map(name, kept)
         self._fired[name] += 1
         if self.stop and len(self._recorded) == len(self.names):
@@ -180,7 +182,7 @@ class Taps:
                 f"{self.side} tap {late[0]} is overwritten in place by what follows it in training mode alone, as an "
                 "in-place dropout does: tap the module behind it, or make that one not in place"
             )
-        recorded, self._recorded = self._recorded, {}
+        recorded, self._recorded, self._versions = self._recorded, {}, {}
         return recorded
 
     def _why(self, name: str) -> str:
@@ -196,7 +198,7 @@ class Taps:
         return "its module does not run in the forward pass"
 
     def _compare_versions(self) -> None:
-        self._overwritten |= {n for n, tensor in self._recorded.items() if tensor._version != self._versions[n]}
+        self._overwritten |= {n for n, version in self._versions.items() if self._recorded[n]._version != version}
 
     def inspect(self) -> bool:
         """After a dry pass: refuse taps that fire more than once; clone what the network overwrites in place.
