@@ -164,7 +164,9 @@ def test_the_teacher_stops_after_the_last_tap() -> None:
     )
     ran = []
     for name in ("layer2", "layer3", "fc"):
-        distiller.teacher.root.get_submodule(name).register_forward_pre_hook(lambda *a, name=name: ran.append(name))
+        distiller.teacher.answering[0].get_submodule(name).register_forward_pre_hook(
+            lambda *a, name=name: ran.append(name)
+        )
     batch = next(iter(data.train_dataloader()))
     teacher, student = distiller.answer_both(batch)
     assert ran == ["layer2"]

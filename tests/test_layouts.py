@@ -248,7 +248,7 @@ def test_hint_refuses_attention_maps_unless_the_adapter_is_chosen() -> None:
 
 def test_fused_attention_is_switched_off_where_maps_are_read(caplog) -> None:
     student, teacher, name = vit(), vit(), "blocks.1.attn.attn_drop"
-    with caplog.at_level(logging.INFO, logger="kd.distill.distiller"):
+    with caplog.at_level(logging.INFO, logger="kd"):
         made = distiller(student, teacher, AttentionHint([name], [name], adapter="identity"), "maps")
     said = [r.getMessage() for r in caplog.records if "fused" in r.getMessage()]
     assert said == [

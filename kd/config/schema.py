@@ -32,6 +32,7 @@ class Teacher:
     mean: list[float] | None = None  # statistics of its input; null: recorded with it, else those of the data
     std: list[float] | None = None
     cache: bool | None = None  # true: answer each training image once, before the first epoch
+    optimize: bool = True  # batch norms folded, weights channels last: the same answers up to rounding, sooner
     trust: bool | None = None  # true: build what the checkpoint's own file names, also code from outside the libraries
     answers: Any = None  # _target_ of a kd.distill.answers.Answers in the place of live networks; null: these
     resize: Any = None  # an edge in pixels, or false: feed as is; null: refuse when the sizes differ
@@ -73,6 +74,7 @@ class Hardware:
     sync_batchnorm: bool = False  # batch statistics over all processes (GPUs)
     compile: str | None = None  # mode of torch.compile (default, reduce-overhead, …); null: eager
     compiled: list[str] = field(default_factory=lambda: ["student", "teacher"])  # the networks that it compiles
+    channels_last: bool = True  # memory format of images and convolutions, where a network answers the same with it
     precision: str = "32-true"
     threads: int | None = None  # of torch on the CPU; null: torch's choice
     timeout_s: int = 1800  # of several processes: how long each waits for the others before the run fails

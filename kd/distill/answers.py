@@ -54,6 +54,9 @@ class Answers(nn.Module):
         if names:
             raise KdError(f"teacher tap {names[0]} does not exist: {type(self).__name__} keeps no intermediate tensors")
 
+    def optimize(self, batch: Batch, channels_last: bool) -> None:
+        """Get faster without answering otherwise, as this batch shows; images ``channels_last`` or as they come."""
+
     def inspect_taps(self) -> bool:
         """After a dry pass: whether it must be repeated (:meth:`kd.distill.taps.Taps.inspect`)."""
         return False

@@ -186,6 +186,10 @@ class Distiller(Prepared):
             with self.trainer.precision_plugin.forward_context():  # as in the training step
                 self.teacher.begin(self._training_set(), self.device)
 
+    def on_fit_end(self) -> None:
+        """Leave the weights as they came: other libraries save them only row by row."""
+        self.use_contiguous()
+
     def _training_set(self) -> Iterator[Batch]:
         """The training set once, in order, read when the first batch is asked for."""
         data: Any = getattr(self.trainer, "datamodule", None)

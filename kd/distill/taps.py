@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kd.errors import KdError, did_you_mean
 from kd.losses.layouts import NCHW, Layout, parse_layout
@@ -109,12 +110,24 @@ class Taps:
         self._inspected = False  # the dry pass has found out what to clone
         self.layouts: dict[str, Layout] = {}
         self._made: dict[tuple[str, int], Layout] = {}  # as the network makes them, by name and number of dimensions
+        self._handles: list[RemovableHandle] = []
+        self.attach(network)
+
+    def attach(self, network: nn.Module) -> None:
+        """Record in this network from now on: the one that the taps were made for, or a copy of it."""
+        self.detach()
         for name in self.names:
-            module = _module(network, name, side)
+            module = _module(network, name, self.side)
             if name.partition("@")[0].partition(":")[2].startswith("input"):
-                module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True))
             else:
-                module.register_forward_hook(self._output_hook(name))
+                self._handles.append(module.register_forward_hook(self._output_hook(name)))
+
+    def detach(self) -> None:
+        """Record nothing from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _input_hook(self, name: str):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from kd.distill.taps import AllTapped, Taps
 from kd.errors import KdError
 from kd.losses.base import Batch, Output, at_least_float32
 from kd.losses.layouts import Layout
+from kd.models.folding import Folded, channels_last, foldable, same, to_channels_last
 from kd.tasks.base import Task, Want
 from kd.tasks.classification import Classification
 
@@ -68,7 +69,10 @@ class Teacher(Answers):
     ``combine="probabilities"`` answers with ``log Σ wᵢ softmax(zᵢ)`` (an ensemble in the usual sense; its softmax is
     the mean of the members' probabilities), ``"logits"`` with ``Σ wᵢ zᵢ``. ``weights`` are normalised to sum 1.
     ``task``: how the networks are called; None: classification. ``cache``: whether :meth:`begin` answers the whole
-    training set, so that no step after it needs a forward pass.
+    training set, so that no step after it needs a forward pass. ``optimized``: whether :meth:`optimize` does
+    anything.
+
+    ``networks`` are the teachers as they were given. What answers is a copy of them once batch norms are folded.
     """
 
     live = True
@@ -81,9 +85,13 @@ class Teacher(Answers):
         weights: Sequence[float] | None = None,
         cache: bool = False,
         task: Task | None = None,
+        optimized: bool = True,
     ) -> None:
         super().__init__()
-        self.cache = cache
+        self.cache, self.optimized = cache, optimized
+        self._folded: Folded | None = None
+        self.channels_last = False
+        self.taps: Any = None
         self.task = task if task is not None else Classification()
         self.remembered: Tensor | None = None  # (positions, classes) float32, NaN where nothing was asked
         if weights is not None and (len(weights) != len(networks) or min(weights) < 0 or sum(weights) <= 0):
@@ -105,8 +113,60 @@ class Teacher(Answers):
         """The module that tap names start from: the network, or for several the list (``"0.layer2"``)."""
         return self.networks[0] if len(self.networks) == 1 else self.networks
 
+    @property
+    def answering(self) -> list[nn.Module]:
+        """The networks that answer: those that were given, or their copies with batch norms folded."""
+        if self._folded is None:
+            return list(self.networks)
+        return [self._folded.network] if len(self.networks) == 1 else list(self._folded.network.children())
+
+    def optimize(self, batch: Batch, channels_last: bool) -> None:
+        """Fold batch norms and store weights channels last, where answers and taps on ``batch`` stay what they are."""
+        weights = list(self.parameters())
+        if not self.optimized or any(w.requires_grad or w.is_meta for w in weights):
+            return
+
+        def read(last: bool = False) -> Any:
+            self.channels_last = last
+            output = self(batch.views.get("teacher", batch.inputs), batch)
+            raw = [member.raw for member in (output, *output.members)]
+            return [output.logits if output.has_logits else None, raw, output.features]
+
+        before, pairs = read(), foldable(self.root, read)
+        if pairs:
+            self._fold(pairs)
+            if not same(before, read()):
+                log.info("the teacher's batch norms are not folded: its answers would be others")
+                self.use_given()
+        if channels_last:
+            self.channels_last = to_channels_last(nn.ModuleList(self.answering), read)
+
+    def _fold(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self.taps.detach()  # else the copy would have hooks of its own
+        try:
+            self._folded = Folded(self.root, pairs)
+        except (TypeError, RuntimeError) as error:
+            log.info("the teacher's batch norms are not folded: it cannot be copied (%s)", str(error).splitlines()[0])
+        self.taps.attach(self.root if self._folded is None else self._folded.network)
+
+    def use_given(self) -> None:
+        """Answer by the networks as they were given, from now on."""
+        self._folded, self.channels_last = None, False
+        self.networks.to(memory_format=torch.contiguous_format)
+        self.taps.attach(self.root)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        """Move what answers along: it belongs to no state dict, and so is no module of this one."""
+        super()._apply(fn, recurse)
+        if self._folded is not None:
+            self._folded.network._apply(fn)
+        return self
+
     def tap(self, names: Sequence[str]) -> None:
-        """Record these tensors in every forward pass from now on."""
+        """Record these tensors in every forward pass from now on; :meth:`optimize` anew for them."""
+        if self.taps is not None:
+            self.taps.detach()
+        self._folded, self.channels_last = None, False
         self.taps = Taps(self.root, names, side="teacher")
 
     def inspect_taps(self) -> bool:
@@ -141,13 +201,17 @@ class Teacher(Answers):
     def forward(self, inputs: Any, batch: Batch | None = None, want: Want | None = None) -> Output:
         """Answer ``inputs`` as the data module makes them; ``batch``: what they belong to, None: the inputs alone."""
         batch, want = batch or Batch(inputs), want or Want()
+        if self._folded is not None:
+            self._folded.refresh()
         self.taps.active = want.features and bool(self.taps.names)
         self.taps.stop = self.taps.active and not want.logits
         members = []
         try:
             with torch.set_grad_enabled(want.input_gradient and torch.is_grad_enabled()):
-                for network, prepare in zip(self.networks, self.input_maps, strict=True):
-                    members.append(self.task.answer(network, prepare(inputs), batch, want))
+                for network, prepare in zip(self.answering, self.input_maps, strict=True):
+                    given = prepare(inputs)
+                    given = channels_last(given) if self.channels_last else given
+                    members.append(self.task.answer(network, given, batch, want))
         except AllTapped:
             return Output(features=self.taps.take())
         finally:

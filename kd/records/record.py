@@ -42,7 +42,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     for key in ("networks", "callbacks"):
         if not kept.get(key):
             kept.pop(key, None)
-    for key in ("cache", "trust"):  # the same answers, sooner, or from a file that is allowed to name code
+    for key in ("cache", "optimize", "trust"):  # the same answers, sooner, or from a file that is allowed to name code
         kept["teacher"].pop(key, None)
     text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

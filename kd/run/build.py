@@ -161,7 +161,15 @@ def _live_teacher(config: Mapping[str, Any], data: Any, task: Task) -> Teacher |
     named = {node["_target_"] for role in ("student", "teacher") for _, node in targets(config[role]["model"])}
     members = [_member(model, checkpoint, section, data, named) for model, checkpoint in pairs]
     networks, maps = [n for n, _ in members], [i for _, i in members]
-    built = Teacher(networks, maps, section["combine"], section["weights"], bool(section.get("cache")), task)
+    built = Teacher(
+        networks,
+        maps,
+        section["combine"],
+        section["weights"],
+        bool(section.get("cache")),
+        task,
+        section.get("optimize", True),
+    )
     built.sources = [weight_files.source_of(c, section.get("epoch")) for _, c in pairs if c is not None]
     return built
 
@@ -332,7 +340,8 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     compatibility.check(module, data, recipe["batch_size"])
     batch = next(iter(data.train_dataloader()))
     length = {"epochs": recipe["epochs"], "steps": recipe.get("steps")}
-    module.prepare(batch, data.train_index, data.train_targets, **length)
+    channels_last = hardware.settings(config)["channels_last"]
+    module.prepare(batch, data.train_index, data.train_targets, **length, channels_last=channels_last)
     load_terms(config, module)
     if isinstance(module.make_groups, optim.Groups):
         module.make_groups.check(module.networks())

@@ -60,7 +60,7 @@ def compile_networks(config: Mapping[str, Any], module: Any) -> None:
     # off: more often than the 8 times after which torch gives up
     name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, name, max(64, getattr(torch._dynamo.config, name)))
-    networks = {"student": [module.student], "teacher": list(module.teacher.networks) if module.teacher else []}
+    networks = {"student": [module.student], "teacher": getattr(module.teacher, "answering", [])}
     for role in hardware["compiled"]:
         for network in networks[role]:
             network.compile(mode=hardware["compile"])
