@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.notebooks import Kernel
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -58,3 +62,15 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = ["model@student=mlp_teacher", "recipe.epochs=4", "hardware=cpu", "name=teacher"]
     train(checked(overrides), run_dir, overrides)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    """The kernel that all notebooks of this worker run in, one after the other."""
+    from tests.notebooks import Kernel
+
+    started = Kernel(tmp_path_factory.getbasetemp())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
+        yield started
+    started.stop()

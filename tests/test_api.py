@@ -64,6 +64,7 @@ def plain(**options: Any) -> L.Trainer:
 # ---------------------------------------------------------------------- kd.distill
 
 
+@pytest.mark.slow
 def test_importing_kd_imports_no_torch_and_the_package_is_a_function() -> None:
     code = "import sys, kd; assert 'torch' not in sys.modules; import kd.distill.distiller; print(callable(kd.distill))"
     code += "; print(kd.Distiller.__name__, kd.Teacher.__name__, kd.Objective.__name__, kd.functional.__name__)"

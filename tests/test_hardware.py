@@ -56,6 +56,7 @@ def trained(kd, tmp_path: Path, name: str, *overrides: str) -> dict[str, torch.T
     return load_file(tmp_path / name / "student_last.safetensors")
 
 
+@pytest.mark.slow
 def test_compiled_networks_train_like_eager_ones_and_keep_their_names(kd, tmp_path, teacher_run) -> None:
     """With taps: the hooks of the terms fire inside of the compiled networks."""
     terms = [f"teacher.checkpoint={teacher_run}", "loss=[ce,hint]", "loss.hint.teacher_taps=[-1]", "recipe=sgd_cosine"]

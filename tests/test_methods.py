@@ -75,6 +75,7 @@ def golden(folder: Path, name: str, **other: object) -> None:
     np.savez(folder / f"{name}.npz", **case, loss=22 / 4, grad_student_logits=(student - teacher) / 2, **other)
 
 
+@pytest.mark.slow
 def test_a_method_is_three_files(checkout: Path) -> None:
     (checkout / "kd" / "losses" / "logits" / "seventh.py").write_text(LOSS)
     (checkout / "conf" / "loss" / "seventh.yaml").write_text(YAML)
@@ -97,6 +98,7 @@ def test_a_method_is_three_files(checkout: Path) -> None:
         assert f"PASSED tests/losses/test_golden.py::{test}[seventh]" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", [["--golden={}"], ["--golden", "{}"]])
 def test_a_wrong_case_fails_and_a_file_of_no_method_is_named(tmp_path: Path, spelling: list[str]) -> None:
     """A number that is not ours, an alternative that nobody explains, a setting that no function takes."""
@@ -117,6 +119,7 @@ def test_a_wrong_case_fails_and_a_file_of_no_method_is_named(tmp_path: Path, spe
     assert "does not take ['smoothing']" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_functions_of_one_name_are_an_error(checkout: Path) -> None:
     (checkout / "kd" / "losses" / "features" / "other.py").write_text(LOSS.replace("seventh_loss", "kl_divergence"))
     done = python(checkout, "-c", "import kd.losses.functional")

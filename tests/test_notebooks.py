@@ -9,15 +9,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.notebooks import NOTEBOOKS, Kernel, pictures, text_of
+
 pytestmark = pytest.mark.slow
-
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-
-
-def text_of(cell: nbformat.NotebookNode) -> str:
-    """Everything a code cell printed or showed, as plain text."""
-    shown = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
-    return "\n".join(shown)
 
 
 @pytest.fixture(scope="module")
@@ -52,55 +46,36 @@ def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
         assert cell.metadata == {}
 
 
-def executed(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[nbformat.NotebookNode]:
+def executed(kernel: Kernel, path: Path, folder: Path, **environment: str) -> list[nbformat.NotebookNode]:
     """The code cells of a notebook after it ran in a folder; two epochs each."""
-    from nbclient import NotebookClient
-
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         cell.source = re.sub(r"(epochs)=\d+", r"\1=2", cell.source)  # time is all that they cost
-    NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(folder)}}).execute()
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return kernel.execute(notebook, folder, **environment)
 
 
-def test_runs_are_read(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbclient import NotebookClient
-
-    monkeypatch.setenv("KD_RUNS", str(runs))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    said = "\n".join(text_of(cell) for cell in notebook.cells if cell.cell_type == "code")
-    assert "2 of 2 runs" in said
-    tables = [text_of(cell) for cell in notebook.cells if cell.cell_type == "code" and "retention" in cell.source]
+def test_runs_are_read(kernel: Kernel, runs: Path, tmp_path: Path) -> None:
+    code = executed(kernel, NOTEBOOKS[0], tmp_path, KD_RUNS=str(runs))
+    assert "2 of 2 runs" in "\n".join(map(text_of, code))
+    tables = [text_of(cell) for cell in code if "retention" in cell.source]
     assert any("1_teacher" in t and "2_distilled" in t and "ce+kd" in t for t in tables)
 
 
-def test_a_method_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbclient import NotebookClient
-
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = nbformat.read(NOTEBOOKS[3], as_version=4)
-    for cell in notebook.cells:
-        cell.source = cell.source.replace("recipe.epochs=10", "recipe.epochs=2")  # time is all that they cost
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+def test_a_method_is_added(kernel: Kernel, tmp_path: Path) -> None:
+    code = executed(kernel, NOTEBOOKS[3], tmp_path)
     said = "\n".join(map(text_of, code))
     assert "as NumPy says: 0.952952" in said
     assert "9/9" in said
     rows = re.findall(r"^(loss=\S+) +(0\.\d+) +(0\.\d+) +3 *$", text_of(code[-1]), re.MULTILINE)
     assert [name for name, *_ in rows[:3]] == ["loss=[ce,correlation]", "loss=[ce,kd]", "loss=[ce]"]
-    assert sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs) == 1
+    assert pictures(code) == 1
     (run,) = tmp_path.glob("my_method_*/sweep/loss-ce+correlation_seed-2")
     record = json.loads((run / "result.json").read_text())
     assert {"ce", "correlation"} < set(record["student"]["last"]["train"])
 
 
-def test_the_loop_is_owned_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = executed(NOTEBOOKS[4], tmp_path, monkeypatch)
+def test_the_loop_is_owned_from_outside(kernel: Kernel, tmp_path: Path) -> None:
+    code = executed(kernel, NOTEBOOKS[4], tmp_path)
     (folder,) = tmp_path.glob("own_loop_*")
     records = {run.parent.name: json.loads(run.read_text()) for run in folder.glob("*/result.json")}
     assert set(records) == {"teacher", "simkd", "crd", "crd_on", "mutual", "from_the_peer"}
@@ -116,8 +91,8 @@ def test_the_loop_is_owned_from_outside(tmp_path: Path, monkeypatch: pytest.Monk
     assert not re.findall(r"(?:self|setup|batch|step|student|teacher)\._[a-z]", "".join(methods))
 
 
-def test_the_python_api_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = executed(NOTEBOOKS[5], tmp_path, monkeypatch)
+def test_the_python_api_is_shown(kernel: Kernel, tmp_path: Path) -> None:
+    code = executed(kernel, NOTEBOOKS[5], tmp_path)
     (folder,) = tmp_path.glob("from_python_*")
     assert {path.name for path in folder.iterdir()} >= {"run", "teacher", "distilled", "mydata.py"}
     assert "val/agreement" in "\n".join(map(text_of, code))

@@ -148,6 +148,7 @@ def test_an_unknown_option_outside_names_the_near_one(kd, importable) -> None:
     assert "loss=mien does not exist (near: mine" in said.err
 
 
+@pytest.mark.slow
 def test_the_command_finds_a_module_of_the_working_directory(outside) -> None:
     command = Path(sysconfig.get_path("scripts")) / "kd"
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

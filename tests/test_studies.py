@@ -23,6 +23,7 @@ from kd.sweeps.study import RESULTS, plan
 
 EXPERIMENTS = CONF.parent / "experiments"
 STUDIES = sorted(file.parent.name for file in EXPERIMENTS.glob(f"*/{load.STUDY}"))
+LARGE = "_cifar100"  # the studies whose rows take ten seconds and more to compose and build
 MEASURED = [name for name in STUDIES if (EXPERIMENTS / name / RESULTS).is_file()]
 
 
@@ -68,9 +69,14 @@ def test_every_study_can_be_run(name: str) -> None:
     assert all(found[condition.comparison].comparison.sesoi for condition in study.supported)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith(LARGE) else ()) for name in STUDIES]
+)
 def test_every_row_builds(name: str, tmp_path: Path) -> None:
-    """With the student, the terms and, in place of another row's run, that row's network as the teacher."""
+    """With the student, the terms and, in place of another row's run, that row's network as the teacher.
+
+    Not on the meta device: its batch norms are Python there, and a deep network takes up to four times as long.
+    """
     from kd.run import build
 
     study = load.load_study(EXPERIMENTS / name)

@@ -162,6 +162,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run, monkeypatch) -> None:
     """Killed in the middle of training, with dropout and augmentation, and resumed: equal weights and metrics."""
     # one thread everywhere: sums over another number of threads differ in their last bits
@@ -220,6 +221,7 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run, mon
     assert "is finished" in kd("train", "resume=killed").err
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_so(tmp_path) -> None:
     process = start(tmp_path, "recipe.epochs=500", "hardware=cpu", "hydra.run.dir=run")
     assert process.stdout is not None

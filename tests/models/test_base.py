@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torchvision import models
 
 from kd.losses.layouts import NCHW, UNKNOWN, VECTOR, Layout
 from kd.models.base import before_classifier, classifier, layout, stages
@@ -138,7 +139,6 @@ def test_own_attributes() -> None:
 
 
 def test_torchvision() -> None:
-    models = pytest.importorskip("torchvision").models
     with torch.device("meta"):
         vit, swin, resnet = models.vit_b_16(), models.swin_t(), models.resnet18()
     assert layout(vit, "encoder.layers.encoder_layer_3", (2, 197, 768)) == Layout("tokens", 1)
@@ -191,7 +191,6 @@ def test_timm_classifier(name: str, expected: str) -> None:
     ],
 )
 def test_torchvision_classifier(name: str, expected: str) -> None:
-    models = pytest.importorskip("torchvision").models
     with torch.device("meta"):
         assert classifier(getattr(models, name)()).name == expected
 
