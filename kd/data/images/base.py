@@ -13,11 +13,12 @@ import lightning
 import torch
 from torch import Tensor
 
+from kd.config.rules import refuse
 from kd.data import content
 from kd.data.content import ArrayContent, Content, FileContent, Rows
 from kd.data.images.augment import Augment, augment_problems, shifted
 from kd.data.images.loader import Loader, TensorLoader
-from kd.data.images.options import common_problems, view_problems
+from kd.data.images.options import common_problems
 from kd.data.split import round_half_up, stratified
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED
@@ -114,11 +115,10 @@ class DataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         values = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        problems = [*common_problems(values), *augment_problems(augment or {}), *view_problems(values)]
+        problems = [*common_problems(values), *augment_problems(augment or {})]
         if not self.reads_files and augment and augment.get("scale") is not None:
             problems.append("data.augment.scale is for image files only (data=imagefolder): use data.augment.pad")
-        if problems:
-            raise KdError("\n".join(problems))
+        refuse(problems)
         self.root, self.batch_size, self.eval_batch_size = root, batch_size, eval_batch_size
         self.seed, self.split_seed = seed, seed if split_seed is None else split_seed
         self.val_fraction, self.label_fraction, self.keep_unlabelled = val_fraction, label_fraction, keep_unlabelled
