@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from kd.config.rules import refusals, refuse
-from kd.data.images.base import DataModule, Samples, Source
+from kd.data.images.base import DataModule
 from kd.data.images.options import SHARE
+from kd.data.images.parts import Samples, Source
 
 
 class Digits(DataModule):

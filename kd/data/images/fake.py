@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from kd.config.rules import Rule, list_of, number, refusals, refuse, whole
-from kd.data.images.base import DataModule, Samples, Source
+from kd.data.images.base import DataModule
+from kd.data.images.parts import Samples, Source
 from kd.data.split import generator
 
 RULES = {

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kd.config.rules import Rule, number, one_of, refusals, refuse, whole
 from kd.data.content import FileContent
-from kd.data.images.base import DataModule, Part, Samples, Source, folder_of
+from kd.data.images.base import DataModule
 from kd.data.images.files import FileLoader, decode, eval_transform, list_images, train_transform
 from kd.data.images.loader import Loader
 from kd.data.images.options import SHARE
+from kd.data.images.parts import Part, Samples, Source, folder_of
 from kd.data.split import hashed
 from kd.errors import KdError
 

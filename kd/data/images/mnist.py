@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.config.rules import FLAG, one_of, refusals, refuse
-from kd.data.images.base import DataModule, Samples, Source, folder_of
+from kd.data.images.base import DataModule
+from kd.data.images.parts import Samples, Source, folder_of
 from kd.data.images.torchvision_set import fetch, missing
 from kd.errors import KdError
 
