@@ -21,7 +21,8 @@ MODULE = '''
 import math
 
 import torch
-from kd.data.images.base import DataModule, Samples, Source
+from kd.data.images.base import DataModule
+from kd.data.images.parts import Samples, Source
 from kd.losses.base import Batch, Output, Term
 from torch import Tensor, nn
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd.data.images.base import Source
 from kd.data.images.digits import Digits
+from kd.data.images.parts import Source
 from kd.records import record
 from kd.run import cost, finish
 

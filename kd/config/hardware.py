@@ -6,15 +6,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from kd.config.rules import Rule, list_of, one_of, refusals, whole
 from kd.config.schema import Hardware
 
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
-    "cluster": (None, "torchrun", "slurm"),
-    "strategy": ("auto", "ddp", "fsdp"),
-    "compile": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+RULES = {
+    "accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "cluster": one_of(None, "torchrun", "slurm"),
+    "strategy": one_of("auto", "ddp", "fsdp"),
+    "compile": one_of(None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "compiled": Rule("a list of student, teacher or both", lambda roles: {*roles} <= {"student", "teacher"}),
+    "precision": one_of("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+    "threads": whole(1, 1024).or_null,  # of 100,000 the memory does not suffice: a crash
+    "timeout_s": whole(1),
+    "deterministic": one_of(True, False, "warn"),
 }
+GPUS = list_of(whole(0))
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,15 +30,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def problems(hardware: Mapping[str, Any], batch_size: int) -> Iterator[str]:
     """Yield one sentence for each setting that is not allowed."""
-    for key, choices in CHOICES.items():
-        if hardware[key] not in choices:
-            allowed = ", ".join("null" if c is None else c for c in choices)
-            yield f"hardware.{key} = {hardware[key]} is not allowed: it must be one of {allowed}"
-    for role in hardware["compiled"]:
-        if role not in ("student", "teacher"):
-            yield f"hardware.compiled = {hardware['compiled']} is not allowed: a list of student, teacher or both"
-    if hardware["timeout_s"] < 1:
-        yield f"hardware.timeout_s = {hardware['timeout_s']} is not allowed: it must be 1 second or more"
+    yield from refusals("hardware.", hardware, RULES)
     yield from _device_problems(hardware, batch_size)
     yield from _pair_problems(hardware)
 
@@ -40,11 +38,9 @@ def problems(hardware: Mapping[str, Any], batch_size: int) -> Iterator[str]:
 def _device_problems(hardware: Mapping[str, Any], batch_size: int) -> Iterator[str]:
     devices, nodes, accelerator = hardware["devices"], hardware["num_nodes"], hardware["accelerator"]
     several = isinstance(devices, list)
-    numbers = devices if several else [devices]
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
-    if several and not (whole and devices and min(devices) >= 0 and len(set(devices)) == len(devices)):
+    if several and not (GPUS.fits(devices) and len(set(devices)) == len(devices)):
         yield f"hardware.devices = {devices} is not allowed: a list holds the numbers of GPUs, each once"
-    elif not several and devices != "auto" and not (whole and devices >= 1):
+    elif not several and devices != "auto" and not whole(1).fits(devices):
         yield f"hardware.devices = {devices} is not allowed: a whole number, 1 or more, a list of GPU numbers, or auto"
     elif several and accelerator == "cpu":
         yield f"hardware.devices = {devices} is not allowed with hardware.accelerator = cpu: say how many processes"

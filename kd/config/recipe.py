@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from kd.config.rules import FLAG, number, one_of, refusals, whole
 from kd.config.schema import Protocol, Recipe
 from kd.errors import did_you_mean
 
-# of optimisers and schedulers, and the least that each may be: torch finds out late, or not at all, that a value is no
-# number, infinite, or a period of 0; that a rate is negative it says itself
-LEAST = {
-    **dict.fromkeys(("lr", "momentum", "weight_decay", "eps", "gamma", "eta_min"), -math.inf),
-    **dict.fromkeys(("T_max", "T_0", "step_size", "total_iters"), 1),
+COUNTS = {
+    **dict.fromkeys(
+        ("recipe.epochs", "recipe.steps", "protocol.val_every", "protocol.val_every_steps"), whole(1).or_null
+    ),
+    **dict.fromkeys(("recipe.batch_size", "recipe.accumulate"), whole(1)),
 }
+RULES = {
+    "gradient_clip": number(above=0).or_null,
+    "warmup_start": number(least=0, below=1).or_null,  # share of the rate
+    "no_decay": one_of("norm_and_bias", None),
+    "layer_decay": number(above=0, most=1).or_null,
+    "scheduler_interval": one_of("epoch", "step"),
+}
+# of optimisers and schedulers: torch finds out late, or not at all, that a value is no number, infinite, or a period of
+# 0; that a rate is negative it says itself
+NUMBERS = {
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "eps", "gamma", "eta_min"), number()),
+    **dict.fromkeys(("T_max", "T_0", "step_size", "total_iters"), number(least=1)),
+}
+EMA = {"decay": number(least=0, below=1), "warmup": FLAG}
+RATE = number(least=0).or_null
 GROUP_KEYS = ("pattern", "lr", "weight_decay")
-EMA_KEYS = ("decay", "warmup")
 NETWORK_KEYS = ("optimizer", "scheduler")
-
-
-def number(value: Any) -> bool:
-    """Tell whether a value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,18 +62,13 @@ def length(recipe: Mapping[str, Any]) -> str:
 def problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield one sentence for each value that is not allowed."""
     recipe, protocol = config["recipe"], config["protocol"]
-    counts = {f"recipe.{k}": recipe[k] for k in ("epochs", "steps", "batch_size", "accumulate")}
-    counts |= {f"protocol.{k}": protocol[k] for k in ("val_every", "val_every_steps")}
-    wrong = [path for path, value in counts.items() if value is not None and value < 1]
-    for path in wrong:
-        yield f"{path} = {counts[path]} is not allowed: it must be 1 or more"
+    wrong = refusals("", config, COUNTS)
+    yield from wrong
+    yield from refusals("recipe.", recipe, RULES)
     known = recipe["epochs"] is None or recipe["epochs"] >= 1
     nodes = [("recipe", recipe), *_networks(recipe)]
     for path, node in nodes:
         yield from _of_the_numbers(path, node, recipe, known)
-    clip = recipe["gradient_clip"]
-    if clip is not None and not 0 < clip < math.inf:
-        yield f"recipe.gradient_clip = {clip} is not allowed: it must be a finite number above 0, or null"
     if not wrong:
         yield from _of_the_length(recipe)
         yield from _of_the_validations(recipe, protocol)
@@ -81,21 +85,18 @@ def _networks(recipe: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def _of_the_numbers(path: str, parent: Mapping[str, Any], recipe: Mapping[str, Any], known: bool) -> Iterator[str]:
     """Check the numbers of an optimiser and a scheduler."""
     for section in ("optimizer", "scheduler"):
-        node = parent.get(section) if isinstance(parent.get(section), Mapping) else {}
-        for key, value in (node or {}).items():
-            where = f"{path}.{section}.{key}"
-            if key == "T_max" and not known:  # said already: it is recipe.epochs
-                continue
-            if key == "T_max" and value is None and recipe["steps"]:
-                yield (
-                    f"{where} has no value where the length is in steps: set {where}=${{recipe.steps}} and "
-                    "recipe.scheduler_interval=step"
-                )
-            elif key in LEAST and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                yield f"{where} = {value} is not allowed: it must be a number"
-            elif key in LEAST and not (number(value) and value >= LEAST[key]):
-                least = "" if LEAST[key] < 0 else f", {LEAST[key]} or more"
-                yield f"{where} = {value} is not allowed: it must be a finite number{least}"
+        node, rules, where = parent.get(section), dict(NUMBERS), f"{path}.{section}"
+        if not isinstance(node, Mapping):
+            continue
+        if not known:  # said already: it is recipe.epochs
+            del rules["T_max"]
+        elif recipe["steps"] and node.get("T_max", 0) is None:
+            del rules["T_max"]
+            yield (
+                f"{where}.T_max has no value where the length is in steps: set {where}.T_max=${{recipe.steps}} and "
+                "recipe.scheduler_interval=step"
+            )
+        yield from refusals(f"{where}.", node, rules)
 
 
 def _of_the_length(recipe: Mapping[str, Any]) -> Iterator[str]:
@@ -107,14 +108,12 @@ def _of_the_length(recipe: Mapping[str, Any]) -> Iterator[str]:
             f"recipe.epochs = {epochs} and recipe.steps = {steps} are not allowed together: the length is one of them, "
             "set the other to null"
         )
-    elif warmup is not None and not (number(warmup) and 0 < warmup <= (epochs or steps)):
+    elif not number(above=0, most=epochs or steps).or_null.fits(warmup):
         most = f"recipe.epochs = {epochs}" if epochs else f"recipe.steps = {steps}"
         yield f"recipe.warmup = {warmup} is not allowed: it must be above 0, and at most {most}"
     elif warmup is not None and steps is not None and warmup % 1:
         yield f"recipe.warmup = {warmup} is not allowed: it must be a whole number of steps"
-    if start is not None and not 0 <= start < 1:
-        yield f"recipe.warmup_start = {start} is not allowed: it must be a share of the rate, 0 or more and below 1"
-    elif start is not None and warmup is None:
+    if start is not None and warmup is None:
         yield f"recipe.warmup_start = {start} needs recipe.warmup: for how long the rate rises"
 
 
@@ -134,11 +133,6 @@ def _of_the_validations(recipe: Mapping[str, Any], protocol: Mapping[str, Any]) 
 
 
 def _of_the_groups(recipe: Mapping[str, Any]) -> Iterator[str]:
-    if recipe["no_decay"] not in (None, "norm_and_bias"):
-        yield f"recipe.no_decay = {recipe['no_decay']} is not allowed: it must be norm_and_bias or null"
-    decay = recipe["layer_decay"]
-    if decay is not None and not 0 < decay <= 1:
-        yield f"recipe.layer_decay = {decay} is not allowed: it must be above 0 and at most 1, or null"
     rules = recipe["groups"]
     if rules is not None and not isinstance(rules, list):
         yield f"recipe.groups = {rules} is not allowed: it must be a list of {{pattern: …, lr: …, weight_decay: …}}"
@@ -156,10 +150,9 @@ def _of_the_group(path: str, rule: Any) -> Iterator[str]:
             yield f"{path}.{key} is not a key of a group{did_you_mean(str(key), GROUP_KEYS)}"
     if len(rule) == 1:
         yield f"{path} = {rule} is not allowed: it must set lr, weight_decay or both"
-    if (rate := rule.get("lr")) is not None and not (number(rate) and rate >= 0) and factor(rate) is None:
+    if not RATE.fits(rate := rule.get("lr")) and factor(rate) is None:
         yield f"{path}.lr = {rate} is not allowed: it must be a rate (0.01) or a factor of it (x0.1)"
-    if (own := rule.get("weight_decay")) is not None and not (number(own) and own >= 0):
-        yield f"{path}.weight_decay = {own} is not allowed: it must be a finite number, 0 or more"
+    yield from refusals(f"{path}.", rule, {"weight_decay": RATE})
 
 
 def factor(rate: Any) -> float | None:
@@ -175,12 +168,9 @@ def _of_the_average(ema: Any, hardware: Mapping[str, Any]) -> Iterator[str]:
         yield f"recipe.ema = {ema} is not allowed: it must be {{decay: 0.999, warmup: true}}, or null"
         return
     for key in ema:
-        if key not in EMA_KEYS:
-            yield f"recipe.ema.{key} is not a key of the average{did_you_mean(str(key), EMA_KEYS)}"
-    if not number(ema["decay"]) or not 0 <= ema["decay"] < 1:
-        yield f"recipe.ema.decay = {ema['decay']} is not allowed: it must be a number, 0 or more and below 1"
-    if not isinstance(ema.get("warmup", True), bool):
-        yield f"recipe.ema.warmup = {ema['warmup']} is not allowed: it must be true or false"
+        if key not in EMA:
+            yield f"recipe.ema.{key} is not a key of the average{did_you_mean(str(key), EMA)}"
+    yield from refusals("recipe.ema.", ema, EMA)
     if hardware["strategy"] == "fsdp":
         yield f"recipe.ema = {dict(ema)} is not allowed with hardware.strategy = fsdp: it averages whole parameters"
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
 from kd.config import recipe
-from kd.config.recipe import number
+from kd.config.rules import list_of, number, one_of, refusals, whole
 
-THREADS = 1024
+TEACHER = {  # its numbers matter where a network is measured as well
+    "mean": list_of(number()).or_null,
+    "std": list_of(number(above=0)).or_null,
+    "weights": list_of(number(least=0)).or_null,
+}
+TRAINING = {
+    "seed": whole(0, 2**32 - 1),
+    "teacher.combine": one_of("probabilities", "logits"),
+    "teacher.epoch": one_of("selected", "last", None),
+    "student.epoch": one_of("selected", "last", None),
+    "protocol.mode": one_of("max", "min", None),
+    "distiller.log_every": whole(1),
+    "logger.wandb.timeout": number(above=0),  # seconds
+}
+TERM = {"temperature": number(above=0), "weight": number(least=0)}
 
 
 def of_every_use(config: Mapping[str, Any]) -> Iterator[str]:
@@ -31,66 +44,28 @@ def of_every_use(config: Mapping[str, Any]) -> Iterator[str]:
     for checkpoint in c if isinstance(c := teacher["checkpoint"], list) else [c]:
         if checkpoint is not None and not isinstance(checkpoint, str):
             yield f"teacher.checkpoint = {c} is not allowed: it must be a path, or a list of paths"
-    for key, least in {"mean": -math.inf, "std": math.ulp(0), "weights": 0}.items():
-        given = teacher[key]
-        if given is not None and not (given and all(number(v) and v >= least for v in given)):
-            rule = {"mean": "finite numbers", "std": "numbers above 0", "weights": "numbers, 0 or more"}[key]
-            yield f"teacher.{key} = {given} is not allowed: it must be a list of {rule}, or null"
+    yield from refusals("teacher.", teacher, TEACHER)
 
 
 def of_a_training(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong for a run that trains."""
     yield from _of_the_loss(config["loss"])
     yield from recipe.problems(config)
-    if not 0 <= config["seed"] < 2**32:
-        yield f"seed = {config['seed']} is not allowed: it must be 0 to {2**32 - 1}"
-    threads, deterministic = config["hardware"]["threads"], config["hardware"]["deterministic"]
-    if threads is not None and not 1 <= threads <= THREADS:  # of 100,000 the memory does not suffice: a crash
-        yield f"hardware.threads = {threads} is not allowed: it must be 1 to {THREADS}, or null for torch's choice"
-    if deterministic not in (True, False, "warn"):
-        yield f"hardware.deterministic = {deterministic} is not allowed: it must be true, false or warn"
-    every = config["distiller"].get("log_every", 1)
-    if not number(every) or not isinstance(every, int) or every < 1:
-        yield f"distiller.log_every = {every} is not allowed: it must be a whole number, 1 or more"
-    wandb = config["logger"].get("wandb")
-    timeout = wandb.get("timeout", 1) if isinstance(wandb, Mapping) else 1
-    if not number(timeout) or timeout <= 0:
-        yield f"logger.wandb.timeout = {timeout} is not allowed: it must be a number of seconds, above 0"
-    yield from _choices(config)
-
-
-def _numbers(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield f"{path}.{key}", str(key), value
-            yield from _numbers(value, f"{path}.{key}")
+    yield from refusals("", config, TRAINING)
+    for role in ("teacher", "student"):
+        epoch = config[role]["epoch"]
+        if epoch in ("selected", "last") and config[role]["checkpoint"] is None:
+            yield f"{role}.epoch = {epoch} needs {role}.checkpoint: the run directory whose epoch it chooses"
 
 
 def _of_the_loss(loss: Mapping[str, Any]) -> Iterator[str]:
     if all(node is None for node in loss.values()):
         yield "loss is empty: choose at least one term, for example loss=[ce]"
-    for path, key, value in _numbers(loss, "loss"):
-        if key in ("temperature", "weight") and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            yield f"{path} = {value} is not allowed: it must be a number"
-        elif key == "temperature" and not 0 < value < math.inf:
-            yield f"{path} = {value} is not allowed: it must be a finite number above 0"
-        elif key == "weight" and not 0 <= value < math.inf:
-            yield f"{path} = {value} is not allowed: it must be a finite number, 0 or more"
+    yield from _of_the_terms("loss", loss)
 
 
-def _choices(config: Mapping[str, Any]) -> Iterator[str]:
-    allowed: dict[str, tuple[str | None, ...]] = {
-        "teacher.combine": ("probabilities", "logits"),
-        "teacher.epoch": ("selected", "last", None),
-        "student.epoch": ("selected", "last", None),
-        "recipe.scheduler_interval": ("epoch", "step"),
-        "protocol.mode": ("max", "min", None),
-    }
-    for path, choices in allowed.items():
-        section, key = path.split(".")
-        value = config[section].get(key)
-        if value not in choices:
-            names = [choice or "null" for choice in choices]
-            yield f"{path} = {value} is not allowed: it must be {', '.join(names[:-1])} or {names[-1]}"
-        elif key == "epoch" and value and config[section]["checkpoint"] is None:
-            yield f"{path} = {value} needs {section}.checkpoint: the run directory whose epoch it chooses"
+def _of_the_terms(path: str, node: Mapping[str, Any]) -> Iterator[str]:
+    yield from refusals(f"{path}.", node, TERM)
+    for key, part in node.items():
+        if isinstance(part, Mapping):
+            yield from _of_the_terms(f"{path}.{key}", part)

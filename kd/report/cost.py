@@ -92,12 +92,9 @@ def _panel(axes: Any, points: Sequence[tuple[str, float, float, str]], measure: 
         if not front or sign * found[i] > sign * found[front[-1]]:
             front.append(int(i))
     axes.plot(costs[front], found[front], color="#D55E00", linewidth=1.2, drawstyle="steps-post", zorder=2)
-    low, high = costs.min(), costs.max()
-    edge = (high / low) ** 0.06
-    style.plain_log(axes, "x", style.log_ticks(low / edge, high * edge))
-    axes.set_xlim(low / edge, high * edge)
+    style.log_axis(axes, "x", costs.min(), costs.max())
     if not (measure.lower_is_better and style.log_if_wide(axes, "y", found.tolist())):
         axes.set_ymargin(0.15)
     axes.set(xlabel=label, ylabel=measure.label)
     named = range(len(points)) if len(points) <= MOST_NAMES else front
-    style.point_labels(axes, [(points[i][1], points[i][2], points[i][0]) for i in named])
+    style.point_labels(axes, [(points[i][1], points[i][2], points[i][0]) for i in named], 7 * sign)  # off the line

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Rectangle
 
 from kd.report import style
 from kd.report.claims import known, label_of
@@ -154,8 +155,8 @@ def grid_map(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measure
     for row, line in enumerate(means):
         if np.isfinite(line).sum() > 1:
             best = np.nanargmin(line) if measure.lower_is_better else np.nanargmax(line)
-            box = {"fill": False, "edgecolor": "#D55E00", "linewidth": 2.5}
-            axes.add_patch(_rectangle(best - 0.46, row - 0.44, 0.92, 0.88, **box))
+            corner = (best - 0.46, row - 0.44)
+            axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor="#D55E00", linewidth=2.5))
     axes.set_xticks(range(len(xs)), [f"{x}" for x in xs])
     axes.set_yticks(range(len(ys)), [f"{y}" for y in ys])
     axes.tick_params(length=0)
@@ -164,12 +165,6 @@ def grid_map(study: Study, frame: pd.DataFrame, wanted: Figure, measure: Measure
     bar = figure.colorbar(image, ax=axes, label=measure.label, pad=0.02)
     bar.outline.set_visible(False)
     return figure
-
-
-def _rectangle(x: float, y: float, width: float, height: float, **how: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x, y), width, height, **how)
 
 
 def words(name: str) -> str:
@@ -243,6 +238,6 @@ def _x_axis(axes: Any, xs: Sequence[Any], numeric: bool) -> None:
     if not numeric:
         axes.set_xticks(range(len(xs)), [str(x) for x in xs])
     elif min(xs) > 0 and max(xs) / min(xs) >= 8:
-        style.plain_log(axes, "x", xs)
+        style.log_axis(axes, "x", min(xs), max(xs), xs)
     elif len(xs) <= 10:
         axes.set_xticks(xs, [f"{x:g}" for x in xs])

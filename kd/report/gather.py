@@ -12,7 +12,8 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.records import manifest, record, sources
-from kd.report.frame import finished, metrics_of, of_run, seed_of, table
+from kd.report.frame import finished, metrics_of, table
+from kd.report.run_row import of_run, seed_of
 from kd.report.validation import EPOCH, monitored
 from kd.studies.study import Figure, Row, Study
 

@@ -13,9 +13,10 @@ import pandas as pd
 from kd.errors import KdError
 from kd.report import cost, curves, figures, override_drift, sections, style, tables, teacher_weights
 from kd.report.claims import Compared, compare
-from kd.report.frame import FINISHED, NOT_FINITE, check_protocol, finished
+from kd.report.frame import FINISHED, check_protocol, finished
 from kd.report.measures import Measure
 from kd.report.page import Picture, Section, render
+from kd.report.run_row import NOT_FINITE
 from kd.report.style import Canvas
 from kd.report.verdicts import Verdict, verdict
 from kd.studies.study import Study

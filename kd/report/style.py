@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5D3A9B", "#7F7F7F")
 INK, SOFT, GRID = "#1B1B1B", "#5F6B73", "#D9DFE3"
@@ -74,15 +74,18 @@ def end_labels(axes: Axes, ys: Sequence[float], texts: Sequence[str], colours: S
     _labels(axes, [(1.0, y) for y in ys], texts, colours, ("axes fraction", "data"), (8, 0))
 
 
-def point_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Label points (x, y, text) of a logarithmic x axis, right above or left below; near ones are moved apart."""
+def point_labels(axes: Axes, points: Sequence[tuple[float, float, str]], left: float) -> None:
+    """Label points (x, y, text) of a logarithmic x axis, right above or left of them; near ones are moved apart.
+
+    ``left``: how many points high a label on the left is above its point.
+    """
     low, high = np.log(axes.get_xlim())
     places = [(np.log(x) - low) / (high - low) for x, _, _ in points]
     for cluster in _clusters(places, 0.3):
         right = np.mean([places[i] for i in cluster]) < 0.6
         chosen = [points[i] for i in cluster]
         where = [(x, y) for x, y, _ in chosen]
-        offset = (7, 7) if right else (-7, -7)
+        offset = (7.0, 7.0) if right else (-7.0, left)
         _labels(axes, where, [p[2] for p in chosen], [INK] * len(chosen), ("data", "data"), offset)
 
 
@@ -136,11 +139,13 @@ def spread_out(ys: Sequence[float], step: float, low: float, high: float) -> lis
     return placed.tolist()
 
 
-def plain_log(axes: Axes, which: str, ticks: Sequence[float]) -> None:
-    """Make an axis logarithmic with the given ticks, written as plain numbers."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
+def log_axis(axes: Axes, which: str, low: float, high: float, ticks: Sequence[float] = ()) -> None:
+    """Make an axis logarithmic, from a little below low to a little above high, with ticks in plain numbers."""
+    axis, edge = (axes.xaxis if which == "x" else axes.yaxis), (high / low) ** 0.06
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    axis.set_major_locator(FixedLocator(list(ticks)))
+    (axes.set_xlim if which == "x" else axes.set_ylim)(low / edge, high * edge)
+    round_ = LogLocator(subs=(1, 2, 5)) if high > 6 * low else MaxNLocator(7, steps=(1, 2, 5, 10))
+    axis.set_major_locator(FixedLocator(list(ticks)) if len(ticks) else round_)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
@@ -150,21 +155,8 @@ def log_if_wide(axes: Axes, which: str, found: Sequence[float]) -> bool:
     low, high = min(found), max(found)
     if low <= 0 or high < WIDE * low:
         return False
-    edge = (high / low) ** 0.06
-    plain_log(axes, which, log_ticks(low / edge, high * edge))
-    (axes.set_xlim if which == "x" else axes.set_ylim)(low / edge, high * edge)
+    log_axis(axes, which, low, high)
     return True
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Choose round numbers between low and high, of the coarsest set with three: 1; 1 2 5; halves; tenths a decade."""
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    ticks: list[float] = []
-    for steps in ((1.0,), (1.0, 2.0, 5.0), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
-        ticks = [float(m * 10.0**d) for d in decades for m in steps if low <= m * 10.0**d <= high]
-        if len(ticks) > 2:
-            return ticks[:: -(-len(ticks) // 8)]
-    return ticks or [low, high]
 
 
 def short(value: float) -> str:

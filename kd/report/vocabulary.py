@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 
 from kd.errors import KdError, did_you_mean
-from kd.report.frame import CLASSES
 from kd.report.measures import EPOCHS, Measure
+from kd.report.run_row import CLASSES
 from kd.studies.study import PUBLISHED, STUDY, Comparison, Study
 from kd.tasks.metrics import CLASSIFICATION
 
@@ -89,7 +89,7 @@ def _known(measure: str, epoch: str, known: set[str]) -> bool:
 
 
 def _columns(study: Study) -> Iterator[str]:
-    """Yield the columns of ``frame.of_run``, but for the terms in training."""
+    """Yield the columns of ``run_row.of_run``, but for the terms in training."""
     for epoch in EPOCHS:
         yield from (f"{epoch}/{split}/{m}" for split in ("val", "test") for m in (*PLAIN, *BESIDE))
         yield from (f"{epoch}/test/{m}" for m in TESTED)

@@ -19,7 +19,7 @@ from kd.records import record
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, state_of
 from kd.records.weight_files import LAST, SELECTED
-from kd.report.frame import CLASSES, read_evaluations
+from kd.report.run_row import CLASSES, read_evaluations
 from kd.run.evaluate import changed, run_config
 from kd.run.evaluate import evaluate as measure
 from kd.studies.study import STUDY, Evaluation, Study

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kd.config.instantiate import make
+from kd.config.rules import refusals, refuse, whole
 from kd.errors import KdError, did_you_mean
 from kd.records import trials
 from kd.sweeps import pool
@@ -35,12 +36,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Look at what needs no config of a run."""
-        for name, least in (("n_trials", 1), ("batch", 1), ("seed", 0)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            if not whole and not (value is None and name != "n_trials"):
-                allowed = f"a whole number, {least} or more" + ("" if name == "n_trials" else ", or null")
-                raise KdError(f"hydra.sweeper.{name} = {value} is not allowed: it must be {allowed}")
+        rules = {"n_trials": whole(1), "batch": whole(1).or_null, "seed": whole(0).or_null}
+        refuse(refusals("hydra.sweeper.", vars(self), rules))
         self._check_made("sampler", SAMPLERS)
         self._check_made("pruner", {**trials.PRUNERS, "null": None})
         if self.storage is not None and "://" not in str(self.storage):

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from kd.data import content
-from kd.data.images.base import Source
 from kd.data.images.digits import Digits
 from kd.data.images.imagefolder import ImageFolder
+from kd.data.images.parts import Source
 from kd.data.split import hashed
 
 Write = Callable[..., Path]

@@ -159,10 +159,10 @@ def test_grey_and_transparent_images_become_rgb(image_folder: Write) -> None:
     ("options", "sentence"),
     [
         ({"image_size": 0}, "data.image_size = 0 is not allowed"),
-        ({"crop_pct": 1.5}, "data.crop_pct = 1.5 is not allowed: it must be above 0 and at most 1"),
+        ({"crop_pct": 1.5}, "data.crop_pct = 1.5 is not allowed: it must be a number above 0 and at most 1"),
         ({"in_memory": "yes"}, "data.in_memory = yes is not allowed: it must be auto, true or false"),
         ({"num_workers": -1}, "data.num_workers = -1 is not allowed"),
-        ({"folder": None}, "data.folder = null is not allowed: name the folder"),
+        ({"folder": None}, "data.folder = null is not allowed: it must be the folder that holds"),
         ({"augment": {"scale": [0.5, 2]}}, "data.augment.scale = [0.5, 2] is not allowed"),
         ({"val_fraction": 0.01}, "data.val_fraction = 0.01 leaves no image for validation: the training set has 15"),
         ({"drop_classes": [3]}, "data.drop_classes = [3] is not allowed: classes are 0 to 2"),

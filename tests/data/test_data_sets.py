@@ -174,15 +174,15 @@ def test_a_damaged_cifar_file_is_named(small_cifar: Path) -> None:
     [
         ({"drop_classes": [12]}, "data.drop_classes = [12] is not allowed: classes are 0 to 9"),
         ({"drop_classes": list(range(10))}, "leaves no image to train on"),
-        ({"drop_classes": "3"}, "data.drop_classes = 3 is not allowed: it must be a list of class numbers"),
+        ({"drop_classes": "3"}, "data.drop_classes = 3 is not allowed: it must be a list of whole numbers, 0 or more"),
         (
             {"val_fraction": 0.0001},
             "data.val_fraction = 0.0001 leaves no image for validation: the training set has 1,078",
         ),
         ({"val_fraction": 0.9999}, "data.val_fraction = 0.9999 leaves none to train on"),
-        ({"val_fraction": 0}, "data.val_fraction = 0 is not allowed: it must lie between 0 and 1"),
+        ({"val_fraction": 0}, "data.val_fraction = 0 is not allowed: it must be a number above 0 and below 1"),
         ({"test_fraction": 1.5}, "data.test_fraction = 1.5 is not allowed"),
-        ({"label_fraction": 0}, "data.label_fraction = 0 is not allowed: it must be above 0 and at most 1"),
+        ({"label_fraction": 0}, "data.label_fraction = 0 is not allowed: it must be a number above 0 and at most 1"),
         ({"label_fraction": float("nan")}, "data.label_fraction = nan is not allowed"),
         ({"batch_size": 0}, "data.batch_size = 0 is not allowed: it must be a whole number, 1 or more"),
         ({"eval_batch_size": 2.5}, "data.eval_batch_size = 2.5 is not allowed"),

@@ -219,9 +219,9 @@ def test_files_are_answered_once_only_when_nothing_moves_them(image_folder, augm
     ("options", "sentence"),
     [
         ({"teacher_view": "both"}, "data.teacher_view = both is not allowed: it must be null, clean or independent"),
-        ({"mixup": 0}, "data.mixup = 0 is not allowed: it must be null or a number above 0 (1: uniform shares)"),
-        ({"mixup": True}, "data.mixup = True is not allowed: it must be null or a number above 0 (1: uniform shares)"),
-        ({"mixup": "1"}, "data.mixup = 1 is not allowed: it must be null or a number above 0 (1: uniform shares)"),
+        ({"mixup": 0}, "data.mixup = 0 is not allowed: it must be a finite number above 0, or null"),
+        ({"mixup": True}, "data.mixup = true is not allowed: it must be a finite number above 0, or null"),
+        ({"mixup": "1"}, "data.mixup = 1 is not allowed: it must be a finite number above 0, or null"),
         ({"teacher_view": "independent"}, "data.teacher_view = independent needs something to draw: set"),
         (
             {"teacher_view": "clean", "mixup": 1.0},

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure as Canvas
 
 from kd.errors import KdError
 from kd.report import cost, curves, figures, frame, style
@@ -185,12 +186,18 @@ def test_labels_are_moved_apart_and_no_further() -> None:
     [
         (3e3, 1e5, [5e3, 1e4, 2e4, 5e4, 1e5]),
         (0.9, 1100, [1, 10, 100, 1000]),
+        (2.0, 6.0, [2, 3, 4, 5, 6]),
         (0.027, 0.048, [0.03, 0.035, 0.04, 0.045]),
     ],
 )
 def test_logarithmic_ticks_are_round(low, high, ticks) -> None:
-    assert set(np.round(style.log_ticks(low, high), 9)) >= set(ticks)
-    assert 3 <= len(style.log_ticks(low, high)) <= 8
+    axes = Canvas().subplots()
+    style.log_axis(axes, "x", low, high)
+    found = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert {*np.round(found, 9)} >= {*ticks}
+    assert 3 <= len(found) <= 10
+    style.log_axis(axes, "x", low, high, [low, high])
+    assert axes.get_xticks().tolist() == [low, high]
 
 
 @pytest.mark.parametrize(("value", "text"), [(3466, "3.466k"), (1e6, "1M"), (2e9, "2G"), (0.05, "0.05")])

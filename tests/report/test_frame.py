@@ -12,13 +12,13 @@ import pytest
 
 from kd.errors import KdError
 from kd.records import record
-from kd.report import frame
+from kd.report import frame, run_row
 
 
 def test_the_row_of_a_real_run(teacher_run: Path) -> None:
     """A run of ``kd train`` itself, so that the made-up records of the other tests cannot drift from it."""
     found = record.read(teacher_run)
-    row = frame.of_run(teacher_run, "teacher", teacher_run.parent)
+    row = run_row.of_run(teacher_run, "teacher", teacher_run.parent)
     last = found["student"]["last"]
     assert row["run"] == teacher_run.name
     assert (row["seed"], row["status"], row["error"], row["epochs"]) == (0, "finished", None, 4)
@@ -41,7 +41,7 @@ def test_the_row_of_a_real_run(teacher_run: Path) -> None:
 def test_retention_and_evaluations(write, tmp_path) -> None:
     run = write(tmp_path / "kd" / "seed1", 1, 0.9, teacher=0.96, selected=0.93)
     (run / "evaluations.json").write_text(json.dumps({"moved": {"made": {}, "metrics": {"acc1": 0.55, "nll": 1.5}}}))
-    row = frame.of_run(run, "kd")
+    row = run_row.of_run(run, "kd")
     assert row["last/retention"] == pytest.approx(0.9 / 0.96)
     assert row["selected/retention"] == pytest.approx(0.93 / 0.96)
     assert (row["moved/acc1"], row["moved/nll"], row["moved/errors"]) == (0.55, 1.5, 450)
@@ -62,7 +62,7 @@ def test_retention_and_evaluations(write, tmp_path) -> None:
 def test_a_record_that_cannot_be_read(tmp_path, content, sentence) -> None:
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(KdError, match=sentence):
-        frame.of_run(tmp_path, "x")
+        run_row.of_run(tmp_path, "x")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_evaluations_that_cannot_be_read(write, tmp_path, content) -> None:
     run = write(tmp_path / "kd" / "seed1", 1, 0.9)
     (run / "evaluations.json").write_text(content)
     with pytest.raises(KdError, match=r"evaluations\.json cannot be read"):
-        frame.of_run(run, "kd")
+        run_row.of_run(run, "kd")
 
 
 def test_a_study_lists_what_is_missing_and_what_failed(study, runs) -> None:
@@ -181,6 +181,6 @@ def test_a_run_on_mixed_images_has_no_training_accuracy(write, tmp_path) -> None
     found = json.loads((run / "result.json").read_text())
     del found["student"]["last"]["train"]["acc1"]
     (run / "result.json").write_text(json.dumps(found))
-    row = frame.of_run(run, "kd")
+    row = run_row.of_run(run, "kd")
     assert "last/gap" not in row
     assert row["last/test/acc1"] == 0.9

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kd.errors import KdError
-from kd.report import frame, vocabulary
+from kd.report import frame, run_row, vocabulary
 from kd.studies.study import Comparison, Evaluation, Figure, Published, Row
 
 MOVED = {
@@ -25,7 +25,7 @@ def small(study):
 
 def test_everything_that_runs_have_is_known(study, runs, teacher_run: Path) -> None:
     """The made-up runs and a real one: each number of theirs may be asked for."""
-    real = frame.table([frame.of_run(teacher_run, "teacher")])
+    real = frame.table([run_row.of_run(teacher_run, "teacher")])
     columns = {str(c) for found in (frame.of_study(study, runs), real) for c in found if not frame.is_text(str(c))}
     measured = columns - {"seed", "epochs"}
     assert len(measured) > 60

@@ -11,7 +11,7 @@ import yaml
 
 from kd.records.manifest import Job
 from kd.records.state import FINISHED, State
-from kd.report.frame import read_evaluations
+from kd.report.run_row import read_evaluations
 from kd.studies import load
 from kd.sweeps import evaluations, local
 from kd.sweeps.outcome import Outcome

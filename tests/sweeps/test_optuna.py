@@ -179,7 +179,7 @@ def test_an_axis_that_holds_nothing_is_refused(line: str, sentence: str) -> None
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
-        ("n_trials", None, "n_trials = None is not allowed"),
+        ("n_trials", None, "n_trials = null is not allowed"),
         ("batch", 0, "batch = 0 is not allowed: it must be a whole number, 1 or more, or null"),
         ("seed", -1, "seed = -1"),
         ("sampler", None, "sampler = None is not allowed: it must be tpe, random, nsga2 or a node"),

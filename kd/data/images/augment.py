@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kd.config.rules import FLAG, Rule, list_of, number, one_of, refusals, whole
 from kd.data.split import generator, mix
 from kd.errors import did_you_mean
 
-PAD_MODES = ("constant", "reflect")
+SHARES = list_of(number(above=0, most=1), least=2)
+RULES = {
+    "pad": whole(0),
+    "pad_mode": one_of("constant", "reflect"),
+    "flip": FLAG,
+    "scale": Rule("[low, high], 0 < low <= high <= 1", lambda s: SHARES.fits(s) and [*s] == sorted(s[:2])).or_null,
+}
 
 
 @dataclass(frozen=True)
@@ -39,22 +46,8 @@ class Augment:
 
 def augment_problems(values: Mapping[str, Any]) -> list[str]:
     """One sentence for each entry of ``values`` that :class:`Augment` does not allow."""
-    names = [f.name for f in fields(Augment)]
-    problems = [f"data.augment.{key} is not an option{did_you_mean(key, names)}" for key in values if key not in names]
-    pad, mode = values.get("pad", 0), values.get("pad_mode", "constant")
-    if not isinstance(pad, int) or isinstance(pad, bool) or pad < 0:
-        problems.append(f"data.augment.pad = {pad} is not allowed: it must be a whole number, 0 or more")
-    if mode not in PAD_MODES:
-        problems.append(f"data.augment.pad_mode = {mode} is not allowed: it must be {' or '.join(PAD_MODES)}")
-    if not isinstance(values.get("flip", False), bool):
-        problems.append(f"data.augment.flip = {values['flip']} is not allowed: it must be true or false")
-    if (scale := values.get("scale")) is not None:
-        numbers = isinstance(scale, Sequence) and all(isinstance(v, (int, float)) for v in scale) and len(scale) == 2
-        if not numbers or not 0 < scale[0] <= scale[1] <= 1:
-            problems.append(
-                f"data.augment.scale = {scale} is not allowed: it must be [low, high], 0 < low <= high <= 1"
-            )
-    return problems
+    problems = [f"data.augment.{key} is not an option{did_you_mean(key, RULES)}" for key in values if key not in RULES]
+    return problems + refusals("data.augment.", values, RULES)
 
 
 def to_planes(images: Tensor) -> Tensor:

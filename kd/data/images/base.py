@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import lightning
 import torch
 from torch import Tensor
 
+from kd.config.rules import refuse
 from kd.data import content
-from kd.data.content import ArrayContent, Content, FileContent, Rows
 from kd.data.images.augment import Augment, augment_problems, shifted
 from kd.data.images.loader import Loader, TensorLoader
-from kd.data.images.options import common_problems, view_problems
+from kd.data.images.options import common_problems
+from kd.data.images.parts import Part, Source, content_of, whole
 from kd.data.split import round_half_up, stratified
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED
-
-
-class Samples(NamedTuple):
-    """One array or folder as it lies on disk: its positions are the ``index`` of a batch."""
-
-    inputs: Tensor | list[Path]  # (n, C, H, W) uint8, or image files
-    targets: Tensor  # (n,) int64
-    content: Content | None = None  # of files; null: the array
-
-
-class Source(NamedTuple):
-    """What a set delivers. ``val``: carved from ``train`` if None; ``test`` likewise, by ``test_fraction``."""
-
-    train: Samples
-    test: Samples | None = None
-    val: Samples | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """One split: the rows ``index`` (n,) int64 of ``inputs``, with ``targets`` (n,) that may be UNLABELLED."""
-
-    inputs: Tensor | list[Path]
-    targets: Tensor
-    index: Tensor
-    content: Content
-
-    def take(self, rows: Tensor) -> Part:
-        """The part made of these rows."""
-        return replace(self, targets=self.targets[rows], index=self.index[rows])
-
-    @property
-    def rows(self) -> Rows:
-        """Its samples as they lie on disk, whatever was done to ``inputs``."""
-        return Rows(self.content, self.index)
 
 
 class DataModule(lightning.LightningDataModule):
@@ -113,12 +77,10 @@ class DataModule(lightning.LightningDataModule):
         drop_last: bool = False,
     ) -> None:
         super().__init__()
-        values = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        problems = [*common_problems(values), *augment_problems(augment or {}), *view_problems(values)]
+        problems = [*common_problems(locals()), *augment_problems(augment or {})]
         if not self.reads_files and augment and augment.get("scale") is not None:
             problems.append("data.augment.scale is for image files only (data=imagefolder): use data.augment.pad")
-        if problems:
-            raise KdError("\n".join(problems))
+        refuse(problems)
         self.root, self.batch_size, self.eval_batch_size = root, batch_size, eval_batch_size
         self.seed, self.split_seed = seed, seed if split_seed is None else split_seed
         self.val_fraction, self.label_fraction, self.keep_unlabelled = val_fraction, label_fraction, keep_unlabelled
@@ -145,20 +107,14 @@ class DataModule(lightning.LightningDataModule):
         every = [part for part in (source.train, source.val, source.test) if part is not None]
         labels = b"".join(part.targets.numpy().tobytes() for part in every) + "|".join(self.class_names).encode()
         self.digest = hashlib.sha256(labels).hexdigest()[:12]
-        self.content = content.digest([_content(part) for part in every], labels)
+        self.content = content.digest([content_of(part) for part in every], labels)
         train, val, test = self._split(source)
         self.parts = {"train": self._withhold(self._shrink(train)), "val": val, "test": self._shifted(test)}
 
     def _split(self, source: Source) -> tuple[Part, Part, Part]:
-        train = _whole(source.train)
-        if source.test is None:
-            test, train = self._carve(train, "test")
-        else:
-            test = _whole(source.test)
-        if source.val is None:
-            val, train = self._carve(train, "val")
-        else:
-            val = _whole(source.val)
+        train = whole(source.train)
+        test, train = self._carve(train, "test") if source.test is None else (whole(source.test), train)
+        val, train = self._carve(train, "val") if source.val is None else (whole(source.val), train)
         return train, val, test
 
     def _carve(self, part: Part, name: str) -> tuple[Part, Part]:
@@ -335,23 +291,3 @@ class DataModule(lightning.LightningDataModule):
         if options["train"]:
             options.update(augment=self.augment, teacher_view=self.teacher_view, mixup=self.mixup)
         return TensorLoader(part.inputs, part.targets, part.index, **options)
-
-
-def folder_of(root: str | None) -> Path:
-    """The folder of data sets, or ``KdError`` when none is named."""
-    if not root:
-        raise KdError(f"data.root = {root} is not allowed: set paths.data, or KD_DATA, to the folder of data sets")
-    return Path(root).expanduser()
-
-
-def _whole(samples: Samples) -> Part:
-    return Part(samples.inputs, samples.targets, torch.arange(len(samples.targets)), _content(samples))
-
-
-def _content(samples: Samples) -> Content:
-    if samples.content is not None:
-        return samples.content
-    if isinstance(samples.inputs, Tensor):
-        return ArrayContent(samples.inputs)
-    files = [Path(file) for file in samples.inputs]
-    return FileContent(Path(os.path.commonpath(files)) if files else Path(), files, [f.stat().st_size for f in files])

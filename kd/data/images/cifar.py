@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from kd.data.images.base import DataModule, Samples, Source, folder_of
-from kd.data.images.torchvision_set import check_flag, fetch, missing
+from kd.config.rules import FLAG, one_of, refusals, refuse
+from kd.data.images.base import DataModule
+from kd.data.images.parts import Samples, Source, folder_of
+from kd.data.images.torchvision_set import fetch, missing
 from kd.errors import KdError
 
 SETS = {  # name: (torchvision class, the name people use, classes)
@@ -27,9 +29,8 @@ class CIFAR(DataModule):
 
     def __init__(self, *, name: str = "cifar100", download: bool = False, **common: Any) -> None:
         super().__init__(**common)
-        if name not in SETS:
-            raise KdError(f"data.name = {name} is not allowed: it must be {' or '.join(SETS)}")
-        self.set_name, self.download = name, check_flag("download", download)
+        refuse(refusals("data.", locals(), {"name": one_of(*SETS), "download": FLAG}))
+        self.set_name, self.download = name, download
         self.num_classes, self.input_shape = SETS[name][2], (3, 32, 32)
         self.class_names = [f"class {c}" for c in range(self.num_classes)]
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from kd.data.images.base import DataModule, Samples, Source
-from kd.data.images.options import number
-from kd.errors import KdError
+from kd.config.rules import refusals, refuse
+from kd.data.images.base import DataModule
+from kd.data.images.options import SHARE
+from kd.data.images.parts import Samples, Source
 
 
 class Digits(DataModule):
@@ -20,8 +21,7 @@ class Digits(DataModule):
 
     def __init__(self, *, test_fraction: float = 0.4, **common: Any) -> None:
         super().__init__(**common)
-        if not number(test_fraction) or not 0 < test_fraction < 1:
-            raise KdError(f"data.test_fraction = {test_fraction} is not allowed: it must lie between 0 and 1")
+        refuse(refusals("data.", {"test_fraction": test_fraction}, {"test_fraction": SHARE}))
         self.test_fraction = test_fraction
         self.num_classes, self.input_shape = 10, (1, 8, 8)
         self.class_names = [str(digit) for digit in range(10)]

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from kd.data.images.base import DataModule, Samples, Source
-from kd.data.images.options import number, whole
+from kd.config.rules import Rule, list_of, number, refusals, refuse, whole
+from kd.data.images.base import DataModule
+from kd.data.images.parts import Samples, Source
 from kd.data.split import generator
-from kd.errors import KdError
+
+RULES = {
+    "shape": Rule("[channels, height, width]", lambda shape: list_of(whole(1)).fits(shape) and len(shape) == 3),
+    **dict.fromkeys(("num_classes", "train_images", "test_images"), whole(1)),
+    "noise": number(least=0),
+}
 
 
 class Fake(DataModule):
@@ -32,14 +38,7 @@ class Fake(DataModule):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        counts = {"num_classes": num_classes, "train_images": train_images, "test_images": test_images}
-        bad = [f"data.{k} = {v} is not allowed: it must be 1 or more" for k, v in counts.items() if not whole(v, 1)]
-        if len(shape) != 3 or not all(whole(size, 1) for size in shape):
-            bad.append(f"data.shape = {list(shape)} is not allowed: it must be [channels, height, width]")
-        if not number(noise) or noise < 0:
-            bad.append(f"data.noise = {noise} is not allowed: it must be 0 or more")
-        if bad:
-            raise KdError("\n".join(bad))
+        refuse(refusals("data.", locals(), RULES))
         self.num_classes, self.input_shape = num_classes, (shape[0], shape[1], shape[2])
         self.class_names = [f"class {c}" for c in range(num_classes)]
         self.train_images, self.test_images, self.noise = train_images, test_images, noise

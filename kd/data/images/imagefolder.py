@@ -9,17 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd.config.rules import Rule, number, one_of, refusals, refuse, whole
 from kd.data.content import FileContent
-from kd.data.images.base import DataModule, Part, Samples, Source, folder_of
+from kd.data.images.base import DataModule
 from kd.data.images.files import FileLoader, decode, eval_transform, list_images, train_transform
 from kd.data.images.loader import Loader
-from kd.data.images.options import number, whole
+from kd.data.images.options import SHARE
+from kd.data.images.parts import Part, Samples, Source, folder_of
 from kd.data.split import hashed
 from kd.errors import KdError
 
 log = logging.getLogger(__name__)
 
 SMALL = 2000  # images; below it `in_memory: auto` decodes once
+RULES = {
+    "folder": Rule("the folder that holds train/CLASS/*.png, for example pets", bool),
+    "image_size": whole(1),
+    "crop_pct": number(above=0, most=1),
+    "in_memory": one_of("auto", True, False),
+    "num_workers": whole(0),
+    "test_fraction": SHARE.or_null,
+}
 
 
 class ImageFolder(DataModule):
@@ -53,10 +63,7 @@ class ImageFolder(DataModule):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        given = {k: v for k, v in locals().items() if k not in ("self", "common", "__class__")}
-        problems = _problems(given)
-        if problems:
-            raise KdError("\n".join(problems))
+        refuse(refusals("data.", locals(), RULES))
         self.folder, self.image_size, self.crop_pct = str(folder), image_size, crop_pct
         self.in_memory, self.num_workers = in_memory, num_workers
         self.test_fraction = test_fraction or 0.0
@@ -145,20 +152,3 @@ class ImageFolder(DataModule):
             transform = eval_transform(self.image_size, self.crop_pct)
         workers = self.num_workers
         return FileLoader(part.inputs, part.targets, part.index, transform=transform, num_workers=workers, **options)
-
-
-def _problems(given: dict[str, Any]) -> list[str]:
-    crop, test = given["crop_pct"], given["test_fraction"]
-    rules = {
-        "folder": (bool(given["folder"]), "name the folder that holds train/CLASS/*.png, for example data.folder=pets"),
-        "image_size": (whole(given["image_size"], 1), "it must be a whole number, 1 or more"),
-        "crop_pct": (number(crop) and 0 < crop <= 1, "it must be above 0 and at most 1"),
-        "in_memory": (given["in_memory"] in (True, False, "auto"), "it must be auto, true or false"),
-        "num_workers": (whole(given["num_workers"], 0), "it must be a whole number, 0 or more"),
-        "test_fraction": (test is None or (number(test) and 0 < test < 1), "it must be null or between 0 and 1"),
-    }
-    return [
-        f"data.{key} = {'null' if given[key] is None else given[key]} is not allowed: {rule}"
-        for key, (fine, rule) in rules.items()
-        if not fine
-    ]

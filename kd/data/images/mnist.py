@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd.data.images.base import DataModule, Samples, Source, folder_of
-from kd.data.images.torchvision_set import check_flag, fetch, missing
+from kd.config.rules import FLAG, one_of, refusals, refuse
+from kd.data.images.base import DataModule
+from kd.data.images.parts import Samples, Source, folder_of
+from kd.data.images.torchvision_set import fetch, missing
 from kd.errors import KdError
 
 SETS = {  # name: (torchvision class, the name people use)
@@ -25,9 +27,8 @@ class MNIST(DataModule):
 
     def __init__(self, *, name: str = "mnist", download: bool = False, **common: Any) -> None:
         super().__init__(**common)
-        if name not in SETS:
-            raise KdError(f"data.name = {name} is not allowed: it must be {' or '.join(SETS)}")
-        self.set_name, self.download = name, check_flag("download", download)
+        refuse(refusals("data.", locals(), {"name": one_of(*SETS), "download": FLAG}))
+        self.set_name, self.download = name, download
         self.num_classes, self.input_shape = 10, (1, 28, 28)
         self.class_names = [str(digit) for digit in range(10)] if name == "mnist" else list(FASHION)
 

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from kd.errors import KdError
-
-
-def check_flag(key: str, value: Any) -> bool:
-    """``value``, or ``KdError`` when it is not true or false."""
-    if not isinstance(value, bool):
-        raise KdError(f"data.{key} = {value} is not allowed: it must be true or false")
-    return value
 
 
 def missing(title: str, folder: Path, option: str) -> KdError:
