@@ -62,7 +62,7 @@ def test_a_run_that_fails_is_said_with_its_reason(kd, tmp_path, short) -> None:
     assert said.code == 1
     # of the students only those on hard labels have no teacher
     assert f"kd: {RUNS - 6} of {RUNS} jobs have no result (the same command again runs what is missing):" in said.err
-    assert "kd: teacher seed=0: failed: the answer of the student" in said.err
+    assert "kd: teacher seed=0: failed: the loss" in said.err
     assert "kd: full_soft seed=1: missing: not started: teacher seed=1 did not finish" in said.err
     assert "Traceback" not in said.err
     assert (tmp_path / "runs" / "study_demo" / "few_hard" / "seed1" / "result.json").is_file()
