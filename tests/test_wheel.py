@@ -16,6 +16,11 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+STUDY_FILES = {
+    file.relative_to(ROOT).as_posix()
+    for name in ("study.yaml", "published.yaml", "results.csv")
+    for file in (ROOT / "experiments").glob(f"*/{name}")
+}
 CONF_FILES = {file.relative_to(ROOT).as_posix() for file in (ROOT / "conf").rglob("*.yaml")}
 
 
@@ -65,9 +70,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return Installed(wheel, scripts, site, elsewhere)
 
 
-def test_the_wheel_holds_every_conf_file(installed) -> None:
+def test_the_wheel_holds_every_conf_file_and_study(installed) -> None:
     names = set(ZipFile(installed.wheel).namelist())
-    assert {f"kd/{file}" for file in CONF_FILES} <= names
+    assert {f"kd/{file}" for file in CONF_FILES | STUDY_FILES} <= names
+    assert not [n for n in names if n.startswith("kd/experiments/benchmarks/") or n.endswith(".png")]
     assert {"kd/report/report.html.j2", "kd/report/report.md.j2", "kd/sweeps/plugins.py"} <= names
     assert not [
         n for n in names if n.startswith(("tests/", "conf/", "experiments/", "hydra_plugins/")) or n.endswith(".pyc")
@@ -93,4 +99,22 @@ def test_a_sweep_from_another_directory(installed, tmp_path) -> None:
     tiny = ["data=fake", "data.train_images=64", "recipe.epochs=1", "hardware=cpu", f"hydra.sweep.dir={tmp_path}/sweep"]
     said = shell(installed.bin / "kd", "train", "-m", "seed=0,1", *tiny, cwd=installed.elsewhere)
     assert "2 jobs, best first" in said
+    assert not list(installed.elsewhere.iterdir())
+
+
+def test_a_study_of_the_package_from_another_directory(installed, tmp_path) -> None:
+    """Found by its name, run there, and reported with the published numbers that the package holds."""
+    shipped = sorted((installed.site / "kd" / "experiments").rglob("*"))
+    code = "from kd.studies import load; print(*load.study_names())"
+    names = shell(installed.bin / "python", "-c", code, cwd=installed.elsewhere).split()
+    assert {"demo", "hinton_mnist"} <= set(names)
+    said = shell(
+        installed.bin / "kd", "study", "demo", "--only", "teacher", "--seeds", "0", "recipe.epochs=1", cwd=tmp_path
+    )
+    runs = tmp_path / "runs" / "study_demo"
+    assert f"study demo: 1 run in {runs}: 0 finished, 1 to run" in said
+    assert "99.33" in (runs / "report.md").read_text(encoding="utf-8")
+    said = shell(installed.bin / "kd", "report", "hinton_mnist", "out=page", cwd=tmp_path)
+    assert f"from {installed.site / 'kd' / 'experiments' / 'hinton_mnist' / 'results.csv'}" in said
+    assert sorted((installed.site / "kd" / "experiments").rglob("*")) == shipped
     assert not list(installed.elsewhere.iterdir())

@@ -13,8 +13,8 @@ from kd.studies import load
 
 USAGE = """kd study NAME [--only ROW,...] [--seeds N,...] [--dry-run] [--config-dir DIR] [KEY=VALUE ...]
 
-Runs what a study of experiments/ still lacks, teachers first, and writes results.csv and the report. The same command
-again goes on where it stopped.
+Runs what a study still lacks, teachers first, and writes results.csv and the report. The same command again goes on
+where it stopped.
 
   kd study hinton_mnist                           all rows, as many jobs at once as there are cores (or GPUs)
   kd study hinton_mnist --dry-run                 what would run, and for how long (a few steps of each are timed)
@@ -22,9 +22,10 @@ again goes on where it stopped.
   kd study hinton_mnist --seeds 0,1,2             other seeds than the study's; also 0-9
   kd study hinton_mnist hydra/launcher=slurm      the jobs on a cluster; any key of kd train, for every job
 
-NAME is a folder of experiments/, or the path of one. Runs go to runs/study_NAME/ROW/seedN (paths.runs=DIR, or
-hydra.sweep.dir=DIR in place of runs/study_NAME: for runs of another recipe beside those that are there). With
-logger=[wandb] the report is sent as well."""
+NAME is a folder of experiments/ in the working directory, else of the studies that come with kd (kd study lists them
+all), or the path of one. Runs go to runs/study_NAME/ROW/seedN (paths.runs=DIR, or hydra.sweep.dir=DIR in place of
+runs/study_NAME: for runs of another recipe beside those that are there). With logger=[wandb] the report is sent as
+well."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,9 +34,22 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     name, options, overrides = _parsed(argv)
-    study = load.load_study(name, options["seeds"])  # bad input is found out before Hydra starts
-    own = ["--config-dir", options["config_dir"]] if options["config_dir"] else []
-    return run(["-m", *own, *_sweeper(name, study.name, options), *_launcher(overrides), *overrides], train)
+    return run_study(name, overrides, **options)
+
+
+def run_study(
+    name: str,
+    overrides: Sequence[str],
+    only: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    dry_run: bool = False,
+    config_dir: str | None = None,
+) -> int:
+    """Run what is missing of a study, by its name or folder; ``overrides``: of every job. Returns the exit code."""
+    study = load.load_study(name, seeds)  # bad input is found out before Hydra starts
+    own = ["--config-dir", config_dir] if config_dir else []
+    sweeper = _sweeper(name, study.name, only, seeds, dry_run)
+    return run(["-m", *own, *sweeper, *_launcher(overrides), *overrides], train)
 
 
 def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
@@ -81,13 +95,13 @@ def _numbers(text: str | None) -> list[int] | None:
     return seeds
 
 
-def _sweeper(name: str, directory: str, options: dict[str, Any]) -> list[str]:
+def _sweeper(name: str, directory: str, only: Sequence[str], seeds: Sequence[int] | None, dry_run: bool) -> list[str]:
     quoted = name.replace("'", r"\'")
     sweeper = {
         "name": f"'{quoted}'",
-        "only": "[" + ",".join(f"'{n}'" for n in options["only"]) + "]",
-        "seeds": "null" if options["seeds"] is None else str(options["seeds"]).replace(" ", ""),
-        "dry_run": str(options["dry_run"]).lower(),
+        "only": "[" + ",".join(f"'{n}'" for n in only) + "]",
+        "seeds": "null" if seeds is None else str(list(seeds)).replace(" ", ""),
+        "dry_run": str(dry_run).lower(),
     }
     place = f"hydra.sweep.dir='${{paths.runs}}/study_{directory}'"
     return ["hydra/sweeper=study", place, *(f"hydra.sweeper.{k}={v}" for k, v in sweeper.items())]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from kd.records import record
-from kd.studies import references
+from kd.studies import load, references
 from kd.studies.study import Row, Study
 
 RUN = re.compile(r"'[^']*/([^/']+/seed\d+)'")  # the directory of a run that another reads
@@ -75,5 +75,6 @@ def notes(study: Study, frame: pd.DataFrame) -> list[str]:
 
 
 def _name_for_kd_study(study: Study) -> str:
-    """Return what ``kd study`` understands: the name of one in experiments/, else its folder."""
-    return study.name if study.folder.resolve().parent == Path("experiments").resolve() else str(study.folder)
+    """Return what ``kd study`` understands: the name of one that it finds, else its folder."""
+    is_found = study.folder.resolve().parent in [place.resolve() for place in load.places()]
+    return study.name if is_found else str(study.folder)

@@ -33,6 +33,10 @@ from kd.studies.study import (
 )
 from kd.tasks.metrics import CLASSIFICATION
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+HERE = Path("experiments")
+SHIPPED = (_PACKAGE if (_PACKAGE / HERE).is_dir() else _PACKAGE.parent) / HERE
+"""Where the package's studies are: inside the installed one, or beside it in a checkout."""
 EPOCHS = ("last", "selected")
 LEFT_OVER = re.compile(r"(?<![\w\\$^}])\{([A-Za-z]\w*)\}")  # in a label, its variables put in; not mathtext
 ROW_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -43,7 +47,7 @@ class NoStudy(KdError):
 
 
 def load_study(name_or_folder: str | Path, seeds: Sequence[int] | None = None) -> Study:
-    """Read a study by its folder, or the name of one in ``experiments/``. ``KdError`` for what is wrong in it.
+    """Read a study by its folder, or the name of one in :func:`places`. ``KdError`` for what is wrong in it.
 
     ``seeds`` instead of the study's own, for the rows that do not fix theirs.
     """
@@ -84,17 +88,24 @@ def _one_of(value: Any, allowed: Sequence[str], what: str) -> str:
     return str(value)
 
 
+def places() -> tuple[Path, Path]:
+    """List the folders of studies: the one of the working directory comes before those that ship with the package."""
+    return HERE, SHIPPED
+
+
 def _folder(name_or_folder: str | Path) -> Path:
-    folder = Path(name_or_folder)
-    if not (folder / STUDY).is_file():
-        folder = Path("experiments") / name_or_folder
-    if not (folder / STUDY).is_file():
-        there = study_names()
-        known = f"; studies: {', '.join(there)}" if there else ""
-        raise NoStudy(
-            f"there is no study {name_or_folder}{did_you_mean(str(name_or_folder), there)}: no {folder / STUDY}{known}"
-        )
-    return folder
+    for place in (Path(), *places()):
+        if (place / name_or_folder / STUDY).is_file():
+            return place / name_or_folder
+    there = study_names()
+    known = f"; studies: {', '.join(there)}" if there else ""
+    near = did_you_mean(str(name_or_folder), there)
+    raise NoStudy(f"there is no study {name_or_folder}{near}: no {HERE / name_or_folder / STUDY}{known}")
+
+
+def is_only_shipped(folder: Path) -> bool:
+    """Tell whether a study is the package's, seen from a working directory elsewhere: nothing is written into it."""
+    return folder.resolve().parent == SHIPPED and HERE.resolve() != SHIPPED
 
 
 def is_other_study(there: Path, here: Path) -> bool:
@@ -108,8 +119,8 @@ def is_other_study(there: Path, here: Path) -> bool:
 
 
 def study_names() -> list[str]:
-    """List the studies of ``experiments/`` in the working directory."""
-    return sorted(file.parent.name for file in Path("experiments").glob(f"*/{STUDY}"))
+    """List the studies of the working directory, and those that ship with the package."""
+    return sorted({file.parent.name for place in places() for file in place.glob(f"*/{STUDY}")})
 
 
 def _seeds(value: Any, what: str) -> tuple[int, ...]:

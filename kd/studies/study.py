@@ -110,7 +110,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Study:
-    """A folder of ``experiments/`` with a ``study.yaml``.
+    """A folder with a ``study.yaml``, of the working directory's ``experiments/`` or the package's.
 
     ``supported``: the conditions; ``claim_of``: who claims them, "paper" or "ours", where a condition does not say it;
     ``exploratory``: the study runs although its design is not known to show its smallest effects of interest.

@@ -52,7 +52,8 @@ def sweep(
     if dry_run:
         return []
     refuse_mixed(study, engine, jobs, arguments)
-    own = seeds is None and _same_experiments(study, engine, jobs, arguments)
+    is_own = seeds is None and not load.is_only_shipped(study.folder)
+    is_own = is_own and _same_experiments(study, engine, jobs, arguments)
     with ExitStack() as held:
         count = f"{len(jobs)} run{'' if len(jobs) == 1 else 's'}"
         opening, folder = f"study {study.name}: {count}", str(study.folder.resolve())
@@ -60,7 +61,7 @@ def sweep(
         problems = evaluations.complete(study, [o for o in outcomes if o.state.status == FINISHED], engine.launcher)
         try:
             complete = not problems and all(o.state.status == FINISHED for o in outcomes)
-            _write_results(study, engine, outcomes, kept if own and complete else None)
+            _write_results(study, engine, outcomes, kept if is_own and complete else None)
         except KdError as error:
             if not problems:
                 raise
@@ -162,7 +163,7 @@ def _write_results(study: Study, engine: Engine, outcomes: Sequence[Outcome], ke
     """``results.csv`` and the report, of all runs that are there.
 
     ``kept``: the results in the study's own folder, written once nothing is missing; None when these runs are of other
-    seeds or another recipe.
+    seeds or another recipe, or the folder is the installed package's.
     """
     frame = of_study(study, engine.directory)
     if not finished(frame).empty:

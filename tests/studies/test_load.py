@@ -171,3 +171,35 @@ def test_what_the_study_sets_itself_is_refused(tmp_path: Path, override: str) ->
         load.load_study(tmp_path)
     (tmp_path / "study.yaml").write_text("rows: {a: {overrides: ['seed=10{seed}']}}\n")
     assert load.load_study(tmp_path).rows["a"].overrides == ("seed=10{seed}",)
+
+
+# ---------------------------------------------------------------------- where studies are found
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package's folder with ``both`` and ``theirs``; the working directory has ``both`` and ``own``."""
+    folder = tmp_path / "package" / "experiments"
+    for place, names in ((folder, ("both", "theirs")), (tmp_path / "experiments", ("both", "own"))):
+        for name in names:
+            (place / name).mkdir(parents=True)
+            (place / name / "study.yaml").write_text("rows: {alone: {}}")
+    monkeypatch.setattr(load, "SHIPPED", folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_studies_of_the_working_directory_come_before_those_of_the_package(shipped: Path) -> None:
+    assert load.study_names() == ["both", "own", "theirs"]
+    assert load.load_study("both").folder == Path("experiments/both")
+    assert load.load_study("theirs").folder == shipped / "theirs"
+    with pytest.raises(load.NoStudy, match=r"no study their \(near: theirs\): .*; studies: both, own, theirs$"):
+        load.load_study("their")
+
+
+def test_only_what_the_working_directory_does_not_hold_is_the_packages_alone(shipped: Path, monkeypatch) -> None:
+    found = {name: load.is_only_shipped(load.load_study(name).folder) for name in load.study_names()}
+    assert found == {"both": False, "own": False, "theirs": True}
+    monkeypatch.chdir(shipped.parent)  # of a checkout
+    assert not load.is_only_shipped(load.load_study("theirs").folder)
+    assert not load.is_only_shipped(shipped / "theirs")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -13,6 +14,7 @@ from kd.records.manifest import Job
 from kd.records.state import FINISHED, State
 from kd.report.run_row import read_evaluations
 from kd.studies import load
+from kd.studies.study import Evaluation
 from kd.sweeps import evaluations, local
 from kd.sweeps.outcome import Outcome
 
@@ -60,3 +62,25 @@ def test_on_the_cpu_they_share_the_cores(given, monkeypatch) -> None:
 def test_beside_a_cluster_they_run_one_after_another(given, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert given({"accelerator": "cpu", "devices": 1}) == ({-1}, [4] * 4)
+
+
+def test_the_bias_is_chosen_on_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class whose logit is 5.5 too low on both splits is found again; one that only test would gain from is not."""
+    import torch
+
+    target = np.random.default_rng(0).integers(0, 10, 500)
+    logits = 5.0 * np.eye(10)[target]
+    low = logits - 5.5 * np.eye(10)[3]
+    answers = {"val": low, "test": low}
+
+    def answer(config, split, weights_file, keep, run) -> dict:
+        keep |= {"logits": [torch.as_tensor(answers[split])], "target": [torch.as_tensor(target)]}
+        return {}
+
+    monkeypatch.setattr(evaluations, "run_config", lambda run_dir, changed: {})
+    monkeypatch.setattr(evaluations, "measure", answer)
+    fixed = Evaluation("fixed", bias=(3,))
+    found = evaluations.evaluate(tmp_path, fixed, "last")
+    assert (found["class_3"], found["acc1"]) == (1.0, 1.0)
+    answers["val"] = logits
+    assert evaluations.evaluate(tmp_path, fixed, "last")["class_3"] == 0.0

@@ -549,6 +549,17 @@ def test_other_recipes_and_changed_rows_do_not_reach_the_kept_results(tmp_path: 
     assert not (tmp_path / "runs" / "study_tiny" / "b").exists()
 
 
+def test_a_study_of_the_package_leaves_its_results_in_the_working_directory(tmp_path, inside, monkeypatch) -> None:
+    plain = {"evaluations": None, "comparisons": None, "claim": None, "supported": None, "seeds": [0]}
+    folder = write(tmp_path / "package" / "tiny", rows={"alone": {}}, **plain)
+    monkeypatch.setattr(load, "SHIPPED", folder.parent)
+    said = inside("study", "tiny")
+    assert said.code == 0, said.err
+    assert (tmp_path / "runs" / "study_tiny" / "results.csv").is_file()
+    assert os.listdir(folder) == ["study.yaml"]
+    assert f"from {tmp_path / 'runs' / 'study_tiny'}\n" in inside("report", "tiny").out
+
+
 @pytest.mark.parametrize(
     ("argument", "same"),
     [
