@@ -14,7 +14,7 @@ from kd.records import manifest
 from kd.records.manifest import Job, Manifest
 from kd.records.record import read, read_config
 from kd.run.train import resume, train
-from kd.tracking.loggers import complete, csv_logger, describe
+from kd.tracking.loggers import MetricsFile, complete, describe
 from kd.tracking.summary import report_row
 from kd.tracking.wandb_run import run_files
 
@@ -128,13 +128,11 @@ def test_what_the_user_sets_wins_and_long_names_are_cut(tmp_path) -> None:
 
 
 def test_a_resumed_csv_keeps_the_rows_of_the_steps_that_count(tmp_path) -> None:
-    logger = csv_logger(tmp_path)
+    logger = MetricsFile(tmp_path)
     for step in (10, 20, 30):
         logger.log_metrics({"train/ce": float(step)}, step=step)
-    logger.save()
-    resumed = csv_logger(tmp_path, done=21)
+    resumed = MetricsFile(tmp_path, done=21)
     resumed.log_metrics({"train/ce": 25.0, "new": 1.0}, step=25)
-    resumed.save()
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     column = rows[0].index("train/ce")
     assert [row[column] for row in rows[1:]] == ["10.0", "20.0", "25.0"]
@@ -142,18 +140,14 @@ def test_a_resumed_csv_keeps_the_rows_of_the_steps_that_count(tmp_path) -> None:
 
 def test_curves_survive_a_kill_between_opening_and_the_next_epoch(tmp_path) -> None:
     """Each resumed process opens the file, and may be killed before it logs anything."""
-    from kd.tracking.loggers import csv_logger
-
-    logger = csv_logger(tmp_path)
+    logger = MetricsFile(tmp_path)
     for step in range(4):
         logger.log_metrics({"train/loss": 1.0 / (step + 1)}, step=step)
-    logger.save()
     whole = (tmp_path / "metrics.csv").read_text()
     for _ in range(2):
-        csv_logger(tmp_path, done=4)
+        MetricsFile(tmp_path, done=4)
         assert (tmp_path / "metrics.csv").read_text() == whole
-    (tmp_path / ".metrics.csv").write_text(whole)  # killed while it wrote them
-    (tmp_path / "metrics.csv").write_text(whole[:20])
-    csv_logger(tmp_path, done=3)
+    (tmp_path / "metrics.csv").write_text(f"{whole}4,")  # the machine lost power
+    MetricsFile(tmp_path, done=3)
     assert (tmp_path / "metrics.csv").read_text().splitlines() == whole.splitlines()[:-1]
-    assert not (tmp_path / ".metrics.csv").exists()
+    assert [f.name for f in tmp_path.iterdir()] == ["metrics.csv"]

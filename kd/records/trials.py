@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -23,23 +22,6 @@ PRUNERS = {
 }
 
 
-class FileLock:
-    """Optuna's lock on its journal. Its own are files that a killed process leaves behind; this one falls with it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.handle = path, -1
-
-    def acquire(self) -> bool:
-        """Wait for the lock."""
-        self.handle = os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o644)
-        fcntl.flock(self.handle, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        """Let the next one in."""
-        os.close(self.handle)
-
-
 def require_optuna() -> None:
     """Raise ``KdError`` with the command that installs Optuna, if it is missing."""
     try:
@@ -57,12 +39,14 @@ def absolute(url: str | None) -> str | None:
 
 def open_storage(directory: Path, url: str | None) -> Any:
     """Open the storage of a search: its journal file, or a data base by URL. ``KdError`` when it cannot be used."""
+    from filelock import FileLock
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
     try:
         if url is not None:
             return RDBStorage(url)
+        # Optuna's own locks are files that a killed process leaves behind; this one falls with it
         lock: Any = FileLock(directory / f"{JOURNAL}.lock")
         return JournalStorage(JournalFileBackend(str(directory / JOURNAL), lock_obj=lock))
     except Exception as error:  # SQLAlchemy's, its drivers', json's

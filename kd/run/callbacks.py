@@ -14,7 +14,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
 
 from kd.errors import KdError
 from kd.parallel import group
@@ -122,7 +121,6 @@ class EpochLine(Callback):
         """Print the line of a validation that is counted in steps."""
         if trainer.state.fn != "fit" or trainer.check_val_every_n_epoch is not None or not trainer.is_global_zero:
             return
-        self._save(trainer)
         of = f"/{module.steps}" if module.steps else ""
         shown = _shown(module.history[trainer.current_epoch])
         log.info("step %d%s (epoch %d)  %s", module.steps_done, of, trainer.current_epoch + 1, shown)
@@ -133,8 +131,6 @@ class EpochLine(Callback):
         if not trainer.is_global_zero:
             return
         epoch = trainer.current_epoch
-        if epoch in module.history:
-            self._save(trainer)
         values = {**module.epoch_means, **module.history.get(epoch, {})}
         seconds = time.perf_counter() - (self.start or time.perf_counter())
         of = (
@@ -143,12 +139,6 @@ class EpochLine(Callback):
             else f" (step {module.steps_done}/{module.steps})"
         )
         log.info("epoch %d%s  %s  (%.1f s)", epoch + 1, of, _shown(values), seconds)
-
-    def _save(self, trainer: L.Trainer) -> None:
-        """Write the curves with each checkpoint: what a killed run leaves must fit together."""
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger):
-                logger.save()
 
 
 def _shown(values: Mapping[str, float]) -> str:

@@ -85,7 +85,7 @@ def carry_out(
     ]
     first = group.rank() == 0
     extra = build.loggers(config, run_dir) if first and run_dir else []
-    own = [loggers.whole(loggers.csv_logger(run_dir, before.steps))] if first and run_dir else []
+    own = [loggers.MetricsFile(run_dir, before.steps)] if first and run_dir else []
     trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
     for logger in extra:
         logger.log_hyperparams(config)

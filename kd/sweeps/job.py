@@ -22,7 +22,7 @@ from kd.run.train import train
 
 # what a run writes into its directory beside its log and its lock, the record last
 WRITTEN = (
-    *(str(CHECKPOINT), SELECTED, LAST, record.METRICS, f".{record.METRICS}", *record.PREDICTIONS.values()),
+    *(str(CHECKPOINT), SELECTED, LAST, record.METRICS, *record.PREDICTIONS.values()),
     *(record.EVALUATIONS, record.CONFIG, record.FILE),
 )
 LOGGED = ("wandb", "tensorboard")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import Logger
 
 from kd.records import manifest, record
 from kd.tracking import wandb_run
@@ -80,44 +79,46 @@ def _swept() -> str:
         return ""
 
 
-def csv_logger(run_dir: Path, done: int = 0) -> CSVLogger:
-    """``metrics.csv`` in the run directory; of an interrupted run's rows those of its first ``done`` steps are kept."""
-    file, aside = run_dir / record.METRICS, run_dir / f".{record.METRICS}"
-    if aside.is_file():  # a process was killed before it had written the rows again
-        file.unlink(missing_ok=True)
-    elif file.is_file():
-        file.replace(aside)  # the logger would delete it, with a warning
-    earlier: list[dict[str, Any]] = []
-    if aside.is_file():
-        with aside.open(newline="") as handle:
-            rows = [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(handle)]
-        earlier = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < done]
-    logger = CSVLogger(str(run_dir), name="", version="", flush_logs_every_n_steps=500)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the directory is not empty: a run's never is
-        writer = logger.experiment
-    writer.metrics = earlier
-    writer.metrics_keys = sorted({key for row in earlier for key in row})
-    writer.save()
-    aside.unlink(missing_ok=True)
-    return logger
+class MetricsFile(Logger):
+    """``metrics.csv`` in the run directory, a line a call; of an interrupted run's rows the first ``done`` steps' stay.
 
-
-def whole(logger: CSVLogger) -> CSVLogger:
-    """Return the logger; where a new column makes it write all rows again, it replaces its file in one step.
-
-    Lightning empties the file first: a process killed then would lose the curves.
+    A line is appended in one piece. Where a column is new, the file is replaced in one piece: whoever kills the process
+    loses no curve.
     """
-    writer = logger.experiment
-    file = Path(writer.metrics_file_path)
 
-    def rewrite(fieldnames: list[str]) -> None:
+    name = version = ""
+
+    def __init__(self, run_dir: Path, done: int = 0) -> None:
+        super().__init__()
+        self.file, self.columns = run_dir / record.METRICS, list[str]()
+        rows = [row for row in self._rows() if row.get("step", "").isdigit() and int(row["step"]) < done]
+        if rows:
+            self._rewrite(rows)
+        else:
+            self.file.unlink(missing_ok=True)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Do nothing: ``config.yaml`` has them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write a row."""
+        row = {**metrics, "step": step}
+        if row.keys() <= set(self.columns):
+            with self.file.open("a", newline="") as handle:
+                csv.DictWriter(handle, self.columns).writerow(row)
+        else:
+            self._rewrite([*self._rows(), row])
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Read what is there, without a last line that a machine which lost power left torn."""
+        text = self.file.read_text() if self.file.is_file() else ""
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        return [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(whole)]
+
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.columns = sorted({key for row in rows for key in row})
         text = io.StringIO()
-        with file.open(newline="") as handle:
-            rows = csv.DictWriter(text, fieldnames)
-            rows.writeheader()
-            rows.writerows(csv.DictReader(handle))
-        record.write_text(file, text.getvalue())
-
-    writer._rewrite_with_new_header = rewrite
-    return logger
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        record.write_text(self.file, text.getvalue())
