@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
+import rich
 import torch
 import torchmetrics
 from lightning.pytorch.callbacks import RichProgressBar
@@ -112,7 +113,7 @@ def ours(values: dict, folder: Path) -> float:
     clock = Clock(skip=3 if values["hardware"]["compile"] else 0)
     hooks = [*callbacks.standard(folder, trainer.selection(values["protocol"], module), {}), clock]
     bar = None if any(isinstance(h, RichProgressBar) for h in hooks) else RichProgressBar(refresh_rate=50)
-    written = [loggers.csv_logger(folder), *build.loggers(values, folder)]
+    written = [loggers.MetricsFile(folder), *build.loggers(values, folder)]
     trainer.make_trainer(values, folder, written, [*hooks, *([bar] if bar else [])], module).fit(
         module, datamodule=data
     )
@@ -194,16 +195,10 @@ def main(arguments: list[str]) -> None:
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     trainer.quieten()
     torch.set_num_threads(1)
-    rich_console_to_nowhere()
-    for name in [a for a in arguments if "=" not in a] or SIZES:
-        compare(name, int(options.get("rounds", 7)), options.get("compile") == "true")
-
-
-def rich_console_to_nowhere() -> None:
-    """Let rich draw its bars, as on a terminal, where nobody sees them."""
-    import rich
-
-    rich.get_console().__dict__ = Console(file=open(os.devnull, "w"), force_terminal=True, width=120).__dict__
+    with open(os.devnull, "w") as nowhere:  # rich draws its bars, as on a terminal, where nobody sees them
+        rich.get_console().__dict__ = Console(file=nowhere, force_terminal=True, width=120).__dict__
+        for name in [a for a in arguments if "=" not in a] or SIZES:
+            compare(name, int(options.get("rounds", 7)), options.get("compile") == "true")
 
 
 if __name__ == "__main__":
