@@ -128,7 +128,7 @@ class Teacher(Answers):
 
         def read(last: bool = False) -> Any:
             self.channels_last = last
-            output = self(batch.views.get("teacher", batch.inputs), batch)
+            output = self(batch.views.get("teacher", batch.inputs), batch, Want(features=True))
             raw = [member.raw for member in (output, *output.members)]
             return [output.logits if output.has_logits else None, raw, output.features]
 
