@@ -37,23 +37,39 @@ class RunData(Protocol):
     mixup: float | None
 
     @property
-    def sizes(self) -> Mapping[str, int | None]: ...
+    def sizes(self) -> Mapping[str, int | None]:
+        """Samples of each split, None where it is not known."""
+
     @property
-    def split_facts(self) -> Mapping[str, Any]: ...
+    def split_facts(self) -> Mapping[str, Any]:
+        """What decides which sample is in which split."""
+
     @property
-    def random_view(self) -> str | None: ...
+    def random_view(self) -> str | None:
+        """The option that gives a teacher another view in every epoch, if there is one."""
+
     @property
-    def train_index(self) -> Tensor | None: ...
+    def train_index(self) -> Tensor | None:
+        """The index (samples,) of the training set."""
+
     @property
-    def train_targets(self) -> Tensor | None: ...
+    def train_targets(self) -> Tensor | None:
+        """The targets of the training set, by sample."""
 
     def example(self) -> Any:
         """Inputs of one sample, a batch of one: for counting operations and measuring latency."""
 
-    def train_dataloader(self) -> Any: ...
-    def val_dataloader(self) -> Any: ...
-    def test_dataloader(self) -> Any: ...
-    def answering_dataloader(self) -> Any: ...
+    def train_dataloader(self) -> Any:
+        """Batches of train, shuffled anew in each epoch."""
+
+    def val_dataloader(self) -> Any:
+        """Batches of val, in order."""
+
+    def test_dataloader(self) -> Any:
+        """Batches of test, in order."""
+
+    def answering_dataloader(self) -> Any:
+        """Batches of train once, in order, as a teacher answers them."""
 
 
 class AdaptedData(LightningDataModule):

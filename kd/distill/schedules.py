@@ -19,6 +19,7 @@ class Linear:
         self.start, self.end, self.epochs = _factor("start", start), _factor("end", end), _length(epochs)
 
     def __call__(self, epoch: float, epochs: float) -> float:
+        """Return the factor of the weight at a fractional epoch of so many."""
         done = min(1.0, epoch / (self.epochs or epochs))
         return self.start + (self.end - self.start) * done
 
@@ -30,6 +31,7 @@ class Cosine:
         self.start, self.end, self.epochs = _factor("start", start), _factor("end", end), _length(epochs)
 
     def __call__(self, epoch: float, epochs: float) -> float:
+        """Return the factor of the weight at a fractional epoch of so many."""
         done = min(1.0, epoch / (self.epochs or epochs))
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
 
@@ -41,6 +43,7 @@ class Step:
         self.milestones, self.gamma = sorted(milestones), _factor("gamma", gamma)
 
     def __call__(self, epoch: float, epochs: float) -> float:
+        """Return the factor of the weight at a fractional epoch of so many."""
         return self.gamma ** sum(epoch >= m for m in self.milestones)
 
 

@@ -29,9 +29,11 @@ class Residual(nn.Module):
             )
 
     def residual(self, x: Tensor) -> Tensor:
+        """Compute the branch beside the shortcut, (B, C, H, W) → (B, C', H', W')."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the maps of the next block, (B, C, H, W) → (B, C', H', W')."""
         return self.act(self.residual(x) + self.shortcut(x))
 
 
@@ -49,6 +51,7 @@ class Basic(Residual):
         self.bn2 = nn.BatchNorm2d(width)
 
     def residual(self, x: Tensor) -> Tensor:
+        """Compute the branch beside the shortcut, (B, C, H, W) → (B, C', H', W')."""
         return self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
 
 
@@ -69,6 +72,7 @@ class Bottleneck(Residual):
         self.bn3 = nn.BatchNorm2d(4 * width)
 
     def residual(self, x: Tensor) -> Tensor:
+        """Compute the branch beside the shortcut, (B, C, H, W) → (B, C', H', W')."""
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
@@ -105,6 +109,7 @@ class ResNet(nn.Module):
         kaiming_fan_out(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, classes) of images (B, C, H, W)."""
         x = self.act1(self.bn1(self.conv1(x)))
         for name in self.stages:
             x = self.get_submodule(name)(x)

@@ -28,16 +28,19 @@ class MaxNormLinear(nn.Linear):
         self.register_state_dict_pre_hook(_project)
 
     def project(self) -> None:
+        """Shorten the weight vectors that are too long, in place."""
         weight = self.weight.data  # so that the second of two forwards before one backward does not count as a change
         norm = weight.norm(dim=1, keepdim=True)
         # a hair inside, so that projecting once more changes no bit (torch.renorm_ may)
         weight.mul_(torch.where(norm > self.max_norm, self.max_norm * (1 - 1e-6) / norm, 1.0))
 
     def train(self, mode: bool = True) -> MaxNormLinear:
+        """Project, then change the mode."""
         self.project()
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return (N, out) of (N, in)."""
         if self.training:
             self.project()
         return super().forward(input)

@@ -41,6 +41,7 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the maps of the next block, (B, C, H, W) → (B, C', H', W')."""
         return x + self.conv(x) if self.skip else self.conv(x)
 
 
@@ -69,6 +70,7 @@ class MobileNetV2(nn.Module):
         small_linear(self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, classes) of images (B, C, H, W)."""
         x = self.stem(x)
         for name in self.stages:
             x = self.get_submodule(name)(x)

@@ -37,6 +37,7 @@ class Unit(nn.Module):
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the maps of the next block, (B, C, H, W) → (B, C', H', W')."""
         y = channel_shuffle(self.act1(self.bn1(self.conv1(x))), self.groups)
         y = self.bn3(self.conv3(self.act2(self.bn2(self.conv2(y)))))
         return self.act(y + x if self.shortcut is None else torch.cat([y, self.shortcut(x)], dim=1))
@@ -65,6 +66,7 @@ class ShuffleNetV1(nn.Module):
         self.fc = nn.Linear(960, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, classes) of images (B, C, H, W)."""
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(self.pool(x).flatten(1))

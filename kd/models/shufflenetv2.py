@@ -1,6 +1,6 @@
-"""ShuffleNetV2 for small images: Ma, Zhang, Zheng, Sun, "ShuffleNet V2: Practical Guidelines for Efficient CNN
-Architecture Design", ECCV 2018, table 5.
+"""ShuffleNetV2 for small images.
 
+Ma, Zhang, Zheng, Sun, "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", ECCV 2018, table 5.
 As in the CRD tables: a 1x1 stem without stride or pooling; initialised by torch's defaults.
 """
 
@@ -39,6 +39,7 @@ class Unit(nn.Module):
         self.right = nn.Sequential(*pointwise(half, half), *depthwise(half, 1), *pointwise(half, half))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the maps of the next block, (B, C, H, W) → (B, C', H', W')."""
         left, right = x.chunk(2, dim=1)
         return channel_shuffle(torch.cat([left, self.right(right)], dim=1), 2)
 
@@ -53,6 +54,7 @@ class DownUnit(nn.Module):
         self.right = nn.Sequential(*pointwise(in_channels, half), *depthwise(half, 2), *pointwise(half, half))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the maps of the next block, (B, C, H, W) → (B, C', H', W')."""
         return channel_shuffle(torch.cat([self.left(x), self.right(x)], dim=1), 2)
 
 
@@ -77,6 +79,7 @@ class ShuffleNetV2(nn.Module):
         self.fc = nn.Linear(widths[3], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, classes) of images (B, C, H, W)."""
         x = self.layer3(self.layer2(self.layer1(self.stem(x))))
         return self.fc(self.pool(self.last(x)).flatten(1))
 

@@ -49,6 +49,7 @@ class VGG(nn.Module):
         small_linear(self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, classes) of images (B, C, H, W)."""
         x = self.halve(self.layer0(x))
         x = self.halve(self.layer1(x))
         x = self.halve(self.layer2(x))

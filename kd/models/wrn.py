@@ -27,6 +27,7 @@ class Block(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the maps of the next block, (B, C, H, W) → (B, C', H', W')."""
         active = self.act1(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(active)
         return self.conv2(self.act2(self.bn2(self.conv1(active)))) + shortcut
@@ -57,6 +58,7 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, classes) of images (B, C, H, W)."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         return self.fc(self.pool(self.act(self.bn(x))).flatten(1))
 

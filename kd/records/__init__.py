@@ -1,0 +1,1 @@
+"""What lies on the disk: runs, sweeps, locks, weights. No torch."""

@@ -160,8 +160,10 @@ class WallClock(Callback):
 
 
 class StopOnSigterm(Callback):
-    """Of several processes: SIGTERM is an interruption. Lightning would first tell the others, by a collective that
-    meets theirs of another kind and waits."""
+    """Makes SIGTERM an interruption of a run of several processes.
+
+    Lightning would first tell the others, by a collective that meets theirs of another kind and waits.
+    """
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Lightning's handler has been set a moment ago."""

@@ -1,0 +1,1 @@
+"""Loggers: ``metrics.csv``, TensorBoard, MLflow, Weights & Biases."""

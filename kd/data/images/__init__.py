@@ -1,0 +1,1 @@
+"""Image sets, the split of each, augmentation on whole batches."""
