@@ -27,7 +27,7 @@ from kd.losses.base import Batch, Output, Setup, Term
 from kd.losses.logits.ce import CrossEntropy
 from kd.losses.logits.kd import KnowledgeDistillation
 from kd.models.base import classifier, with_module
-from kd.run import build, loss_nodes
+from kd.run import build, loss_nodes, networks
 from kd.run.train import train
 
 TOYS = Path(__file__).parent / "toys"
@@ -85,8 +85,8 @@ def test_the_numbers_are_those_of_kd_train(tmp_path, teacher_run) -> None:
 
     L.seed_everything(3, verbose=False)
     data = build.datamodule(config)
-    student = build.student(config, data)
-    teacher = build.teacher(config, data, build.task(config))
+    student = networks.student(config, data)
+    teacher = networks.teacher(config, data, build.task(config))
     result = api.distill(
         *(student, teacher, data.train_dataloader(), data.val_dataloader(), data.test_dataloader()),
         loss={"ce": 0.1, "kd": {"weight": 0.9, "temperature": 4}},

@@ -16,7 +16,7 @@ from kd.config.compose import checked
 from kd.errors import KdError
 from kd.losses.base import Term
 from kd.records import record, weight_files
-from kd.run import build, weights
+from kd.run import build, networks, weights
 from kd.run.data_facts import facts as facts_of
 from kd.run.data_facts import same_data
 from kd.tasks.classification import Classification
@@ -131,7 +131,7 @@ def test_the_last_epoch_teaches_when_it_is_asked_to(tmp_path, teacher_run) -> No
     built, read = {}, {}
     for epoch in (None, "selected", "last"):
         config = checked([f"teacher.checkpoint={run}", *([f"teacher.epoch={epoch}"] if epoch else []), "hardware=cpu"])
-        built[epoch] = build.teacher(config, build.datamodule(config), build.task(config))
+        built[epoch] = networks.teacher(config, build.datamodule(config), build.task(config))
         read[epoch] = weight_files.read_by(config)["teacher.checkpoint"]
     assert read[None] == read["selected"] != read["last"]
     weight = {epoch: next(teacher.parameters()) for epoch, teacher in built.items()}

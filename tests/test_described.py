@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from kd.config.compose import checked
 from kd.errors import KdError
-from kd.run import build, described
+from kd.run import build, described, networks
 
 STATE = {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}
 OWN = """
@@ -70,7 +70,7 @@ def teacher(file: str, student: object = None, **section: object) -> torch.nn.Mo
     config, data = copy.deepcopy(composed()[0]), composed()[1]
     config["teacher"].update(section, checkpoint=file)
     config["student"]["model"] = student or config["student"]["model"]
-    built = build.teacher(config, data, build.task(config))
+    built = networks.teacher(config, data, build.task(config))
     assert built is not None
     return built.root
 

@@ -81,7 +81,7 @@ def evaluate(
 
     from kd.distill.evaluation import measure  # start-up: torch, as all of these
     from kd.losses.base import Batch  # start-up
-    from kd.run import build, trainer  # start-up
+    from kd.run import build, networks, trainer  # start-up
 
     trainer.quieten()
     source = weights_file or config["student"]["checkpoint"]
@@ -91,7 +91,7 @@ def evaluate(
     data.setup("test")
     without = unkept_teacher(config, run)
     task = build.task(config)
-    teacher = _made_again(config, data, task, run) if without else build.teacher(config, data, task)
+    teacher = _made_again(config, data, task, run) if without else networks.teacher(config, data, task)
     without = "" if teacher is not None else without
     if without and who == "teacher":
         raise KdError(f"{without}: there is nothing to measure (teacher.checkpoint=RUN measures another one)")
@@ -145,7 +145,7 @@ def _student(
     import torch
 
     from kd.distill.teacher import InputMap  # start-up: torch, as all of these
-    from kd.run import build, weights  # start-up
+    from kd.run import build, networks, weights  # start-up
     from kd.run.data_facts import same_data  # start-up
     from kd.tasks.base import Want  # start-up
 
@@ -159,7 +159,7 @@ def _student(
         start = {**config["student"], "checkpoint": None, "epoch": None}
         network = build.distiller({**config, "student": start}, data).trained
     else:
-        network = build.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
+        network = networks.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
     weights.load(network, state, source, "student")
     network.to(device=device, dtype=dtype).eval()
     own = [recorded.get(name) or None for name in ("mean", "std")]
@@ -170,18 +170,18 @@ def _student(
 
 def _made_again(config: Mapping[str, Any], data: Any, task: Any, run: str | Path | None) -> Any:
     """Make the teacher of ``run``, which has no checkpoint, where its own code gives it the weights that taught."""
-    from kd.run import build, weights  # start-up: torch
+    from kd.run import networks, weights  # start-up: torch
 
     there = record.read(run).get("teacher") or {} if run is not None and (Path(run) / record.FILE).is_file() else {}
     if there.get("digest") is None or there.get("weights") == TRAINED_ALONG:
         return None
-    made = build.teacher(config, data, task)
+    made = networks.teacher(config, data, task)
     return made if made is not None and weights.digest(made.state_dict()) == there["digest"] else None
 
 
 def unkept_teacher(config: Mapping[str, Any], run: str | Path | None = None) -> str:
     """Tell why the network that taught cannot be had: its weights were random, or the run changed them; else ""."""
-    from kd.run.build import teacher_members  # start-up: torch
+    from kd.run.networks import teacher_members  # start-up: torch
 
     if run is not None and (Path(run) / record.FILE).is_file():
         about = record.read(run).get("teacher") or {}

@@ -1,0 +1,238 @@
+"""Student and teacher of a checked config: networks with their weights, and what the teacher's input needs."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from hydra.utils import get_object
+from torch import nn
+
+from kd.config.instantiate import first_line, make
+from kd.config.keys import targets
+from kd.distill.answers import Answers
+from kd.distill.teacher import InputMap, Teacher
+from kd.errors import KdError
+from kd.records import weight_files
+from kd.run import described, integrity, weights
+from kd.run.data_facts import same_data
+from kd.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+
+def network(spec: Mapping[str, Any], path: str, num_classes: int | None, input_shape: tuple[int, ...]) -> nn.Module:
+    """A network from its ``_target_``; it is given what it takes of the class count and the input's shape.
+
+    So is each network inside of it, a node with a ``_target_`` among its arguments, at any depth.
+    """
+    known: dict[str, Any] = {"num_classes": num_classes} if num_classes is not None else {}
+    if len(input_shape) == 3:
+        shape = {"input_shape": tuple(input_shape), "in_chans": input_shape[0], "in_channels": input_shape[0]}
+        known |= shape
+    if not isinstance(spec, Mapping) or "_target_" not in spec:
+        raise KdError(f"{path} = {spec} is not a network: it needs a _target_")
+    try:
+        accepted = inspect.signature(get_object(spec["_target_"])).parameters
+    except Exception as error:
+        raise KdError(f"{path}._target_ = {spec['_target_']}: {first_line(error)}") from error
+    given = {k: v for k, v in known.items() if k in accepted and k not in spec}
+    wanted = accepted.get("num_classes")
+    if num_classes is None and wanted is not None and wanted.default is wanted.empty and "num_classes" not in spec:
+        raise KdError(
+            f"{path}._target_ = {spec['_target_']} takes num_classes, which the data does not tell: give "
+            f"the data module an attribute num_classes (data.num_classes), or set {path}.num_classes"
+        )
+    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if anything and "num_classes" in known and not str(spec["_target_"]).startswith("transformers."):
+        given.setdefault("num_classes", spec.get("num_classes", num_classes))
+    built = make(_completed(spec, known), path, **given)
+    if not isinstance(built, nn.Module):
+        raise KdError(f"{path}._target_ = {spec['_target_']} makes a {type(built).__name__}, not a torch module")
+    return built
+
+
+def _completed(spec: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's node, with what the nodes inside of it take of ``known`` and do not set."""
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, list):
+            return [filled(part) for part in node]
+        if not isinstance(node, Mapping):
+            return node
+        inner = {key: filled(value) for key, value in node.items()}
+        if "_target_" not in inner:
+            return inner
+        try:
+            accepted = inspect.signature(get_object(inner["_target_"])).parameters
+        except Exception:  # said, with its path, where it is made
+            return inner
+        return {**{k: v for k, v in known.items() if k in accepted}, **inner}
+
+    return {key: filled(value) for key, value in spec.items()}
+
+
+def student(config: Mapping[str, Any], data: Any) -> nn.Module:
+    """The student, from scratch or from ``student.checkpoint``."""
+    section = config["student"]
+    net = network(section["model"], "student.model", data.num_classes, data.input_shape)
+    if section["checkpoint"] is not None:
+        state, about = integrity.read_weights(section["checkpoint"], section.get("epoch"))
+        same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
+        _refuse_heads(about, f"student.checkpoint = {section['checkpoint']}")
+        weights.load(net, state, section["checkpoint"], "student")
+    elif section["model"].get("pretrained"):
+        own = getattr(net, "pretrained_cfg", None) or {}
+        if any(list(own.get(k) or getattr(data, k)) != list(getattr(data, k)) for k in ("mean", "std")):
+            log.warning(
+                "the student was pretrained on inputs of mean %s, std %s, the data has %s, %s: set data.mean, data.std",
+                *(own.get("mean"), own.get("std"), data.mean, data.std),
+            )
+    return net
+
+
+def _refuse_heads(about: Mapping[str, Any], source: str) -> None:
+    """``KdError`` for a student that has kept heads of its terms: its network is more than what a config can name."""
+    if heads := about.get("heads"):
+        raise KdError(
+            f"{source} is a student that keeps a head of loss.{', loss.'.join(heads)}: kd eval RUN and resume=RUN make "
+            "it again from the config of its run, no other run can"
+        )
+
+
+def teacher(config: Mapping[str, Any], data: Any, task: Task) -> Answers | None:
+    """Where the teacher's answers come from; None when no model, checkpoint or ``teacher.answers`` is given."""
+    live, node = _live_teacher(config, data, task), config["teacher"].get("answers")
+    if node is None:
+        return live
+    known = {"teacher": live, "data": data, "task": task}
+    try:
+        accepted = inspect.signature(get_object(node["_target_"])).parameters
+    except Exception as error:
+        raise KdError(f"teacher.answers = {node}: {first_line(error)}") from error
+    built = make(node, "teacher.answers", **{k: v for k, v in known.items() if k in accepted and k not in node})
+    if not isinstance(built, Answers):
+        raise KdError(f"teacher.answers._target_ = {node['_target_']} is not a kd.distill.answers.Answers")
+    return built
+
+
+def _live_teacher(config: Mapping[str, Any], data: Any, task: Task) -> Teacher | None:
+    """The frozen network, or several."""
+    section = config["teacher"]
+    pairs = teacher_members(section)
+    if not pairs:
+        if section.get("cache"):
+            raise KdError("teacher.cache = true needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
+        return None
+    named = {node["_target_"] for role in ("student", "teacher") for _, node in targets(config[role]["model"])}
+    members = [_member(model, checkpoint, section, data, named) for model, checkpoint in pairs]
+    networks, maps = [n for n, _ in members], [i for _, i in members]
+    built = Teacher(
+        networks,
+        maps,
+        section["combine"],
+        section["weights"],
+        bool(section.get("cache")),
+        task,
+        section.get("optimize", True),
+    )
+    built.sources = [weight_files.source_of(c, section.get("epoch")) for _, c in pairs if c is not None]
+    return built
+
+
+def teacher_members(section: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Model and checkpoint of each teacher of a config, None for what is not given; [] without a teacher."""
+    models, checkpoints = _as_list(section["model"]), _as_list(section["checkpoint"])
+    if len(checkpoints) > 1 and len(models) == 1:
+        models = models * len(checkpoints)
+    count = max(len(models), len(checkpoints))
+    models += [None] * (count - len(models))
+    checkpoints += [None] * (count - len(checkpoints))
+    return list(zip(models, checkpoints, strict=True))
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _member(
+    model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any, named: Collection[str]
+) -> tuple[nn.Module, nn.Module]:
+    state, about = (None, {}) if checkpoint is None else integrity.read_weights(checkpoint, section.get("epoch"))
+    if model is None and about.get("model") is None:
+        raise KdError(
+            f"teacher.checkpoint = {checkpoint} does not say which network it belongs to: add model@teacher=NAME"
+        )
+    spec = model
+    if spec is None:
+        spec = described.network(
+            about["model"], f"teacher.checkpoint = {checkpoint}", named, bool(section.get("trust"))
+        )
+    recorded = about.get("data", {})
+    same_data(recorded, data, f"teacher.checkpoint = {checkpoint}")
+    _refuse_heads(about, f"teacher.checkpoint = {checkpoint}")
+    shape = tuple(recorded.get("input_shape", data.input_shape))
+    net = network(spec, "teacher.model", data.num_classes, shape if spec is not model else data.input_shape)
+    if state is not None:
+        weights.load(net, state, checkpoint, "teacher")
+    elif not spec.get("pretrained") and not section["allow_random"]:
+        raise KdError(
+            "the teacher has random weights: give teacher.checkpoint=RUN (or a weights file), a pretrained model, or "
+            "ask for it with teacher.allow_random=true"
+        )
+    pretrained: Mapping[str, Any] = {}
+    if state is None and spec.get("pretrained"):
+        pretrained = getattr(net, "pretrained_cfg", None) or {}
+        _own_head(pretrained, data, section["allow_random"])
+    elif state is not None and not recorded and section["mean"] is None and data.mean:
+        log.warning(
+            "%s does not record the statistics of its input: the data's are used (set teacher.mean and teacher.std)",
+            checkpoint,
+        )
+    if not data.mean:  # not images that were normalised: fed as they are
+        return net, nn.Identity()
+    mean = _statistics("mean", section, recorded, pretrained)
+    std = _statistics("std", section, recorded, pretrained)
+    size = pretrained.get("input_size", recorded.get("input_shape", data.input_shape))
+    return net, InputMap(data.mean, data.std, mean, std, _resize(section["resize"], size, data.input_shape))
+
+
+def _own_head(pretrained: Mapping[str, Any], data: Any, allow_random: bool) -> None:
+    """A pretrained network gets a new, random classifier where the data has other classes than its own."""
+    own = pretrained.get("num_classes")
+    if own is not None and own != data.num_classes and not allow_random:
+        raise KdError(
+            f"the teacher was pretrained on {own} classes, the data has {data.num_classes}: its classifier would be "
+            "random. Fine-tune it first (model@student=timm student.model.pretrained=true, loss=[ce]) and give that "
+            "run as teacher.checkpoint, or set teacher.allow_random=true if no term reads its logits"
+        )
+
+
+def _statistics(
+    which: str, section: Mapping[str, Any], recorded: Mapping[str, Any], pretrained: Mapping[str, Any]
+) -> list[float] | None:
+    """Of the teacher's input, by rank: the user's word, what the run recorded, what the weights came with."""
+    for source in (section, recorded, pretrained):
+        if source.get(which):  # [] where the inputs of a run were not normalised
+            return list(source[which])
+    return None
+
+
+def _resize(asked: Any, expected: Any, given: Any) -> int | None:
+    """The edge to resize a teacher's input to, or None. Refuses sizes that differ unless the user decided."""
+    if asked is False:
+        return None
+    if asked is not None:
+        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+            raise KdError(f"teacher.resize = {asked} is not allowed: an edge in pixels, false, or null")
+        return asked
+    if tuple(expected[-2:]) != tuple(given[-2:]):
+        raise KdError(
+            f"the teacher expects {expected[-2]}×{expected[-1]} images, the data gives {given[-2]}×{given[-1]}: set "
+            f"teacher.resize={expected[-1]} to resize them, or teacher.resize=false to feed them as they are"
+        )
+    return None
