@@ -111,7 +111,7 @@ def test_kept_answers_replace_the_forward_pass_in_training(kd, teacher_run, monk
     )
     said = kd("train", *FAST, f"teacher.checkpoint={teacher_run}", "loss=[kd]", "teacher.cache=true")
     assert said.code == 0, said.err
-    # beside the dry passes: val; the training images once; val for the agreement, and test; none in either epoch's steps
+    # beside the dry passes: val; the training images once; val for the agreement, and test; none in the steps
     assert [count for count in seen if count > 2] == [270, 512, 296, 270, 512, 207]
 
 
