@@ -31,7 +31,7 @@ from kd.studies import references
 from kd.studies.study import Study
 from kd.sweeps.engine import Engine, waves
 from kd.sweeps.local import Resources, resources
-from kd.sweeps.pool import run_in_subprocess
+from kd.sweeps.pool import preload, run_in_subprocess
 from kd.sweeps.refusals import refuse_duplicates, refuse_unbuildable
 
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones
@@ -160,6 +160,7 @@ class Clock:
         """Time the steps of a config, see :func:`time_steps`."""
         key = speed(config)
         if key not in self.known:
+            preload()
             self.known[key] = run_in_subprocess(functools.partial(time_steps, config, self.threads))
         return self.known[key]
 

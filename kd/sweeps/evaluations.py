@@ -70,6 +70,7 @@ def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
             except KdError as error:
                 raise KdError(f"{where} (row {row}): {error}") from None
     if wanted:
+        preload()
         run_in_subprocess(functools.partial(_check_data, wanted))
 
 

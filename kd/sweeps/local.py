@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -104,7 +104,7 @@ def launch(
         configs.append(config)
     slots = resources([OmegaConf.to_container(c.hardware) for c in configs], n_jobs, jobs_per_gpu)  # type: ignore[misc]
     preload()
-    calls = [partial(_run, context, task, config, slots) for config in configs]
+    calls = [_call(context, task, config, slots) for config in configs]
     total = total or first + len(jobs)
     for done, (position, code) in enumerate(forked(calls, len(slots)), start=first + 1):
         run_dir = directory(configs[position])
@@ -153,25 +153,32 @@ def job_line(run_dir: Path) -> str:
     return f"{label}: {chosen}{at_selected} ({epoch}; {found['wall_clock_s']:.1f} s)"
 
 
-def _run(context: HydraContext, task: TaskFunction, config: DictConfig, slots: Sequence[Resources], slot: int) -> None:
-    run_dir, own = directory(config), slots[slot]
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "train.log").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-    except OSError as error:
-        print(f"kd: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
-    own.apply()
-    if config.hardware.threads is None:
-        OmegaConf.update(config, "hardware.threads", own.threads)
-    setup_globals()
-    run_job(
-        hydra_context=context,
-        task_function=task,
-        config=config,
-        job_dir_key="hydra.sweep.dir",
-        job_subdir_key="hydra.sweep.subdir",
-    )
+def _call(
+    context: HydraContext, task: TaskFunction, config: DictConfig, slots: Sequence[Resources]
+) -> Callable[[int], None]:
+    state = Singleton.get_state()
+
+    def call(slot: int) -> None:
+        run_dir, own = directory(config), slots[slot]
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with (run_dir / "train.log").open("a") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+        except OSError as error:
+            print(f"kd: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+            sys.exit(1)
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
+        own.apply()
+        if config.hardware.threads is None:
+            OmegaConf.update(config, "hardware.threads", own.threads)
+        Singleton.set_state(state)
+        run_job(
+            hydra_context=context,
+            task_function=task,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+    return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,18 +83,19 @@ def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Directi
 
 def _measures(base: Mapping[str, Any]) -> dict[str, Direction]:
     """Return every measure of the validation split, the task's main one first, and every cost, with its direction."""
+    teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
+
+    def described() -> list[tuple[str, str]]:
+        from kd.run import build  # start-up: torch
+
+        return [(m.name, m.better) for m in build.task(base).metrics if teacher or not m.beside_teacher]
+
+    pool.preload()
     metrics = {
         f"val/{name}": "maximize" if better == "max" else "minimize"
-        for name, better in pool.run_in_subprocess(functools.partial(_described, base))
+        for name, better in pool.run_in_subprocess(described)
     }
     return {**metrics, **dict.fromkeys(COSTS, "minimize")}  # type: ignore[dict-item]
-
-
-def _described(base: Mapping[str, Any]) -> list[tuple[str, str]]:
-    from kd.run import build  # start-up: torch
-
-    teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
-    return [(m.name, m.better) for m in build.task(base).metrics if teacher or not m.beside_teacher]
 
 
 def _check_objective(name: str, direction: Any, known: Mapping[str, Direction]) -> None:

@@ -1,7 +1,6 @@
-"""Jobs in fresh processes, forked from a server that has imported everything: isolation at the price of none.
+"""Jobs in fresh processes, forked from this one after it has imported everything: isolation at the price of none.
 
-This process needs neither torch nor a GPU for them, and may use both: nothing of it is in its children but the
-environment and what they are given, which must be picklable.
+This process must never touch a GPU nor start torch's threads: children of such a process hang.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -24,10 +21,6 @@ from kd.parallel.launch import interruptible
 Call = Callable[[int], Any]
 """What a child runs; it is given its slot, 0 to the number of jobs at once - 1."""
 
-CONTEXT = multiprocessing.get_context("forkserver")
-# what every job needs; of the data sets' packages the slow one, half of a short run on digits
-IMPORTED = ["sklearn.datasets", "kd.cli.main", "kd.models.mlp", "kd.run.build", "kd.run.callbacks", "kd.run.train"]
-
 
 def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
     """Run each call in a process of its own, ``at_once`` at a time; yields (position, exit code) as they end.
@@ -35,6 +28,7 @@ def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
     A negative code is the signal that killed the child. When this process is interrupted, so are the children; when it
     is killed, they die with it.
     """
+    context = multiprocessing.get_context("fork")
     waiting = list(enumerate(calls))[::-1]
     free = list(range(at_once))[::-1]
     running: dict[Any, tuple[int, int, BaseProcess]] = {}
@@ -44,7 +38,10 @@ def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
                 while waiting and free:
                     position, call = waiting.pop()
                     slot = free.pop()
-                    process = _start(partial(call, slot))
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    process: BaseProcess = context.Process(target=_child, args=(call, slot))
+                    process.start()
                     running[process.sentinel] = (position, slot, process)
                 for sentinel in wait(list(running)):
                     position, slot, process = running.pop(sentinel)
@@ -56,12 +53,21 @@ def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
 
 
 def run_in_subprocess(call: Callable[[], Any]) -> Any:
-    """Call a function in a process of its own, where torch is imported already, and return what it returns.
+    """Call a function in a process of its own and return what it returns; this process stays without torch threads.
 
     What it raises becomes a ``KdError`` with that sentence.
     """
-    here, there = CONTEXT.Pipe(duplex=False)
-    process = _start(partial(_answer, call, there))
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def answer(_: int) -> None:
+        try:
+            there.send((call(), None))
+        except Exception as error:
+            there.send((None, str(error) or type(error).__name__))
+
+    process = context.Process(target=_child, args=(answer, 0))
+    process.start()
     there.close()
     try:
         value, error = here.recv()
@@ -78,54 +84,29 @@ def run_in_subprocess(call: Callable[[], Any]) -> Any:
 
 
 def preload() -> None:
-    """Start the server, which imports while this process goes on; without it the first call does."""
-    CONTEXT.set_forkserver_preload(IMPORTED)
-    environment = dict(os.environ)
-    os.environ.update(PYTHONPATH=os.pathsep.join(sys.path), PYTHONSAFEPATH="1")  # so that it imports what we would
-    # it outlives a SIGTERM to the whole process group: this process must still be able to interrupt its children
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _become(environment)
+    """Import what every job needs, once; of the data sets' packages the slow one. No torch operation runs here."""
+    import sklearn.datasets  # noqa: F401 - half of a short run on digits
+
+    import kd.models.mlp  # start-up: torch
+    import kd.run.build  # start-up: torch
+    import kd.run.callbacks  # start-up: torch
+    import kd.run.train  # noqa: F401 # start-up
 
 
-def _start(call: Callable[[], Any]) -> BaseProcess:
-    preload()
-    process = CONTEXT.Process(target=_child, args=(call, dict(os.environ)))
-    process.start()
-    return process
-
-
-def _child(call: Callable[[], Any], environment: Mapping[str, str]) -> None:
+def _child(call: Call, slot: int) -> None:
     os.setpgrp()  # Ctrl-C on a terminal reaches the parent alone and is passed on once: a second would cut the record
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    threading.Thread(target=_die_with_the_parent, args=(os.getppid(),), daemon=True).start()
-    _become(environment)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_die_with_the_parent, daemon=True).start()
     try:
-        call()
+        call(slot)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _become(environment: Mapping[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-def _answer(call: Callable[[], Any], pipe: Connection) -> None:
-    try:
-        pipe.send((call(), None))
-    except Exception as error:
-        pipe.send((None, str(error) or type(error).__name__))
-
-
-def _die_with_the_parent(server: int) -> None:
+def _die_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    while os.getppid() == server and not wait([parent.sentinel], timeout=1.0):  # without it nobody knows our exit code
-        pass
+    wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -37,6 +37,7 @@ def refuse_unbuildable(configs: Mapping[str, Mapping[str, Any]], directory: Path
                 if not Path(checkpoint).exists() and directory not in Path(checkpoint).parents:
                     raise KdError(f"{name}: {role}.checkpoint = {checkpoint} does not exist")
     if configs:
+        pool.preload()
         pool.run_in_subprocess(functools.partial(_check_objectives, configs))
 
 

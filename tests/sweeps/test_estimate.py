@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from kd.records.manifest import Job
@@ -44,6 +43,7 @@ def test_the_time_in_which_a_run_was_stopped_is_left_out(tmp_path: Path) -> None
 
 
 def test_rows_that_cost_the_same_are_timed_once(engine, monkeypatch) -> None:
+    monkeypatch.setattr(estimate, "preload", lambda: None)
     asked = []
     monkeypatch.setattr(estimate, "run_in_subprocess", lambda call: asked.append(call.args) or (3, 0.1, 1.0))
     clock = estimate.Clock(2)
@@ -64,7 +64,7 @@ def test_rows_that_cost_the_same_are_timed_once(engine, monkeypatch) -> None:
 def test_a_step_of_several_processes_is_the_part_of_one(engine) -> None:
     overrides = ["data=fake", "data.train_images=64", "recipe.batch_size=16", "hardware=ddp_cpu", "recipe.epochs=2"]
     config = engine.compose(Job("a", "a", tuple(overrides)))
-    steps, seconds, start = estimate.run_in_subprocess(functools.partial(estimate.time_steps, config, 1))
+    steps, seconds, start = estimate.run_in_subprocess(lambda: estimate.time_steps(config, 1))
     assert steps == 4
     assert 0 < seconds < start
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,15 +32,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
         return {"gpu": int(os.environ.get("CUDA_VISIBLE_DEVICES", "-1")), "threads": torch.get_num_threads()}
 
-    def forking(calls, at_once):  # children of this process, which know the function above
-        for position, call in enumerate(calls):
-            process = multiprocessing.get_context("fork").Process(target=call, args=(position % at_once,))
-            process.start()
-            process.join()
-            yield position, process.exitcode
-
     monkeypatch.setattr(evaluations, "evaluate", note)
-    monkeypatch.setattr(evaluations, "forked", forking)
     monkeypatch.setattr(local, "cores", lambda: 4)
 
     def complete(hardware: dict, **launcher) -> tuple[set[int], list[int]]:

@@ -17,11 +17,12 @@ from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
 
-JOB = """
-import json, os, signal, sys
+SCRIPT = """
+import functools, json, os, shutil, signal, sys
 from pathlib import Path
 from kd.config.compose import checked
 from kd.sweeps.job import work
+from kd.sweeps.pool import forked, preload
 
 OVERRIDES = ["data=fake", "data.shape=[1,4,4]", "data.train_images=40", "data.test_images=16", "recipe.epochs=2"]
 OVERRIDES += ["protocol.monitor=val/nll", "protocol.val_every=1"]
@@ -43,13 +44,8 @@ def job(run_dir, kill_at, slot):
     sys.addaudithook(hook)
     work(checked(OVERRIDES), Path(run_dir), OVERRIDES)
     Path(run_dir + ".json").write_text(json.dumps(seen))
-"""
-SCRIPT = """
-import functools, json, shutil
-from pathlib import Path
-from kd.sweeps.pool import forked
-from job import job
 
+preload()
 print([code for _, code in forked([functools.partial(job, "whole", 0)], 1)])
 seen = json.loads(Path("whole.json").read_text())
 last = {name: len(seen) - seen[::-1].index(name) for name in KILLED_AT}
@@ -87,7 +83,6 @@ def outcome(run_dir: Path) -> list[Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "job.py").write_text(JOB)
     code = f"KILLED_AT = {KILLED_AT}\n{SCRIPT}"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

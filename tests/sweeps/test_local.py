@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
-import noted_jobs
 import pytest
+from bare_records import write
 
 from kd.errors import KdError
 from kd.records import manifest, record
@@ -29,9 +30,21 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
+@pytest.fixture
+def noting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each child writes down what it was given instead of training."""
+
+    def note(*, config, **_) -> None:
+        run_dir = local.directory(config)
+        write(run_dir, "failed")  # of a finished one the launcher would say the accuracy
+        given = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": config.hardware.threads}
+        (run_dir / "given.json").write_text(json.dumps({**given, "pid": os.getpid()}))
+
+    monkeypatch.setattr(local, "run_job", note)
+
+
 def given(engine, count: int, *overrides: str) -> list[dict]:
-    """Run so many jobs that write down what each was given, instead of training."""
-    engine.launcher.task = noted_jobs.note
+    """Run so many jobs; what each one was given."""
     engine.run("sweep", "sweep", [Job(f"j{n}", f"j{n}", (*overrides, f"seed={n}")) for n in range(count)])
     found = [json.loads(f.read_text()) for f in sorted(Path("sweep").glob("*/given.json"))]
     assert len(found) == len({f["pid"] for f in found}) == count  # a process each
@@ -69,27 +82,27 @@ def test_a_wrong_number_of_jobs(wrong) -> None:
         local.at_once(wrong, 1, there=0)
 
 
-def test_jobs_share_the_cores(make_engine, monkeypatch) -> None:
+def test_jobs_share_the_cores(make_engine, noting, monkeypatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 7)
     found = given(make_engine("hydra.launcher.n_jobs=3"), 4, "hardware=cpu")
     assert [f["threads"] for f in found] == [2] * 4
     assert {f["gpu"] for f in found} == {os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 
-def test_threads_that_were_asked_for_are_kept(make_engine, monkeypatch) -> None:
+def test_threads_that_were_asked_for_are_kept(make_engine, noting, monkeypatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 8)
     found = given(make_engine("hydra.launcher.n_jobs=auto"), 2, "hardware=cpu", "hardware.threads=3")
     assert [f["threads"] for f in found] == [3, 3]
 
 
-def test_each_job_has_a_gpu(make_engine, two_gpus, monkeypatch) -> None:
+def test_each_job_has_a_gpu(make_engine, noting, two_gpus, monkeypatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 8)
     found = given(make_engine("hydra.launcher.n_jobs=auto"), 2)
     assert sorted(f["gpu"] for f in found) == ["0", "1"]
     assert [f["threads"] for f in found] == [4, 4]
 
 
-def test_several_jobs_share_a_gpu(make_engine, two_gpus, monkeypatch) -> None:
+def test_several_jobs_share_a_gpu(make_engine, noting, two_gpus, monkeypatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 8)
     found = given(make_engine("hydra.launcher.n_jobs=4", "hydra.launcher.jobs_per_gpu=2"), 4)
     assert sorted(f["gpu"] for f in found) == ["0", "0", "1", "1"]
@@ -102,7 +115,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 8)
 
 
-def test_each_job_has_its_own_block_of_gpus(make_engine, four_gpus) -> None:
+def test_each_job_has_its_own_block_of_gpus(make_engine, noting, four_gpus) -> None:
     found = given(make_engine("hydra.launcher.n_jobs=auto"), 4, "hardware.devices=2")
     assert sorted(f["gpu"] for f in found) == ["2,3", "2,3", "5,7", "5,7"]  # two at once, one after the other
     assert [f["threads"] for f in found] == [2] * 4  # of each of the four processes at once
@@ -135,39 +148,41 @@ def test_jobs_on_the_cpu_take_no_gpu_of_a_mixed_sweep(four_gpus) -> None:
     assert [s.gpus for s in local.resources(mixed, "auto", 1)] == [["2", "3"], ["5", "7"]]
 
 
-def test_processes_on_the_cpu_count_as_jobs_do(make_engine, monkeypatch) -> None:
+def test_processes_on_the_cpu_count_as_jobs_do(make_engine, noting, monkeypatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 9)
     engine = make_engine("hydra.launcher.n_jobs=auto")
     assert engine.launcher.at_once({"accelerator": "cpu", "devices": 2}) == 4
     assert [f["threads"] for f in given(engine, 2, "hardware=ddp_cpu")] == [2, 2]
 
 
-def test_jobs_of_the_cpu_leave_the_gpus_alone(make_engine, two_gpus) -> None:
+def test_jobs_of_the_cpu_leave_the_gpus_alone(make_engine, noting, two_gpus) -> None:
     assert {f["gpu"] for f in given(make_engine("hydra.launcher.n_jobs=auto"), 2, "hardware=cpu")} == {None}
 
 
-def test_a_child_that_dies_has_a_record_and_a_reason(make_engine) -> None:
-    engine = make_engine()
-    engine.launcher.task = noted_jobs.abort
-    (outcome,) = engine.run("sweep", "sweep", [Job("a", "a", ("seed=1", "hardware=cpu"))])
+def test_a_child_that_dies_has_a_record_and_a_reason(make_engine, monkeypatch) -> None:
+    monkeypatch.setattr(local, "run_job", lambda **_: os.abort())
+    (outcome,) = make_engine().run("sweep", "sweep", [Job("a", "a", ("seed=1", "hardware=cpu"))])
     assert (outcome.state.status, outcome.state.reason) == ("interrupted", "killed by SIGABRT")
-    engine.launcher.task = noted_jobs.end
-    (outcome,) = engine.run("sweep", "sweep", [Job("b", "b", ("seed=1", "hardware=cpu"))])
+    monkeypatch.setattr(local, "run_job", lambda **_: os._exit(4))
+    (outcome,) = make_engine().run("sweep", "sweep", [Job("b", "b", ("seed=1", "hardware=cpu"))])
     assert (outcome.state.status, outcome.state.reason) == ("failed", "the process ended with exit code 4")
 
 
-def test_a_job_without_room_does_not_stop_the_others(make_engine, capfd) -> None:
-    Path("sweep").mkdir()
-    manifest.write(Path("sweep"), manifest.Manifest("sweep", "sweep", {}))
-    Path("sweep/a").symlink_to("nowhere")  # in the job's process as in this one
+def test_a_job_without_room_does_not_stop_the_others(make_engine, noting, monkeypatch, capfd) -> None:
+    mkdir = Path.mkdir
+
+    def full(self: Path, *arguments: object, **more: object) -> None:
+        if self.name == "a":
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        mkdir(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "mkdir", full)
     jobs = [Job(name, name, (f"seed={n}", "hardware=cpu")) for n, name in enumerate("ab")]
-    engine = make_engine("hydra.launcher.n_jobs=1")
-    engine.launcher.task = noted_jobs.note
-    a, b = engine.run("sweep", "sweep", jobs)
-    assert (a.state.status, a.state.reason) == ("failed", f"{a.run_dir}: File exists")
+    a, b = make_engine("hydra.launcher.n_jobs=1").run("sweep", "sweep", jobs)
+    assert (a.state.status, a.state.reason) == ("failed", f"{a.run_dir}: No space left on device")
     assert (b.run_dir / "given.json").exists()
     said = capfd.readouterr()
-    assert f"1/2  a: failed: {a.run_dir}: File exists" in said.out
+    assert f"1/2  a: failed: {a.run_dir}: No space left on device" in said.out
     assert "Traceback" not in said.err
 
 
@@ -198,9 +213,8 @@ def test_the_line_of_a_job_is_of_the_epoch_of_the_table(tmp_path) -> None:
     assert failed == f"lr=0.1 seed=0: failed: the loss is not finite (see {run_dir / 'train.log'})"
 
 
-def test_jobs_are_counted_over_the_whole_sweep(make_engine, capsys) -> None:
+def test_jobs_are_counted_over_the_whole_sweep(make_engine, noting, capsys) -> None:
     engine = make_engine("hydra.launcher.n_jobs=1", "hardware=cpu")
-    engine.launcher.task = noted_jobs.note
     engine.run("sweep", "sweep", [Job(name, name, (f"seed={n}",)) for n, name in enumerate("abc")])
     engine.run("sweep", "sweep", [Job("d", "d", ("seed=3",))], part=(7, 20))
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [

@@ -1,4 +1,4 @@
-"""Children of the pool: exit codes, how many at once, and that none outlives its parent."""
+"""Forked children: exit codes, how many at once, and that none outlives its parent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,17 +14,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 HEAD = "import json, os, signal, sys, time\nfrom pathlib import Path\nfrom kd.sweeps import pool\n\n"
-
-
-@pytest.fixture
-def run(script, tmp_path):
-    """Starts ``main``; the children find the functions by name, in a module."""
-
-    def start(functions: str, main: str) -> subprocess.Popen[str]:
-        (tmp_path / "calls.py").write_text(HEAD + functions)
-        return script(f"{HEAD}from calls import *\npool.IMPORTED.clear()\n{main}")  # which takes seconds
-
-    return start
 
 
 def output(process) -> str:
@@ -51,29 +39,27 @@ def wait_for(what, seconds: float = 20.0) -> bool:
     return False
 
 
-def test_exit_codes_and_signals_by_position(run) -> None:
-    functions = """
-def nothing(slot): pass
-def exits(slot): sys.exit(3)
-def ends(slot): os._exit(7)
+def test_exit_codes_and_signals_by_position(script) -> None:
+    code = """
 def killed(slot): os.kill(os.getpid(), signal.SIGKILL)
 def raising(slot): raise ValueError("in the log")
 def interrupted(slot): raise KeyboardInterrupt
+calls = [lambda slot: None, lambda slot: sys.exit(3), killed, raising, interrupted, lambda slot: os._exit(7)]
+print(json.dumps(dict(pool.forked(calls, 2))))
 """
-    main = "print(json.dumps(dict(pool.forked([nothing, exits, killed, raising, interrupted, ends], 2))))"
-    found = json.loads(output(run(functions, main)))
+    found = json.loads(output(script(HEAD + code)))
     assert found == {"0": 0, "1": 3, "2": -9, "3": 1, "4": 130, "5": 7}
 
 
-def test_never_more_at_once_and_each_slot_has_one(run, tmp_path) -> None:
-    functions = """
+def test_never_more_at_once_and_each_slot_has_one(script, tmp_path) -> None:
+    code = """
 def call(slot):
     start = time.monotonic()
     time.sleep(0.1)
     Path(f"{os.getpid()}.json").write_text(json.dumps([slot, start, time.monotonic()]))
+print([position for position, _ in pool.forked([call] * 9, 3)])
 """
-    main = "print([position for position, _ in pool.forked([call] * 9, 3)])"
-    assert sorted(json.loads(output(run(functions, main)))) == list(range(9))
+    assert sorted(json.loads(output(script(HEAD + code)))) == list(range(9))
     spans = [json.loads(f.read_text()) for f in tmp_path.glob("*.json")]
     assert len(spans) == 9  # as many processes as calls
     together = [sum(start <= other[1] < end for other in spans) for _, start, end in spans]
@@ -92,16 +78,16 @@ def call(slot):
     except KeyboardInterrupt:
         Path(f"{os.getpid()}.interrupted").touch()
         raise
+for _ in pool.forked([call] * 5, 2): pass
 """
-FIVE = "for _ in pool.forked([call] * 5, 2): pass"
 
 
 def pids(folder: Path) -> list[int]:
     return [int(f.stem) for f in folder.glob("*.pid")]
 
 
-def test_children_die_with_a_killed_parent(run, tmp_path) -> None:
-    parent = run(SLEEPERS, FIVE)
+def test_children_die_with_a_killed_parent(script, tmp_path) -> None:
+    parent = script(HEAD + SLEEPERS)
     assert wait_for(lambda: len(pids(tmp_path)) == 2)
     children = pids(tmp_path)
     assert not any(gone(pid) for pid in children)
@@ -113,8 +99,8 @@ def test_children_die_with_a_killed_parent(run, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_parent_interrupts_its_children(run, tmp_path, number) -> None:
-    parent = run(SLEEPERS, FIVE)
+def test_an_interrupted_parent_interrupts_its_children(script, tmp_path, number) -> None:
+    parent = script(HEAD + SLEEPERS)
     assert wait_for(lambda: len(pids(tmp_path)) == 2)
     os.kill(parent.pid, number)
     _, err = parent.communicate(timeout=30)
@@ -125,60 +111,25 @@ def test_an_interrupted_parent_interrupts_its_children(run, tmp_path, number) ->
     assert all(gone(pid) for pid in pids(tmp_path))
 
 
-def test_a_child_that_does_not_listen_is_killed(run, tmp_path) -> None:
+def test_a_child_that_does_not_listen_is_killed(script, tmp_path) -> None:
     deaf = SLEEPERS.replace("    Path(", "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    Path(", 1)
-    parent = run(deaf, "pool._interrupt.__defaults__ = (0.3,)\n" + FIVE)
+    parent = script(HEAD + "pool._interrupt.__defaults__ = (0.3,)\n" + deaf)
     assert wait_for(lambda: len(pids(tmp_path)) == 2)
     os.kill(parent.pid, signal.SIGTERM)
     parent.communicate(timeout=20)
     assert all(gone(pid) for pid in pids(tmp_path))
 
 
-def test_one_child_killed_leaves_the_others_alone(run, tmp_path) -> None:
-    functions = """
+def test_one_child_killed_leaves_the_others_alone(script, tmp_path) -> None:
+    code = """
 def call(slot):
     Path(f"{os.getpid()}.pid").touch()
     while not Path("go").exists(): time.sleep(0.02)
+print(json.dumps(sorted(code for _, code in pool.forked([call] * 3, 2))))
 """
-    parent = run(functions, "print(json.dumps(sorted(code for _, code in pool.forked([call] * 3, 2))))")
+    parent = script(HEAD + code)
     assert wait_for(lambda: len(pids(tmp_path)) == 2)
     os.kill(pids(tmp_path)[0], signal.SIGKILL)
     assert wait_for(lambda: len(pids(tmp_path)) == 3)
     (tmp_path / "go").touch()
     assert json.loads(output(parent)) == [-9, 0, 0]
-
-
-def test_a_signal_to_the_whole_group_interrupts_the_children(run, tmp_path) -> None:
-    parent = run(SLEEPERS, FIVE)
-    assert wait_for(lambda: len(pids(tmp_path)) == 2)
-    os.killpg(parent.pid, signal.SIGTERM)  # the server that forks is of this group, and must outlive it
-    parent.communicate(timeout=30)
-    assert len(list(tmp_path.glob("*.interrupted"))) == 2
-
-
-def test_children_do_not_outlive_the_server_that_knows_their_exit_codes(run, tmp_path) -> None:
-    functions = SLEEPERS.replace('.pid").touch()', '.pid").write_text(str(os.getppid()))')
-    parent = run(functions, "print(json.dumps([code for _, code in pool.forked([call] * 2, 2)]))")
-    assert wait_for(lambda: len(pids(tmp_path)) == 2)
-    time.sleep(0.1)
-    (server,) = {int(file.read_text()) for file in tmp_path.glob("*.pid")}
-    os.kill(server, signal.SIGKILL)
-    assert json.loads(output(parent)) == [255, 255]
-    assert wait_for(lambda: all(gone(pid) for pid in pids(tmp_path)))
-
-
-def test_this_process_may_have_used_torch_and_changed_its_environment(run) -> None:
-    functions = """
-def call(slot):
-    import torch
-    print(torch.rand(300, 300).mm(torch.rand(300, 300)).shape[0], os.environ["NEW"], os.getcwd(), flush=True)
-"""
-    main = """
-import torch
-torch.rand(300, 300).mm(torch.rand(300, 300))
-pool.preload()
-os.environ["NEW"] = "there"
-os.mkdir("below"), os.chdir("below")
-assert [code for _, code in pool.forked([call], 1)] == [0]
-"""
-    assert output(run(functions, main)).split()[:2] == ["300", "there"]
