@@ -140,7 +140,7 @@ class Usual(L.LightningModule):
         loss = ce + T**2 * kl
         named = {"train/loss": loss, "train/ce": ce, "train/kd": kl}
         named |= {"train/acc1": self.top1(logits, batch.targets), "train/acc5": self.top5(logits, batch.targets)}
-        self.log_dict(named, prog_bar=True, on_step=True, on_epoch=True)
+        self.log_dict(named, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch))
         return loss
 
     def configure_optimizers(self) -> torch.optim.SGD:
