@@ -56,11 +56,12 @@ QUIET = pytest.mark.filterwarnings(
 
 
 class Watch(L.Callback):
-    """Sees whether the weights are channels last in a step."""
+    """Sees in each step whether the weights are channels last, and what the teacher answers."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         weight = module.student.layer1[0].conv1.weight
         self.last = weight.is_contiguous(memory_format=torch.channels_last) and module.teacher.channels_last
+        answers_alike(module)
 
 
 def fit(module: Distiller, epochs: int, folder: Path, checkpoint: Path | None = None, **arguments) -> L.Trainer:
@@ -87,11 +88,10 @@ def test_the_teacher_answers_the_same_also_after_a_resume(tmp_path) -> None:
     one, watch = distiller(), Watch()
     fit(one, 1, tmp_path, callbacks=[watch])
     assert watch.last
-    answers_alike(one)
     resumed, whole = distiller(), distiller()
-    fit(resumed, 2, tmp_path, tmp_path / "1.ckpt")
-    answers_alike(resumed)
+    fit(resumed, 2, tmp_path, tmp_path / "1.ckpt", callbacks=[Watch()])
     fit(whole, 2, tmp_path)
+    assert whole.teacher.answering == list(whole.teacher.networks)  # as it came, once the fit is over
     torch.testing.assert_close(resumed.student.state_dict(), whole.student.state_dict(), rtol=0, atol=0)
     state = torch.load(tmp_path / "2.ckpt", weights_only=True)["state_dict"]
     assert not any(name.startswith("teacher.") for name in state)
@@ -169,3 +169,68 @@ def test_it_is_switched_off_by_an_option(options: list[str], folded: bool, last:
     module = build.distiller(config, build.datamodule(config))
     assert not module.channels_last
     assert not module.teacher.channels_last
+
+
+class Statistics(KnowledgeDistillation):
+    """Reads the teacher's batch norms, with hooks of its own."""
+
+    def prepare(self, setup) -> None:
+        self.fired = 0
+        for module in setup.networks["teacher"].modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_hook(self.note)
+
+    def note(self, *_) -> None:
+        self.fired += 1
+
+
+def test_a_network_in_which_a_term_has_hooks_is_not_folded(caplog) -> None:
+    caplog.set_level("INFO", "kd")
+    term = Statistics(4.0)
+    module = Distiller(network(0), Teacher([network(1)]), Objective({"statistics": term}))
+    module.prepare(batch())
+    before = term.fired
+    module.answer_both(batch())
+    assert term.fired == before + 9
+    assert "somebody else has hooks" in caplog.text
+
+
+class Reading(nn.Module):
+    """Reads its own batch norm, which a folded copy has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.bn(self.conv(x)).mean((2, 3)) * self.bn.weight)
+
+
+def test_a_network_that_reads_its_norms_is_left_as_it_is(caplog) -> None:
+    caplog.set_level("INFO", "kd")
+    module = Distiller(network(0), Teacher([Reading()]), Objective({"kd": KnowledgeDistillation(4.0)}))
+    module.prepare(batch())
+    assert module.teacher.answering == list(module.teacher.networks)
+    assert "AttributeError: 'Identity' object has no attribute 'weight'" in caplog.text
+
+
+@QUIET
+def test_a_teacher_that_a_callback_moves_is_no_copy(tmp_path) -> None:
+    """Through .data, as moving averages are often written; seen at the next validation."""
+
+    class Move(L.Callback):
+        def on_train_epoch_end(self, trainer, module) -> None:
+            for weight in module.teacher.networks[0].parameters():
+                weight.data = weight.data + 0.01
+
+    module = distiller()
+    arguments = {"callbacks": [Move()], "limit_val_batches": 1.0}
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, **arguments)
+    trainer.fit(module, loader(), loader())
+    assert module.teacher_trained
+    assert module.teacher.answering == list(module.teacher.networks)
+
+
+@QUIET
+def test_a_plain_trainer_needs_no_validation_set(tmp_path) -> None:
+    fit(distiller(), 1, tmp_path, limit_val_batches=1.0)

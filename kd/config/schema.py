@@ -32,7 +32,7 @@ class Teacher:
     mean: list[float] | None = None  # statistics of its input; null: recorded with it, else those of the data
     std: list[float] | None = None
     cache: bool | None = None  # true: answer each training image once, before the first epoch
-    optimize: bool = True  # batch norms folded, weights channels last: the same answers up to rounding, sooner
+    optimize: bool = True  # batch norms folded, channels last, where the first batch's answers stay the same
     trust: bool | None = None  # true: build what the checkpoint's own file names, also code from outside the libraries
     answers: Any = None  # _target_ of a kd.distill.answers.Answers in the place of live networks; null: these
     resize: Any = None  # an edge in pixels, or false: feed as is; null: refuse when the sizes differ

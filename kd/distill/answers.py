@@ -57,6 +57,9 @@ class Answers(nn.Module):
     def optimize(self, batch: Batch, channels_last: bool) -> None:
         """Get faster without answering otherwise, as this batch shows; images ``channels_last`` or as they come."""
 
+    def use_given(self) -> None:
+        """Undo :meth:`optimize`."""
+
     def inspect_taps(self) -> bool:
         """After a dry pass: whether it must be repeated (:meth:`kd.distill.taps.Taps.inspect`)."""
         return False

@@ -177,6 +177,9 @@ class Distiller(Prepared):
     def on_fit_start(self) -> None:
         """Measure the teacher with the student's metrics, once, and say so before the first epoch."""
         self._buffer = None
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.student.parameters())
+        if self.teacher is not None and (half or self.teacher_trained):  # half: folded weights are rounded once more
+            self.teacher.use_given()
         self.watch_teacher()
         if self.teacher is None:
             return
@@ -188,7 +191,7 @@ class Distiller(Prepared):
 
     def on_fit_end(self) -> None:
         """Leave the weights as they came: other libraries save them only row by row."""
-        self.use_contiguous()
+        self.use_given()
 
     def _training_set(self) -> Iterator[Batch]:
         """The training set once, in order, read when the first batch is asked for."""
@@ -223,6 +226,8 @@ class Distiller(Prepared):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             return data.val_dataloader()
+        if not self.trainer.enable_validation:
+            return None
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = self.trainer.val_dataloaders
         return loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders

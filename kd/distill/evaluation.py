@@ -126,6 +126,8 @@ class Evaluated(L.LightningModule):
         # a hair: sums over several processes need not be equal to the bit
         if before is not None and not torch.allclose(before, sums, rtol=1e-12, atol=0, equal_nan=True):
             self._teacher_changed = True
+            if self.teacher is not None:
+                self.teacher.use_given()
 
     def on_validation_epoch_start(self) -> None:
         """Fresh meters for the pass, and one network on all processes."""

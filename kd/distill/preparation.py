@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from kd.distill.modes import in_eval
 from kd.distill.objective import Objective
 from kd.distill.optimisation import Optimised
 from kd.distill.taps import Taps, resolve, unfuse
-from kd.distill.teacher import Teacher
 from kd.errors import KdError
 from kd.losses.base import Batch, Output, Setup, Term
 from kd.models.folding import channels_last, to_channels_last
@@ -79,7 +78,7 @@ class Prepared(Optimised):
             self._want = Want(logits=True, features=True, input_gradient=gradient)
             self._inputs_of(few, gradient)
             self._dry(few)
-            self._optimize(few, channels_last)
+            self._student_channels_last(few, channels_last)
             teacher, student = self.answer_both(few)
             self._compare(student, teacher)
             self._want = self._want._replace(logits=bool(self.objective.needs("teacher_logits")))
@@ -89,14 +88,14 @@ class Prepared(Optimised):
             known["layouts"] = {"student": self.student_taps.layouts}
             known["layouts"] |= {"teacher": self.teacher.layouts} if self.teacher is not None else {}
             for name, term in terms:
-                own = student if term.needs_student_logits else student.without_logits()
-                other = teacher if term.needs_teacher_logits else teacher.without_logits()
-                seen = few if term.needs_labels else few.without_targets()
-                try:
-                    term.eval().prepare(Setup(own, other, seen, networks, **known))
-                    value = term.eval()(own, other, seen)  # eval: adapters may have batch statistics
-                except (ValueError, RuntimeError, TypeError, LookupError, AssertionError) as error:
-                    raise KdError(f"loss.{name}: {str(error).splitlines()[0]}") from error
+                with _named(name):
+                    term.eval().prepare(Setup(*_seen(term, student, teacher, few), networks, **known))
+            if self.teacher is not None:  # after the terms, which may have put hooks into its networks
+                self.teacher.optimize(few, channels_last)
+                teacher, student = self.answer_both(few)
+            for name, term in terms:
+                with _named(name):
+                    value = term.eval()(*_seen(term, student, teacher, few))  # eval: adapters may have batch statistics
                 if not isinstance(value, Tensor) or value.ndim:
                     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise KdError(f"loss.{name} returns {shape}: a term must return a scalar tensor")
@@ -105,8 +104,8 @@ class Prepared(Optimised):
         self.to(self.device)  # the adapters
         self.prepared = True
 
-    def _optimize(self, few: Batch, channels_last: bool) -> None:
-        """Run both networks faster where they answer the same."""
+    def _student_channels_last(self, few: Batch, wanted: bool) -> None:
+        """Store the student's convolutions channels last, where it answers the same with the same gradients."""
 
         def read(last: bool) -> Any:
             self.channels_last = last
@@ -118,16 +117,16 @@ class Prepared(Optimised):
                 gradients = torch.autograd.grad(sum(reached), trained, allow_unused=True) if reached else []
             return [found, gradients]
 
-        if channels_last:
+        if wanted:
             self.channels_last = to_channels_last(self.student, read)
-        if self.teacher is not None:
-            self.teacher.optimize(few, channels_last)
 
-    def use_contiguous(self) -> None:
-        """Store all weights row by row again."""
+    def use_given(self) -> None:
+        """Run both networks as they were given from now on, all weights stored row by row."""
         if self.channels_last:
             self.channels_last = False
             self.to(memory_format=torch.contiguous_format)
+        if self.teacher is not None:
+            self.teacher.use_given()
 
     def setup(self, stage: str) -> None:
         """Prepare on the trainer's own loaders, where nobody has done it before (called by Lightning)."""
@@ -258,9 +257,7 @@ class Prepared(Optimised):
         self.sharded = True
         self.strict_loading = False  # the strategy reads a checkpoint before the teacher is put back
         self.run_whole_teacher()  # a network that is left half-way would not be sharded again
-        self.use_contiguous()
-        if isinstance(self.teacher, Teacher):
-            self.teacher.use_given()
+        self.use_given()
         teachers = list(self.teacher.networks) if self.teacher is not None else []
         terms = [term for _, term in self.objective.items() if any(True for _ in term.parameters())]
         group.shard([self.student, *teachers, *terms], self._device_mesh["data_parallel"])
@@ -315,6 +312,24 @@ class Prepared(Optimised):
         """Name in the deployed network → name in this module's state dict, of each of its tensors."""
         own = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()}
         return {name: own[id(tensor)] for name, tensor in self.trained.state_dict(keep_vars=True).items()}
+
+
+@contextlib.contextmanager
+def _named(term: str) -> Iterator[None]:
+    """Turn what a term raises into a sentence that names it."""
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, LookupError, AssertionError) as error:
+        raise KdError(f"loss.{term}: {str(error).splitlines()[0]}") from error
+
+
+def _seen(term: Term, student: Output, teacher: Output, batch: Batch) -> tuple[Output, Output, Batch]:
+    """What a term may read, by its declarations."""
+    return (
+        student if term.needs_student_logits else student.without_logits(),
+        teacher if term.needs_teacher_logits else teacher.without_logits(),
+        batch if term.needs_labels else batch.without_targets(),
+    )
 
 
 def _grad(wanted: bool) -> Any:

@@ -15,7 +15,7 @@ from kd.distill.taps import AllTapped, Taps
 from kd.errors import KdError
 from kd.losses.base import Batch, Output, at_least_float32
 from kd.losses.layouts import Layout
-from kd.models.folding import Folded, channels_last, foldable, same, to_channels_last
+from kd.models.folding import Folded, channels_last, first_line, foldable, same, to_channels_last
 from kd.tasks.base import Task, Want
 from kd.tasks.classification import Classification
 
@@ -134,20 +134,27 @@ class Teacher(Answers):
 
         before, pairs = read(), foldable(self.root, read)
         if pairs:
-            self._fold(pairs)
-            if not same(before, read()):
-                log.info("the teacher's batch norms are not folded: its answers would be others")
-                self.use_given()
+            self._fold(pairs, lambda: same(before, read()))
         if channels_last:
             self.channels_last = to_channels_last(nn.ModuleList(self.answering), read)
 
-    def _fold(self, pairs: Sequence[tuple[str, str]]) -> None:
+    def _fold(self, pairs: Sequence[tuple[str, str]], same_answers: Callable[[], bool]) -> None:
         self.taps.detach()  # else the copy would have hooks of its own
+        reason = "its answers would be others"
         try:
-            self._folded = Folded(self.root, pairs)
-        except (TypeError, RuntimeError) as error:
-            log.info("the teacher's batch norms are not folded: it cannot be copied (%s)", str(error).splitlines()[0])
-        self.taps.attach(self.root if self._folded is None else self._folded.network)
+            if any(module._forward_hooks or module._forward_pre_hooks for module in self.root.modules()):
+                reason = (
+                    "somebody else has hooks in it"  # a term that reads batch statistics: the copy is not its network
+                )
+            else:
+                self._folded = Folded(self.root, pairs)
+                self.taps.attach(self._folded.network)
+                if same_answers():
+                    return
+        except Exception as error:  # whatever a network does that reads its own batch norms, or cannot be copied
+            reason = first_line(error)
+        log.info("the teacher's batch norms are not folded: %s", reason)
+        self.use_given()
 
     def use_given(self) -> None:
         """Answer by the networks as they were given, from now on."""
@@ -160,6 +167,7 @@ class Teacher(Answers):
         super()._apply(fn, recurse)
         if self._folded is not None:
             self._folded.network._apply(fn)
+            self._folded.share_buffers(self.root)
         return self
 
     def tap(self, names: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ class _Pair:
     convolution: Any
     norm: Any
     folded: Any
-    versions: list[int] = field(default_factory=list)
+    versions: list[tuple[int, int, int]] = field(default_factory=list)
 
     def parts(self) -> list[Tensor]:
         """What the folded weights are made of."""
@@ -39,7 +39,7 @@ class _Pair:
     @torch.no_grad()
     def refresh(self) -> None:
         """Make the folded weights anew where the original ones have changed."""
-        versions = [tensor._version for tensor in self.parts()]
+        versions = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in self.parts()]
         if versions == self.versions:
             return
         source, norm = self.convolution, self.norm
@@ -76,8 +76,8 @@ class Folded:
 
     ``names``: of :func:`foldable`. With :math:`w' = w γ / \\sqrt{σ² + ε}` and
     :math:`b' = (b - μ) γ / \\sqrt{σ² + ε} + β` it answers the same up to rounding. ``network``: the copy, which has the
-    other weights in common with the original; that one stays as it is. Raises ``TypeError`` or ``RuntimeError`` where
-    a network cannot be copied.
+    other weights in common with the original; that one stays as it is. Raises what a network raises that cannot be
+    copied.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[tuple[str, str]]) -> None:
@@ -97,9 +97,20 @@ class Folded:
         self.refresh()
 
     def refresh(self) -> None:
-        """Follow the original network where its weights have changed since: a checkpoint loaded, a moving average."""
+        """Follow the original network where its weights have changed since: a checkpoint loaded, a moving average.
+
+        What is written through ``.data`` is not seen, nor a module that is replaced.
+        """
         for pair in self._pairs:
             pair.refresh()
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Read the buffers of the original again: moving or casting a module gives it others."""
+        twins = dict(self.network.named_modules())
+        for name, module in network.named_modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                if key in dict(twins[name].named_buffers(recurse=False)):
+                    setattr(twins[name], key, buffer)
 
 
 def to_channels_last(network: nn.Module, run: Callable[[bool], Any]) -> bool:
@@ -118,8 +129,8 @@ def to_channels_last(network: nn.Module, run: Callable[[bool], Any]) -> bool:
         if same(before, run(True)):
             return True
         reason = "its answers are others"
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever a network does with strides that it did not expect
+        reason = first_line(error)
     log.info("a network is not run channels last: %s", reason)
     network.to(memory_format=torch.contiguous_format)
     return False
@@ -136,6 +147,11 @@ def _gradient_is_wrong(convolution: nn.Conv2d) -> bool:
     return strided and trained and few
 
 
+def first_line(error: Exception) -> str:
+    """Return the class of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def channels_last(inputs: Any) -> Any:
     """Images (B, C, H, W) stored channels last; anything else as it is."""
     if isinstance(inputs, Tensor) and inputs.ndim == 4:
@@ -145,8 +161,9 @@ def channels_last(inputs: Any) -> Any:
 
 def same(one: Any, other: Any) -> bool:
     """Tell whether two results of ``run`` are equal up to the rounding of float32."""
-    pairs = zip(_tensors(one), _tensors(other), strict=True)
-    return all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+    first, second = _tensors(one), _tensors(other)
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -114,7 +114,8 @@ def progress_of(there: Any, checkpoint: Path) -> Progress:
     """Return the same, of a checkpoint that was read already."""
     try:
         seconds = there["callbacks"].get("WallClock", {}).get("seconds", 0.0)
-        return Progress(int(there["global_step"]), int(there["epoch"]) + 1, round(float(seconds), 3))
+        steps = int(there["global_step"]) // max(1, len(there.get("optimizer_states", ())))  # Lightning counts all
+        return Progress(steps, int(there["epoch"]) + 1, round(float(seconds), 3))
     except (KeyError, TypeError, AttributeError):
         raise KdError(f"{checkpoint} cannot be read: it is not a checkpoint of a run") from None
 

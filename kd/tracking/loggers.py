@@ -88,6 +88,11 @@ class MetricsFile(Logger):
 
     name = version = ""
 
+    @property
+    def save_dir(self) -> str:
+        """Return the run directory: what ``trainer.log_dir`` says."""
+        return str(self.file.parent)
+
     def __init__(self, run_dir: Path, done: int = 0) -> None:
         super().__init__()
         self.file, self.columns = run_dir / record.METRICS, list[str]()
@@ -102,7 +107,9 @@ class MetricsFile(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write a row."""
-        row = {**metrics, "step": step}
+        row = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()} | {
+            "step": step
+        }
         if row.keys() <= set(self.columns):
             with self.file.open("a", newline="") as handle:
                 csv.DictWriter(handle, self.columns).writerow(row)
