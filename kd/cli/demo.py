@@ -83,7 +83,9 @@ def main(argv: Sequence[str]) -> int:
     out, seeds, jobs = _parsed(argv)
     start = time.perf_counter()
     place = str(out.resolve()).replace("'", r"\'")
-    run_study(str(STUDY), [f"hydra.sweep.dir='{place}'", f"hydra.launcher.n_jobs={jobs}"], seeds=range(seeds))
+    overrides = [f"hydra.sweep.dir='{place}'", f"hydra.launcher.n_jobs={jobs}"]
+    if code := run_study(str(STUDY), overrides, seeds=range(seeds)):
+        return code
     runs = _show(out, seeds)
     print(f"{runs} runs, {time.perf_counter() - start:.0f} s; each is a directory in {out.resolve()}")
     return 0

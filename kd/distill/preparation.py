@@ -77,9 +77,8 @@ class Prepared(Optimised):
             few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
             self._want = Want(logits=True, features=True, input_gradient=gradient)
             self._inputs_of(few, gradient)
-            self._dry(few)
+            teacher, student = self._dry(few)
             self._student_channels_last(few, channels_last)
-            teacher, student = self.answer_both(few)
             self._compare(student, teacher)
             self._want = self._want._replace(logits=bool(self.objective.needs("teacher_logits")))
             networks = {"student": self.student, **self._teacher_networks()}
@@ -92,7 +91,7 @@ class Prepared(Optimised):
                     term.eval().prepare(Setup(*_seen(term, student, teacher, few), networks, **known))
             if self.teacher is not None:  # after the terms, which may have put hooks into its networks
                 self.teacher.optimize(few, channels_last)
-                teacher, student = self.answer_both(few)
+            teacher, student = self.answer_both(few)  # as in the steps
             for name, term in terms:
                 with _named(name):
                     value = term.eval()(*_seen(term, student, teacher, few))  # eval: adapters may have batch statistics

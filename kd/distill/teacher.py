@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from traceback import format_exception_only
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kd.distill.taps import AllTapped, Taps
 from kd.errors import KdError
 from kd.losses.base import Batch, Output, at_least_float32
 from kd.losses.layouts import Layout
-from kd.models.folding import Folded, channels_last, first_line, foldable, same, to_channels_last
+from kd.models.folding import Folded, channels_last, foldable, same, to_channels_last
 from kd.tasks.base import Task, Want
 from kd.tasks.classification import Classification
 
@@ -140,19 +141,18 @@ class Teacher(Answers):
 
     def _fold(self, pairs: Sequence[tuple[str, str]], same_answers: Callable[[], bool]) -> None:
         self.taps.detach()  # else the copy would have hooks of its own
-        reason = "its answers would be others"
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.root.modules()):
+            # of a term that reads batch statistics, for one: they would not fire in a copy
+            return self._left("somebody else has hooks in it")
         try:
-            if any(module._forward_hooks or module._forward_pre_hooks for module in self.root.modules()):
-                reason = (
-                    "somebody else has hooks in it"  # a term that reads batch statistics: the copy is not its network
-                )
-            else:
-                self._folded = Folded(self.root, pairs)
-                self.taps.attach(self._folded.network)
-                if same_answers():
-                    return
+            self._folded = Folded(self.root, pairs)
+            self.taps.attach(self._folded.network)
+            if not same_answers():
+                self._left("its answers would be others")
         except Exception as error:  # whatever a network does that reads its own batch norms, or cannot be copied
-            reason = first_line(error)
+            self._left(format_exception_only(error)[0].splitlines()[0])
+
+    def _left(self, reason: str) -> None:
         log.info("the teacher's batch norms are not folded: %s", reason)
         self.use_given()
 

@@ -7,6 +7,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from traceback import format_exception_only
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def to_channels_last(network: nn.Module, run: Callable[[bool], Any]) -> bool:
             return True
         reason = "its answers are others"
     except Exception as error:  # whatever a network does with strides that it did not expect
-        reason = first_line(error)
+        reason = format_exception_only(error)[0].splitlines()[0]
     log.info("a network is not run channels last: %s", reason)
     network.to(memory_format=torch.contiguous_format)
     return False
@@ -145,11 +146,6 @@ def _gradient_is_wrong(convolution: nn.Conv2d) -> bool:
     strided = convolution.kernel_size == (1, 1) and max(convolution.stride) > 1
     trained, few = convolution.weight.requires_grad, convolution.in_channels // convolution.groups < 16
     return strided and trained and few
-
-
-def first_line(error: Exception) -> str:
-    """Return the class of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def channels_last(inputs: Any) -> Any:
