@@ -112,7 +112,7 @@ def ours(values: dict, folder: Path) -> float:
     hardware.compile_networks(values, module)
     clock = Clock(skip=3 if values["hardware"]["compile"] else 0)
     hooks = [*callbacks.standard(folder, trainer.selection(values["protocol"], module), {}), clock]
-    bar = None if any(isinstance(h, RichProgressBar) for h in hooks) else RichProgressBar(refresh_rate=50)
+    bar = None if any(isinstance(h, callbacks.RunBar) for h in hooks) else callbacks.RunBar(refresh_rate=50)
     written = [loggers.MetricsFile(folder), *build.loggers(values, folder)]
     trainer.make_trainer(values, folder, written, [*hooks, *([bar] if bar else [])], module).fit(
         module, datamodule=data

@@ -115,6 +115,7 @@ class Distiller(Prepared):
         self._make_optimizer, self._make_scheduler = optimizer or DEFAULT_OPTIMIZER, scheduler
         self._interval = scheduler_interval
         self.epoch_means: dict[str, float] = {}  # of the last training epoch
+        self.step_means: dict[str, float] = {}  # of the steps between the last two readings of the buffer
         self.about: dict[str, Any] = {}  # what is recorded with the weights: model, data facts
         self.unreached: list[str] = []  # see find_unreached
         self.prepared = False  # whether the taps are resolved and the adapters built
@@ -297,7 +298,8 @@ class Distiller(Prepared):
         bad = first_bad(window)
         if bad is not None:
             self._stop_on(buffer, bad, batch_idx, len(window))
-        means = self._train_means(buffer, *buffer.last)  # over all processes
+        self.step_means = self._train_means(buffer, *buffer.last)  # over all processes
+        means = dict(self.step_means)
         for name in self.objective.schedules:
             means[f"weight/{name}"] = self.objective.weight(name, *self.place(batch_idx + 1))
         means |= self.rates()

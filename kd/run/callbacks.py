@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,39 @@ class WallClock(Callback):
         return {"seconds": time.perf_counter() - self.start}
 
 
+class RunBar(RichProgressBar):
+    """Shows on a terminal: epochs from 1, as the lines do, the loss of the last steps, the time left of the run."""
+
+    observes_only = True
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Start the clock; a resumed run has done a part before."""
+        super().on_train_start(trainer, module)
+        self._start, self._before = time.monotonic(), self._share(module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Name the epoch."""
+        super().on_train_epoch_start(trainer, module)
+        whole = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            self.progress.update(self.train_progress_bar_id, description=f"epoch {trainer.current_epoch + 1}{whole}")
+
+    def get_metrics(self, trainer: L.Trainer, module: Any) -> dict[str, Any]:
+        """Return what stands behind the bar."""
+        items = {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}
+        if "train/loss" in module.step_means:
+            items["loss"] = f"{module.step_means['train/loss']:.4f}"
+        done = self._share(module)
+        if done > self._before:
+            left = (time.monotonic() - self._start) * (1 - done) / (done - self._before)
+            items["left"] = str(timedelta(seconds=round(left)))
+        return items
+
+    def _share(self, module: Any) -> float:
+        epoch, epochs = module.place()
+        return min(1.0, epoch / epochs)
+
+
 class StopOnSigterm(Callback):
     """Makes SIGTERM an interruption of a run of several processes.
 
@@ -206,5 +240,5 @@ def standard(
     if group.joined():
         callbacks.append(StopOnSigterm())
     if sys.stderr.isatty() and group.rank() == 0:
-        callbacks.append(RichProgressBar(refresh_rate=50))
+        callbacks.append(RunBar(refresh_rate=50))
     return callbacks
