@@ -164,6 +164,7 @@ class RunBar(RichProgressBar):
     """Shows on a terminal: epochs from 1, as the lines do, the loss of the last steps, the time left of the run."""
 
     observes_only = True
+    _start, _before = 0.0, 1.0  # until the training starts nothing is known
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Start the clock; a resumed run has done a part before."""
