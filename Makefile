@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## three claims of Hinton 2015 on handwritten digits, offline, about two minutes
+demo: $(STAMP) ## three claims of Hinton 2015 on handwritten digits, offline, a few minutes
 	$(VENV)/bin/kd demo
 
 # one thread a process: two processes with two threads each would wait for one another on two cores

@@ -1,6 +1,6 @@
 """``kd demo``: runs the study of ``experiments/demo`` and prints a table for each of its three claims.
 
-They are of Hinton, Vinyals & Dean (2015), on scikit-learn's digits, offline, in about two minutes.
+They are of Hinton, Vinyals & Dean (2015), on scikit-learn's digits, offline, in a few minutes.
 """
 
 from __future__ import annotations

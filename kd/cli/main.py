@@ -16,7 +16,7 @@ VERBS = {
     "study": "run what a study lacks, teachers first, and report it beside the published numbers",
     "report": "tables, intervals and figures of a study, a sweep or any runs, as one page",
     "wandb": "send to Weights & Biases what runs have kept on disk (kd wandb sync)",
-    "demo": "three claims of Hinton 2015 on handwritten digits, offline, in about two minutes",
+    "demo": "three claims of Hinton 2015 on handwritten digits, offline, in a few minutes",
 }
 MODULES = {
     "train": "kd.cli.train",
