@@ -22,10 +22,8 @@ class RunData(Protocol):
     """The data of a run: loaders of :class:`~kd.losses.base.Batch`, and what is known about the sets behind them.
 
     ``num_classes``: outputs of a row, None where that means nothing; ``input_shape``: of a sample without the batch;
-    ``mean``, ``std``: that the inputs were normalised by, [] where they were not; ``sizes``: samples of ``train``,
-    ``val``, ``test`` and those of train that are ``labelled``, None where it is not known; ``split_facts``: what
-    decides which sample is in which split; ``mixup``, ``random_view``: the options that mix samples or give a teacher
-    another view in every epoch, None where there is none; ``train_index``, ``train_targets``: of the training set.
+    ``mean``, ``std``: that the inputs were normalised by, [] where they were not; ``mixup``: the option that mixes
+    samples, None where there is none.
     """
 
     num_classes: int | None
@@ -38,7 +36,7 @@ class RunData(Protocol):
 
     @property
     def sizes(self) -> Mapping[str, int | None]:
-        """Samples of each split, None where it is not known."""
+        """Samples of train, val and test, and those of train that are ``labelled``; None where it is not known."""
 
     @property
     def split_facts(self) -> Mapping[str, Any]:

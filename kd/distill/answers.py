@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from kd.losses.layouts import Layout
 from kd.tasks.base import Want
 
 
-class Answers(nn.Module):
+class Answers(nn.Module, ABC):
     """The teacher as the distiller sees it; a subclass defines :meth:`answer`.
 
     It is never trained by the recipe's optimiser, and not kept in checkpoints while it is frozen.
@@ -33,9 +34,9 @@ class Answers(nn.Module):
         self.sources: list[dict[str, Any]] = []
         self.networks = nn.ModuleList()
 
+    @abstractmethod
     def answer(self, batch: Batch, want: Want) -> Output:
         """The output for a batch that has been through ``task.rows``, without a graph unless ``want`` asks for one."""
-        raise NotImplementedError
 
     def measured(self, batch: Batch) -> Output:
         """The output for a batch of validation or test: where :attr:`live`."""

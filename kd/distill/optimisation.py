@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ class OwnRecipe:
         self.optimizer, self.scheduler, self.scheduled = optimizer, scheduler, scheduled
 
 
-class Optimised(Evaluated):
+class Optimised(Evaluated, ABC):
     """Makes and steps the optimisers of :meth:`networks`; knows how far the run is.
 
     ``own_optimizers``: names of :meth:`networks` that get an optimiser and a schedule of their own, made by the same
@@ -69,9 +70,9 @@ class Optimised(Evaluated):
     make_groups: MakeGroups | None = None
     own_recipes: Mapping[str, OwnRecipe] = {}
 
+    @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
         """What is trained, by name."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ making them
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,13 +38,13 @@ class Prepared(Optimised):
     _want: Want
     _counts: bool  # whether the student has logits to count right answers in
 
+    @abstractmethod
     def compose(self, batch: Batch) -> Batch:
         """Change a training batch before the networks see it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, batch: Batch) -> Any:
         """Compute one step."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ before the first batch
 

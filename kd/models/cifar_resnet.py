@@ -7,6 +7,7 @@ the widths 32-64-128-256. The stem keeps the resolution; every stage but the fir
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from kd.models.init import kaiming_fan_out
 
 
-class Residual(nn.Module):
+class Residual(nn.Module, ABC):
     """(N, in, H, W) -> (N, out, H/stride, W/stride). Tap ``act:input`` for what enters the last ReLU."""
 
     expansion: int
@@ -28,9 +29,9 @@ class Residual(nn.Module):
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
 
+    @abstractmethod
     def residual(self, x: Tensor) -> Tensor:
         """Compute the branch beside the shortcut, (B, C, H, W) → (B, C', H', W')."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the maps of the next block, (B, C, H, W) → (B, C', H', W')."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from kd.errors import KdError
 from kd.losses.base import UNLABELLED
 
 
-class DataModule(lightning.LightningDataModule):
+class DataModule(lightning.LightningDataModule, ABC):
     """Train, val and test of one set, always apart: val is carved from train, test is read by ``test_dataloader`` only.
 
     A subclass sets ``num_classes``, ``input_shape`` and ``class_names`` (in its constructor, or in ``load``) and
@@ -92,9 +93,9 @@ class DataModule(lightning.LightningDataModule):
         self.test_fraction = 0.0  # of sets without a test set of their own
         self.parts: dict[str, Part] = {}
 
+    @abstractmethod
     def load(self) -> Source:
         """Read the set. Raises ``KdError`` when it is missing or damaged."""
-        raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the set, once; ``stage`` makes no difference."""

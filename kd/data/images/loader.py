@@ -7,6 +7,7 @@ size or the number of ranks.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -20,7 +21,7 @@ View = Callable[[Tensor], Tensor]
 """Rows (B,) int64 of a part to its images (B, C, H, W) float32, normalised, as one network sees them in one epoch."""
 
 
-class Loader:
+class Loader(ABC):
     """Order, shards, epochs and resuming; a subclass fetches the samples (:meth:`fetch`).
 
     ``targets``, ``index``: (n,) int64, the label and the stable position of each sample of this part
@@ -95,9 +96,9 @@ class Loader:
             self._done += 1
             yield batch
 
+    @abstractmethod
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         """The samples of each tensor of rows, one batch each."""
-        raise NotImplementedError
 
 
 class TensorLoader(Loader):
