@@ -149,7 +149,10 @@ def _split(metrics: Any) -> dict[str, float]:
 def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], data: Any) -> str:
     """One line: what learns what from whom."""
     roles = [f"{role} {size['parameters']:,} parameters" for role, size in measured.items()]
-    terms, count = "+".join(config["loss"]), {k: "?" if v is None else v for k, v in data.sizes.items()}
+    weights = {name: node.get("weight", 1) for name, node in config["loss"].items()}
+    terms = " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in weights.items())
+    terms += "" if set(weights.values()) == {1} else " (each is shown without its factor)"
+    count = {k: "?" if v is None else v for k, v in data.sizes.items()}
     few = f" ({count['labelled']} labelled)" if count["labelled"] != count["train"] else ""
     classes = f"{data.num_classes} classes, " if data.num_classes else ""
     return (

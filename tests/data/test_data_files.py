@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import same
 from PIL import Image
 
 from kd.data.images.files import FileLoader, decode
@@ -30,19 +31,6 @@ def module(folder: Path, **options: Any) -> ImageFolder:
 
 def files(folder: Path, **options: Any) -> ImageFolder:
     return module(folder, in_memory=False, augment={"flip": True, "scale": [0.3, 1.0]}, **options)
-
-
-def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    assert batch.targets is not None
-    assert batch.index is not None
-    assert batch.mask is None
-    assert not batch.extra
-    return {"inputs": batch.inputs, "targets": batch.targets, "index": batch.index, **batch.views}
-
-
-def same(first: list[Batch], second: list[Batch]) -> bool:
-    pairs = [(tensors(x), tensors(y)) for x, y in zip(first, second, strict=True)]
-    return all(x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs)
 
 
 def test_classes_are_the_folders_and_val_is_carved(image_folder: Write) -> None:

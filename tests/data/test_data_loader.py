@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from batches import same
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kd.data.images.augment import Augment, draw, shifted
@@ -28,19 +29,6 @@ def loader(part: int = 40, **options: Any) -> TensorLoader:
     index = torch.arange(50).flip(0)[:part]
     fixed: dict[str, Any] = {"mean": MEAN, "std": STD, "train": True, "seed": 3, "shuffle": True, "batch_size": 16}
     return TensorLoader(images(), index % 7, index, **{**fixed, **options})
-
-
-def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    assert batch.targets is not None
-    assert batch.index is not None
-    assert batch.mask is None
-    assert not batch.extra
-    return {"inputs": batch.inputs, "targets": batch.targets, "index": batch.index, **batch.views}
-
-
-def same(first: list[Batch], second: list[Batch]) -> bool:
-    pairs = [(tensors(x), tensors(y)) for x, y in zip(first, second, strict=True)]
-    return all(x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs)
 
 
 def slow(image: torch.Tensor, offset: list[int], flip: bool, augment: Augment) -> torch.Tensor:
