@@ -34,6 +34,7 @@ def sweep(directory: Path, kind: str = "study") -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_job_of_a_study_is_kept_with_config_curves_and_report_row(tmp_path, teacher_run) -> None:
     run_dir = sweep(tmp_path / "s") / "kd" / "seed3"
     overrides = [*QUICK, "loss=[ce,kd]", f"teacher.checkpoint={teacher_run}", "tags=[mine]", "notes=why", "seed=3"]

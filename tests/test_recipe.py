@@ -150,6 +150,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_same_to_the_bit(kd, tmp_path, name) -> None:
     overrides, checkpoint = RESUMED[name]

@@ -23,7 +23,6 @@ from kd.sweeps.study import RESULTS, plan
 
 EXPERIMENTS = CONF.parent / "experiments"
 STUDIES = sorted(file.parent.name for file in EXPERIMENTS.glob(f"*/{load.STUDY}"))
-LARGE = "_cifar100"  # the studies whose rows take ten seconds and more to compose and build
 MEASURED = [name for name in STUDIES if (EXPERIMENTS / name / RESULTS).is_file()]
 
 
@@ -69,9 +68,8 @@ def test_every_study_can_be_run(name: str) -> None:
     assert all(found[condition.comparison].comparison.sesoi for condition in study.supported)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith(LARGE) else ()) for name in STUDIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
 def test_every_row_builds(name: str, tmp_path: Path) -> None:
     """With the student, the terms and, in place of another row's run, that row's network as the teacher.
 
@@ -103,6 +101,7 @@ def test_every_row_builds(name: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- what was measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_readme_says_what_was_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict, and every line of its tables, are those of the report that ``results.csv`` gives."""

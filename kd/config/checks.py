@@ -41,6 +41,8 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
         problems += values.of_a_training(config)
     if problems:
         raise KdError("\n".join(dict.fromkeys(problems)))
+    if not any(value is not None for value in (config["student"].get("surgery") or {}).values()):
+        config["student"].pop("surgery", None)
     for section in ("student", "teacher"):
         config[section]["checkpoint"] = _absolute(config[section]["checkpoint"])
         if config[section].get("epoch") == "selected":  # the same weights, so the same experiment

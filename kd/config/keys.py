@@ -31,6 +31,8 @@ OWN_TRAINER_KEYS = (
     *("default_root_dir", "enable_progress_bar", "enable_checkpointing", "barebones", "use_distributed_sampler"),
     *("sync_batchnorm", "plugins"),
 )
+# arguments with the keys of another library, which it checks itself: configurations of transformers, of peft
+FREE = tuple(f"{role}.model.{name}." for role in ("student", "teacher") for name in ("config", "lora"))
 # nodes that are made from a _target_: how one is chosen, where a key was set and there is none
 MADE = {
     "student.model": "choose a network with model@student=NAME",
@@ -187,7 +189,7 @@ def _below_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tup
         below = [node for node in nodes if "_target_" in node]
         if override.startswith(("+", "~")) or not below or below[-1] is nodes[-1] or parents[0] in skip:
             continue
-        if parents[0] == "loss" and parents[2:] == ["schedule"]:  # without its _target_
+        if (parents[0] == "loss" and parents[2:] == ["schedule"]) or path.startswith(FREE):  # without its _target_
             continue
         if len(nodes) <= len(parents) or isinstance(nodes[-1].get(key), Mapping):
             continue
@@ -221,7 +223,7 @@ def _not_chosen(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[
         }
     for path, node in nodes.items():
         several = node if path == "teacher.model" and isinstance(node, (list, tuple)) else [node]
-        if not all(_made(one) for one in several) or (path == "student.model" and node is None):
+        if not all(_made(one) for one in several):
             typed = next(_typed(path, line), f"{path} = {node}")
             advice = MADE.get(path, f"say which, for example {path}._target_=kd.distill.schedules.Linear")
             yield f"{typed} cannot be set: {path} has no _target_: {advice}"

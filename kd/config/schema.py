@@ -11,10 +11,23 @@ from omegaconf import MISSING, OmegaConf
 
 
 @dataclass
+class Surgery:
+    """What the student keeps of its teacher, where it is made from it (model@student=none); all null: nothing."""
+
+    layers: Any = None  # how many of its layers, or which: [0, 2, 4]
+    keep: str | None = None  # which, of a number: uniform (null: the same), every_other, first, last, ends
+    hidden: int | None = None  # width of the hidden states, whole heads; the units with the largest weights stay
+    intermediate: int | None = None  # width of the feed-forward layers
+    embeddings: str | None = None  # copied (null: the same) or random
+    initialise: bool | None = None  # false: the shape alone, all weights random
+
+
+@dataclass
 class Student:
     """The network that is trained."""
 
-    model: Any = MISSING  # _target_ and its arguments
+    model: Any = MISSING  # _target_ and its arguments; null: made from the teacher by surgery
+    surgery: Surgery = field(default_factory=Surgery)
     checkpoint: str | None = None  # weights to start from; null: random
     epoch: str | None = None  # of a run directory: selected (by validation; null: the same) or last
 

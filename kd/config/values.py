@@ -20,6 +20,8 @@ TRAINING = {
     "teacher.combine": one_of("probabilities", "logits"),
     "teacher.epoch": one_of("selected", "last", None),
     "student.epoch": one_of("selected", "last", None),
+    "student.surgery.keep": one_of("uniform", "every_other", "first", "last", "ends", None),
+    "student.surgery.embeddings": one_of("copied", "random", None),
     "protocol.mode": one_of("max", "min", None),
     "distiller.log_every": whole(1),
     "logger.wandb.timeout": number(above=0),  # seconds
@@ -52,10 +54,26 @@ def of_a_training(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _of_the_loss(config["loss"])
     yield from recipe.problems(config)
     yield from refusals("", config, TRAINING)
+    yield from _of_the_student(config)
     for role in ("teacher", "student"):
         epoch = config[role]["epoch"]
         if epoch in ("selected", "last") and config[role]["checkpoint"] is None:
             yield f"{role}.epoch = {epoch} needs {role}.checkpoint: the run directory whose epoch it chooses"
+
+
+def _of_the_student(config: Mapping[str, Any]) -> Iterator[str]:
+    model, surgery = config["student"]["model"], config["student"].get("surgery") or {}
+    cut = [key for key, value in surgery.items() if value is not None]
+    if model is None and not cut:
+        yield (
+            "student.model = None cannot be set: choose a network with model@student=NAME, or say what it keeps of its "
+            "teacher (student.surgery.layers=3)"
+        )
+    if model is not None and cut:
+        yield (
+            f"student.surgery.{cut[0]} = {surgery[cut[0]]} needs a student that is made from its teacher: set "
+            "model@student=none"
+        )
 
 
 def _of_the_loss(loss: Mapping[str, Any]) -> Iterator[str]:

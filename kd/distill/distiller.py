@@ -218,7 +218,8 @@ class Distiller(Prepared):
         )
         self.teacher_metrics["val"] = found  # of one that is trained along, each validation's take its place
         numbers = ", ".join(f"val/{k} {v:.4f}" for k, v in found.items())
-        log.info("teacher%s: %s", ", before it is trained along" if self.teacher_trained else "", numbers)
+        if found:
+            log.info("teacher%s: %s", ", before it is trained along" if self.teacher_trained else "", numbers)
         recorded = teacher.sources[0].get("val", {}) if len(teacher.sources) == 1 else {}
         if words := self.task.doubt(found, recorded, self.num_classes):
             log.warning("the teacher %s", words)

@@ -215,8 +215,7 @@ class Prepared(Optimised):
         self._counts = student.has_logits and bool(self.task.counts)
         if self.num_classes is None and student.has_logits:
             self.num_classes = student.logits.shape[-1]
-        alike = teacher.has_logits and student.has_logits and teacher.logits.shape[-1] == student.logits.shape[-1]
-        self.comparable = self.comparable and alike
+        self.comparable = self.comparable and self.task.comparable(student, teacher)
 
     def _deploy(self, few: Batch) -> None:
         """Let the terms leave their heads on the student, and see that what they made of it answers."""

@@ -147,3 +147,11 @@ def resample(feature: Tensor, size: Sequence[int]) -> Tensor:
     if size[0] <= height and size[1] <= width:
         return F.adaptive_avg_pool2d(feature, (size[0], size[1]))
     return F.interpolate(feature, (size[0], size[1]), mode="bilinear", align_corners=False)
+
+
+def mean_of_positions(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean (samples, width) of hidden states (samples, positions, width) over the positions of ``mask``."""
+    if mask is None:
+        return hidden.mean(1)
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)

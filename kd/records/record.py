@@ -170,7 +170,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
 def from_python(config: Mapping[str, Any]) -> bool:
     """Tell whether ``kd.distill`` was given the networks of a run: its config does not say how they are made."""
-    return config["student"].get("model") is None
+    return config["student"].get("model") is None and not config["student"].get("surgery")
 
 
 def _finite(value: Any) -> Any:

@@ -98,9 +98,14 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     recipe = config["recipe"]
     built_task = task(config)
     own = getattr(get_object(config["distiller"]["_target_"]), "own_optimizers", ())
-    net = networks.student(config, data)
+    # the student first, as ever: both draw from one random state; but one that is made from the teacher after it
+    cut = config["student"].get("surgery")
+    teacher = networks.teacher(config, data, built_task) if cut else None
+    net = networks.student(config, data, built_task, teacher)
     peers = {
-        name: networks.network(node, f"networks.{name}", data.num_classes, data.input_shape)
+        name: networks.network(
+            node, f"networks.{name}", data.num_classes, data.input_shape, **networks.of_text(data, built_task)
+        )
         for name, node in (config.get("networks") or {}).items()
         if node is not None
     }
@@ -110,7 +115,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         {**config["distiller"], "_convert_": "none"},
         "distiller",
         student=net,
-        teacher=networks.teacher(config, data, built_task),
+        teacher=teacher if cut else networks.teacher(config, data, built_task),
         objective=objective(config),
         task=built_task,
         num_classes=data.num_classes,

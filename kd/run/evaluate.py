@@ -145,7 +145,7 @@ def _student(
     import torch
 
     from kd.distill.teacher import InputMap  # start-up: torch, as all of these
-    from kd.run import build, networks, weights  # start-up
+    from kd.run import build, described, networks, weights  # start-up
     from kd.run.data_facts import same_data  # start-up
     from kd.tasks.base import Want  # start-up
 
@@ -159,7 +159,10 @@ def _student(
         start = {**config["student"], "checkpoint": None, "epoch": None}
         network = build.distiller({**config, "student": start}, data).trained
     else:
-        network = networks.network(config["student"]["model"], "student.model", data.num_classes, data.input_shape)
+        node, more = config["student"]["model"], networks.of_text(data, task)
+        if node is None:  # it was made from its teacher: the file says what came out
+            node = described.network(about.get("model"), str(source))
+        network = networks.network(node, "student.model", data.num_classes, data.input_shape, **more)
     weights.load(network, state, source, "student")
     network.to(device=device, dtype=dtype).eval()
     own = [recorded.get(name) or None for name in ("mean", "std")]

@@ -15,7 +15,7 @@ from kd.distill.distiller import Distiller
 from kd.parallel import group
 from kd.records import record, weight_files
 from kd.records.durable import replacing
-from kd.run import weights
+from kd.run import library_files, weights
 from kd.tasks.base import Task
 from kd.tasks.metrics import retention
 
@@ -39,6 +39,7 @@ def close(
     """
     if run_dir is not None:  # all of the last epoch: before the selected weights take their place
         _export(config, run_dir, module)
+        library_files.close_folder(run_dir, "last", module.deployed)
     data.setup("test")
     last_epoch, steps = module.epoch_trained, module.steps_done
     train_means = {k.partition("/")[2]: v for k, v in module.epoch_means.items()}
@@ -57,6 +58,8 @@ def close(
     if not same:
         last.update(_test(trainer, module, data, "test_last"))
         weights.load(module.deployed, group.broadcast(state), run_dir or "selected", "student")
+    if run_dir is not None:
+        library_files.close_folder(run_dir, "selected", module.deployed)
     selected.update(_test(trainer, module, data, "test", keep))
     last = {**selected, **last}  # the same student is tested once
     if keep is not None:
@@ -184,6 +187,8 @@ def _retention(student: Mapping[str, Any], teacher: Mapping[str, Any], task: Tas
     """The student's main metric as a share of the teacher's; where less is better, how many times the teacher's."""
     metric = task.metrics[0]
     ratio = retention(student["test"].get(metric.name), teacher["test"].get(metric.name))
+    if metric.name not in teacher["test"]:
+        return f"{metric.title} is beside the teacher"
     if ratio is None:
         return f"none: the teacher's {metric.title} is not above 0"
     return (
@@ -197,6 +202,8 @@ def _metrics(part: Mapping[str, Any], task: Task) -> str:
     if "test" not in part:
         return "not measured: its output is not compared with the student's"
     test, main = part["test"], task.metrics[0]
+    if main.name not in test:
+        return "what the student is compared with"  # it has no number of its own
     others = [m for m in task.metrics if m is not main and m.name in (task.summary or test) and m.name in test]
     beside = "".join(f"  {m.title} {test[m.name]:.4f}" for m in others)
     return f"val {main.title} {part['val'][main.name]:.4f}  test {main.title} {test[main.name]:.4f}{beside}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -23,12 +24,16 @@ from kd.tasks.base import Task
 log = logging.getLogger(__name__)
 
 
-def network(spec: Mapping[str, Any], path: str, num_classes: int | None, input_shape: tuple[int, ...]) -> nn.Module:
+def network(
+    spec: Mapping[str, Any], path: str, num_classes: int | None, input_shape: tuple[int, ...], **more: Any
+) -> nn.Module:
     """A network from its ``_target_``; it is given what it takes of the class count and the input's shape.
 
-    So is each network inside of it, a node with a ``_target_`` among its arguments, at any depth.
+    So is each network inside of it, a node with a ``_target_`` among its arguments, at any depth. ``more``: what else
+    it may take, see :func:`of_text`.
     """
     known: dict[str, Any] = {"num_classes": num_classes} if num_classes is not None else {}
+    known |= {key: value for key, value in more.items() if value is not None}
     if len(input_shape) == 3:
         shape = {"input_shape": tuple(input_shape), "in_chans": input_shape[0], "in_channels": input_shape[0]}
         known |= shape
@@ -74,16 +79,24 @@ def _completed(spec: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, A
     return {key: filled(value) for key, value in spec.items()}
 
 
-def student(config: Mapping[str, Any], data: Any) -> nn.Module:
-    """The student, from scratch or from ``student.checkpoint``."""
+def of_text(data: Any, task: Task) -> dict[str, Any]:
+    """What factories of language models take: the architecture that the task wants, the tokenizer of the data."""
+    return {"architecture": task.architecture, "tokenizer": getattr(data, "tokenizer", None)}
+
+
+def student(config: Mapping[str, Any], data: Any, task: Task, teacher: Answers | None = None) -> nn.Module:
+    """The student, from scratch, from its teacher (``student.surgery``), or from ``student.checkpoint``."""
     section = config["student"]
-    net = network(section["model"], "student.model", data.num_classes, data.input_shape)
+    if section.get("surgery"):
+        net = _cut_from(teacher, section["surgery"])
+    else:
+        net = network(section["model"], "student.model", data.num_classes, data.input_shape, **of_text(data, task))
     if section["checkpoint"] is not None:
         state, about = integrity.read_weights(section["checkpoint"], section.get("epoch"))
         same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
         _refuse_heads(about, f"student.checkpoint = {section['checkpoint']}")
         weights.load(net, state, section["checkpoint"], "student")
-    elif section["model"].get("pretrained"):
+    elif data.mean and (section["model"] or {}).get("pretrained"):
         own = getattr(net, "pretrained_cfg", None) or {}
         if any(list(own.get(k) or getattr(data, k)) != list(getattr(data, k)) for k in ("mean", "std")):
             log.warning(
@@ -91,6 +104,35 @@ def student(config: Mapping[str, Any], data: Any) -> nn.Module:
                 *(own.get("mean"), own.get("std"), data.mean, data.std),
             )
     return net
+
+
+def _cut_from(teacher: Answers | None, surgery: Mapping[str, Any]) -> nn.Module:
+    if teacher is None or len(teacher.networks) != 1:
+        raise KdError(
+            "student.surgery makes the student from one live teacher: give teacher.checkpoint=RUN or model@teacher=NAME"
+        )
+    from kd.models import transformers_model  # start-up: transformers
+    from kd.models.surgery import Surgery, student_of  # start-up: with it
+
+    whole = teacher.networks[0]
+    given = transformers_model.library_network(whole)
+    if given is None:
+        raise KdError(f"student.surgery cuts networks of transformers: the teacher is a {type(whole).__name__}")
+    try:
+        made = student_of(given, Surgery(**{k: v for k, v in surgery.items() if v is not None}))
+    except ValueError as error:
+        raise KdError(f"student.surgery: {error}") from error
+    pooling: Any = getattr(whole, "pooling", None)
+    return made if pooling is None else transformers_model.SentenceEncoder(made, pooling)
+
+
+def description(network: nn.Module, node: Any) -> Any:
+    """The node that makes a network again from its weights file: its own, or one without the folder it came from."""
+    if "transformers" not in sys.modules:
+        return node
+    from kd.models.transformers_model import description as of_library  # start-up: transformers
+
+    return of_library(network) or node
 
 
 def _refuse_heads(about: Mapping[str, Any], source: str) -> None:
@@ -127,7 +169,7 @@ def _live_teacher(config: Mapping[str, Any], data: Any, task: Task) -> Teacher |
             raise KdError("teacher.cache = true needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
         return None
     named = {node["_target_"] for role in ("student", "teacher") for _, node in targets(config[role]["model"])}
-    members = [_member(model, checkpoint, section, data, named) for model, checkpoint in pairs]
+    members = [_member(model, checkpoint, section, data, named, of_text(data, task)) for model, checkpoint in pairs]
     networks, maps = [n for n, _ in members], [i for _, i in members]
     built = Teacher(
         networks,
@@ -160,7 +202,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _member(
-    model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any, named: Collection[str]
+    model: Any, checkpoint: Any, section: Mapping[str, Any], data: Any, named: Collection[str], more: Mapping[str, Any]
 ) -> tuple[nn.Module, nn.Module]:
     state, about = (None, {}) if checkpoint is None else integrity.read_weights(checkpoint, section.get("epoch"))
     if model is None and about.get("model") is None:
@@ -176,7 +218,7 @@ def _member(
     same_data(recorded, data, f"teacher.checkpoint = {checkpoint}")
     _refuse_heads(about, f"teacher.checkpoint = {checkpoint}")
     shape = tuple(recorded.get("input_shape", data.input_shape))
-    net = network(spec, "teacher.model", data.num_classes, shape if spec is not model else data.input_shape)
+    net = network(spec, "teacher.model", data.num_classes, shape if spec is not model else data.input_shape, **more)
     if state is not None:
         weights.load(net, state, checkpoint, "teacher")
     elif not spec.get("pretrained") and not section["allow_random"]:

@@ -19,7 +19,7 @@ from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
 from kd.records import record, weight_files
-from kd.run import build, callbacks, compatibility, cost, finish, hardware, pruning, weights
+from kd.run import build, callbacks, compatibility, cost, finish, hardware, library_files, networks, pruning, weights
 from kd.run.average import AverageStudent
 from kd.run.data_facts import facts
 from kd.run.ending import Ending
@@ -70,7 +70,8 @@ def carry_out(
     recipe, validated = settings(config), complete_protocol(config)
     protocol = selection(validated, module)
     compatibility.check_accumulation(recipe, validated, data)
-    about = {"model": config["student"]["model"], "data": facts(data), "seed": config["seed"]}
+    model = networks.description(module.student, config["student"]["model"])
+    about = {"model": model, "data": facts(data), "seed": config["seed"]}
     about |= {"heads": module.heads} if module.heads else {}
     module.about = about
     stopper = pruning.callback(run_dir) if run_dir else None
@@ -91,6 +92,8 @@ def carry_out(
         logger.log_hyperparams(config)
     example = data.example()
     measured = cost.sizes(module, example)
+    if run_dir:
+        library_files.open_folders(run_dir, module.deployed, getattr(data, "tokenizer", None))
     hardware.compile_networks(config, module)
     log.info("%s", finish.opening_line(config, measured, data))
     if first and (copies := data.copies_in_test() if isinstance(data, DataModule) else 0):
@@ -119,9 +122,9 @@ def carry_out(
     outcome["student"]["last"]["digest"] = last
     if ending.stopped:
         log.info("stopped at epoch %d, step %d: %s", *_place(ending.stopped), ending.stopped["why"])
-    networks: dict[str, Any] = {"student": module.deployed, "teacher": module.teacher}
+    both: dict[str, Any] = {"student": module.deployed, "teacher": module.teacher}
     for role, size in measured.items():
-        speed = {} if module.sharded else {"latency_ms": cost.latency_ms(networks[role], module.task, example)}
+        speed = {} if module.sharded else {"latency_ms": cost.latency_ms(both[role], module.task, example)}
         outcome[role] = {**outcome.get(role, {}), **size, **speed}
     log.info("%s", finish.summary(outcome, module.task, run_dir))
     return outcome

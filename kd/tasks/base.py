@@ -43,10 +43,12 @@ class Task(ABC):
 
     ``counts``: names of what :meth:`count` returns, logged in training as means over the labelled rows.
     ``summary``: the metrics that the last lines of a run show; empty: all. ``needs_logits``: whether the metrics are
-    made of the logits, so that they say nothing where no term trains them.
+    made of the logits, so that they say nothing where no term trains them. ``architecture``: which of a library's
+    networks the task wants (``causal_lm``, ``sequence_classification`` …), for factories that take it.
     """
 
     metrics: Sequence[Metric]
+    architecture: str | None = None
     counts: Sequence[str] = ()
     summary: Sequence[str] = ()
     needs_logits: bool = True
@@ -84,6 +86,11 @@ class Task(ABC):
                 raise KdError(f"the {side} answers {number} classes, the data has {classes}")
         if len(set(found.values())) > 1:
             raise KdError(f"the student answers {found['student']} outputs a row, the teacher {found['teacher']}")
+
+    def comparable(self, student: Output, teacher: Output) -> bool:
+        """Whether the outputs of a dry pass mean the same, so that the two networks can be measured side by side."""
+        both = student.has_logits and teacher.has_logits
+        return both and student.logits.shape[-1] == teacher.logits.shape[-1]
 
     def labelled(self, batch: Batch) -> Tensor:
         """Number of labelled rows of a batch that has been through :meth:`rows`, 0-d."""

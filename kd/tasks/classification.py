@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torchmetrics.classification import BinaryCalibrationError, MulticlassAccura
 
 from kd.losses.base import UNLABELLED, Batch, Output
 from kd.tasks.base import Meter, Task
-from kd.tasks.metrics import CLASSIFICATION
+from kd.tasks.metrics import CLASSIFICATION, Metric
 
 
 class Classification(Task):
@@ -22,9 +22,11 @@ class Classification(Task):
     ``ece_bins``: equal-width confidence bins (Guo 2017).
     """
 
-    metrics = CLASSIFICATION
-    counts = ("acc1", "acc5")
+    metrics: Sequence[Metric] = CLASSIFICATION
+    counts: Sequence[str] = ("acc1", "acc5")
     summary = ("acc1", "nll", "ece", "agreement")
+    samples = "images"  # how sentences call them, and what must be as it was in the training of a teacher
+    as_trained = "the labels and the statistics of its input (teacher.mean, teacher.std)"
 
     def __init__(self, ece_bins: int = 15) -> None:
         if ece_bins < 1:
@@ -37,7 +39,7 @@ class Classification(Task):
             return [torch.zeros((), device=student.logits.device) for _ in self.counts]
         targets = batch.targets.argmax(-1) if batch.targets.is_floating_point() else batch.targets
         labelled = targets != UNLABELLED
-        found = hits(student.logits.detach(), targets.clamp(min=0))
+        found = hits(student.logits.detach(), targets.clamp(min=0))[: len(self.counts)]
         return [(hit & labelled).sum() for hit in found]
 
     def meter(self, classes: int | None) -> ClassificationMeter:
@@ -53,11 +55,12 @@ class Classification(Task):
         """
         found, before = measured["acc1"], recorded.get("acc1")
         if classes and found < 1.5 / classes:
-            return f"is right on {found:.1%} of the validation images, near chance (1 in {classes}): is it trained?"
+            seen = f"is right on {found:.1%} of the validation {self.samples}"
+            return f"{seen}, near chance (1 in {classes}): is it trained?"
         if before is not None and found < before - 0.05:
             return (
-                f"is right on {found:.1%} of the validation images, {before:.1%} in its own run: are the images, the "
-                "labels and the statistics of its input (teacher.mean, teacher.std) those that it was trained with?"
+                f"is right on {found:.1%} of the validation {self.samples}, {before:.1%} in its own run: are the "
+                f"{self.samples}, {self.as_trained} those that it was trained with?"
             )
         return ""
 

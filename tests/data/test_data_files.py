@@ -120,6 +120,7 @@ def claims(width: int, height: int) -> bytes:
     return out.getvalue()[:12] + head + struct.pack(">I", zlib.crc32(head)) + out.getvalue()[33:]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize(
     ("edge", "why"), [(10_000, "100,000,000 pixels, at most 89,478,485"), (100_000, "10000000000 pixels")]

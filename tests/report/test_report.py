@@ -93,6 +93,7 @@ def test_a_study_with_its_runs(study, runs, tmp_path) -> None:
     assert [tmp_path / "out" / link for link in links] == list(found.figures.values())
 
 
+@pytest.mark.slow
 def test_from_results_csv_alone_the_same_numbers_without_curves(small, runs, tmp_path) -> None:
     full = frame.of_study(small, runs)
     frame.write_results(tmp_path / "results.csv", small, full)
@@ -104,6 +105,7 @@ def test_from_results_csv_alone_the_same_numbers_without_curves(small, runs, tmp
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_page(small, runs, tmp_path) -> None:
     found = frame.of_study(small, runs)
     pages = [report.build(small, found, runs, tmp_path / name).paths["md"].read_text() for name in ("a", "b")]
@@ -213,6 +215,7 @@ def test_kd_report_of_a_study(kd, known, runs, monkeypatch) -> None:
         assert "ow alone: these results were made with other overrides than study.yaml has now" in text
 
 
+@pytest.mark.slow
 def test_kd_report_of_a_study_that_ran_elsewhere(kd, known, runs, monkeypatch) -> None:
     manifest.write(runs, Manifest("study", "made_up", {}, str(known.folder)))
     (known.folder / "study.yaml").touch()
@@ -408,6 +411,7 @@ def test_bad_input(kd, write, tmp_path, arguments, sentence) -> None:
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.slow
 def test_real_runs_end_to_end(kd, teacher_run, tmp_path) -> None:
     """Two seeds of a student that ``kd train`` distils, reported."""
     common = [f"teacher.checkpoint={teacher_run}", "loss=[ce,kd]", "recipe.epochs=3", "hardware=cpu"]

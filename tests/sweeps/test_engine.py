@@ -116,6 +116,7 @@ def test_a_job_that_does_not_compose_stops_all(engine, tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_complaint_says_of_which_jobs_once(engine) -> None:
     swept = plan(engine, ["recipe.epochs=1,0", "seed=0,1,2"])
     refuses(engine, "epochs=0 seed=0 and 2 more: recipe.epochs = 0 is not allowed", swept)
@@ -184,6 +185,7 @@ NOT_READ = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "text", "sentence"), NOT_READ, ids=[f"{f} {t}" for f, t, _ in NOT_READ])
 def test_what_cannot_be_read_is_left_as_it_is(engine, file, text, sentence) -> None:
     engine.run("sweep", "sweep", jobs(a=(), b=()))
@@ -206,6 +208,7 @@ def test_a_directory_with_a_run_of_another_configuration(engine) -> None:
     assert statuses(engine.run("sweep", "sweep", jobs(a=()))) == {"a": "finished"}
 
 
+@pytest.mark.slow
 def test_a_sweep_of_other_code_is_not_finished(engine, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(Path.cwd())
     term = Path("own_term.py")

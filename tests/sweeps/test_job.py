@@ -47,6 +47,7 @@ def stop_at(monkeypatch):
     return arm
 
 
+@pytest.mark.slow
 def test_stopped_goes_on_failed_begins_again_finished_stays(config, stop_at, tmp_path, monkeypatch) -> None:
     ends = {
         "whole": (None, "finished", None),

@@ -1,0 +1,217 @@
+"""Any encoder or decoder of Hugging Face's transformers: by name, by folder, or made from a configuration.
+
+transformers is the extra ``text``, and imported where this module is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import transformers
+from torch import Tensor, nn
+
+from kd.losses.layouts import mean_of_positions
+from kd.models.base import stages
+
+AUTO = {  # architecture → transformers' factory
+    "sequence_classification": transformers.AutoModelForSequenceClassification,
+    "masked_lm": transformers.AutoModelForMaskedLM,
+    "causal_lm": transformers.AutoModelForCausalLM,
+    "embedding": transformers.AutoModel,
+}
+POOLING = ("mean", "cls")
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+# of a configuration: where it came from, and what would run code of others
+DROPPED = ("_name_or_path", "auto_map", "transformers_version", "architectures", "dtype", "torch_dtype")
+
+
+def transformers_model(
+    name: str | None = None,
+    pretrained: bool = True,
+    config: Mapping[str, Any] | None = None,
+    *,
+    architecture: str | None = None,
+    num_classes: int | None = None,
+    tokenizer: Any = None,
+    pooling: str = "mean",
+    lora: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a network of transformers with the head that a task wants.
+
+    ``name``: of a model on the hub, or a folder with ``config.json``; ``pretrained``: with its weights, else random.
+    ``config``: without a name ``{model_type: bert, num_hidden_layers: 2, …}``; beside one, keys that replace its own.
+    ``architecture``: a key of ``AUTO``, given by the task. ``num_classes``: outputs of a classifier. ``tokenizer``: of
+    the data; a network without a name takes its vocabulary, one with a name must have room for it. ``pooling``: of a
+    sentence embedding, ``mean`` or ``cls``. ``lora``: arguments of ``peft.LoraConfig``; all else is frozen then.
+    ``kwargs``: of ``from_pretrained``.
+
+    Raises ``ValueError`` with one sentence when there is no such model, or its weights cannot be had.
+    """
+    if architecture not in AUTO:
+        raise ValueError(f"architecture = {architecture} is not allowed: it must be {', '.join(AUTO)} (of the task)")
+    if pooling not in POOLING:
+        raise ValueError(f"pooling = {pooling} is not allowed: it must be mean or cls")
+    if name is None and "model_type" not in (config or {}):
+        raise ValueError("it has neither a name (name=MODEL or FOLDER) nor a config={model_type: …}")
+    made = _configuration(name, config or {}, tokenizer, kwargs)
+    if architecture == "sequence_classification" and num_classes is not None:
+        made.num_labels = num_classes
+    factory = AUTO[architecture]
+    if name is not None and pretrained:
+        network = _fetched(name, functools.partial(factory.from_pretrained, name, config=made, **kwargs))
+    else:
+        network = factory.from_config(made)
+    refuse_small_vocabulary(network, tokenizer, name)
+    if lora is not None:
+        network = with_lora(network, lora)
+    network.train()
+    return SentenceEncoder(network, pooling) if architecture == "embedding" else network
+
+
+def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any, kwargs: Mapping[str, Any]) -> Any:
+    own = {key: _plain(value) for key, value in changes.items() if key not in (*DROPPED, "model_type")}
+    if name is not None:
+        where = {key: kwargs[key] for key in ("gguf_file", "revision", "subfolder", "cache_dir") if key in kwargs}
+        return _fetched(name, functools.partial(transformers.AutoConfig.from_pretrained, name, **own, **where))
+    if tokenizer is not None:
+        ids = {key: getattr(tokenizer, key, None) for key in SPECIAL[:3]}
+        own = {"vocab_size": len(tokenizer), **{k: v for k, v in ids.items() if v is not None}, **own}
+    try:
+        return transformers.AutoConfig.for_model(changes["model_type"], **own)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"config.model_type = {changes['model_type']}: {str(error).splitlines()[0]}") from error
+
+
+def _fetched(name: str, fetch: Any) -> Any:
+    try:
+        return fetch(**({} if Path(name).is_dir() or _online() else {"local_files_only": True}))
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"name = {name} cannot be had of transformers ({reason}): give the folder of a network that is here, or be "
+            "online"
+        ) from error
+
+
+def _online() -> bool:
+    """Whether the hub's name resolves: without, it would be asked for half a minute."""
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
+    try:
+        return bool(socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
+
+
+def refuse_small_vocabulary(network: nn.Module, tokenizer: Any, name: str | None) -> None:
+    """``ValueError`` when the data's tokenizer has ids that the network has no embedding for."""
+    if tokenizer is None:
+        return
+    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"{name or 'the network'} has {rows} tokens, data.tokenizer {len(tokenizer)}: they do not belong together, "
+            "give the tokenizer that the network was trained with"
+        )
+
+
+def with_lora(network: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
+    """Freeze a network and add low-rank matrices to it (Hu 2021, arXiv 2106.09685), by peft."""
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("lora needs peft: pip install peft") from None
+    try:
+        return peft.get_peft_model(network, peft.LoraConfig(**_plain(lora)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"lora: {str(error).splitlines()[0]}") from error
+
+
+class SentenceEncoder(nn.Module):
+    """A network of transformers that answers a sentence with its embedding (rows, width); tap it as ``pooled``.
+
+    ``pooling``: ``mean`` of the hidden states over the positions that are not padding, or that of the first (``cls``).
+    """
+
+    def __init__(self, encoder: nn.Module, pooling: str) -> None:
+        super().__init__()
+        self.encoder, self.pooling, self.pooled = encoder, pooling, nn.Identity()
+        try:
+            self.stages = (*(f"encoder.{stage.name}" for stage in stages(encoder)), "pooled")
+        except ValueError:
+            self.stages = ("pooled",)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
+        """The embeddings (rows, width)."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        return self.pooled(hidden[:, 0] if self.pooling == "cls" else mean_of_positions(hidden, attention_mask))
+
+
+# ---------------------------------------------------------------------- what is kept of a network
+
+
+def library_network(network: nn.Module) -> Any:
+    """The network of transformers inside of what the run trains; None where it is none."""
+    inner = network.encoder if isinstance(network, SentenceEncoder) else network
+    if hasattr(inner, "peft_config"):
+        inner = inner.get_base_model()  # type: ignore[operator]
+    return inner if isinstance(inner, transformers.PreTrainedModel) else None
+
+
+def description(network: nn.Module) -> dict[str, Any] | None:
+    """A node that makes the same network with random weights, from nothing but itself; None of another network.
+
+    It is written into weights files, so that they need neither the folder nor the teacher that it was made from.
+    """
+    inner = library_network(network)
+    if inner is None:
+        return None
+    architecture = next((key for key, auto in AUTO.items() if type(inner) in _classes(auto)), None)
+    if architecture is None:
+        return None
+    config = {k: v for k, v in inner.config.to_diff_dict().items() if k not in DROPPED}
+    node: dict[str, Any] = {
+        "_target_": f"{__name__}.transformers_model",
+        "config": config,
+        "architecture": architecture,
+    }
+    node |= {"name": None, "pretrained": False}
+    node |= {"pooling": network.pooling} if isinstance(network, SentenceEncoder) else {}
+    wrapped: Any = network.encoder if isinstance(network, SentenceEncoder) else network
+    if hasattr(wrapped, "peft_config"):
+        adapter = next(iter(wrapped.peft_config.values())).to_dict()
+        wanted = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "modules_to_save")
+        node["lora"] = {key: _plain(adapter[key]) for key in wanted if adapter.get(key) is not None}
+    return node
+
+
+def _classes(auto: Any) -> set[Any]:
+    found: set[Any] = set()
+    for made in auto._model_mapping._model_mapping.values():
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            found.add(getattr(transformers, one, None))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value of a configuration as plain Python containers."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return [_plain(part) for part in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def merged(network: nn.Module) -> Any:
+    """A copy of the network of transformers with its low-rank matrices added to its weights, as it is deployed."""
+    wrapped: Any = network.encoder if isinstance(network, SentenceEncoder) else network
+    return copy.deepcopy(wrapped).merge_and_unload() if hasattr(wrapped, "peft_config") else wrapped

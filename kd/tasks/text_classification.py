@@ -1,0 +1,50 @@
+"""Classification of sentences and pairs of sentences: a sentence is a row, its class the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torchmetrics.classification import MulticlassF1Score, MulticlassMatthewsCorrCoef
+
+from kd.tasks.classification import Classification, ClassificationMeter
+from kd.tasks.metrics import CLASSIFICATION, Metric
+
+KEPT = {metric.name: metric for metric in CLASSIFICATION}
+
+
+class TextClassification(Classification):
+    """Accuracy, macro-F1, Matthews' correlation (GLUE's), NLL, calibration error; beside a teacher agreement and KL."""
+
+    architecture = "sequence_classification"
+    metrics = (
+        Metric("acc1", "accuracy", share=True, counted=True),
+        Metric("f1", "macro-F1", share=True),
+        Metric("matthews", "Matthews"),
+        *(KEPT[name] for name in ("nll", "ece", "agreement", "kl")),
+    )
+    counts = ("acc1",)
+    samples = "sentences"
+    as_trained = "the labels and the tokenizer"
+    summary = ("acc1", "f1", "nll", "agreement")
+
+    def meter(self, classes: int | None) -> TextClassificationMeter:
+        """A fresh meter for one pass over a split of so many classes."""
+        if classes is None:
+            raise ValueError("task = text_classification needs to know the number of classes")
+        return TextClassificationMeter(classes, self.ece_bins, self.names)
+
+
+class TextClassificationMeter(ClassificationMeter):
+    """The metrics of one pass, from logits (rows, classes) and targets (rows,) int64."""
+
+    def __init__(self, num_classes: int, ece_bins: int, names: Callable[[bool], list[str]]) -> None:
+        super().__init__(num_classes, ece_bins, names)
+        self.f1, self.matthews = MulticlassF1Score(num_classes), MulticlassMatthewsCorrCoef(num_classes)
+
+    def add(self, student: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:
+        """Add one batch."""
+        super().add(student, targets, teacher)
+        answer = student.argmax(1)
+        self.f1.update(answer, targets)
+        self.matthews.update(answer, targets)

@@ -1,0 +1,150 @@
+"""Students made from their teachers: layers, widths, embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kd.models.surgery import Surgery, chosen_layers, student_of
+from kd.models.transformers_model import transformers_model
+from tests.tiny_language import BERT, LLAMA, VOCABULARY, sequences
+
+WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4}
+TEACHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "bert": ({**BERT, **WIDE}, "masked_lm"),
+    "llama": ({**LLAMA, **WIDE, "num_key_value_heads": 2, "head_dim": 16}, "causal_lm"),
+    "gemma2": ({**LLAMA, **WIDE, "model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 16}, "causal_lm"),
+    "distilbert": (
+        {
+            "model_type": "distilbert",
+            "dim": 64,
+            "n_layers": 4,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "vocab_size": VOCABULARY,
+        },
+        "sequence_classification",
+    ),
+}
+
+
+def teacher(name: str) -> nn.Module:
+    config, architecture = TEACHERS[name]
+    return transformers_model(config=config, architecture=architecture, num_classes=3).eval()
+
+
+@pytest.mark.parametrize(
+    ("layers", "total", "keep", "expected"),
+    [
+        (6, 12, "uniform", [0, 2, 4, 7, 9, 11]),  # DistilBERT's
+        (3, 12, "uniform", [0, 6, 11]),  # DistilBART's 12-3
+        (1, 6, "uniform", [5]),
+        (None, 6, "every_other", [0, 2, 4]),
+        (3, 6, "first", [0, 1, 2]),
+        (2, 6, "last", [4, 5]),
+        (3, 6, "ends", [0, 1, 5]),
+        ([1, 4], 6, "uniform", [1, 4]),
+        (None, 3, "uniform", [0, 1, 2]),
+    ],
+)
+def test_which_layers_are_kept(layers: Any, total: int, keep: str, expected: list[int]) -> None:
+    assert chosen_layers(layers, total, keep) == expected
+
+
+@pytest.mark.parametrize("layers", [0, 7, [4, 1], [1, 1], [6], [], "3", True])
+def test_layers_that_are_not_there(layers: Any) -> None:
+    with pytest.raises(ValueError, match=r"layers = .* is not allowed"):
+        chosen_layers(layers, 6)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_student_with_everything_answers_as_its_teacher(name: str) -> None:
+    given, inputs = teacher(name), sequences(3)
+    made = student_of(given, Surgery()).eval()
+    assert torch.equal(made(**inputs).logits, given(**inputs).logits)
+    assert not {id(p) for p in made.parameters()} & {id(p) for p in given.parameters()}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_layers_are_the_teachers(name: str) -> None:
+    """With two of four layers the student answers as a teacher without the other two."""
+    given, inputs = teacher(name), sequences(3)
+    made = student_of(given, Surgery(layers=[0, 3])).eval()
+    assert made.config.num_hidden_layers == 2
+    stack = next(m for m in given.modules() if isinstance(m, nn.ModuleList) and len(m) == 4)
+    del stack[1:3]
+    if hasattr(given.config, "layer_types"):  # Gemma: which of them have a window
+        given.config.layer_types = [given.config.layer_types[i] for i in (0, 3)]
+    given.config.num_hidden_layers = 2
+    without = {"use_cache": False} if hasattr(given.config, "num_key_value_heads") else {}
+    torch.testing.assert_close(made(**inputs).logits, given(**inputs, **without).logits)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_width_is_cut_to_what_has_the_largest_weights(name: str) -> None:
+    given, inputs = teacher(name), sequences(3)
+    kept = torch.arange(0, 64, 2)
+    table = given.get_input_embeddings()
+    with torch.no_grad():
+        table.weight[:, kept] *= 50
+    made = student_of(given, Surgery(hidden=32, intermediate=24)).eval()
+    assert made.config.hidden_size == 32
+    assert torch.equal(made.get_input_embeddings().weight, table.weight[:, kept])
+    assert made(**inputs).logits.isfinite().all()
+    assert sum(p.numel() for p in made.parameters()) < 0.45 * sum(p.numel() for p in given.parameters())
+
+
+def test_heads_that_add_nothing_are_dropped_without_a_change() -> None:
+    """Units, heads and neurons of the teacher that are zero are the ones that go: the answers stay."""
+    given, inputs = teacher("llama"), sequences(3)
+    with torch.no_grad():
+        for layer in given.model.layers:
+            layer.self_attn.o_proj.weight[:, 32:] = 0  # the second group of two heads
+            layer.mlp.down_proj.weight[:, 24:] = 0
+            layer.mlp.gate_proj.weight[24:] = 0
+            layer.mlp.up_proj.weight[24:] = 0
+    made = student_of(given, Surgery(intermediate=24)).eval()
+    torch.testing.assert_close(made(**inputs).logits, given(**inputs).logits)
+
+
+def test_embeddings_and_all_weights_may_begin_at_random() -> None:
+    given = teacher("bert")
+    table = given.get_input_embeddings().weight
+    layer = "bert.encoder.layer.0.output.dense.weight"
+    fresh = student_of(given, Surgery(layers=2, embeddings="random"))
+    assert not torch.equal(fresh.get_input_embeddings().weight, table)
+    assert torch.equal(fresh.state_dict()[layer], given.state_dict()[layer])
+    assert not torch.equal(
+        student_of(given, Surgery(layers=2, initialise=False)).state_dict()[layer], given.state_dict()[layer]
+    )
+
+
+@pytest.mark.parametrize(
+    ("surgery", "sentence"),
+    [
+        ({"hidden": 40}, "hidden = 40 is not allowed: a multiple of 16"),
+        ({"hidden": 128}, "hidden = 128 is not allowed"),
+        ({"intermediate": 100}, "intermediate = 100 is not allowed: it must be from 1 to 48"),
+        ({"keep": "some"}, "keep = some is not allowed: it must be uniform, every_other, first, last or ends"),
+        ({"embeddings": "tied"}, "embeddings = tied is not allowed: it must be copied or random"),
+    ],
+)
+def test_what_cannot_be_kept_is_one_sentence(surgery: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        student_of(teacher("bert"), Surgery(**surgery))
+
+
+def test_a_fused_projection_is_not_cut_by_halves() -> None:
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY}
+    config |= {"bos_token_id": 1, "eos_token_id": 2}
+    given = transformers_model(config=config, architecture="causal_lm")
+    with pytest.raises(ValueError, match="c_attn cannot be cut from 192 to 96"):
+        student_of(given, Surgery(hidden=32))
+
+
+def test_other_networks_cannot_be_cut() -> None:
+    with pytest.raises(ValueError, match="Linear cannot be cut: it is no network of transformers"):
+        student_of(nn.Linear(2, 2), Surgery(layers=1))

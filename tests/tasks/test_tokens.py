@@ -1,0 +1,144 @@
+"""Masked and causal language modelling: rows, shift, hidden states before the output projection, metrics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kd.errors import KdError
+from kd.losses.base import UNLABELLED, Batch, Output
+from kd.models.transformers_model import transformers_model
+from kd.tasks.base import Want
+from kd.tasks.output_projection import hidden_rows
+from kd.tasks.tokens import CausalLM, MaskedLM, Tokens
+from tests.tiny_language import BERT, LLAMA, VOCABULARY, Texts, sequences
+
+NETWORKS = {  # with what is special about their output projection
+    "llama": (LLAMA, "causal_lm"),
+    "gpt2": ({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}, "causal_lm"),
+    "gemma2": ({**LLAMA, "model_type": "gemma2", "head_dim": 16}, "causal_lm"),  # soft-capped
+    "cohere": ({**LLAMA, "model_type": "cohere"}, "causal_lm"),  # scaled
+    "bert": (BERT, "masked_lm"),  # a transform before it
+    "distilbert": ({"model_type": "distilbert", "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}, "masked_lm"),
+    "modernbert": ({**BERT, "model_type": "modernbert"}, "masked_lm"),
+}
+SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}
+
+
+def network(name: str) -> torch.nn.Module:
+    config, architecture = NETWORKS[name]
+    return transformers_model(config={**config, **SPECIAL, "sep_token_id": 2}, architecture=architecture).eval()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_hidden_rows_give_the_networks_own_logits(name: str) -> None:
+    made, inputs = network(name), sequences(4)
+    positions = torch.tensor([0, 5, 13, 40])
+    found = hidden_rows(made, inputs, positions)
+    assert found is not None
+    hidden, head = found
+    whole = made(**inputs).logits.flatten(0, 1)[positions]
+    torch.testing.assert_close(head(hidden), whole, rtol=1e-5, atol=1e-6)
+    assert hidden.shape[0] == 4
+    assert head.plain == (name not in ("gemma2", "cohere"))
+    assert "forward" not in head.projection.__dict__  # nothing is left of the way it was done
+
+
+def test_gradients_reach_the_network_as_by_its_own_logits() -> None:
+    made, batch = network("llama"), CausalLM().rows(Texts("causal_lm").drawn("train"))
+    output = CausalLM().answer(made, batch.inputs, batch, Want())
+    F.cross_entropy(output.logits, batch.targets).backward()
+    ours = {name: p.grad.clone() for name, p in made.named_parameters()}
+    made.zero_grad()
+    targets = torch.where(batch.inputs["attention_mask"].bool(), Texts("causal_lm").drawn("train").targets, UNLABELLED)
+    logits = made(**batch.inputs).logits[:, :-1].flatten(0, 1)
+    F.cross_entropy(logits, targets[:, 1:].flatten(), ignore_index=UNLABELLED).backward()
+    for name, p in made.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_network_of_another_kind_answers_whole_and_the_rows_are_chosen_of_it() -> None:
+    class Table(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(VOCABULARY, VOCABULARY)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.table(input_ids)
+
+    made, batch = Table(), CausalLM().rows(Texts("causal_lm").drawn("train"))
+    output = CausalLM().answer(made, batch.inputs, batch, Want())
+    assert output.logits.shape == (len(batch.targets), VOCABULARY)
+    assert torch.equal(output.logits, made(**batch.inputs).flatten(0, 1)[batch.extra["positions"]])
+
+
+def test_causal_rows_are_shifted_once_and_neither_prompt_nor_padding_is_one() -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    targets = torch.tensor([[-100, -100, 7, 8, 9], [-1, -1, 7, 0, 0]])  # behind a prompt of two; pads are ids
+    batch = CausalLM().rows(Batch({"input_ids": ids, "attention_mask": mask}, targets, extra={"bytes": ids}))
+    assert batch.extra["positions"].tolist() == [1, 2, 3, 6]
+    assert batch.targets.tolist() == [7, 8, 9, 7]
+    assert batch.extra["row_bytes"].tolist() == [7, 8, 9, 7]
+    again = CausalLM().rows(batch)  # a second pass changes nothing
+    assert again.targets.tolist() == [7, 8, 9, 7]
+
+
+def test_all_real_positions_count_where_they_are_asked_for() -> None:
+    ids = torch.tensor([[5, 1, 7, 0]])
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    targets = torch.tensor([[-1, 6, -1, -1]])
+    few, all_real = MaskedLM().rows(Batch(inputs, targets)), MaskedLM(rows="real").rows(Batch(inputs, targets))
+    assert (few.targets.tolist(), all_real.targets.tolist()) == ([6], [-1, 6, -1])
+    assert int(MaskedLM().labelled(all_real)) == 1
+    causal = CausalLM(rows="real").rows(Batch(inputs, targets))
+    assert causal.extra["positions"].tolist() == [0, 1]  # what follows position 2 is padding
+    with pytest.raises(ValueError, match="rows = all is not allowed: it must be supervised or real"):
+        MaskedLM(rows="all")
+
+
+@pytest.mark.parametrize("task", [MaskedLM(), CausalLM()])
+def test_a_batch_with_nothing_supervised_is_refused(task: Tokens) -> None:
+    inputs = sequences(2)
+    with pytest.raises(KdError, match="no supervised position"):
+        task.rows(Batch(inputs, torch.full_like(inputs["input_ids"], -100)))
+
+
+def test_metrics_are_those_of_the_labelled_rows_by_hand() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(6, 5, generator=drawn, dtype=torch.float64) for _ in range(2))
+    targets = torch.tensor([0, 1, UNLABELLED, 3, 4, UNLABELLED])
+    batch = Batch({"input_ids": targets}, targets, extra={"row_bytes": torch.tensor([1, 2, 90, 4, 5, 90])})
+    meter = CausalLM().meter(5)
+    for part in (slice(0, 3), slice(3, 6)):
+        few = Batch(batch.inputs, targets[part], extra={"row_bytes": batch.extra["row_bytes"][part]})
+        meter.update(Output(student[part]), few, Output(teacher[part]))
+    found, kept = meter.compute(True), targets >= 0
+    nll = F.cross_entropy(student[kept], targets[kept], reduction="none")
+    log_s, log_t = student.log_softmax(1), teacher.log_softmax(1)
+    assert found == pytest.approx(
+        {
+            "nll": float(nll.mean()),
+            "perplexity": math.exp(float(nll.mean())),
+            "bpb": float(nll.sum()) / math.log(2) / 12,
+            "acc1": float((student[kept].argmax(1) == targets[kept]).double().mean()),
+            "agreement": float((student.argmax(1) == teacher.argmax(1)).double().mean()),
+            "kl": float((log_t.exp() * (log_t - log_s)).sum(1).mean()),
+        },
+        rel=1e-5,
+    )
+    alone = CausalLM().meter(5)
+    alone.update(Output(student[:2]), Batch({"input_ids": targets[:2]}, targets[:2]))
+    assert set(alone.compute(False)) == {"nll", "perplexity", "acc1"}  # the data says nothing of bytes
+
+
+def test_vocabularies_that_do_not_belong_together() -> None:
+    task, wide, narrow = CausalLM(), Output(torch.zeros(1, 12)), Output(torch.zeros(1, 10))
+    task.agree(wide, wide, 10, compared=True)  # padded to a round number
+    with pytest.raises(KdError, match="the student has a vocabulary of 10 tokens, the data's tokenizer 11"):
+        task.agree(narrow, wide, 11, compared=False)
+    with pytest.raises(KdError, match=r"the student has a vocabulary of 10 tokens, the teacher of 12.*uld"):
+        task.agree(narrow, wide, 10, compared=True)
