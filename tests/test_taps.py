@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd.distill.taps import Taps, resolve
+from kd.distill.taps import Taps, resolve, unfuse
 from kd.errors import KdError
 from kd.losses.layouts import Layout
 
@@ -245,3 +245,118 @@ def test_fused_attention_is_named_with_a_cure_that_works(tap) -> None:
     maps = attention(fused=False)
     assert maps.shape[0] == 2
     assert torch.allclose(maps.sum(-1), torch.ones(()))
+
+
+# ---------------------------------------------------------------------- networks of transformers
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 20}
+IDS = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), "attention_mask": torch.tensor([[1] * 4, [1, 1, 0, 0]])}
+
+
+def transformer(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "distilbert":
+        config = transformers.DistilBertConfig(dim=8, n_layers=2, n_heads=2, hidden_dim=12, vocab_size=20)
+        return transformers.DistilBertModel(config).eval()
+    if kind == "gpt2":
+        special = {"bos_token_id": 1, "eos_token_id": 1}
+        config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=8, **special)
+        return transformers.GPT2LMHeadModel(config).eval()
+    if kind == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    if kind == "bart":
+        sizes = {"d_model": 8, "vocab_size": 20, "encoder_layers": 2, "decoder_layers": 3}
+        sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 12}
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+        return transformers.BartModel(transformers.BartConfig(**sizes, decoder_ffn_dim=12, **special)).eval()
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)).eval()
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "llama", "gpt2", "bart"])
+@torch.no_grad()
+def test_integers_number_the_hidden_states(kind: str) -> None:
+    net = transformer(kind)
+    names = resolve(None, net, "student")
+    assert resolve([0, 1, -1], net, "student") == [names[0], names[1], names[2]]
+    taps = Taps(net, names, "student")
+    taps.active = True
+    answer = net(**IDS, output_hidden_states=True)
+    found = taps.take()
+    expected = answer.encoder_hidden_states if kind == "bart" else answer.hidden_states
+    last = -1 if kind in ("llama", "gpt2") else None  # transformers puts the final norm behind its last one
+    for name, hidden in list(zip(names, expected, strict=True))[:last]:
+        torch.testing.assert_close(found[name], hidden)
+    assert {str(layout) for layout in taps.layouts.values()} == {"tokens, no prefix tokens"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tap", "expected"),
+    [
+        ("bert", "-1:query", ["bert.encoder.layer.1.attention.self.query"]),
+        ("bert", "1:key", ["bert.encoder.layer.0.attention.self.key"]),
+        ("bert", "bert.encoder.layer.1:value", ["bert.encoder.layer.1.attention.self.value"]),
+        ("bert", "all:query", [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]),
+        ("distilbert", "all:key", [f"transformer.layer.{i}.attention.k_lin" for i in range(2)]),
+        ("llama", "-2:value", ["model.layers.0.self_attn.v_proj"]),
+        ("bart", "decoder.layers.2:query", ["decoder.layers.2.self_attn.q_proj"]),
+    ],
+)
+def test_queries_keys_and_values_of_layers(kind: str, tap: str, expected: list[str]) -> None:
+    assert resolve([tap], transformer(kind), "teacher") == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "tap", "sentence"),
+    [
+        (
+            "bert",
+            "0:query",
+            r"teacher tap 0:query does not exist: in bert\.encoder\.layer\.0:input there is no such module",
+        ),
+        ("bert", "3:key", "teacher tap 3 does not exist: the stages are"),
+        (
+            "bert",
+            "-3:key",
+            r"in bert.*\.1 there is no such module named key, k_lin, k_proj, k: name the one that makes",
+        ),
+        ("bert", "encoder:value", "there is no module encoder"),
+        ("gpt2", "all:query", "named query, q_lin, q_proj, q: name the one that makes the query yourself"),
+    ],
+)
+def test_projections_that_are_not_there(kind: str, tap: str, sentence: str) -> None:
+    with pytest.raises(KdError, match=sentence):
+        resolve([tap], transformer(kind), "teacher")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tap", "model"),
+    [
+        ("bert", "bert.encoder.layer.1.attention.self:output.1", "bert"),
+        ("distilbert", "transformer.layer.0.attention:output.1", "DistilBertModel"),
+        ("llama", "model.layers.0.self_attn:output.1", "model"),
+    ],
+)
+@torch.no_grad()
+def test_attention_maps_of_transformers(kind: str, tap: str, model: str) -> None:
+    net = transformer(kind)
+    taps = Taps(net, [tap], "teacher")
+    taps.active = True
+    with pytest.raises(
+        KdError, match=rf"^teacher tap {tap} is None: fused attention makes no maps; a term that declares"
+    ):
+        net(**IDS)
+    fused = Taps(net, resolve([-1], net, "teacher"), "teacher")
+    fused.active, taps.active = True, False
+    net(**IDS)
+    before = next(iter(fused.take().values()))
+    assert unfuse(net, [tap]) == [model]
+    assert unfuse(net, [tap]) == []
+    taps.active = True
+    net(**IDS)
+    maps = taps.take()[tap]
+    assert maps.shape == (2, 2, 4, 4)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 4))
+    assert (maps[1, :, :2, 2:] == 0).all()
+    after = next(iter(fused.take().values()))
+    torch.testing.assert_close(after[IDS["attention_mask"].bool()], before[IDS["attention_mask"].bool()])

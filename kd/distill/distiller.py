@@ -148,7 +148,7 @@ class Distiller(Prepared):
         """The objective of two outputs on a batch, as one step. Each of several networks has one of its own."""
         labelled = self.task.labelled(batch)
         rows = len(batch.targets) if batch.targets is not None else len(batch)
-        shares = group.shares(rows, labelled, len(batch))
+        shares = group.shares(rows, labelled, len(batch), batch.mask)
         values, total = self.objective(student, teacher, batch, *self.place(), shares)
         named = dict(zip(self.objective.names, values, strict=True))
         counts = self.task.count(student, batch) if self._counts else ()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.distill.schedules import Schedule
@@ -117,6 +118,8 @@ class _Gathered:
         self.student, self.teacher, self.batch = student, teacher, batch
         self.known: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor itself, so that its id stays its own
         self.whole: Batch | None = None
+        self.length = None if batch.mask is None else batch.mask.shape[1]
+        self.longest: int | None = None  # of all processes, found where a term asks for the batch of all
 
     def seen_by(self, term: Term) -> tuple[Output, Output, Batch]:
         """What a term declares that it reads; of the batch targets, index, mask and its length."""
@@ -137,7 +140,20 @@ class _Gathered:
             views={v: self._output(output.views[v], taps, logits, ()) for v in views if v in output.views},
         )
 
+    def _padded(self, tensor: Tensor) -> Tensor:
+        """Hidden states (B, L, D), maps (B, H, L, L) and the mask (B, L) with as many positions as any process has."""
+        if self.length is None:
+            return tensor
+        if self.longest is None:
+            self.longest = group.longest(self.length, tensor.device)
+        more = self.longest - self.length
+        if tensor.ndim == 4 and tensor.shape[2:] == (self.length, self.length):
+            return F.pad(tensor, (0, more, 0, more))
+        if tensor.ndim == 3 and tensor.shape[1] == self.length:
+            return F.pad(tensor, (0, 0, 0, more))
+        return F.pad(tensor, (0, more)) if tensor.ndim == 2 and tensor is self.batch.mask else tensor
+
     def _rows(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.known:
-            self.known[id(tensor)] = tensor, group.gather_rows(tensor)
+            self.known[id(tensor)] = tensor, group.gather_rows(self._padded(tensor))
         return self.known[id(tensor)][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,19 @@ from kd.models.base import layout, stages
 
 Name = str | int
 
+# names of the projections in attention blocks: BERT and its kin, DistilBERT, Llama, BART, T5
+PROJECTIONS = {part: (part, f"{part[0]}_lin", f"{part[0]}_proj", part[0]) for part in ("query", "key", "value")}
+
 
 def resolve(names: Sequence[Name] | None, network: nn.Module, side: str) -> list[str]:
     """Module names for a term's taps: ``None`` is every stage, an integer is a stage number (negative: from the end).
+
+    Stages of a transformer of the library transformers are its ``hidden_states``: 0 is the output of the embeddings, i
+    that of layer i, before a final norm; of an encoder with a decoder those of the encoder.
+
+    ``"-1:query"``, ``"-1:key"``, ``"-1:value"`` are the projections in the (self-)attention of a stage,
+    ``"all:query"`` those of all layers, ``"decoder.layers.2:key"`` that of a named module. Attention scores can be
+    made of them, so that attention may stay fused.
 
     Raises ``KdError`` when the network has no such stage or module; the sentence lists near names.
     """
@@ -27,14 +38,44 @@ def resolve(names: Sequence[Name] | None, network: nn.Module, side: str) -> list
         names = [names]
     resolved = []
     for name in names:
-        if isinstance(name, int):
-            known = _stages(network, side)
-            if not -len(known) <= name < len(known):
-                raise KdError(f"{side} tap {name} does not exist: the stages are {', '.join(known)}")
-            name = known[name]
+        if isinstance(name, str) and name.partition(":")[2] in PROJECTIONS:
+            resolved += _projections(network, name, side)
+            continue
+        name = _stage(network, name, side) if isinstance(name, int) else name
         _module(network, name, side)
         resolved.append(name)
     return resolved
+
+
+def _stage(network: nn.Module, number: int, side: str) -> str:
+    known = _stages(network, side)
+    if not -len(known) <= number < len(known):
+        raise KdError(f"{side} tap {number} does not exist: the stages are {', '.join(known)}")
+    return known[number]
+
+
+def _projections(network: nn.Module, tap: str, side: str) -> list[str]:
+    """The modules that make the queries, keys or values: of one block, or of all that have them."""
+    place, _, part = tap.partition(":")
+
+    def inside(block: str) -> list[str]:  # the first is that of self-attention; a stage "…:input" is no block
+        names = [n for n, _ in _module(network, block, side).named_modules()] if ":" not in block else []
+        return [f"{block}.{n}" for n in names if n.rpartition(".")[2] in PROJECTIONS[part]][:1]
+
+    if place == "all" or re.fullmatch(r"-\d+", place):  # from the end: of those that have them
+        blocks = _stages(network, side)
+        found = [name for block in blocks for name in inside(block)]
+        if place != "all":
+            found = found[int(place) :][:1] if -int(place) <= len(found) else []
+    else:
+        blocks = [_stage(network, int(place), side) if place.isdecimal() else place]
+        found = inside(blocks[0])
+    if not found:
+        raise KdError(
+            f"{side} tap {tap} does not exist: in {', '.join(blocks)} there is no such module named "
+            f"{', '.join(PROJECTIONS[part])}: name the one that makes the {part} yourself"
+        )
+    return found
 
 
 def _stages(network: nn.Module, side: str) -> list[str]:
@@ -64,20 +105,36 @@ def _module(network: nn.Module, tap: str, side: str) -> nn.Module:
 
 
 def unfuse(network: nn.Module, taps: Sequence[str]) -> list[str]:
-    """Switch the fused attention of timm's networks off around these taps, so that their attention maps are made.
+    """Switch fused attention off around these taps, so that their attention maps are made.
 
+    In timm that of each attention block around a tap; in transformers that of the innermost model around it, which then
+    runs its "eager" attention, slower and with more memory. Maps are ``"encoder.layer.0.attention.self:output.1"``.
     Returns the modules where that was necessary.
     """
     changed = []
     for tap in taps:
         name = tap.partition("@")[0].partition(":")[0]
-        while name:
-            module: Any = network.get_submodule(name)
+        for around in _around(name):
+            module: Any = network.get_submodule(around)
             if getattr(module, "fused_attn", False):
                 module.fused_attn = False
-                changed.append(name)
-            name = name.rpartition(".")[0]
+                changed.append(around)
+            if _implementation(module) not in (None, "eager"):
+                module.set_attn_implementation("eager")
+                changed.append(around or type(module).__name__)
     return changed
+
+
+def _around(name: str) -> list[str]:
+    """The names of a module and of all around it, the network ("") last."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+
+
+def _implementation(module: nn.Module) -> str | None:
+    """Which attention a model of transformers runs: sdpa, eager, flash_attention_2 …; None of any other module."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_attn_implementation", None) if hasattr(module, "set_attn_implementation") else None
 
 
 class AllTapped(Exception):
@@ -168,6 +225,11 @@ class Taps:
         if isinstance(value, (tuple, list, Mapping)):
             entries = value.values() if isinstance(value, Mapping) else value
             value = next((v for v in entries if isinstance(v, Tensor)), value)
+        if value is None and any(_implementation(m) not in (None, "eager") for m in self._network.modules()):
+            raise KdError(
+                f"{self.side} tap {name} is None: fused attention makes no maps; a term that declares "
+                'needs_attention_maps switches it off, set_attn_implementation("eager") does so by hand'
+            )
         if not isinstance(value, Tensor):
             raise KdError(f"{self.side} tap {name} is a {type(value).__name__}, not a tensor: tap a module inside it")
         return value
@@ -200,14 +262,12 @@ class Taps:
 
     def _why(self, name: str) -> str:
         """Why a module does not run: most likely a fused attention, which has no map of weights to show."""
-        module = name.partition("@")[0].partition(":")[0]
-        while module:
+        for module in _around(name.partition("@")[0].partition(":")[0]):
             if getattr(self._network.get_submodule(module), "fused_attn", False):
                 return (
                     f"{module} uses fused attention, which does not run that module; timm computes the attention map "
                     "step by step where it is started with the environment variable TIMM_FUSED_ATTN=0"
                 )
-            module = module.rpartition(".")[0]
         return "its module does not run in the forward pass"
 
     def _compare_versions(self) -> None:

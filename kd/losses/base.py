@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kd.losses.layouts import NCHW, UNKNOWN, VECTOR, Layout, Tapped
 
 UNLABELLED = -1  # the target of a row whose label is withheld; it still belongs to the transfer set
-OVER = ("rows", "labelled", "samples", "batch")
+OVER = ("rows", "labelled", "samples", "positions", "batch")
 
 
 @dataclass
@@ -82,18 +83,42 @@ class TopK:
 
     ``ids`` (rows, k) int64, ``log_probs`` (rows, k): log softmax of these classes at T = 1; ``classes``: how many there
     are. The mass of the tail, 1 − Σ exp(log_probs), is spread over the other classes evenly.
+
+    ``log_rests``: temperature T → log Σ p^(1/T) over the classes outside the k, (rows,) float32, p at T = 1: with it
+    the k log-probabilities at T, and the tail's mass, are those of all classes softened, also where ``log_probs`` are
+    rounded. ``log_sums`` (rows,): log Σ exp(z) over all classes, so that ``log_probs + log_sums`` are the logits z.
     """
 
     ids: Tensor
     log_probs: Tensor
     classes: int
+    log_rests: Mapping[float, Tensor] = field(default_factory=dict)
+    log_sums: Tensor | None = None
+
+    def at(self, temperature: float) -> Tensor:
+        """Log-probabilities (rows, k) at a temperature, of the distribution over all classes.
+
+        ``ValueError`` for a temperature that nothing is known of; it names those of ``log_rests``.
+        """
+        known = at_least_float32(self.log_probs) / check_temperature(temperature)
+        if self.ids.shape[-1] == self.classes:
+            return F.log_softmax(known, dim=-1)
+        if (rest := self.log_rests.get(float(temperature))) is not None:
+            return known - torch.cat([known, rest.unsqueeze(-1)], dim=-1).logsumexp(-1, keepdim=True)
+        if temperature == 1:
+            return known
+        there = ", ".join(f"{t:g}" for t in sorted({1.0, *self.log_rests}))
+        raise ValueError(f"temperature = {temperature} is not stored with the teacher's top-k: it must be {there}")
 
     def dense(self) -> Tensor:
         """Logits (rows, classes) whose softmax has these probabilities, and the tail's mass in equal parts."""
-        rest = self.classes - self.ids.shape[-1]
+        others = max(1, self.classes - self.ids.shape[-1])
         log_probs = at_least_float32(self.log_probs)
-        tail = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=1e-12) / max(1, rest)
-        full = tail.log().expand(*log_probs.shape[:-1], self.classes)
+        if (rest := self.log_rests.get(1.0)) is not None:
+            tail = rest.unsqueeze(-1).clamp(min=math.log(1e-12)) - math.log(others)
+        else:
+            tail = ((1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=1e-12) / others).log()
+        full = tail.expand(*log_probs.shape[:-1], self.classes)
         return full.scatter(-1, self.ids, log_probs)
 
 
@@ -223,9 +248,10 @@ class Term(nn.Module):
     ``needs_input_gradient``
         Whether it differentiates by ``batch.inputs``: they require a gradient then, and the teacher keeps its graph.
     ``needs_attention_maps``
-        Whether its taps are attention maps, which fused attention does not make: timm's is switched off around them.
+        Whether its taps are attention maps, which fused attention does not make: it is switched off around them.
     ``over``
-        What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``; or ``"batch"``: it is no plain mean
+        What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``, the real ``"positions"`` of
+        ``batch.mask``; or ``"batch"``: it is no plain mean
         (Gram matrices, batch statistics, normalisers, contrasts, banks), and on several processes it sees those of
         all: logits and taps with their gradient, targets, index and mask. Not so inputs (NaN there), views of the
         batch, ``extra``, ``raw`` and ``hidden``.

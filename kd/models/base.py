@@ -45,7 +45,9 @@ def stages(network: nn.Module) -> list[Stage]:
     """The stages from the input to the output: module names, and the layouts of these modules' outputs.
 
     Networks of ``kd.models`` say so in their attribute ``stages``; timm's in ``feature_info`` (a ViT: its blocks).
-    A user's network needs nothing but ``self.stages = ("layer1", "layer2")``; see :func:`layout` for its layouts.
+    Those of transformers are numbered as ``hidden_states`` are: the output of the embeddings, which goes into the first
+    layer (``encoder.layer.0:input``), then that of each layer; of an encoder with a decoder those of the encoder. A
+    user's network needs nothing but ``self.stages = ("layer1", "layer2")``; see :func:`layout` for its layouts.
 
     Raises ``ValueError`` with one sentence when the network says nothing.
     """
@@ -53,6 +55,7 @@ def stages(network: nn.Module) -> list[Stage]:
     own = getattr(network, "stages", None)  # timm's ConvNeXt has a module of this name
     found = [str(name) for name in own] if isinstance(own, (tuple, list)) else None
     found = [name for name in _feature_info(network) if name in known] if found is None else found
+    found = _hidden_states(network) if not found and not isinstance(own, (tuple, list)) else found
     if found or isinstance(own, (tuple, list)):
         return [Stage(name, layout(network, name)) for name in found]
     some = [name for name in known if name.count(".") <= 1][:8]
@@ -60,6 +63,14 @@ def stages(network: nn.Module) -> list[Stage]:
         f"{type(network).__name__} does not say where its stages are: name the taps yourself, "
         f"for example {', '.join(some) if some else 'after giving it submodules'}"
     )
+
+
+def _hidden_states(network: nn.Module) -> list[str]:
+    """The layers of a network of transformers, and before them what goes into the first; empty: it is none."""
+    depths = (getattr(getattr(module, "config", None), "num_hidden_layers", None) for module in network.modules())
+    depth = next((number for number in depths if isinstance(number, int)), 0)
+    lists = [n for n, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth > 0]
+    return [f"{lists[0]}.0:input", *(f"{lists[0]}.{i}" for i in range(depth))] if lists else []
 
 
 def _feature_info(network: nn.Module) -> dict[str, int | None]:

@@ -161,16 +161,31 @@ class Shares(NamedTuple):
     rows: Tensor
     labelled: Tensor
     samples: Tensor
+    positions: Tensor
 
 
-def shares(rows: int, labelled: Tensor, samples: int) -> Shares | None:
-    """Return the factors of a step, for the numbers of rows, labelled rows and samples here; None for one process."""
+def shares(rows: int, labelled: Tensor, samples: int, mask: Tensor | None = None) -> Shares | None:
+    """Return the factors of a step, for the numbers of rows, labelled rows and samples here; None for one process.
+
+    ``mask`` (samples, positions): which of them are real; None: as many in each sample.
+    """
     if not joined():
         return None
-    own = torch.stack([torch.full_like(labelled, rows), labelled, torch.full_like(labelled, samples)]).float()
+    positions = torch.full_like(labelled, samples) if mask is None else mask.sum().to(labelled)
+    own = torch.stack([torch.full_like(labelled, rows), labelled, torch.full_like(labelled, samples), positions])
+    own = own.float()
     total = own.clone()
     dist.all_reduce(total)
     return Shares(*(world_size() * own / total.clamp(min=1)))
+
+
+def longest(length: int, device: torch.device) -> int:
+    """The largest of the processes' numbers, of positions of a batch for one: each pads to its own longest sample."""
+    if not joined():
+        return length
+    found = torch.tensor(length, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def gather_rows(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 
 from kd.config.compose import checked
 from kd.distill.distiller import Distiller
@@ -14,8 +16,10 @@ from kd.distill.objective import Objective
 from kd.errors import KdError
 from kd.run import build
 
-TERMS = sorted(f.stem for f in (Path(__file__).parents[2] / "conf" / "loss").glob("[!_]*.yaml"))
+CONF = Path(__file__).parents[2] / "conf" / "loss"
 DECLARED = ("needs_student_logits", "needs_teacher_logits", "needs_labels")
+CLASSES = {f.stem: get_class(OmegaConf.load(f)[f.stem]["_target_"]) for f in sorted(CONF.glob("[!_]*.yaml"))}
+TERMS = [name for name, term in CLASSES.items() if any(getattr(term, declared) for declared in DECLARED)]
 TINY = ["data=fake", "data.train_images=8", "data.test_images=4", "recipe.batch_size=4", "hardware=cpu"]
 TINY += ["model@student=resnet8", "model@teacher=resnet8", "teacher.allow_random=true"]
 

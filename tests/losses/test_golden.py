@@ -1,24 +1,22 @@
 """Every loss against numbers that the reference implementations returned; inputs and settings come from the files.
 
 ``pytest --golden DIR`` puts other cases through the same tests. A file belongs to the method of its name, or of its
-entry ``method``; files of methods that the package has not are named at the end. Keys of a file:
+entry ``method``; one that bears the name of another implementation is computed as ``references`` says. Those left out,
+with the reason, and those of methods that the package has not are named at the end. Keys of a file:
 
 - inputs and 0-d settings, under the names of the function's arguments (``student_logits``, ``targets`` or ``target``,
   ``temperature`` …); ``student_feature_0``, ``student_feature_1`` … are summed over, or make the list
   ``student_features``; of several functions in the method's file the one that takes them all, or the entry
   ``function``;
-- ``loss``, and ``grad_<input>``;
-- ``alt_loss__<other implementation>``: equal (EQUAL), or something else that is said (DIFFERENT). A file says it itself
+- ``loss``, and ``grad_<input>``; ``reference_float_bits``: 32 where the reference ran in single precision;
+- ``alt_loss__<other implementation>``: equal (EQUAL), or something else that is said (DIFFERENT, both in
+  ``references``). A file says it itself
   by ``alt_factor__<the same>`` (1: equal) or ``alt_variant__<the same>`` (the value of ``variant``).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,96 +26,27 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from kd.losses.base import Batch, Output, Setup
-from kd.losses.functional import cross_entropy, kl_divergence
 from tests import golden_option
-from tests.golden_option import method_of
+from tests.golden_option import belongs, method_of
+from tests.losses import references
+from tests.losses.references import Case
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
-ABOUT = ("method", "function")
-UNREAD = {"targets"}  # reference files hold the labels also where the loss does not read them
+# relative error of the loss and of each entry of a gradient, and what an entry may be off in parts of the largest one:
+# those far below it are differences of nearly equal numbers
+TOLERANCES = {64: (1e-9, 1e-6, 1e-12), 32: (2e-5, 1e-4, 1e-4)}
 
 
-class Case:
-    """One file: tensors by name, settings, and the reference values."""
-
-    def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        self.stem = path.stem
-        self.about = {name: str(arrays.pop(name)) for name in ABOUT if name in arrays}
-        self.method = method_of(path.stem, self.about.get("method"))
-        self.loss = float(arrays.pop("loss"))
-        self.alternatives, self.factors, self.variants, self.grads = (
-            {k.removeprefix(start): arrays.pop(k) for k in list(arrays) if k.startswith(start)}
-            for start in ("alt_loss__", "alt_factor__", "alt_variant__", "grad_")
-        )
-        renamed = {"targets" if k == "target" else k: v for k, v in arrays.items()}
-        self.hyper: dict[str, Any] = {k: v.item() for k, v in renamed.items() if v.ndim == 0}
-        self.tensors = {k: torch.from_numpy(v) for k, v in renamed.items() if v.ndim > 0}
-        for name in self.grads:
-            self.tensors[name].requires_grad_()
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def layers(self, side: str) -> list[Tensor]:
-        count = sum(name.startswith(f"{side}_feature_") for name in self.tensors)
-        return [self.tensors[f"{side}_feature_{i}"] for i in range(count)]
-
-    def calls(self, function: Callable[..., Tensor]) -> list[dict[str, Any]] | str:
-        """The arguments of each call whose values are summed, or why the function does not take what is in the file."""
-        parameters = inspect.signature(function).parameters
-        given: dict[str, Any] = {**self.hyper, **self.tensors}
-        layered = {f"{s}_feature": self.layers(s) for s in ("student", "teacher") if self.layers(s)}
-        lists = {f"{name}s": tensors for name, tensors in layered.items()}
-        single = {k: v for k, v in layered.items() if k in parameters}
-        used = {k: v for k, v in {**given, **lists}.items() if k in parameters}
-        read = {k for k in given if k in parameters or k.rpartition("_")[0] in single}
-        read |= {k for k in given if k.rpartition("_")[0] + "s" in used and k.rpartition("_")[0] + "s" in lists}
-        missing = [n for n, p in parameters.items() if p.default is p.empty and n not in used and n not in single]
-        if missing or given.keys() - read - UNREAD:
-            return f"lacks {missing or 'nothing'}, does not take {sorted(given.keys() - read - UNREAD) or 'nothing'}"
-        rows = zip(*single.values(), strict=True) if single else [()]
-        return [{**used, **dict(zip(single, row, strict=True))} for row in rows]
-
-    def function(self) -> tuple[Callable[..., Tensor], list[dict[str, Any]]]:
-        """The function of the method's file that takes exactly what is in this one, and the arguments of its calls."""
-        module = import_module(golden_option.methods()[self.method])
-        named = self.about.get("function")
-        found = {n: self.calls(getattr(module, n)) for n in module.__all__ if named in (None, n)}
-        fit = {n: calls for n, calls in found.items() if not isinstance(calls, str)}
-        why = "; ".join(f"{n} {calls}" for n, calls in found.items() if isinstance(calls, str))
-        assert len(fit) == 1, f"{self.stem}.npz fits {list(fit) or 'no function'} of {module.__name__}: {why}"
-        ((name, calls),) = fit.items()
-        return getattr(module, name), calls
-
-    def value(self, **other: Any) -> Tensor:
-        """Our value; ``other``: settings in the place of the file's."""
-        if exception := self.exception():
-            return exception(self)
-        function, calls = self.function()
-        return torch.stack([function(**{**call, **other}) for call in calls]).sum()
-
-    def exception(self) -> Callable[[Case], Tensor] | None:
-        """How a reference file that bears another name than our method is computed, where that is another way."""
-        names = [name for name in EXCEPTIONS if golden_option.is_case(self.stem, name)]
-        return EXCEPTIONS[names[0]] if names and self.method == golden_option.OTHER_NAMES[names[0]] else None
-
-    def kl(self) -> Tensor:
-        return kl_divergence(self["student_logits"], self["teacher_logits"], **self.hyper)
-
-
-EXCEPTIONS: dict[str, Callable[[Case], Tensor]] = {
-    "kd_deit_soft": lambda case: case.kl() / case["student_logits"].shape[-1],  # DeiT divides by rows × classes
-    "kd_hard": lambda case: cross_entropy(case["student_logits"], case["teacher_logits"].argmax(-1), **case.hyper),
-}
+def value(case: Case) -> Tensor:
+    """Our value, by the function that takes what is in the file, or as its pattern says."""
+    return case.value() if case.pattern is None else references.functions()[case.pattern](case)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     folder = metafunc.config.getoption("--golden")
-    names = [name for name, method in golden_option.cases(folder).items() if method]
+    names = [name for name, found in golden_option.cases(folder).items() if found.checked]
     if not names:
         known = ", ".join(golden_option.methods())
         raise pytest.UsageError(f"--golden {folder}: no case there, its name must be that of a method: {known}")
@@ -129,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def of_a_term(case: Case) -> bool:
     seen = ("student_logits", "teacher_logits", "targets", "student_feature_", "teacher_feature_")
     inputs = all(name.startswith(seen) for name in case.tensors)
-    return inputs and case.exception() is None and (CONF / f"{case.method}.yaml").is_file()
+    return inputs and case.pattern is None and (CONF / f"{case.method}.yaml").is_file()
 
 
 @pytest.fixture
@@ -138,19 +67,19 @@ def case(golden: Path, request: pytest.FixtureRequest) -> Case:
 
 
 def check(loss: Tensor, case: Case) -> None:
-    exact = all(t.dtype == torch.float64 for t in case.tensors.values() if t.is_floating_point())
-    np.testing.assert_allclose(loss.item(), case.loss, rtol=1e-8 if exact else 1e-5)
-    assert case.grads, "the case has no gradient"
-    loss.backward()
+    of_loss, of_gradient, of_largest = TOLERANCES[case.bits]
+    np.testing.assert_allclose(loss.item(), case.loss, rtol=of_loss)
+    assert case.grads or case.pattern, "the case has no gradient"
+    if case.grads:
+        loss.backward()
     for name, expected in case.grads.items():
         actual = case[name].grad.numpy()
-        # entries far below the largest are differences of nearly equal numbers: they count absolutely
-        atol = 1e-12 * np.abs(expected).max() if exact else 1e-6 * np.abs(expected).max()
-        np.testing.assert_allclose(actual, expected, rtol=1e-6 if exact else 1e-4, atol=atol, err_msg=name)
+        atol = of_largest * np.abs(expected).max()
+        np.testing.assert_allclose(actual, expected, rtol=of_gradient, atol=atol, err_msg=name)
 
 
 def test_function(case: Case) -> None:
-    check(case.value(), case)
+    check(value(case), case)
 
 
 def test_term(case: Case) -> None:
@@ -172,76 +101,33 @@ def test_term(case: Case) -> None:
     check(term(student, teacher, batch), case)
 
 
-def entropy_form(case: Case) -> Tensor:
-    scaled = case["teacher_logits"] / case.hyper["temperature"]
-    entropy = -(scaled.softmax(-1) * scaled.log_softmax(-1)).sum(-1).mean()
-    return case.kl() + case.hyper["temperature"] ** 2 * entropy
-
-
-def kd_over_classes(case: Case) -> Tensor:
-    return case.kl() / case["student_logits"].shape[-1]
-
-
-def kd_without_t2(case: Case) -> Tensor:
-    return case.kl() / case.hyper["temperature"] ** 2
-
-
-def at_with_epsilon(case: Case) -> Tensor:
-    """The map is divided by its norm + 1e-6, and is a sum over the channels."""
-
-    def maps(side: str) -> Iterator[Tensor]:
-        for feature in case.layers(side):
-            whole = feature.abs().pow(case.hyper.get("p", 2)).sum(1).flatten(1)
-            yield whole / (torch.linalg.vector_norm(whole, dim=1, keepdim=True) + 1e-6)
-
-    pairs = zip(maps("student"), maps("teacher"), strict=True)
-    return torch.stack([(s - t).square().mean() for s, t in pairs]).sum()
-
-
-# what other implementations return: equal to the reference value, or this
-EQUAL = {
-    "kd": {"mdistiller", "mmrazor", "timm", "attention_transfer_repo", "kd_zoo", "image_classification_sota"},
-    "ce": {"mmrazor_cross_entropy"},
-    "at": {"mdistiller", "torchdistill_mode_code"},
-}
-DIFFERENT: dict[tuple[str, str], Callable[[Case], Tensor]] = {
-    ("kd", "torchdistill_alpha_none_NO_T2"): kd_without_t2,
-    ("kd", "torchdistill_alpha0p5_total_minus_half_ce"): lambda case: case.kl() / 2,
-    ("kd", "deit_soft_class_mean"): kd_over_classes,
-    ("kd", "pytorch_reduction_mean"): kd_over_classes,
-    ("kd", "cls_kd_cross_entropy_form_alpha1"): entropy_form,
-    ("kd", "mmrazor_soft_ce"): entropy_form,
-    ("at", "torchdistill_mode_paper"): lambda case: case.value(variant="paper"),
-    ("at", "kd_zoo_abs_sum_eps1e6"): at_with_epsilon,
-}
-
-
 def alternative(case: Case, other: str) -> Tensor | None:
     """What another implementation returns, in terms of ours; None where nobody says."""
     if other in case.variants:
         return case.value(variant=str(case.variants[other]))
     if other in case.factors:
-        return case.value() * float(case.factors[other])
-    if other in EQUAL.get(case.method, ()):
-        return case.value()
-    different = DIFFERENT.get((case.method, other))
+        return value(case) * float(case.factors[other])
+    if other in references.merged("EQUAL").get(case.method, ()):
+        return value(case)
+    different = references.merged("DIFFERENT").get((case.method, other))
     return None if different is None else different(case)
 
 
 def test_alternatives(case: Case) -> None:
-    ours = case.value().item()
-    for other, value in case.alternatives.items():
+    ours = value(case).item()
+    for other, theirs in case.alternatives.items():
         said = alternative(case, other)
         assert said is not None, f"{case.stem}.npz: {other} is neither in EQUAL nor in DIFFERENT"
-        np.testing.assert_allclose(value, said.item(), rtol=1e-8, err_msg=other)
-        if (case.method, other) in DIFFERENT and case.hyper.get("temperature") != 1:  # at T = 1 nobody can forget T²
-            assert not np.isclose(value, ours, rtol=1e-9, atol=0), f"{other} is listed as different, but is not"
+        np.testing.assert_allclose(theirs, said.item(), rtol=1e-8, err_msg=other)
+        different = (case.method, other) in references.merged("DIFFERENT")
+        if different and case.hyper.get("temperature") != 1:  # at T = 1 nobody can forget T²
+            assert not np.isclose(theirs, ours, rtol=1e-9, atol=0), f"{other} is listed as different, but is not"
 
 
 def test_every_file_of_our_own_has_a_method() -> None:
-    found = golden_option.cases(golden_option.ROOT / "tests" / "golden")
+    found = golden_option.cases(golden_option.OWN)
     assert found
-    assert all(found.values()), found
+    assert all(of.checked for of in found.values()), found
 
 
 @pytest.mark.parametrize(
@@ -262,3 +148,48 @@ def test_every_file_of_our_own_has_a_method() -> None:
 def test_file_names(file: str, method: str | None) -> None:
     assert method_of(file) == method
     assert method_of("anything", method or "nothing") == method
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("one_jsd_beta0p3", "one_jsd_*"),
+        ("one_jsd_nolabels", "one_jsd_nolabels"),
+        ("one_jsd_nolabels_2", "one_jsd_nolabels"),
+        ("one_jsd", None),
+        ("another", "another"),
+        ("another-b", "another"),
+        ("another_topk", None),
+        ("another_topkd_forward", "*d_forward"),
+        ("one_jsd_forward", "*d_forward"),  # of two that match, the one with more letters
+        ("kd5x4", "kd[0-9]x*"),
+    ],
+)
+def test_the_closest_pattern(file: str, pattern: str | None) -> None:
+    patterns = ["one_jsd_*", "one_jsd_nolabels", "another", "*d_forward", "kd[0-9]x*"]
+    for order in (patterns, patterns[::-1]):
+        assert references.closest(file, order) == pattern
+
+
+def test_patterns_of_references() -> None:
+    """No pattern is both computed and left out, each has a reason, and none takes a file of our own methods."""
+    computed, left_out = references.functions(), references.left_out()
+    assert computed
+    assert not computed.keys() & left_out.keys()
+    assert all(len(why) > 10 for why in left_out.values())
+    for folder in (Path("somewhere"), golden_option.OWN):
+        for stem in ("kd", "kd_2", "at-b"):
+            assert belongs(folder / f"{stem}.npz") == golden_option.Found(method_of(stem))
+        assert belongs(folder / "anything.npz", "kd") == golden_option.Found("kd")
+        assert belongs(folder / "unheard_of.npz") == golden_option.Found()
+        assert not belongs(folder / "unheard_of.npz").checked
+        assert belongs(folder / "kd_hard_2.npz") == golden_option.Found("ce", "kd_hard")
+
+
+def test_a_pattern_of_the_very_name_is_for_the_files_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "left_out", lambda: {"at": "another method of this name"})
+    other, own = (belongs(folder / "at.npz") for folder in (Path("somewhere"), golden_option.OWN))
+    assert other == golden_option.Found("at", "at", "another method of this name")
+    assert not other.checked
+    assert own == golden_option.Found("at")
+    assert belongs(Path("somewhere") / "at_2.npz") == golden_option.Found("at")

@@ -26,6 +26,8 @@ from kd.losses.logits.dkpp import PermutedPredictions
 from kd.losses.logits.kd import KnowledgeDistillation
 
 ROOT = Path(__file__).parents[2]
+# the terms of features that may be maps; hidden states (B, L, D) have one memory format
+OF_MAPS = [f for f in sorted((ROOT / "conf" / "loss").glob("*.yaml")) if "kd.losses.hidden." not in f.read_text()]
 LOSSES = ROOT / "kd" / "losses"
 
 
@@ -441,7 +443,7 @@ def test_student_comes_first() -> None:
         assert "weight" not in parameters, name
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "conf" / "loss").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", OF_MAPS, ids=lambda f: f.stem)
 def test_the_memory_format_of_a_feature_changes_no_number(file: Path) -> None:
     """Channels last, as cuDNN likes them and Swin makes them: no term may ``view``."""
     config = OmegaConf.load(file)[file.stem]

@@ -21,6 +21,9 @@ from kd.parallel import group
 from kd.run.build import make
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
+HEADS = {"heads": 2, "relation_heads": 4}
+WIDTHS = {"student": 8, "teacher": 12}
+PADDING = {"attention_mse": {"variant": "masked"}}  # the authors' counts padding, of which each process has its own
 ROWS, SPLIT, CLASSES = 9, 5, 5  # process 0 gets 5 rows, process 1 gets 4, with fewer labels
 DRAWS = 600  # of a term that draws random numbers: its mean is compared
 
@@ -31,23 +34,33 @@ def names() -> list[str]:
 
 
 def term(name: str) -> Term:
-    """A term with the settings of its YAML."""
+    """A term with the settings of its YAML; one that must be told how many heads there are is."""
     (node,) = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")).values()  # type: ignore[union-attr]
+    node |= {key: heads for key, heads in HEADS.items() if key in node} | PADDING.get(name, {})
     built: Term = make({k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}, f"loss.{name}")
     for side in ("student", "teacher"):
         taps = getattr(built, f"{side}_taps")
         if taps is None or len(taps):
-            setattr(built, f"{side}_taps", [f"{side}{stage}" for stage in range(2)])
+            setattr(built, f"{side}_taps", [f"{side}{stage}" for stage in range(6 if reads_hidden(built) else 2)])
     return built
 
 
-def drawn() -> tuple[dict[str, Tensor], dict[str, Tensor], Batch]:
-    """Tensors of student and teacher by name, and the whole batch."""
+def reads_hidden(built: Term) -> bool:
+    """Whether a term compares hidden states (samples, positions, width), and their mask."""
+    return type(built).__module__.startswith("kd.losses.hidden.")
+
+
+def drawn(hidden: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor], Batch]:
+    """Tensors of student and teacher by name, and the whole batch; of ``hidden`` states padded to the longest."""
     random = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(ROWS, *shape, generator=random, dtype=torch.float64)
 
+    if hidden:
+        mask = torch.arange(6) < torch.tensor([4, 2, 3, 1, 4, 6, 3, 5, 2]).unsqueeze(1)  # process 0 pads to 4
+        own, other = ({f"{side}{n}": normal(6, width) for n in range(6)} for side, width in WIDTHS.items())
+        return own, other, Batch(normal(1), None, torch.arange(ROWS), mask)
     student = {"logits": 3 * normal(CLASSES), "student0": normal(4, 8, 8), "student1": normal(6, 4, 4)}
     teacher = {"logits": 3 * normal(CLASSES), "teacher0": normal(5, 8, 8), "teacher1": normal(7, 4, 4)}
     targets = torch.tensor([0, 1, UNLABELLED, 3, 4, 0, UNLABELLED, UNLABELLED, 2])
@@ -57,16 +70,22 @@ def drawn() -> tuple[dict[str, Tensor], dict[str, Tensor], Batch]:
 
 def step(objective: Objective, rows: slice, seed: int) -> dict[str, Any]:
     """One step on these rows: total, values and gradients of what the student has made and the term has learned."""
-    student, teacher, batch = drawn()
+    ((_, term_),) = objective.items()
+    student, teacher, batch = drawn(reads_hidden(term_))
     leaves = {name: tensor.requires_grad_() for name, tensor in student.items()}
+    part = batch.map(lambda t: t[rows])
+    length = None if part.mask is None else int(part.mask.sum(1).max())
+    if length is not None:
+        part.mask = part.mask[:, :length]
 
     def output(tensors: dict[str, Tensor]) -> Output:
         features = {name: tensor[rows] for name, tensor in tensors.items() if name != "logits"}
-        return Output(tensors["logits"][rows], features)
+        if length is not None:
+            features = {name: tensor[:, :length] for name, tensor in features.items()}
+        return Output(tensors["logits"][rows] if "logits" in tensors else None, features)
 
-    part = batch.map(lambda t: t[rows])
-    labelled = (part.targets != UNLABELLED).sum()
-    shares = group.shares(len(part), labelled, len(part))
+    labelled = torch.tensor(0) if part.targets is None else (part.targets != UNLABELLED).sum()
+    shares = group.shares(len(part), labelled, len(part), part.mask)
     torch.manual_seed(seed)
     values, total = objective(output(leaves), output(teacher), part, 1.0, 4, shares)
     objective.zero_grad()
@@ -85,10 +104,12 @@ def run(folder: Path, rank: int, world_size: int) -> None:
     found = {}
     for name in names():
         built = term(name)
-        student, teacher, batch = drawn()
+        student, teacher, batch = drawn(reads_hidden(built))
         torch.manual_seed(0)
         networks: dict[str, torch.nn.Module] = {}
-        own, other = (Output(t["logits"], {k: v for k, v in t.items() if k != "logits"}) for t in (student, teacher))
+        own, other = (
+            Output(t.get("logits"), {k: v for k, v in t.items() if k != "logits"}) for t in (student, teacher)
+        )
         index, targets = torch.arange(ROWS) * 2, batch.targets
         built.prepare(Setup(own, other, batch, networks, index, targets, CLASSES, epochs=4, steps=8))
         objective = Objective({name: built.double()})
@@ -102,9 +123,9 @@ def run(folder: Path, rank: int, world_size: int) -> None:
 def _draws(name: str) -> bool:
     """Whether a term draws random numbers: the same step with another seed is another number."""
     torch.manual_seed(0)
-    student, teacher, batch = drawn()
     built = term(name)
-    own, other = (Output(t["logits"], {k: v for k, v in t.items() if k != "logits"}) for t in (student, teacher))
+    student, teacher, batch = drawn(reads_hidden(built))
+    own, other = (Output(t.get("logits"), {k: v for k, v in t.items() if k != "logits"}) for t in (student, teacher))
     built.prepare(Setup(own, other, batch, {}, torch.arange(ROWS) * 2, batch.targets, CLASSES, epochs=4, steps=8))
     built.double().eval()
     results = []

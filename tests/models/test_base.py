@@ -34,6 +34,17 @@ def test_timm(name: str, expected: list[str], of: Layout) -> None:
     assert stages(make(name)) == [(stage, of) for stage in expected]
 
 
+def test_transformers_begin_with_the_embeddings() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
+    with torch.device("meta"):
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+    names = ["bert.encoder.layer.0:input", *(f"bert.encoder.layer.{i}" for i in range(3))]
+    assert stages(model) == [(name, Layout("tokens")) for name in names]
+    assert [stage.name for stage in stages(nn.ModuleDict({"inner": model}))] == [f"inner.{name}" for name in names]
+    assert layout(model, "bert.encoder.layer.0.attention.self.query", (2, 5, 8)) == UNKNOWN
+
+
 def test_own_attribute_wins() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     model.stages = ("1",)  # type: ignore[assignment]

@@ -1,0 +1,40 @@
+"""Skewed KL: Ko et al., DistiLLM: Towards Streamlined Distillation for LLMs, ICML 2024, arXiv 2402.03898."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kd.losses.base import Batch, Output, Term, check_temperature
+from kd.losses.logits._divergences import check_share, kl, log_mixture, log_probabilities, mean_over_rows
+
+__all__ = ["skewed_kl_divergence"]
+
+
+def skewed_kl_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, alpha: float = 0.1
+) -> Tensor:
+    """T² · mean over rows of KL(p_t ‖ α p_t + (1 − α) p_s), p = softmax(z / T): the skewed KL (section 3.1).
+
+    Both logits (rows, classes); ``temperature`` > 0; ``alpha`` from 0 (forward KL) to below 1. At most −ln α, however
+    far the student is off, so its gradient stays bounded. 0 for equal logits and without rows.
+
+    The paper writes the KL; the authors' code returns the cross-entropy −Σ p_t log(α p_t + (1 − α) p_s), larger by the
+    teacher's entropy, with the same gradient.
+    """
+    check_share("alpha", alpha, one=False)
+    log_p_student, log_p_teacher = log_probabilities(student_logits, teacher_logits, temperature)
+    mixture = log_mixture(log_p_teacher, log_p_student, alpha)
+    return mean_over_rows(kl(log_p_teacher, mixture), temperature)
+
+
+class SkewedKL(Term):
+    """:func:`skewed_kl_divergence` of the logits, over all rows; the paper uses α = 0.1, T = 1."""
+
+    def __init__(self, temperature: float = 1.0, alpha: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = check_temperature(temperature)
+        self.alpha = check_share("alpha", alpha, one=False)
+
+    def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
+        """The mean over the rows, times T²."""
+        return skewed_kl_divergence(student.logits, teacher.logits, self.temperature, self.alpha)

@@ -1,0 +1,1 @@
+"""Methods for language models: sparse teachers over a large vocabulary, two tokenizers, sampled text."""
