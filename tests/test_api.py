@@ -85,7 +85,7 @@ def test_the_numbers_are_those_of_kd_train(tmp_path, teacher_run) -> None:
 
     L.seed_everything(3, verbose=False)
     data = build.datamodule(config)
-    student = networks.student(config, data)
+    student = networks.student(config, data, build.task(config))
     teacher = networks.teacher(config, data, build.task(config))
     result = api.distill(
         *(student, teacher, data.train_dataloader(), data.val_dataloader(), data.test_dataloader()),

@@ -168,7 +168,7 @@ def test_a_hint_stage_then_soft_targets_by_overrides_alone(kd, tmp_path, teacher
 
     config = checked(["seed=0", *FAST])
     torch.manual_seed(0)
-    fresh = networks.student(config, build.datamodule(config)).state_dict()
+    fresh = networks.student(config, build.datamodule(config), build.task(config)).state_dict()
     trained = {name for name in fresh if not torch.equal(fresh[name], selected[name])}
     assert {"fc1.weight", "fc1.bias"} <= trained
 

@@ -99,6 +99,7 @@ class AdaptedData(LightningDataModule):
         self.train_index: Tensor | None = getattr(own, "train_index", None)
         self.train_targets: Tensor | None = getattr(own, "train_targets", None)
         self.content, self.seen = getattr(own, "content", None), getattr(own, "seen", None)
+        self.tokenizer: Any = getattr(own, "tokenizer", None)  # of texts: networks are made to fit its vocabulary
 
     @property
     def sizes(self) -> dict[str, int | None]:

@@ -27,7 +27,7 @@ AUTO = {  # architecture → transformers' factory
     "embedding": transformers.AutoModel,
 }
 POOLING = ("mean", "cls")
-SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 # of a configuration: where it came from, and what would run code of others
 DROPPED = ("_name_or_path", "auto_map", "transformers_version", "architectures", "dtype", "torch_dtype")
 
@@ -82,7 +82,8 @@ def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any,
         where = {key: kwargs[key] for key in ("gguf_file", "revision", "subfolder", "cache_dir") if key in kwargs}
         return _fetched(name, functools.partial(transformers.AutoConfig.from_pretrained, name, **own, **where))
     if tokenizer is not None:
-        ids = {key: getattr(tokenizer, key, None) for key in SPECIAL[:3]}
+        ids = {key: getattr(tokenizer, key, None) for key in SPECIAL}
+        ids["bos_token_id"] = ids["eos_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
         own = {"vocab_size": len(tokenizer), **{k: v for k, v in ids.items() if v is not None}, **own}
     try:
         return transformers.AutoConfig.for_model(changes["model_type"], **own)

@@ -18,6 +18,7 @@ from kd.config.instantiate import make
 from kd.config.keys import OBJECTIVE_KEYS
 from kd.data.base import AdaptedData
 from kd.data.images.base import DataModule
+from kd.data.text.base import TextModule
 from kd.distill.distiller import Distiller
 from kd.distill.objective import Objective
 from kd.errors import KdError, did_you_mean
@@ -41,7 +42,7 @@ def datamodule(config: Mapping[str, Any]) -> Any:
         data.prepare_data()
     group.barrier()
     data.setup("fit")
-    if isinstance(data, DataModule):
+    if isinstance(data, (DataModule, TextModule)):
         return data
     data.setup("test")  # the sizes of all splits are known before the first epoch
     return AdaptedData(data, _name(config))
@@ -65,7 +66,8 @@ def objective(config: Mapping[str, Any]) -> Objective:
         if node.get("schedule") is not None:
             schedule = node["schedule"]
             schedules[name] = schedule if callable(schedule) else make(schedule, f"loss.{name}.schedule")
-    return Objective(terms, factors, schedules)
+    chunk = hardware.settings(config)["loss_chunk"] if "hardware" in config else None
+    return Objective(terms, factors, schedules, chunk)
 
 
 def load_terms(config: Mapping[str, Any], module: Distiller) -> None:

@@ -77,12 +77,12 @@ def _last_batch(module: Distiller, data: Any, size: int) -> None:
         )
     if 0 < last < processes:
         raise KdError(
-            f"recipe.batch_size = {size} leaves a last batch of {last} image(s) ({count} in all), fewer than the "
+            f"recipe.batch_size = {size} leaves a last batch of {last} sample(s) ({count} in all), fewer than the "
             f"{processes} processes: set data.drop_last=true, or another batch size"
         )
     short = next((s for s in ("val", "test") if (data.sizes[s] or processes) < processes), None)
     if short:
-        raise KdError(f"the {short} split has {data.sizes[short]} image(s), fewer than the {processes} processes")
+        raise KdError(f"the {short} split has {data.sizes[short]} sample(s), fewer than the {processes} processes")
 
 
 def check_accumulation(recipe: Mapping[str, Any], protocol: Mapping[str, Any], data: Any) -> None:

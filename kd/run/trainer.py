@@ -14,7 +14,6 @@ import torch
 from kd.config.instantiate import make
 from kd.config.recipe import length, recorded, settings
 from kd.config.recipe import protocol as complete_protocol
-from kd.data.images.base import DataModule
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
@@ -96,8 +95,9 @@ def carry_out(
         library_files.open_folders(run_dir, module.deployed, getattr(data, "tokenizer", None))
     hardware.compile_networks(config, module)
     log.info("%s", finish.opening_line(config, measured, data))
-    if first and (copies := data.copies_in_test() if isinstance(data, DataModule) else 0):
-        log.warning("%d of %d test images are copies of training images", copies, data.sizes["test"])
+    if first and (copies := data.copies_in_test() if hasattr(data, "copies_in_test") else 0):
+        what = "images" if data.mean else "rows"
+        log.warning("%d of %d test %s are copies of training %s", copies, data.sizes["test"], what, what)
     if checkpoint:
         log.info("resumed: %s are trained, after %.0f s", _trained(before, recipe, validated), spent)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -20,6 +20,7 @@ RULES = {
     "pad_mode": one_of("constant", "reflect"),
     "flip": FLAG,
     "scale": Rule("[low, high], 0 < low <= high <= 1", lambda s: SHARES.fits(s) and [*s] == sorted(s[:2])).or_null,
+    "period": whole(1).or_null,
 }
 
 
@@ -31,12 +32,15 @@ class Augment:
     ``pad_mode``: "constant" pads with 0 (black), "reflect" mirrors without repeating the edge
     ``flip``: mirror left-right with probability 1/2
     ``scale``: (lowest, highest) area of the random resized crop, fractions in (0, 1]; image files only
+    ``period``: epochs after which the draws repeat: epoch e is augmented as epoch e mod ``period`` was, in another
+    order, so that a network sees so many different views of an image; None: another one in each epoch
     """
 
     pad: int = 0
     pad_mode: str = "constant"
     flip: bool = False
     scale: Sequence[float] | None = None
+    period: int | None = None
 
     @property
     def active(self) -> bool:

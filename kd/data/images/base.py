@@ -240,17 +240,38 @@ class DataModule(lightning.LightningDataModule, ABC):
         """Shuffled, augmented; the batches of several ranks together are those of one process."""
         return self._loader("train")
 
-    def answering_dataloader(self) -> Loader:
-        """The training images once, in order, all on this rank: for a teacher whose answers are computed only once."""
+    def answering_dataloader(self, view: int | None = None) -> Loader:
+        """The training images once, in order, all on this rank: for a teacher whose answers are computed only once.
+
+        ``view``: which of the teacher's :attr:`views`. None: the only one; ``KdError`` where there are several.
+        """
+        if view is None and self.views > 1:
+            raise KdError(
+                f"data.augment.period = {self.augment.period} gives the teacher {self.views} views of an image, and "
+                "what is to be kept is one answer to each (teacher.cache): keep them on the disk with teacher.answers, "
+                "or set data.teacher_view=clean"
+            )
         whole = {"batch_size": self.eval_batch_size, "shuffle": False, "drop_last": False, "rank": 0, "world_size": 1}
-        return self._loader("train", **whole)
+        loader = self._loader("train", **whole)
+        loader.set_epoch(view or 0)
+        return loader
 
     @property
-    def random_view(self) -> str | None:
-        """The option that gives a teacher another view of an image in every epoch; None: it sees the same one."""
+    def moving(self) -> str | None:
+        """The option by which a teacher does not see the images as they are; None: it does."""
         if self.mixup is not None:
             return "data.mixup"
         return "data.augment" if self.augment.active and self.teacher_view != "clean" else None
+
+    @property
+    def random_view(self) -> str | None:
+        """The option that gives a teacher another view of an image in every epoch; None: it sees the same ones."""
+        return self.moving if self.augment.period is None else None
+
+    @property
+    def views(self) -> int:
+        """How many views of an image a teacher sees, one an epoch in turn (``augment.period``)."""
+        return self.augment.period or 1 if self.moving else 1
 
     def val_dataloader(self) -> Loader:
         """In order, each sample on one rank only."""
@@ -284,6 +305,7 @@ class DataModule(lightning.LightningDataModule, ABC):
             "drop_last": self.drop_last,
             "rank": self.trainer.global_rank if self.trainer is not None else 0,
             "world_size": world_size,
+            "period": self.augment.period if train else None,
         }
 
     def make_loader(self, part: Part, **options: Any) -> Loader:

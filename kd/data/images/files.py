@@ -134,13 +134,15 @@ class FileLoader(Loader):
 
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         """Decode in the workers, normalise here: bytes travel between processes, not floats."""
-        random = generator(self.seed, self.epoch, "files")
+        random = generator(self.seed, self.view, "files")
+        extra = {} if self.period is None else {"view": self.view}
         seeds = torch.randint(2**62, (len(self.targets),), generator=random).tolist()
         items = [[(row, seeds[row]) for row in rows.tolist()] for rows in batches]
         # its own generator: a DataLoader draws a number from the global one otherwise
         loader = DataLoader(self.files, batch_sampler=items, num_workers=self.num_workers, generator=random)
         try:
             for images, rows in loader:
-                yield Batch(normalise(images, self.scale, self.shift), self.targets[rows], self.index[rows])
+                inputs = normalise(images, self.scale, self.shift)
+                yield Batch(inputs, self.targets[rows], self.index[rows], extra=dict(extra))
         except KdError as error:  # from a worker it comes with the worker's traceback in its text
             raise KdError(str(error).strip().splitlines()[-1].removeprefix("kd.errors.KdError: ")) from None

@@ -134,11 +134,11 @@ class ImageFolder(DataModule):
         return torch.stack([decode(Path(path), transform) for path in paths])
 
     @property
-    def random_view(self) -> str | None:
+    def moving(self) -> str | None:
         """As in memory; from files a random resized crop and a flip move the teacher's view as well."""
         self.setup()
         from_files = not isinstance(self.parts["train"].inputs, Tensor)
-        return "data.augment" if from_files and (self.augment.scale or self.augment.flip) else super().random_view
+        return "data.augment" if from_files and (self.augment.scale or self.augment.flip) else super().moving
 
     def make_loader(self, part: Part, **options: Any) -> Loader:
         """From memory, or from files."""

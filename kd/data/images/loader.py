@@ -28,6 +28,8 @@ class Loader(ABC):
     ``batch_size``: samples of a batch on this rank; ``rank``, ``world_size``: this process of so many
     ``train``: batch k of all ranks together is batch k of one process with ``world_size * batch_size`` samples, so that
     the last one may be smaller on some ranks by one; it may be dropped. In both, each sample is on one rank only
+    ``period``: epochs after which samples look as they did, see :class:`kd.data.images.augment.Augment`; batches then
+    say in ``extra["view"]`` which of these views they are. The order is another one in each epoch
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class Loader(ABC):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        period: int | None = None,
     ) -> None:
+        self.period = period
         self.targets, self.index, self.batch_size = targets, index, batch_size
         self.train, self.seed, self.shuffle, self.drop_last = train, seed, shuffle, train and drop_last
         self.rank, self.world_size = rank, world_size
@@ -60,6 +64,11 @@ class Loader(ABC):
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration draws its random numbers for."""
         self.epoch = epoch
+
+    @property
+    def view(self) -> int:
+        """The epoch that samples look as in: what is drawn for a sample depends on it, its order does not."""
+        return self.epoch if self.period is None else self.epoch % self.period
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and batches handed out, for a checkpoint in the middle of an epoch."""
@@ -130,6 +139,7 @@ class TensorLoader(Loader):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        period: int | None = None,
     ) -> None:
         super().__init__(
             targets,
@@ -141,6 +151,7 @@ class TensorLoader(Loader):
             drop_last=drop_last,
             rank=rank,
             world_size=world_size,
+            period=period,
         )
         self.images, self.augment = images, augment or Augment()
         self.teacher_view, self.mixup = teacher_view if self.augment.active else None, mixup
@@ -150,13 +161,14 @@ class TensorLoader(Loader):
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         """An epoch's random numbers are drawn at its start, for all samples at once."""
         student, teacher = self._cropped("augment"), self._teachers()
+        extra = {} if self.period is None else {"view": self.view}
         if self.mixup is not None:
             student = self._mixed(student, self.mixup)
         for rows in batches:
             targets = self.targets.index_select(0, rows) if self.mixup is None else torch.full_like(rows, UNLABELLED)
             index = self.index.index_select(0, rows)
             views = {} if teacher is None else {"teacher": teacher(rows)}
-            yield Batch(student(rows), targets, index, views=views)
+            yield Batch(student(rows), targets, index, views=views, extra=dict(extra))
 
     def _teachers(self) -> View | None:
         if self.teacher_view is None:
@@ -171,7 +183,7 @@ class TensorLoader(Loader):
         planes = self.planes
         if planes is None:
             return self._clean
-        offsets, flips = draw(self.augment, len(self.targets), self.seed, self.epoch, who)
+        offsets, flips = draw(self.augment, len(self.targets), self.seed, self.view, who)
         height, width = self.images.shape[2:]
         y_part, x_part = window(offsets, flips, (height, width), self.augment.pad_mode)
 
@@ -182,7 +194,7 @@ class TensorLoader(Loader):
 
     def _mixed(self, view: View, alpha: float) -> View:
         """Each image in ``view`` and its partner of this epoch, as a weighted sum."""
-        partners, shares = draw_mix(alpha, len(self.targets), self.seed, self.epoch)
+        partners, shares = draw_mix(alpha, len(self.targets), self.seed, self.view)
         return lambda rows: torch.lerp(view(partners[rows]), view(rows), shares[rows].view(-1, 1, 1, 1))
 
     def _gather(self, planes: Tensor, where: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Text as batches of token ids: sentences with classes, documents for language models, prompts with completions."""

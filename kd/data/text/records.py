@@ -1,0 +1,213 @@
+"""Rows of text with their columns, from files, from Hugging Face ``datasets`` and from Python objects."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from kd.errors import KdError, did_you_mean
+
+Source = Any
+"""Path, list of paths, list of mappings, or a ``datasets.Dataset``."""
+FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
+
+
+@dataclass
+class Records:
+    """Columns of equal length.
+
+    ``where``: how errors call them; ``classes``: column → names of its numbers; ``plain``: lines without anything else.
+    """
+
+    columns: dict[str, list[Any]]
+    where: str
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    plain: bool = False
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def column(self, name: str, key: str) -> list[Any]:
+        """Return a column. ``KdError`` that names those that are there; ``key``: the option that chooses it."""
+        if name not in self.columns:
+            there = ", ".join(self.columns) or "none"
+            raise KdError(
+                f"data.{key} = {name} is no column of {self.where}{did_you_mean(name, self.columns)}: it has {there}"
+            )
+        return self.columns[name]
+
+
+def read(source: Source, root: str | None, encoding: str, key: str) -> Records:
+    """Read one source. ``key``: the option that names it; paths are relative to ``root``, or absolute.
+
+    Raises ``KdError`` for a file that is missing, empty, of another encoding or format.
+    """
+    if hasattr(source, "column_names") and hasattr(source, "features"):
+        return of_dataset(source, f"data.{key}")
+    if isinstance(source, (str, Path)):
+        source = [source]
+    if not isinstance(source, Sequence) or not len(source):
+        raise KdError(f"data.{key} = {source} is not allowed: it must be a file, a list of files, or a list of rows")
+    if all(isinstance(row, Mapping) for row in source):
+        return _of_rows(list(source), f"data.{key}")
+    parts = [read_file(located(path, root, key), encoding) for path in source]
+    return _joined(parts)
+
+
+def located(path: str | Path, root: str | None, key: str) -> Path:
+    """Return the path of a file. ``KdError`` when there is none."""
+    found = Path(path).expanduser()
+    if not found.is_absolute() and root and (Path(root).expanduser() / found).exists():
+        found = Path(root).expanduser() / found
+    if not found.is_file():
+        tried = "" if found.is_absolute() else f" (relative to paths.data = {root}, or here)"
+        raise KdError(f"data.{key} = {path}: there is no such file{tried}")
+    return found
+
+
+def read_file(path: Path, encoding: str) -> Records:
+    """Read a file by its ending: csv and tsv with a header, json lines, json, parquet, or text with a row a line."""
+    kind = ".jsonl" if path.suffix.lower() == ".ndjson" else path.suffix.lower()
+    if kind not in FORMATS:
+        raise KdError(f"{path} cannot be read: its ending must be one of {', '.join(FORMATS)}")
+    if path.stat().st_size == 0:
+        raise KdError(f"{path} is empty")
+    if kind == ".txt":
+        found = Records({"text": decoded(path, encoding).splitlines()}, str(path), plain=True)
+    elif kind in (".json", ".jsonl"):
+        found = _of_rows(_json_rows(path, encoding), str(path))
+    else:
+        found = _table(path, kind, encoding)
+    if not len(found):
+        raise KdError(f"{path} has no rows")
+    return found
+
+
+def decoded(path: Path, encoding: str) -> str:
+    """Return the text of a file; the mark at the beginning of some UTF-8 files is left out."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+    except UnicodeDecodeError as error:
+        raise _wrong_encoding(path, encoding, error) from None
+    except LookupError:
+        raise KdError(f"data.encoding = {encoding} is not allowed: there is no encoding of this name") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _wrong_encoding(path: Path, encoding: str, error: UnicodeDecodeError) -> KdError:
+    byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+    return KdError(f"{path} is not {encoding} ({byte}): set data.encoding, for example data.encoding=latin-1")
+
+
+def _table(path: Path, kind: str, encoding: str) -> Records:
+    import pandas as pd
+
+    try:
+        if kind == ".parquet":
+            frame = pd.read_parquet(path).astype(object)
+            frame = frame.where(frame.notna(), None)
+        else:
+            text = decoded(path, encoding)
+            # every cell is text: "NA" and "null" are words, and "007" is no number
+            separator = "\t" if kind == ".tsv" else ","
+            frame = pd.read_csv(StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_filter=False)
+    except KdError:
+        raise
+    except Exception as error:
+        raise KdError(f"{path} cannot be read as {kind[1:]}: {str(error).strip().splitlines()[0]}") from None
+    return Records({str(name): frame[name].tolist() for name in frame.columns}, str(path))
+
+
+def _json_rows(path: Path, encoding: str) -> list[Any]:
+    text = decoded(path, encoding)
+    number = 0
+    try:
+        if path.suffix.lower() == ".json":
+            rows = json.loads(text)
+        else:
+            rows = []
+            for number, line in enumerate(text.split("\n"), 1):  # noqa: B007  (named in the error)
+                if line.strip():
+                    rows.append(json.loads(line))
+    except ValueError as error:
+        line_of = f" in line {number}" if number else ""
+        raise KdError(f"{path} is not valid JSON{line_of}: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise KdError(f"{path} must hold objects with named values, one a row")
+    return rows
+
+
+def _of_rows(rows: list[Any], where: str) -> Records:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Records({name: [row.get(name) for row in rows] for name in names}, where)
+
+
+def _joined(parts: Sequence[Records]) -> Records:
+    """Put files one after the other; ``KdError`` where their columns differ."""
+    first = parts[0]
+    for other in parts[1:]:
+        if differ := sorted(set(first.columns) ^ set(other.columns)):
+            raise KdError(f"{first.where} and {other.where} have other columns: {', '.join(differ)}")
+    columns = {name: [value for part in parts for value in part.columns[name]] for name in first.columns}
+    where = first.where if len(parts) == 1 else f"{first.where} and {len(parts) - 1} more"
+    return Records(columns, where, plain=all(part.plain for part in parts))
+
+
+# ---------------------------------------------------------------------- Hugging Face
+
+
+def of_dataset(dataset: Any, where: str) -> Records:
+    """Return the columns of a ``datasets.Dataset``, and the names of its classes."""
+    columns = {name: list(dataset[name][:]) for name in dataset.column_names}
+    classes = {n: list(f.names) for n, f in dataset.features.items() if getattr(f, "names", None)}
+    return Records(columns, where, classes)
+
+
+def load_splits(name: str, subset: str | None, root: str | None) -> dict[str, Any]:
+    """Load train, val and test, as far as they are there, of a folder or a set of the Hugging Face hub.
+
+    Nothing but data is read: ``datasets`` runs no code of a set. ``KdError`` when it is not there.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise KdError(f"data.name = {name} needs the package datasets: pip install datasets") from None
+    folder = next((p for p in (Path(name).expanduser(), Path(root or ".") / name) if p.is_dir()), None)
+    try:
+        saved = folder is not None and any((folder / f).is_file() for f in ("dataset_dict.json", "state.json"))
+        how = None if folder is not None or online() else datasets.DownloadConfig(local_files_only=True)
+        found: Any = (
+            datasets.load_from_disk(str(folder))
+            if saved
+            else datasets.load_dataset(str(folder or name), subset, download_config=how)
+        )
+    except Exception as error:  # of many kinds: no such set, no connection, damaged files
+        raise KdError(
+            f"data.name = {name} cannot be loaded: {str(error).strip().splitlines()[0]} (it must be a folder, or a set "
+            "of the Hugging Face hub that can be reached or is in its cache)"
+        ) from None
+    if not isinstance(found, Mapping):
+        found = {"train": found}
+    splits = {split: next((found[n] for n in names if n in found), None) for split, names in SPLITS.items()}
+    if splits["train"] is None:
+        raise KdError(f"data.name = {name} has no split train: it has {', '.join(found)}")
+    return {split: part for split, part in splits.items() if part is not None}
+
+
+def online() -> bool:
+    """Tell whether the name of the Hugging Face hub resolves: without, the libraries try for a minute."""
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
+    try:
+        return bool(socket.getaddrinfo(host, 443))
+    except OSError:
+        return False

@@ -1,0 +1,165 @@
+"""From what a server sends to a completion: nothing in it is taken on trust. No torch.
+
+The form is that of OpenAI's chat completions, as vLLM, llama.cpp, Ollama, TGI and most vendors answer it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from kd.records.generations import Completion
+from kd.run.ledger import BYTES_OF_A_TOKEN, Usage
+
+LONGEST = 300  # characters of a server's words in a sentence
+MOST_TOKENS = 10**9  # of one request
+
+
+class Malformed(ValueError):
+    """The answer is not what the protocol promises; a repeated request may succeed. ``usage``: tokens, if it says."""
+
+    usage: Usage | None = None
+
+
+class Declined(ValueError):
+    """The server has answered that there is no completion: the same request would give the same. ``usage`` as above."""
+
+    usage: Usage | None = None
+
+
+def completion(body: bytes, model: str, size: int, logprobs: int) -> Completion:
+    """Read one completion. ``model``: that was asked for; ``size``: bytes of the prompt; ``logprobs``: number wanted.
+
+    Raises ``Malformed`` for what is no JSON, lacks a field, or has one of another type; ``Declined`` for a refusal.
+    """
+    usage = None
+    try:
+        answer = _parsed(body)
+        usage = _usage(answer.get("usage"))
+        choice = _first(answer)
+        text = _text(choice)
+        found = _logprobs(choice.get("logprobs")) if logprobs else None
+    except (Malformed, Declined) as error:
+        error.usage = usage
+        raise
+    reason, told = choice.get("finish_reason"), answer.get("model")
+    if not isinstance(reason, (str, type(None))):
+        raise Malformed(f"finish_reason is {_short(reason)}")
+    counted = usage or Usage(estimate(size), estimate(len(text.encode())))
+    name = told if isinstance(told, str) and told and _is_unicode(told) else model
+    return Completion(text, name, reason, counted.tokens_in, counted.tokens_out, usage is None, logprobs=found)
+
+
+def estimate(size: int) -> int:
+    """Estimate the tokens of so many bytes of text."""
+    return max(1, -(-size // BYTES_OF_A_TOKEN))
+
+
+def _parsed(body: bytes) -> Mapping[str, Any]:
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Malformed(f"the answer is not JSON, or was cut off: {_short(body.decode(errors='replace'))}") from None
+    if not isinstance(answer, Mapping):
+        raise Malformed(f"the answer is not an object: {_short(answer)}")
+    return answer
+
+
+def _first(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
+        said = answer.get("error", choices)
+        raise Malformed(f"the answer has no choices: {_short(said)}")
+    return choices[0]
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    message = choice.get("message")
+    if not isinstance(message, Mapping):
+        raise Malformed(f"the choice has no message: {_short(message)}")
+    if choice.get("finish_reason") == "content_filter":
+        raise Declined("the server's content filter stopped the answer")
+    if isinstance(message.get("refusal"), str) and message["refusal"]:
+        raise Declined(f"the model refused: {_short(message['refusal'])}")
+    text = message.get("content")
+    if not text and choice.get("finish_reason") == "length":
+        raise Declined("max_new_tokens are used up before the answer begins")
+    if not isinstance(text, str) or not text:
+        raise Malformed(f"the content of the message is {_short(text)}")
+    if not _is_unicode(text):
+        raise Malformed("the content of the message is not valid Unicode")
+    return text
+
+
+def _usage(given: Any) -> Usage | None:
+    """The tokens as the server counts them; None where it does not, or says what cannot be."""
+    if not isinstance(given, Mapping):
+        return None
+    found = [given.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    if not all(type(count) is int and 0 <= count <= MOST_TOKENS for count in found):
+        return None
+    return Usage(*(int(count) for count in found if count is not None))
+
+
+def _logprobs(given: Any) -> list[dict[str, Any]] | None:
+    """The log-probabilities of the tokens; None where the server gives none."""
+    if given is None or (isinstance(given, Mapping) and given.get("content") is None):
+        return None
+    tokens = given.get("content") if isinstance(given, Mapping) else None
+    try:
+        if not isinstance(tokens, list):
+            raise TypeError
+        return [
+            {
+                "token": _token(one),
+                "logprob": _logprob(one),
+                "top": [[_token(other), _logprob(other)] for other in one.get("top_logprobs") or []],
+            }
+            for one in tokens
+        ]
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
+        raise Malformed(f"the log-probabilities are {_short(tokens)}") from None
+
+
+def _token(one: Mapping[str, Any]) -> str:
+    token = one["token"]
+    if not isinstance(token, str) or not _is_unicode(token):
+        raise TypeError
+    return token
+
+
+def _logprob(one: Mapping[str, Any]) -> float:
+    value = one["logprob"]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > 1e-3:
+        raise TypeError
+    return max(float(value), -1e4)  # -inf is no JSON
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def words_of(body: bytes) -> tuple[str, str]:
+    """Return an error's code and message as far as a body tells them."""
+    text = body.decode(errors="replace")
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return "", _short(text)
+    error = said.get("error", said) if isinstance(said, Mapping) else said
+    if isinstance(error, Mapping):
+        message = error.get("message") or error.get("detail") or error.get("msg") or error
+        return str(error.get("code") or error.get("type") or ""), _short(message)
+    return "", _short(error)
+
+
+def _short(value: Any) -> str:
+    """One line, without control characters: a terminal would obey them."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
