@@ -209,12 +209,12 @@ def test_a_selection_by_val_stays_where_logits_are_read(kd, tmp_path, teacher_ru
     [
         (
             ["teacher.cache=true", "data.augment.pad=1"],
-            "teacher.cache = true needs a teacher that sees the same image in every epoch, data.augment changes it: "
+            "teacher.cache = true needs a teacher that sees the same sample in every epoch, data.augment changes it: "
             "set teacher.cache=null or data.teacher_view=clean",
         ),
         (
             ["teacher.cache=true", "data.mixup=1.0"],
-            "teacher.cache = true needs a teacher that sees the same image in every epoch, data.mixup changes it: set "
+            "teacher.cache = true needs a teacher that sees the same sample in every epoch, data.mixup changes it: set "
             "teacher.cache=null",
         ),
         (

@@ -71,6 +71,8 @@ def test_a_run_and_what_transformers_loads_of_it(kind: str, tmp_path: Path, caps
         for name, tensor in loaded.state_dict().items():
             assert torch.equal(tensor, weights[prefix + name]), name
         assert loaded(**inputs)[0].isfinite().all()
+        if kind == "text_classification":
+            assert loaded.config.id2label == {0: "0", 1: "1", 2: "2"}
     if evaluated:
         run(capsys, "eval", f"run={where}", f"out={tmp_path / 'found.json'}")
         found = json.loads((tmp_path / "found.json").read_text())["metrics"][main_metric]
@@ -138,7 +140,7 @@ def test_low_rank_matrices_are_trained_and_added_for_those_who_load_it(
         ({"student.surgery.layers=2": "student.surgery.layers=9"}, "student.surgery: layers = 9 is not allowed"),
         ({"student.surgery.layers=2": "student.surgery.keep=some"}, "student.surgery.keep = some is not allowed"),
         ({"model@student=none": "model@student=mlp"}, "needs a student that is made from its teacher"),
-        ({"student.surgery.layers=2": "seed=1"}, "student.model = None cannot be set: choose a network"),
+        ({"student.surgery.layers=2": "seed=1"}, "student.model=null cannot be set: student.model has no _target_"),
         ({"model@teacher=transformers": "model@teacher=none"}, "teacher.model has no _target_: choose a network"),
         ({"task=causal_lm": "task=classification"}, "architecture = None is not allowed"),
     ],

@@ -12,6 +12,7 @@ from kd import __version__
 VERBS = {
     "train": "train a student, alone or with a teacher (a Hydra application: sweeps with -m)",
     "eval": "measure a run, a checkpoint or a teacher alone on the validation or test split",
+    "generate": "write a teacher's texts for a set of prompts, of a local model or of a server",
     "methods": "the loss terms: what each reads, its paper, its formula, and how paper and code differ",
     "study": "run what a study lacks, teachers first, and report it beside the published numbers",
     "report": "tables, intervals and figures of a study, a sweep or any runs, as one page",
@@ -21,6 +22,7 @@ VERBS = {
 MODULES = {
     "train": "kd.cli.train",
     "eval": "kd.cli.evaluate",
+    "generate": "kd.cli.generate",
     "methods": "kd.cli.methods",
     "study": "kd.cli.study",
     "report": "kd.cli.report",

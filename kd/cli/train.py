@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ def main(argv: Sequence[str]) -> int:
         cluster.join(settings(config))
         cluster.follow()
         return 0
+    asked = hydra_app.parse_flags(list(argv))
+    if sys.stderr.isatty() and not any((asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion)):
+        print("checks the configuration, then loads torch …", file=sys.stderr, flush=True)  # that takes seconds
     return hydra_app.run(list(argv), train)
 
 

@@ -7,13 +7,16 @@ nobody takes, or belongs to an option that was not chosen, is refused here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from kd.config import composition, timm_source
+from kd.config.argument_types import complaint
 from kd.config.composition import flat
+from kd.config.rules import shown
 from kd.config.schema import Hardware, Paths, Protocol, Recipe, Root, Student, Teacher
 from kd.config.signature import arguments
 from kd.errors import did_you_mean
@@ -137,18 +140,36 @@ def _of_the_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tu
             continue
         names = [*known.names, *(OBJECTIVE_KEYS if path.startswith("loss.") and path.count(".") == 1 else ())]
         for key in node:
-            if key in INSTANTIATE or key in names:
-                continue
-            where = _where(path, key, line)
-            if not known.any:
-                yield f"{path}.{key} is not an argument of {target}{did_you_mean(key, names)}{where}"
-            elif target in timm_source.TARGETS:
-                if not timm_source.may_take(key):
-                    likely = did_you_mean(key, {*names, *timm_source.arguments()})
-                    yield f"{path}.{key} is not an argument of any network of timm{likely}{where}"
-            elif close := _mistyped(f"{path}.{key}", names, line):
-                typed = line[f"{path}.{key}"]
-                yield f"{typed}: {target} takes any argument; if {key} is meant and not {close}, write +{typed}"
+            if key not in names and key not in INSTANTIATE:
+                yield from _not_an_argument(path, target, key, known.any, names, line)
+
+
+def mistyped(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield one sentence for each typed value that is not of the type that its target's source tells."""
+    for path, node in targets(values):
+        typed = [key for key, value in node.items() if f"{path}.{key}" in line and value is not None]
+        if not typed or path.partition(".")[0] in skip:
+            continue
+        with suppress(LookupError):  # there is no such target: that is said already
+            types = arguments(node["_target_"]).types
+            for key in typed:
+                if words := complaint(node[key], types.get(key, "")):
+                    yield f"{path}.{key} = {shown(node[key])} is not allowed: {words}"
+
+
+def _not_an_argument(
+    path: str, target: str, key: str, takes_any: bool, names: list[str], line: Mapping[str, str]
+) -> Iterator[str]:
+    where = _where(path, key, line)
+    if not takes_any:
+        yield f"{path}.{key} is not an argument of {target}{did_you_mean(key, names)}{where}"
+    elif target in timm_source.TARGETS:
+        if not timm_source.may_take(key):
+            likely = did_you_mean(key, {*names, *timm_source.arguments()})
+            yield f"{path}.{key} is not an argument of any network of timm{likely}{where}"
+    elif close := _mistyped(f"{path}.{key}", names, line):
+        typed = line[f"{path}.{key}"]
+        yield f"{typed}: {target} takes any argument; if {key} is meant and not {close}, write +{typed}"
 
 
 def _mistyped(path: str, names: Iterable[str], line: Mapping[str, str]) -> str:

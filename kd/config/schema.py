@@ -88,6 +88,7 @@ class Hardware:
     compile: str | None = None  # mode of torch.compile (default, reduce-overhead, …); null: eager
     compiled: list[str] = field(default_factory=lambda: ["student", "teacher"])  # the networks that it compiles
     channels_last: bool = True  # memory format of images and convolutions, where a network answers the same with it
+    loss_chunk: int | None = None  # rows of which a vocabulary's logits are there at a time; null: as suits; 0: all
     precision: str = "32-true"
     threads: int | None = None  # of torch on the CPU; null: torch's choice
     timeout_s: int = 1800  # of several processes: how long each waits for the others before the run fails

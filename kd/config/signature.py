@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.util import resolve_name
@@ -19,10 +20,14 @@ from kd.errors import did_you_mean
 
 @dataclass(frozen=True)
 class Arguments:
-    """The argument names of a callable; ``any`` when it takes ``**kwargs`` or cannot be read from source."""
+    """The argument names of a callable; ``any`` when it takes ``**kwargs`` or cannot be read from source.
+
+    ``types``: the annotations of those that have one, as they are written.
+    """
 
     names: tuple[str, ...] = ()
     any: bool = False
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
 UNKNOWN = Arguments(any=True)
@@ -157,7 +162,9 @@ def _follow(spec: ModuleSpec, node: ast.ImportFrom, name: str, rest: list[str], 
 def _of_function(node: ast.FunctionDef, skip: int) -> Arguments:
     positional = [a.arg for a in (*node.args.posonlyargs, *node.args.args)][skip:]
     names = (*positional, *(a.arg for a in node.args.kwonlyargs))
-    return Arguments(tuple(names), any=node.args.kwarg is not None)
+    every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+    types = {a.arg: ast.unparse(a.annotation) for a in every if a.annotation is not None}
+    return Arguments(tuple(names), node.args.kwarg is not None, types)
 
 
 def _of_class(spec: ModuleSpec, node: ast.ClassDef, depth: int) -> Arguments:
@@ -182,4 +189,4 @@ def _with_bases(spec: ModuleSpec, node: ast.ClassDef, own: Arguments, depth: int
         inherited = _in_module(spec, [base.id], depth + 1)
     except LookupError:
         return UNKNOWN
-    return Arguments((*own.names, *inherited.names), any=inherited.any)
+    return Arguments((*own.names, *inherited.names), inherited.any, {**inherited.types, **own.types})

@@ -66,8 +66,8 @@ def _of_the_student(config: Mapping[str, Any]) -> Iterator[str]:
     cut = [key for key, value in surgery.items() if value is not None]
     if model is None and not cut:
         yield (
-            "student.model = None cannot be set: choose a network with model@student=NAME, or say what it keeps of its "
-            "teacher (student.surgery.layers=3)"
+            "student.model=null cannot be set: student.model has no _target_: choose a network with "
+            "model@student=NAME, or say what it keeps of its teacher (student.surgery.layers=3)"
         )
     if model is not None and cut:
         yield (

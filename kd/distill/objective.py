@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd.distill.fused import from_hidden
 from kd.distill.schedules import Schedule
 from kd.errors import KdError
 from kd.losses.base import OVER, Batch, Output, Term, at_least_float32
@@ -24,6 +25,9 @@ class Objective(nn.Module):
     ``terms``: name → :class:`~kd.losses.base.Term`; ``weights``: name → constant factor (0 or more);
     ``schedules``: name → schedule, for terms whose weight changes. A term with weight 0 is still computed and
     logged, so that an ablation shows what it would have been.
+
+    ``chunk``: where no term needs the logits of a vocabulary as a whole, they are made of so many rows at a time
+    (:mod:`kd.distill.fused`); None: as many as suit; 0: all at once, always.
     """
 
     def __init__(
@@ -31,8 +35,10 @@ class Objective(nn.Module):
         terms: Mapping[str, Term],
         weights: Mapping[str, float] | None = None,
         schedules: Mapping[str, Schedule] | None = None,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
+        self.chunk = chunk
         for name in terms:
             if "." in name or hasattr(nn.ModuleDict, name):
                 raise KdError(
@@ -97,18 +103,20 @@ class Objective(nn.Module):
         With ``shares`` the sum is this process's part: the mean of all parts is the objective of the whole batch. A
         term over the ``batch`` sees that of all processes, and its value is the whole already.
         """
-        values, parts = [], []
-        whole = _Gathered(student, teacher, batch)
+        factors: dict[str, Any] = {}
         for name, term in self.items():
             term.progress = min(1.0, epoch / epochs)
-            several = shares is not None and term.over == "batch"
-            value = term(*whole.seen_by(term)) if several else term(student, teacher, batch)
-            weight: Any = self.weight(name, epoch, epochs)
-            if shares is not None and not several:
-                weight = weight * getattr(shares, term.over)
-            values.append(value)
-            parts.append(weight * at_least_float32(value))
-        return values, torch.stack(parts).sum()
+            factors[name] = self.weight(name, epoch, epochs)
+            if shares is not None and term.over != "batch":
+                factors[name] = factors[name] * getattr(shares, term.over)
+        values, parts = from_hidden(self.items(), student, teacher, batch, factors, self.chunk)
+        whole = _Gathered(student, teacher, batch)
+        for name, term in self.items():
+            if name not in values:
+                several = shares is not None and term.over == "batch"
+                values[name] = term(*whole.seen_by(term)) if several else term(student, teacher, batch)
+                parts.append(factors[name] * at_least_float32(values[name]))
+        return [values[name] for name in self.names], torch.stack(parts).sum()
 
 
 class _Gathered:

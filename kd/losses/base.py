@@ -154,6 +154,11 @@ class Output:
         return self._logits is not None or self.topk is not None or (self.hidden is not None and self.head is not None)
 
     @property
+    def made_logits(self) -> Tensor | None:
+        """The logits where they are there already, None where reading them would make them, or there are none."""
+        return self._logits
+
+    @property
     def logits(self) -> Tensor:
         """The logits (rows, classes). ``ValueError`` where nothing gave any."""
         self._logits = self._made()
@@ -231,6 +236,22 @@ class Setup:
         return int(self.train_index.max()) + 1
 
 
+@dataclass(frozen=True)
+class Fused:
+    """A loss of the logits that :func:`kd.losses.tokens.fused.fused_losses` computes without making them all.
+
+    ``kind``: ``cross_entropy``, ``forward_kl``, ``reverse_kl``, ``js``, ``skewed_kl``, ``skewed_reverse_kl`` or
+    ``topk_kl``. ``temperature``: of both sides; a cross-entropy has none. ``share``: β of ``js``, α of the skewed ones,
+    of a cross-entropy the label smoothing. ``k``, ``form``: of ``topk_kl``. All as in the functions of these losses.
+    """
+
+    kind: str
+    temperature: float = 1.0
+    share: float = 0.0
+    k: int = 128
+    form: str = "tail"
+
+
 class Term(nn.Module):
     """One named summand of the objective: ``forward(student, teacher, batch) -> scalar``, not yet weighted.
 
@@ -290,6 +311,13 @@ class Term(nn.Module):
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean loss over the rows, a scalar."""
         raise TypeError(f"{type(self).__name__} does not define forward(student, teacher, batch)")
+
+    def fused(self) -> Fused | None:
+        """What computes the same as :meth:`forward` from hidden states of tokens; None: nothing does.
+
+        It counts where the class that defines ``forward`` defines it: a subclass with another formula says it anew.
+        """
+        return None
 
     def deployed(self, student: nn.Module) -> nn.Module:
         """The network that is evaluated, measured and exported: ``student``, or one with a head of this term.

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd.data.base import SPLITS, AdaptedData, refuse_unsharded
 from kd.distill.distiller import Distiller
+from kd.distill.teacher import Teacher
 from kd.errors import KdError
 from kd.parallel import group
 
@@ -37,26 +38,27 @@ def _labels(module: Distiller, data: Any) -> None:
 
 
 def _cache(module: Distiller, data: Any) -> None:
+    key, undo = "teacher.cache = true", "teacher.cache=null"
+    if not isinstance(module.teacher, Teacher):
+        key, undo = "teacher.answers", "teacher.answers=null"
     tapping = [name for name, term in module.objective.items() if term.teacher_taps is None or len(term.teacher_taps)]
     if tapping:
         raise KdError(
-            f"teacher.cache = true keeps the teacher's logits only, loss.{tapping[0]} reads its intermediate tensors: "
-            "set teacher.cache=null"
+            f"{key} keeps the teacher's logits only, loss.{tapping[0]} reads its intermediate tensors: set {undo}"
         )
     asked = {"views": module.objective.views, "input gradients": module.objective.needs("input_gradient")}
     for what, names in asked.items():
         if names:
-            raise KdError(f"teacher.cache = true keeps no {what}, and a term reads them ({names[0]}): set it to null")
+            raise KdError(f"{key} keeps no {what}, and a term reads them ({names[0]}): set {undo}")
     if type(module).compose is not Distiller.compose:
         raise KdError(
-            f"teacher.cache = true keeps answers to the samples as they are, {type(module).__name__} composes others: "
-            "set teacher.cache=null"
+            f"{key} keeps answers to the samples as they are, {type(module).__name__} composes others: set {undo}"
         )
     if data.random_view is not None:
         other = " or data.teacher_view=clean" if data.random_view == "data.augment" else ""
         raise KdError(
-            f"teacher.cache = true needs a teacher that sees the same image in every epoch, {data.random_view} changes "
-            f"it: set teacher.cache=null{other}"
+            f"{key} needs a teacher that sees the same sample in every epoch, {data.random_view} changes it: set "
+            f"{undo}{other}"
         )
 
 

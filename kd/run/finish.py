@@ -39,7 +39,6 @@ def close(
     """
     if run_dir is not None:  # all of the last epoch: before the selected weights take their place
         _export(config, run_dir, module)
-        library_files.close_folder(run_dir, "last", module.deployed)
     data.setup("test")
     last_epoch, steps = module.epoch_trained, module.steps_done
     train_means = {k.partition("/")[2]: v for k, v in module.epoch_means.items()}
@@ -58,8 +57,7 @@ def close(
     if not same:
         last.update(_test(trainer, module, data, "test_last"))
         weights.load(module.deployed, group.broadcast(state), run_dir or "selected", "student")
-    if run_dir is not None:
-        library_files.close_folder(run_dir, "selected", module.deployed)
+    library_files.close_folder(run_dir, "selected", module.deployed)
     selected.update(_test(trainer, module, data, "test", keep))
     last = {**selected, **last}  # the same student is tested once
     if keep is not None:
@@ -100,6 +98,7 @@ def _export(config: Mapping[str, Any], run_dir: Path, module: Distiller) -> None
         weights.save(network, run_dir / f"{name}.safetensors", {**about, **epoch})
     if module.objective.terms.state_dict():
         weights.save(module.objective.terms, run_dir / weight_files.TERMS, epoch)
+    library_files.close_folder(run_dir, "last", module.deployed)
 
 
 def _teacher_part(config: Mapping[str, Any], module: Distiller) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from kd.errors import KdError
 from kd.records.generations import Completion, Generations, Key, opened, partial_of
 from kd.run.generation_options import Options, checked, settings
 from kd.run.http_teacher import HttpTeacher, endpoint, key_for
-from kd.run.ledger import BudgetReached, Ledger, Pace
+from kd.run.ledger import BudgetReached, Ledger, Pace, Usage
 from kd.run.prompts import Prompt, read_prompts
 from kd.run.threads import Failed, asked
 
@@ -67,7 +67,8 @@ def generate(
     """Write the completions of the prompts in a file, once each, in their order, to the file ``out`` (jsonl).
 
     ``model``: a folder, a run, or a name of the hub; with ``server`` a name there. ``progress`` is called after each
-    completion. ``options``: fields of :class:`~kd.run.generation_options.Options`. What an earlier process has written is kept and not asked again.
+    completion. ``options``: fields of :class:`~kd.run.generation_options.Options`. What an earlier process has written
+    is kept and not asked again.
 
     Raises ``KdError`` for wrong arguments, for other settings than those of what is there, when the server refuses
     (key, model, address) or fails for ten prompts in a row, and before the budget would be exceeded;
@@ -83,6 +84,7 @@ def generate(
         with _signals(job):
             (job.ask_server if chosen.server else job.ask_model)()
         summary = job.summary
+        summary.failed = dict(sorted(summary.failed.items()))
         if job.signalled:
             raise KeyboardInterrupt(job.kept())
         lines = [line for prompt in rows for line in job.lines(prompt)]
@@ -162,6 +164,10 @@ class _Job:
         sampling = {"max_tokens": chosen.max_new_tokens, "temperature": chosen.temperature}
         sampling |= {"top_p": chosen.top_p, "seed": chosen.seed}
         spent = self.summary.cost or 0.0
+        ledger = Ledger(chosen.price_in, chosen.price_out, chosen.budget, spent, chosen.max_new_tokens)
+        size = {prompt.id: prompt.size for prompt in self.rows}
+        for (name, _), line in self.there.done.items():
+            ledger.learn(Usage(line["tokens_in"], line["tokens_out"]), size[name])
         return HttpTeacher(
             url,
             chosen.model,
@@ -169,7 +175,7 @@ class _Job:
             variable,
             sampling,
             chosen.logprobs,
-            Ledger(chosen.price_in, chosen.price_out, chosen.budget, spent, chosen.max_new_tokens),
+            ledger,
             Pace(chosen.requests_per_minute, chosen.tokens_per_minute),
             chosen.system,
             chosen.timeout,

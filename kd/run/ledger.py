@@ -71,10 +71,12 @@ class Ledger:
         Waits while it would exceed the budget only with the requests that are under way; raises ``BudgetReached`` when
         it would without them, ``Stopped`` when the run ends meanwhile.
         """
-        usage = self.expected(size)
-        amount = self.cost(usage) or 0.0
         with self._changed:
-            while self.budget is not None and self.spent + self._reserved + amount > self.budget:
+            while True:
+                usage = self.expected(size)  # which changes while this waits
+                amount = self.cost(usage) or 0.0
+                if self.budget is None or self.spent + self._reserved + amount <= self.budget:
+                    break
                 if stop.is_set():
                     raise Stopped
                 if self.spent + amount > self.budget or not self._reserved:
@@ -97,12 +99,17 @@ class Ledger:
         with self._changed:
             self.spent += amount
             if size is not None:
-                self._bytes += size
-                self._in += usage.tokens_in
-                self._out += usage.tokens_out
-                self._answers += 1
+                self.learn(usage, size)
             self._changed.notify_all()
         return amount
+
+    def learn(self, usage: Usage, size: int) -> None:
+        """Take what a completion took into the mean; of one that is paid already as well."""
+        with self._changed:
+            self._bytes += size
+            self._in += usage.tokens_in
+            self._out += usage.tokens_out
+            self._answers += 1
 
 
 class Pace:

@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kd.records.weight_files import LAST, SELECTED
 FOLDERS = {"selected": SELECTED, "last": LAST}
 
 
-def open_folders(run_dir: Path, network: nn.Module, tokenizer: Any) -> None:
+def open_folders(run_dir: Path, network: nn.Module, tokenizer: Any, class_names: Sequence[str]) -> None:
     """Write configuration and tokenizer beside links to the run's weights files, so that each checkpoint loads.
 
     Nothing for networks of other libraries, nor for those whose weights bear other names (an encoder with its pooling,
@@ -29,7 +30,7 @@ def open_folders(run_dir: Path, network: nn.Module, tokenizer: Any) -> None:
         return
     for folder, weights_file in FOLDERS.items():
         place = run_dir / folder
-        _described(place, inner, tokenizer)
+        _described(place, inner, tokenizer, class_names)
         if inner is network:
             link = place / "model.safetensors"
             try:
@@ -39,10 +40,10 @@ def open_folders(run_dir: Path, network: nn.Module, tokenizer: Any) -> None:
                 continue
 
 
-def close_folder(run_dir: Path, folder: str, network: nn.Module) -> None:
+def close_folder(run_dir: Path | None, folder: str, network: nn.Module) -> None:
     """Write the weights of a network into a folder where a link could not stand for them."""
     inner = _of_library(network)
-    if inner is None or group.rank() != 0:
+    if inner is None or run_dir is None or group.rank() != 0:
         return
     place = run_dir / folder / "model.safetensors"
     try:
@@ -58,11 +59,14 @@ def close_folder(run_dir: Path, folder: str, network: nn.Module) -> None:
         raise named(error, place) from error
 
 
-def _described(place: Path, inner: Any, tokenizer: Any) -> None:
+def _described(place: Path, inner: Any, tokenizer: Any, class_names: Sequence[str]) -> None:
     try:
         place.mkdir(exist_ok=True)
         config = copy.deepcopy(inner.config)
         config.architectures = [type(inner).__name__]
+        if class_names and len(class_names) == getattr(config, "num_labels", None):
+            config.id2label = dict(enumerate(class_names))
+            config.label2id = {name: number for number, name in enumerate(class_names)}
         config.save_pretrained(place)
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(place)

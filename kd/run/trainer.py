@@ -92,7 +92,8 @@ def carry_out(
     example = data.example()
     measured = cost.sizes(module, example)
     if run_dir:
-        library_files.open_folders(run_dir, module.deployed, getattr(data, "tokenizer", None))
+        tokenizer = getattr(data, "tokenizer", None)
+        library_files.open_folders(run_dir, module.deployed, tokenizer, data.class_names)
     hardware.compile_networks(config, module)
     log.info("%s", finish.opening_line(config, measured, data))
     if first and (copies := data.copies_in_test() if hasattr(data, "copies_in_test") else 0):

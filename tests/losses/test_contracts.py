@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd.distill.objective import Objective, _Gathered
 from kd.errors import KdError
-from kd.losses.base import UNLABELLED, Batch, Output, Setup, Term, TopK
+from kd.losses.base import OVER, UNLABELLED, Batch, Output, Setup, Term, TopK
 from kd.losses.logits.ce import CrossEntropy, cross_entropy
 from kd.parallel import group
 from kd.tasks.base import Want
@@ -150,15 +150,15 @@ class Over(Term):
 def test_each_mean_gets_the_share_of_what_it_is_over(monkeypatch) -> None:
     """A term over the batch sees it whole, and its value is the whole already."""
     monkeypatch.setattr(group, "gather_rows", lambda tensor: torch.cat([tensor, tensor + 1]))
-    objective = Objective({over: Over(over) for over in ("rows", "labelled", "samples", "batch")})
+    objective = Objective({over: Over(over) for over in OVER})
     assert objective.over("batch") == ["batch"]
-    shares = group.Shares(torch.tensor(0.5), torch.tensor(2.0), torch.tensor(3.0))
+    shares = group.Shares(*(torch.tensor(factor) for factor in (0.5, 2.0, 3.0, 5.0)))
     student, batch = Output(torch.full((2, 3), 4.0)), Batch(torch.zeros(2, 1), torch.tensor([1, 0]))
     values, total = objective(student, Output(), batch, shares=shares)
-    assert [float(value) for value in values] == [4, 4, 4, 4.5]
-    assert float(total) == 4 * 0.5 + 4 * 2 + 4 * 3 + 4.5
-    assert [term.seen for _, term in objective.items()] == [(2, 2, [1, 0])] * 3 + [(4, 4, [1, 0, 2, 1])]
-    assert float(objective(student, Output(), batch)[1]) == 16  # in one process nothing is gathered
+    assert [float(value) for value in values] == [4, 4, 4, 4, 4.5]
+    assert float(total) == 4 * 0.5 + 4 * 2 + 4 * 3 + 4 * 5 + 4.5
+    assert [term.seen for _, term in objective.items()] == [(2, 2, [1, 0])] * 4 + [(4, 4, [1, 0, 2, 1])]
+    assert float(objective(student, Output(), batch)[1]) == 20  # in one process nothing is gathered
     with pytest.raises(KdError, match=r"^loss\.a: over = pixels is not allowed: it must be rows, labelled, samples, "):
         Objective({"a": Over("pixels")})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import UNLABELLED, Batch, Output, Term, at_least_float32
+from kd.losses.base import UNLABELLED, Batch, Fused, Output, Term, at_least_float32
 
 __all__ = ["cross_entropy"]
 
@@ -47,3 +47,7 @@ class CrossEntropy(Term):
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the labelled rows."""
         return cross_entropy(student.logits, batch.targets, self.label_smoothing)
+
+    def fused(self) -> Fused:
+        """The same from hidden states."""
+        return Fused("cross_entropy", share=self.label_smoothing)

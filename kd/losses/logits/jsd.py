@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd.losses.base import Batch, Output, Term, check_temperature
+from kd.losses.base import Batch, Fused, Output, Term, check_temperature
 from kd.losses.logits._divergences import check_share, js, log_probabilities, mean_over_rows
 
 __all__ = ["generalised_js_divergence"]
@@ -38,3 +38,7 @@ class JensenShannon(Term):
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows, times T²."""
         return generalised_js_divergence(student.logits, teacher.logits, self.temperature, self.beta)
+
+    def fused(self) -> Fused:
+        """The same from hidden states."""
+        return Fused("js", self.temperature, self.beta)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import Batch, Output, Term, at_least_float32, check_same_shape, check_temperature
+from kd.losses.base import Batch, Fused, Output, Term, at_least_float32, check_same_shape, check_temperature
 
 __all__ = ["kl_divergence"]
 
@@ -38,3 +38,7 @@ class KnowledgeDistillation(Term):
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows, times T²."""
         return kl_divergence(student.logits, teacher.logits, self.temperature)
+
+    def fused(self) -> Fused:
+        """The same from hidden states."""
+        return Fused("forward_kl", self.temperature)

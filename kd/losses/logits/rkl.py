@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd.losses.base import Batch, Output, Term, check_temperature
+from kd.losses.base import Batch, Fused, Output, Term, check_temperature
 from kd.losses.logits._divergences import kl, log_probabilities, mean_over_rows
 
 __all__ = ["reverse_kl_divergence"]
@@ -34,3 +34,7 @@ class ReverseKL(Term):
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows, times T²."""
         return reverse_kl_divergence(student.logits, teacher.logits, self.temperature)
+
+    def fused(self) -> Fused:
+        """The same from hidden states."""
+        return Fused("reverse_kl", self.temperature)

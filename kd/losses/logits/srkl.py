@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd.losses.base import Batch, Output, Term, check_temperature
+from kd.losses.base import Batch, Fused, Output, Term, check_temperature
 from kd.losses.logits._divergences import check_share, kl, log_mixture, log_probabilities, mean_over_rows
 
 __all__ = ["skewed_reverse_kl_divergence"]
@@ -38,3 +38,7 @@ class SkewedReverseKL(Term):
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows, times T²."""
         return skewed_reverse_kl_divergence(student.logits, teacher.logits, self.temperature, self.alpha)
+
+    def fused(self) -> Fused:
+        """The same from hidden states."""
+        return Fused("skewed_reverse_kl", self.temperature, self.alpha)

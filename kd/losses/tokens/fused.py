@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses.base import UNLABELLED, Output, TopK, at_least_float32, check_choice, check_temperature
+from kd.losses.base import UNLABELLED, Fused, Output, TopK, at_least_float32, check_choice, check_temperature
 from kd.losses.tokens._inplace import DIVERGENCES, Pool, cross_entropy, log_softmax, topk_kl
 from kd.losses.tokens._topk import teacher_topk
 
 __all__ = ["fused_losses"]
 
-CHUNK = 128  # rows at a time
+CHUNK = 128  # rows at a time, of a vocabulary of SMALL classes or more
+SMALL = 32_768
+BLOCK = 1024  # rows of a weight that stay in a CPU's cache: of few hidden states the product takes a quarter less time
 KINDS = ("cross_entropy", *DIVERGENCES, "topk_kl")
 
 
@@ -41,62 +42,61 @@ class TeacherRows(NamedTuple):
     topk: TopK | None = None
 
 
-@dataclass(frozen=True)
-class Part:
-    """One loss of the sum.
-
-    ``kind``: ``cross_entropy``, ``forward_kl``, ``reverse_kl``, ``js``, ``skewed_kl``, ``skewed_reverse_kl`` or
-    ``topk_kl``. ``factor``: its weight, a number or 0-d. ``temperature``: of both sides, not of the cross-entropy.
-    ``share``: β of ``js``, α of the skewed ones, of the cross-entropy the label smoothing. ``k``, ``form``: of
-    ``topk_kl``. All as in the functions of these losses.
-    """
-
-    kind: str
-    factor: float | Tensor = 1.0
-    temperature: float = 1.0
-    share: float = 0.0
-    k: int = 128
-    form: str = "tail"
-
-
 def fused_losses(
     student_hidden: Tensor,
     student_projection: Projection,
     teacher: TeacherRows,
     targets: Tensor | None,
-    parts: Sequence[Part],
-    chunk: int = CHUNK,
+    parts: Sequence[Fused],
+    factors: Sequence[float | Tensor],
+    chunk: int | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Compute losses of logits that are never there as a whole: the value of each, and Σ factor · value.
 
-    ``student_hidden`` (rows, width); ``targets`` (rows,) int64, ``UNLABELLED`` where there is none; ``chunk``: rows of
-    which the logits are made at a time, 1 or more. Each value is that of its function
+    ``student_hidden`` (rows, width); ``targets`` (rows,) int64, ``UNLABELLED`` where there is none; ``parts``: the
+    losses, each with a factor, a number or 0-d; ``chunk``: rows of which the logits are made at a time, 1 or more;
+    None: 128, of a small vocabulary as many as are 16 MiB. Each value is that of the function of its loss
     (:func:`~kd.losses.logits.kd.kl_divergence` …): T² · mean over the rows, of the cross-entropy over the labelled
     rows. Only the sum has a gradient: it is computed here, chunk by chunk, and handed over in the backward pass, which
-    can go through it once. The teacher has none.
+    can go through it once. The teacher has none. ``ValueError`` for a bad setting, or where the classes differ.
 
     Memory: classes · width for the gradient of the weight, rows · width for that of the hidden states, and three
     buffers of chunk · classes for a KL (four for a mixture, or beside a cross-entropy, one for ``topk_kl`` with a
     stored top-k), all in float32, or float64 if the hidden states are. Half-precision matrix products stay in half
     precision, under autocast as well; everything else is in float32.
 
-    The paper's kernels are for one GPU model and one loss; here is the same idea (section 3.2) in torch's operations.
+    The paper's FusedLinearCrossEntropy and its relatives are Triton kernels in chunks of many rows; here is the same
+    idea in torch's own operations, for several losses at once.
     """
-    if not parts:
-        raise ValueError("there is no part, and so no loss")
+    weight, bias, scale, softcap = student_projection
+    if chunk is None:
+        chunk = CHUNK * max(1, SMALL // weight.shape[0])
     if chunk < 1 or chunk != int(chunk):
         raise ValueError(f"chunk = {chunk} is not allowed: it must be a whole number above 0")
+    if not parts or len(parts) != len(factors):
+        raise ValueError(f"there are {len(parts)} parts and {len(factors)} factors: it must be one factor each")
     for part in parts:
         check_choice("kind", part.kind, KINDS)
         check_temperature(part.temperature)
         if part.kind == "cross_entropy" and targets is None:
             raise ValueError("a cross-entropy needs targets, and there are none")
-    weight, bias, scale, softcap = student_projection
+    _check_classes(weight.shape[0], teacher)
     kind = student_hidden.device.type
     half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    job = _Job(teacher, targets, parts, int(chunk), scale, softcap, half, torch.is_grad_enabled())
+    job = _Job(teacher, targets, parts, factors, int(chunk), scale, softcap, half, torch.is_grad_enabled())
     total, *values = _Fused.apply(student_hidden, weight, bias, job)
     return values, total
+
+
+def _check_classes(classes: int, teacher: TeacherRows) -> None:
+    known = {
+        "weight": None if teacher.projection is None else teacher.projection.weight.shape[0],
+        "logits": None if teacher.logits is None else teacher.logits.shape[-1],
+        "top-k": None if teacher.topk is None else teacher.topk.classes,
+    }
+    for what, found in known.items():
+        if found not in (None, classes):
+            raise ValueError(f"the student's weight is for {classes} classes, the teacher's {what} for {found}")
 
 
 class _Job(NamedTuple):
@@ -104,7 +104,8 @@ class _Job(NamedTuple):
 
     teacher: TeacherRows
     targets: Tensor | None
-    parts: Sequence[Part]
+    parts: Sequence[Fused]
+    factors: Sequence[float | Tensor]
     chunk: int
     scale: float
     softcap: float | None
@@ -179,8 +180,10 @@ class _Pass:
         for part, rows_of in zip(self.job.parts, self.values, strict=True):
             hard = part.kind == "cross_entropy"
             values.append(rows_of.sum() / self.labelled if hard else part.temperature**2 * rows_of.sum() / count)
-        total = sum((part.factor * value for part, value in zip(self.job.parts, values, strict=True)), 0.0)
-        return torch.as_tensor(total, dtype=self.values.dtype, device=self.values.device), values, self.gradients
+        total = self.values.new_zeros(())
+        for factor, value in zip(self.job.factors, values, strict=True):
+            total += factor * value
+        return total, values, self.gradients
 
     def _chunk(self, rows: slice) -> Tensor:
         """Fill in the values of some rows; the gradient by the student's logits, times the number of all rows."""
@@ -191,7 +194,7 @@ class _Pass:
             part = self.job.parts[number]
             last = place == len(self.order) - 1 and softcap is None  # of a cap the gradient needs the logits
             self.values[number, rows], gradient = self._part(number, part, logits, rows, last)
-            gradient.mul_(self._outer(part))
+            gradient.mul_(self._outer(part) * self.job.factors[number])
             total = gradient if total is None else total.add_(gradient)
             if gradient is not total:
                 self.pool.give(gradient)
@@ -201,14 +204,14 @@ class _Pass:
             self.pool.give(logits)
         return total if scale == 1.0 else total.mul_(scale)
 
-    def _outer(self, part: Part) -> Tensor | float:
+    def _outer(self, part: Fused) -> Tensor | float:
         """What a row's gradient is multiplied by, times the number of rows."""
         if part.kind != "cross_entropy":
-            return part.factor * part.temperature  # T² of the loss, 1 / T of the logits
+            return part.temperature  # T² of the loss, 1 / T of the logits
         assert self.labelled is not None
-        return part.factor * len(self.hidden) / self.labelled
+        return len(self.hidden) / self.labelled
 
-    def _part(self, number: int, part: Part, logits: Tensor, rows: slice, last: bool) -> tuple[Tensor, Tensor]:
+    def _part(self, number: int, part: Fused, logits: Tensor, rows: slice, last: bool) -> tuple[Tensor, Tensor]:
         pool = self.pool
         if part.kind == "cross_entropy":
             assert self.job.targets is not None
@@ -222,7 +225,7 @@ class _Pass:
         log_t = log_softmax(self._of_teacher(rows), part.temperature, pool, last=True)
         return DIVERGENCES[part.kind](log_s, log_t, part.share, pool)
 
-    def _topk_of(self, number: int, part: Part, rows: slice) -> tuple[Tensor, Tensor]:
+    def _topk_of(self, number: int, part: Fused, rows: slice) -> tuple[Tensor, Tensor]:
         if number in self.topk:
             log_probs, ids = self.topk[number]
             return log_probs[rows].to(self.values.dtype), ids[rows]
@@ -259,10 +262,14 @@ class _Projected:
         exact = self.dtype == made.dtype
         target = made if exact else torch.empty_like(made, dtype=self.dtype)
         some = self.hidden[rows].to(self.dtype)
-        if self.bias is None:
-            torch.mm(some, self.weight.T, out=target)
-        else:
-            torch.addmm(self.bias, some, self.weight.T, out=target)
+        classes = self.weight.shape[0]
+        step = BLOCK if some.device.type == "cpu" else classes
+        for start in range(0, classes, step):
+            block = slice(start, start + step)
+            if self.bias is None:
+                torch.mm(some, self.weight[block].T, out=target[:, block])
+            else:
+                torch.addmm(self.bias[block], some, self.weight[block].T, out=target[:, block])
         if not exact:
             made.copy_(target)
         _, _, scale, softcap = self.projection

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import Batch, Output, Term, at_least_float32, check_choice, check_temperature
+from kd.losses.base import Batch, Fused, Output, Term, at_least_float32, check_choice, check_temperature
 from kd.losses.logits._divergences import kl, mean_over_rows
 from kd.losses.tokens._topk import NOTHING, check_k, log_others, log_rest, teacher_topk
 
@@ -86,3 +86,7 @@ class TopKKL(Term):
         """The mean over the rows, times T²."""
         log_probs, ids = teacher_topk(teacher, self.k, self.temperature)
         return topk_kl_divergence(student.logits, log_probs, ids, self.temperature, self.form)
+
+    def fused(self) -> Fused:
+        """The same from hidden states."""
+        return Fused("topk_kl", self.temperature, k=self.k, form=self.form)
