@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -211,3 +212,25 @@ def test_weights_are_not_fetched_for_a_network_that_a_file_brings(monkeypatch) -
 def test_a_description_that_is_none_is_a_sentence(folder, about) -> None:
     with pytest.raises(KdError, match=r"evil\.safetensors cannot be read"):
         teacher(written(about["model"], data=about.get("data", {})))
+
+
+OURS = "kd.models.transformers_model.transformers_model"
+TINY_BERT = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"name": "a/folder"},
+        {"config": {**TINY_BERT, "trust_remote_code": True}},
+        {"config": {**TINY_BERT, "auto_map": {"AutoConfig": "evil.Evil"}}},
+        {"config": None},
+        {"weights_only": False},
+        {"revision": "main"},
+    ],
+)
+def test_a_network_of_transformers_is_made_from_its_configuration_alone(more: dict[str, Any]) -> None:
+    node = {"_target_": OURS, "config": TINY_BERT, "architecture": "masked_lm"}
+    assert described.network(node, "FILE")["pretrained"] is False
+    with pytest.raises(KdError, match="FILE is refused"):
+        described.network({**node, **more}, "FILE")

@@ -10,7 +10,8 @@ Hidden states and weights of a student and a teacher, float32, of width 512 (256
 - fused, top-64: a stored top-k in the place of the teacher's hidden states.
 
 Each run is a process of its own, and they take turns. Memory is the peak resident set over what is there before the
-first step, once a tiny one has loaded the libraries; time is that step's, and the table has medians, relative to naive.
+first step, once a tiny one has loaded the libraries; time is the CPU's in that step. The table has medians, also
+relative to naive.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PLAIN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "None": "null"}
-LISTS = ("Sequence", "list", "tuple", "Iterable")
+LISTS = ("Sequence", "list", "Iterable")
 
 
 def complaint(value: Any, annotation: str) -> str:

@@ -72,6 +72,8 @@ class CachedAnswers(Answers):
         super().__init__()
         self.form = Form(what, k, temperatures, precision)
         self.data, self.task, self.verify = data, task if task is not None else Classification(), verify
+        if what == "topk" and not self.task.distribution:
+            raise ValueError("what = topk is not allowed: the answers of this task are no distribution (what = logits)")
         if shard_samples is not None and (isinstance(shard_samples, bool) or shard_samples < 1):
             raise ValueError(
                 f"shard_samples = {shard_samples} is not allowed: it must be a whole number above 0, or null"

@@ -91,10 +91,14 @@ def digest_of_teacher(teacher: Teacher) -> str:
 
 def _architecture(network: nn.Module) -> str:
     kinds = " ".join(f"{type(m).__module__}.{type(m).__qualname__}" for m in network.modules())
-    config: Any = getattr(network, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
     aside = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-    settings = {k: v for k, v in settings.items() if k not in aside}
+    settings = {}
+    for name, module in network.named_modules():
+        config: Any = getattr(module, "config", None)
+        known = config.to_dict() if hasattr(config, "to_dict") else {}
+        numbers = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (str, int, float))}
+        settings[name] = {**{k: v for k, v in known.items() if k not in aside}, **numbers}
+        settings[name] |= {"scaling": getattr(module, "scaling", None)}  # of low-rank matrices
     shown = re.sub(r" at 0x[0-9a-f]+", "", f"{network} {json.dumps(settings, sort_keys=True, default=str)}")
     return f"{kinds} {shown}"
 

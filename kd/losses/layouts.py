@@ -153,5 +153,5 @@ def mean_of_positions(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """The mean (samples, width) of hidden states (samples, positions, width) over the positions of ``mask``."""
     if mask is None:
         return hidden.mean(1)
-    weights = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    weights = mask.float().unsqueeze(-1)  # a sum over many positions overflows in halves
+    return ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).to(hidden.dtype)

@@ -53,6 +53,8 @@ def chosen_layers(layers: Any, total: int, keep: str = "uniform") -> list[int]:
 
     ``layers``: a number of them, or their numbers; None: all.
     """
+    if layers is None and keep in ("first", "last", "ends"):
+        raise ValueError(f"keep = {keep} needs the number of layers (layers = …)")
     if layers is None:
         return list(range(total)) if keep != "every_other" else list(range(0, total, 2))
     if isinstance(layers, Sequence) and not isinstance(layers, str):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 import transformers
 from torch import Tensor, nn
 
 from kd.losses.layouts import mean_of_positions
 from kd.models.base import stages
+
+log = logging.getLogger(__name__)
 
 AUTO = {  # architecture → transformers' factory
     "sequence_classification": transformers.AutoModelForSequenceClassification,
@@ -29,7 +33,13 @@ AUTO = {  # architecture → transformers' factory
 POOLING = ("mean", "cls")
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 # of a configuration: where it came from, and what would run code of others
-DROPPED = ("_name_or_path", "auto_map", "transformers_version", "architectures", "dtype", "torch_dtype")
+DROPPED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+CODE = ("auto_map", "trust_remote_code", "custom_pipelines")  # of a configuration: they name code of others
+LORA = (  # arguments of peft.LoraConfig that a weights file describes, and so those that are allowed
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "use_dora", "fan_in_fan_out"),
+    *("exclude_modules", "task_type"),
+)
 
 
 def transformers_model(
@@ -61,14 +71,26 @@ def transformers_model(
         raise ValueError(f"pooling = {pooling} is not allowed: it must be mean or cls")
     if name is None and "model_type" not in (config or {}):
         raise ValueError("it has neither a name (name=MODEL or FOLDER) nor a config={model_type: …}")
+    refuse_code(kwargs)
     made = _configuration(name, config or {}, tokenizer, kwargs)
     if architecture == "sequence_classification" and num_classes is not None:
         made.num_labels = num_classes
     factory = AUTO[architecture]
+    kwargs.setdefault("dtype", torch.float32)  # else it is trained in that of the file, whatever the precision says
     if name is not None and pretrained:
-        network = _fetched(name, functools.partial(factory.from_pretrained, name, config=made, **kwargs))
+        fetch = functools.partial(factory.from_pretrained, name, config=made, trust_remote_code=False)
+        network, found = _fetched(name, functools.partial(fetch, output_loading_info=True, **kwargs))
+        fresh = sorted(found["missing_keys"])
+        if fresh:
+            log.warning("%s has no weights for %s: they are random", name, ", ".join(fresh[:4]))
+        network.random_weights = fresh
     else:
-        network = factory.from_config(made)
+        asked = {key: kwargs[key] for key in ("dtype", "attn_implementation") if key in kwargs}
+        if other := sorted(kwargs.keys() - asked.keys()):
+            raise ValueError(
+                f"{other[0]} = {kwargs[other[0]]} is of from_pretrained: with pretrained=false it does nothing"
+            )
+        network = factory.from_config(made, **asked)
     refuse_small_vocabulary(network, tokenizer, name)
     if lora is not None:
         network = with_lora(network, lora)
@@ -77,10 +99,11 @@ def transformers_model(
 
 
 def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any, kwargs: Mapping[str, Any]) -> Any:
-    own = {key: _plain(value) for key, value in changes.items() if key not in (*DROPPED, "model_type")}
+    own = {key: _plain(value) for key, value in changes.items() if key not in (*DROPPED, *CODE, "model_type")}
     if name is not None:
         where = {key: kwargs[key] for key in ("gguf_file", "revision", "subfolder", "cache_dir") if key in kwargs}
-        return _fetched(name, functools.partial(transformers.AutoConfig.from_pretrained, name, **own, **where))
+        fetch = functools.partial(transformers.AutoConfig.from_pretrained, name, trust_remote_code=False)
+        return _fetched(name, functools.partial(fetch, **own, **where))
     if tokenizer is not None:
         ids = {key: getattr(tokenizer, key, None) for key in SPECIAL}
         ids["bos_token_id"] = ids["eos_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
@@ -113,6 +136,15 @@ def _online() -> bool:
         return False
 
 
+def refuse_code(kwargs: Mapping[str, Any]) -> None:
+    """``ValueError`` for arguments that would run code of others: from a model's folder, or out of a pickle."""
+    for key in CODE:
+        if kwargs.get(key) not in (None, False):
+            raise ValueError(f"{key} = {kwargs[key]} is not allowed: code that comes with weights is not run")
+    if kwargs.get("weights_only", True) is not True:
+        raise ValueError("weights_only = false is not allowed: a pickle is read as data, or not at all")
+
+
 def refuse_small_vocabulary(network: nn.Module, tokenizer: Any, name: str | None) -> None:
     """``ValueError`` when the data's tokenizer has ids that the network has no embedding for."""
     if tokenizer is None:
@@ -131,6 +163,8 @@ def with_lora(network: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
         import peft
     except ImportError:
         raise ValueError("lora needs peft: pip install peft") from None
+    if other := [key for key in lora if key not in LORA]:
+        raise ValueError(f"lora.{other[0]} is not allowed: it must be one of {', '.join(LORA)}")
     try:
         return peft.get_peft_model(network, peft.LoraConfig(**_plain(lora)))
     except (ValueError, TypeError) as error:
@@ -140,6 +174,8 @@ def with_lora(network: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
 class SentenceEncoder(nn.Module):
     """A network of transformers that answers a sentence with its embedding (rows, width); tap it as ``pooled``.
 
+    Its stages are those of the encoder.
+
     ``pooling``: ``mean`` of the hidden states over the positions that are not padding, or that of the first (``cls``).
     """
 
@@ -147,9 +183,9 @@ class SentenceEncoder(nn.Module):
         super().__init__()
         self.encoder, self.pooling, self.pooled = encoder, pooling, nn.Identity()
         try:
-            self.stages = (*(f"encoder.{stage.name}" for stage in stages(encoder)), "pooled")
+            self.stages = tuple(f"encoder.{stage.name}" for stage in stages(encoder))
         except ValueError:
-            self.stages = ("pooled",)
+            self.stages = ()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """The embeddings (rows, width)."""
@@ -176,7 +212,7 @@ def description(network: nn.Module) -> dict[str, Any] | None:
     inner = library_network(network)
     if inner is None:
         return None
-    architecture = next((key for key, auto in AUTO.items() if type(inner) in _classes(auto)), None)
+    architecture = next((key for key, auto in AUTO.items() if type(inner).__name__ in _names(auto)), None)
     if architecture is None:
         return None
     config = {k: v for k, v in inner.config.to_diff_dict().items() if k not in DROPPED}
@@ -190,17 +226,14 @@ def description(network: nn.Module) -> dict[str, Any] | None:
     wrapped: Any = network.encoder if isinstance(network, SentenceEncoder) else network
     if hasattr(wrapped, "peft_config"):
         adapter = next(iter(wrapped.peft_config.values())).to_dict()
-        wanted = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "modules_to_save")
-        node["lora"] = {key: _plain(adapter[key]) for key in wanted if adapter.get(key) is not None}
+        node["lora"] = {key: _plain(adapter[key]) for key in LORA if adapter.get(key) not in (None, {}, [])}
     return node
 
 
-def _classes(auto: Any) -> set[Any]:
-    found: set[Any] = set()
-    for made in auto._model_mapping._model_mapping.values():
-        for one in made if isinstance(made, (tuple, list)) else (made,):
-            found.add(getattr(transformers, one, None))
-    return found
+def _names(auto: Any) -> set[str]:
+    """The names of the classes that a factory makes; none of them is imported for it."""
+    listed = auto._model_mapping._model_mapping.values()
+    return {name for made in listed for name in (made if isinstance(made, (tuple, list)) else (made,))}
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,8 @@ FETCHING = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_backbone", "use_pretrained_backbone"),
     *("weights", "weights_backbone", "checkpoint_path", "cache_dir", "trust_remote_code", "auto_map", "hf_hub_id"),
 )
+OF_TRANSFORMERS = "kd.models.transformers_model.transformers_model"
+SELF_MADE = ("_target_", "pretrained", "name", "config", "architecture", "pooling", "lora", "num_classes", "tokenizer")
 HARMLESS = ("_target_", "_convert_", "_recursive_")  # keys of Hydra; _args_ would hide arguments from the checks
 ALLOW = "set teacher.trust=true if you trust the file, or name the network yourself (model@teacher=NAME)"
 
@@ -54,10 +56,10 @@ def network(node: Any, source: str, named: Collection[str] = (), trust: bool = F
             )
         if (made := found(target)) is not None and _of_the_system(module_of(made)):
             raise _never(source, target)  # reached through another module: mymodule.os.system
-    timm_flag = str(node["_target_"]).startswith(("kd.models.", "timm.")) and "pretrained" in node
-    description = {**node, "pretrained": False} if timm_flag else dict(node)
+    description = _without_weights(node)
     if not trust:
         _refuse_fetching(description, source)
+        _refuse_more(description, source)
     return description
 
 
@@ -107,6 +109,28 @@ def _refuse_fetching(node: Mapping[str, Any], source: str) -> None:
                     f"{source} is refused: of its network {key} = {value} would fetch or run something else than the "
                     f"weights in the file: {ALLOW}"
                 )
+
+
+def _without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node of a network that fetches no weights: they are in the file. The default of transformers' is to fetch."""
+    timm_flag = str(node["_target_"]).startswith(("kd.models.", "timm.")) and "pretrained" in node
+    return {**node, "pretrained": False} if timm_flag or node["_target_"] == OF_TRANSFORMERS else dict(node)
+
+
+def _refuse_more(node: Any, source: str) -> None:
+    """Of our own factory of transformers' networks: nothing but a configuration, without a place to fetch from."""
+    for _, part in targets(node):
+        if part["_target_"] != OF_TRANSFORMERS:
+            continue
+        more = [key for key in part if key not in SELF_MADE]
+        if more or part.get("name") is not None or not isinstance(part.get("config"), Mapping):
+            raise KdError(
+                f"{source} is refused: of its network {more[0] if more else 'name'} would fetch or run something else "
+                f"than the weights in the file: {ALLOW}"
+            )
+        for key, value in _leaves(part):
+            if not set(FETCHING).isdisjoint(key.split(".")) and key != "pretrained" and value not in (None, False):
+                raise KdError(f"{source} is refused: of its network {key} = {value} would run code: {ALLOW}")
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -113,6 +113,7 @@ class _Job:
         self.chosen, self.rows, self.there, self.progress = chosen, rows, there, progress
         self.stop, self.signalled = threading.Event(), False
         self.summary = Summary(chosen.out, len(rows), repeated, len(rows) * chosen.n)
+        self._refused: set[Key] = set()
         self._number = {prompt.id: prompt.index + 1 for prompt in rows}
         self._began, self._tokens = time.monotonic(), 0
         messages = any(not isinstance(prompt.content, str) for prompt in rows)
@@ -215,7 +216,9 @@ class _Job:
     def keep(self, key: Key, completion: Completion, wasted: float = 0.0) -> None:
         """Write a completion down and count it."""
         self.there.add(key, completion, wasted)
-        self.summary.failed.pop(self._number[key[0]], None)
+        self._refused.discard(key)
+        if not any(row == key[0] for row, _ in self._refused):  # another sample of this prompt may have failed
+            self.summary.failed.pop(self._number[key[0]], None)
         self._count(self.there.done[key])
         self._tokens += completion.tokens_out
         self._spend(wasted)
@@ -223,6 +226,7 @@ class _Job:
     def fail(self, key: Key, reason: str, wasted: float = 0.0) -> None:
         """Write down that there is no completion, and why."""
         self.there.add_failure(key, reason, wasted)
+        self._refused.add(key)
         self.summary.failed[self._number[key[0]]] = reason
         self._spend(wasted)
 

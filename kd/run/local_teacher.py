@@ -67,6 +67,7 @@ class LocalTeacher:
         before = around(self.tokenizer)[0]
         self._before = before if before == [self.tokenizer.bos_token_id] else []
         self.ends = self._end_tokens()
+        self.network.generation_config = GenerationConfig()  # its own would fill in what ours leaves out
         self.config = self._config()
 
     def _end_tokens(self) -> list[int]:

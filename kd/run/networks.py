@@ -230,6 +230,13 @@ def _member(
     if state is None and spec.get("pretrained"):
         pretrained = getattr(net, "pretrained_cfg", None) or {}
         _own_head(pretrained, data, section["allow_random"])
+        fresh = getattr(net, "random_weights", [])
+        if fresh and not section["allow_random"]:
+            raise KdError(
+                f"the teacher's {', '.join(fresh[:2])} have no weights in {spec.get('name')}, they would be random: "
+                "fine-tune it first and give that run as teacher.checkpoint, or set teacher.allow_random=true if no "
+                "term reads its logits"
+            )
     elif state is not None and not recorded and section["mean"] is None and data.mean:
         log.warning(
             "%s does not record the statistics of its input: the data's are used (set teacher.mean and teacher.std)",

@@ -45,10 +45,12 @@ class Task(ABC):
     ``summary``: the metrics that the last lines of a run show; empty: all. ``needs_logits``: whether the metrics are
     made of the logits, so that they say nothing where no term trains them. ``architecture``: which of a library's
     networks the task wants (``causal_lm``, ``sequence_classification`` …), for factories that take it.
+    ``distribution``: whether the softmax of a row's logits means something, so that its top-k says most of it.
     """
 
     metrics: Sequence[Metric]
     architecture: str | None = None
+    distribution: bool = True
     counts: Sequence[str] = ()
     summary: Sequence[str] = ()
     needs_logits: bool = True

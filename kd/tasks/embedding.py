@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ class Embedding(Task):
         Metric("cosine", "cosine", beside_teacher=True),
     )
     needs_logits = False
+    distribution = False
 
     def answer(self, network: nn.Module, inputs: Any, batch: Batch, want: Want) -> Output:
         """Call a network that answers (rows, width), or hidden states (rows, positions, width): their mean."""
-        raw = network(**inputs)
+        raw = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
         hidden = raw if isinstance(raw, Tensor) else getattr(raw, "last_hidden_state", None)
         return Output(mean_of_positions(hidden, batch.mask) if hidden is not None and hidden.ndim == 3 else hidden)
 

@@ -64,6 +64,9 @@ def hidden_rows(
     """
     if network._compiled_call_impl is not None:  # the layer would be another one in each step
         return None
+    ask: Any = getattr(network, "get_output_embeddings", None)
+    if callable(ask) and (layer := ask()) is not None and (layer._forward_hooks or layer._forward_pre_hooks):
+        return None  # it is tapped: what it makes is wanted
     if network not in _HEADS:
         _HEADS[network] = _checked(network, inputs)
     head = _HEADS[network]
@@ -111,7 +114,7 @@ def _checked(network: nn.Module, inputs: Mapping[str, Tensor]) -> Head | None:
     inner: Any = network.get_base_model() if hasattr(network, "peft_config") else network  # type: ignore[operator]
     head.caches = "use_cache" in inspect.signature(inner.forward).parameters
     few = {name: tensor[:2] for name, tensor in inputs.items()}
-    training = network.training
+    training = {module: module.training for module in network.modules()}
     network.eval()
     try:
         with torch.no_grad():
@@ -119,8 +122,11 @@ def _checked(network: nn.Module, inputs: Mapping[str, Tensor]) -> Head | None:
             whole = whole["logits"] if isinstance(whole, Mapping) else getattr(whole, "logits", whole)
             logits = head(_run(network, few, None, head)).view_as(whole)
             same = (logits - whole).abs().max() <= CLOSE * whole.abs().max().clamp(min=1e-6)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, IndexError, TypeError, AttributeError):  # it does not run on no vocabulary
         return None
     finally:
-        network.train(training)
+        for module, mode in training.items():
+            module.training = mode
     return head if bool(same) else None

@@ -58,11 +58,11 @@ class Tokens(Task):
         if "positions" in batch.extra:
             return batch
         real = _real(batch)
-        targets = torch.where(real, batch.targets, UNLABELLED)
+        targets, predicting = torch.where(real, batch.targets, UNLABELLED), real
         if self.shift:
             targets = F.pad(targets[:, 1:], (0, 1), value=UNLABELLED)
-            real = F.pad(real[:, 1:], (0, 1), value=False) & real
-        kept = targets >= 0 if self.chosen == "supervised" else real
+            predicting = F.pad(real[:, 1:], (0, 1), value=False) & real
+        kept = targets >= 0 if self.chosen == "supervised" else predicting
         positions = kept.flatten().nonzero().squeeze(1)
         if not len(positions):
             raise KdError("a batch has no supervised position: every row of the data needs one, behind its prompt")
@@ -71,15 +71,15 @@ class Tokens(Task):
             own = F.pad(bytes_of[:, 1:], (0, 1)) if self.shift else bytes_of
             extra["row_bytes"] = own.flatten()[positions]
         targets = targets.flatten()[positions].clamp(min=UNLABELLED)
-        return Batch(batch.inputs, targets, batch.index, real if batch.mask is None else batch.mask, batch.views, extra)
+        return Batch(batch.inputs, targets, batch.index, real, batch.views, extra)
 
     def answer(self, network: nn.Module, inputs: Any, batch: Batch, want: Want) -> Output:
         """Call a network; of transformers' language models only the rows go through the output projection."""
         positions = batch.extra.get("positions")
-        found = hidden_rows(network, inputs, positions) if want.logits else None
+        found = hidden_rows(network, inputs, positions) if want.logits and isinstance(inputs, Mapping) else None
         if found is not None:
             return Output(hidden=found[0], head=found[1])
-        raw = network(**inputs)
+        raw = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
         logits = self.logits(raw)
         if logits is None:
             return Output(raw=raw)
@@ -96,7 +96,7 @@ class Tokens(Task):
         if len(set(found.values())) > 1:
             raise KdError(
                 f"the student has a vocabulary of {found['student']} tokens, the teacher of {found['teacher']}: what "
-                "compares them needs networks of one tokenizer, or a term for two of them (loss=[uld])"
+                "compares them needs networks of one tokenizer"
             )
 
     def meter(self, classes: int | None) -> TokenMeter:

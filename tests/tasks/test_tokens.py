@@ -140,5 +140,5 @@ def test_vocabularies_that_do_not_belong_together() -> None:
     task.agree(wide, wide, 10, compared=True)  # padded to a round number
     with pytest.raises(KdError, match="the student has a vocabulary of 10 tokens, the data's tokenizer 11"):
         task.agree(narrow, wide, 11, compared=False)
-    with pytest.raises(KdError, match=r"the student has a vocabulary of 10 tokens, the teacher of 12.*uld"):
+    with pytest.raises(KdError, match=r"the student has a vocabulary of 10 tokens, the teacher of 12"):
         task.agree(narrow, wide, 10, compared=True)

@@ -53,18 +53,18 @@ def _rendered(messages: Any, first: int, tokenizer: Any, where: str) -> Dialogue
     if not known or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages):
         raise KdError(f"{where}: messages must be a list of objects with role and content")
     spans = []
+    text = _template(tokenizer, messages, False, where)
     for number, message in enumerate(messages):
         if message["role"] == "assistant" and number >= first:
             before = _template(tokenizer, messages[:number], True, where)
             after = _template(tokenizer, messages[: number + 1], False, where)
-            if not after.startswith(before):
+            if not after.startswith(before) or not text.startswith(after.rstrip()):
                 raise KdError(
                     f"{where}: the chat template writes a dialogue otherwise once it goes on, so that it is not known "
                     "what the assistant says: write prompt and completion as texts"
                 )
             spans.append((len(before), len(after.rstrip())))
-    text = _template(tokenizer, messages, False, where)
-    return Dialogue(text, [span for span in spans if span[1] <= len(text)], False)
+    return Dialogue(text, spans, False)
 
 
 def _template(tokenizer: Any, messages: Sequence[Any], answering: bool, where: str) -> str:

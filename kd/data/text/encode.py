@@ -141,12 +141,14 @@ def encode_spans(
     """Tokenise texts of which only some characters are to be predicted.
 
     ``spans``: of each text the characters [begin, end) that are; ``ends``: whether the end token follows, to be
-    predicted as well. A token is supervised when it ends inside of a span: one that begins in the prompt and ends in
+    predicted as well, and the token that begins a text comes first, where the tokenizer has one. A token is supervised
+    when it ends inside of a span: one that begins in the prompt and ends in
     the completion belongs to the completion.
     """
     rows: list[list[int]] = []
     marks: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
+    begins = [tokenizer.bos_token_id] if around(tokenizer)[0] == [tokenizer.bos_token_id] else []
     for start in range(0, len(texts), AT_ONCE):
         found = tokenizer(
             list(texts[start : start + AT_ONCE]),
@@ -161,12 +163,10 @@ def encode_spans(
             for begin, end in spans[number]:
                 inside |= (until > begin) & (until <= end)
             size = bytes_of(texts[number], places)
-            if ends[number]:
-                ids, inside, size = (
-                    [*ids, tokenizer.eos_token_id],
-                    np.append(inside, True),
-                    np.append(size, np.uint16(0)),
-                )
+            if ends[number]:  # no template has written the tokens around it
+                ids = [*begins, *ids, tokenizer.eos_token_id]
+                inside = np.concatenate([np.zeros(len(begins), dtype=bool), inside, [True]])
+                size = np.pad(size, (len(begins), 1))
             rows.append(ids)
             marks.append(inside)
             sizes.append(size)

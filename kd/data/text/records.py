@@ -112,13 +112,13 @@ def _table(path: Path, kind: str, encoding: str) -> Records:
 
     try:
         if kind == ".parquet":
-            frame = pd.read_parquet(path).astype(object)
-            frame = frame.where(frame.notna(), None)
-        else:
-            text = decoded(path, encoding)
-            # every cell is text: "NA" and "null" are words, and "007" is no number
-            separator = "\t" if kind == ".tsv" else ","
-            frame = pd.read_csv(StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_filter=False)
+            from pyarrow import parquet  # lists stay lists, as in jsonl
+
+            return Records({str(k): v for k, v in parquet.read_table(path).to_pydict().items()}, str(path))
+        text = decoded(path, encoding)
+        # every cell is text: "NA" and "null" are words, and "007" is no number
+        separator = "\t" if kind == ".tsv" else ","
+        frame = pd.read_csv(StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_filter=False)
     except KdError:
         raise
     except Exception as error:

@@ -243,7 +243,9 @@ class _Pass:
             return self.pool.take().copy_(known.logits[rows])
         if known.topk is None:
             raise ValueError("there are no logits of the teacher, nor what they are made from")
-        return self.pool.take().copy_(TopK(known.topk.ids[rows], known.topk.log_probs[rows], self.classes).dense())
+        rests = {temperature: rest[rows] for temperature, rest in known.topk.log_rests.items()}
+        few = TopK(known.topk.ids[rows], known.topk.log_probs[rows], self.classes, rests)
+        return self.pool.take().copy_(few.dense())
 
 
 class _Projected:
