@@ -8,17 +8,15 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from kd.config.hub import online
 from kd.losses.layouts import mean_of_positions
 from kd.models.base import stages
 
@@ -116,24 +114,13 @@ def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any,
 
 def _fetched(name: str, fetch: Any) -> Any:
     try:
-        return fetch(**({} if Path(name).is_dir() or _online() else {"local_files_only": True}))
+        return fetch(**({} if Path(name).is_dir() or online() else {"local_files_only": True}))
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
             f"name = {name} cannot be had of transformers ({reason}): give the folder of a network that is here, or be "
             "online"
         ) from error
-
-
-def _online() -> bool:
-    """Whether the hub's name resolves: without, it would be asked for half a minute."""
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
-    try:
-        return bool(socket.getaddrinfo(host, 443))
-    except OSError:
-        return False
 
 
 def refuse_code(kwargs: Mapping[str, Any]) -> None:

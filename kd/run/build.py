@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def datamodule(config: Mapping[str, Any]) -> Any:
-    """The data module, set up for all splits. Of several processes one a node downloads."""
+    """Make the data module, set up for all splits. Of several processes one a node downloads."""
     data = make(config["data"], "data")
     if not isinstance(data, LightningDataModule):
         raise KdError(f"{_name(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule")
@@ -53,7 +53,7 @@ def _name(config: Mapping[str, Any]) -> str:
 
 
 def objective(config: Mapping[str, Any]) -> Objective:
-    """The named terms with their weights and schedules; a ``term`` or a schedule may be there as an object already."""
+    """Make the named terms with their weights and schedules; a ``term`` or a schedule may be an object already."""
     terms, factors, schedules = {}, {}, {}
     for name, node in config["loss"].items():
         if node is None:
@@ -85,7 +85,7 @@ def load_terms(config: Mapping[str, Any], module: Distiller) -> None:
 
 
 def check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """``KdError`` that names the first job whose terms cannot be built, or need a teacher that it does not give."""
+    """Refuse the first job whose terms cannot be built, or need a teacher that it does not give."""
     for name, config in configs.items():
         try:
             given = any(config["teacher"].get(key) for key in ("model", "checkpoint", "answers"))
@@ -96,7 +96,7 @@ def check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
-    """Student, teacher, objective and task as one module, prepared on the first training batch."""
+    """Make student, teacher, objective and task one module, prepared on the first training batch."""
     recipe = config["recipe"]
     built_task = task(config)
     own = getattr(get_object(config["distiller"]["_target_"]), "own_optimizers", ())
@@ -143,7 +143,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
 
 
 def taken_by(distiller: Any, peers: Mapping[str, nn.Module], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What only some distillers are given: peers where there are any, clipping where Lightning does not do it."""
+    """Return what only some distillers take: peers where there are any, clipping where Lightning does not do it."""
     given: dict[str, Any] = {"peers": peers} if peers else {}
     if getattr(distiller, "own_optimizers", ()):
         given |= {"gradient_clip": recipe["gradient_clip"], "accumulate": recipe["accumulate"]}
@@ -151,7 +151,7 @@ def taken_by(distiller: Any, peers: Mapping[str, nn.Module], recipe: Mapping[str
 
 
 def task(config: Mapping[str, Any]) -> Task:
-    """The task of a config. ``KdError`` when it is none."""
+    """Make the task of a config. ``KdError`` when it is none."""
     built = make(config["task"], "task")
     if not isinstance(built, Task):
         raise KdError(f"task._target_ = {config['task']['_target_']} is not a kd.tasks.base.Task")
@@ -159,7 +159,7 @@ def task(config: Mapping[str, Any]) -> Task:
 
 
 def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
-    """The loggers of the config, completed with where the run writes; ``finish_loggers`` closes them."""
+    """Make the loggers of the config, completed with where the run writes; ``finish_loggers`` closes them."""
     built = []
     for name, node in config["logger"].items():
         if node is not None:
@@ -169,7 +169,7 @@ def loggers(config: Mapping[str, Any], run_dir: Path) -> list[Any]:
 
 
 def callbacks(config: Mapping[str, Any], protocol: Mapping[str, Any], measured: Mapping[str, str]) -> list[Callback]:
-    """The callbacks of the config; ``protocol``: of the run, with what selects; ``measured``: what is better of val's.
+    """Make the callbacks of the config; ``protocol``: with what selects; ``measured``: what is better of val's.
 
     A ``monitor`` of null is what selects; a ``mode`` of null is what is better for the monitor, of a mean of training
     the less.

@@ -63,7 +63,7 @@ def _cache(module: Distiller, data: Any) -> None:
 
 
 def _last_batch(module: Distiller, data: Any, size: int) -> None:
-    """Each process needs a row of the last batch, and batch norm two."""
+    """Refuse a last batch that is too small: each process needs a row of the last batch, and batch norm two."""
     count, processes = data.sizes["train"], group.world_size()
     if count is None:  # a stream: what it ends with is not known
         return

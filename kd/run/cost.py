@@ -16,7 +16,7 @@ from kd.tasks.base import Task, Want
 
 
 def sizes(module: Distiller, example: Any) -> dict[str, dict[str, int]]:
-    """Parameters and multiply-accumulates a sample, of student and teacher; adapters are counted apart.
+    """Count parameters and multiply-accumulates a sample, of student and teacher; adapters are counted apart.
 
     ``example``: inputs of one sample. A teacher without live networks has no size.
     """
@@ -29,7 +29,7 @@ def sizes(module: Distiller, example: Any) -> dict[str, dict[str, int]]:
 
 
 def size(network: nn.Module, task: Task, example: Any) -> dict[str, int]:
-    """Number of parameters, and multiply-accumulate operations of one forward pass of ``example``."""
+    """Count parameters, and multiply-accumulate operations of one forward pass of ``example``."""
     training = network.training
     network.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -39,7 +39,7 @@ def size(network: nn.Module, task: Task, example: Any) -> dict[str, int]:
 
 
 def latency_ms(network: nn.Module, task: Task, example: Any, passes: int = 30) -> float:
-    """Median milliseconds of an eager forward pass of one sample, where the weights are. Noisy on a busy machine."""
+    """Measure the median milliseconds of an eager pass of one sample, where the weights are; noisy on a busy machine."""
     weight = next(network.parameters())
     device = weight.device
 

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def facts(data: Any) -> dict[str, Any]:
-    """What a network must know of the data it was trained on; stored with its weights."""
+    """Return what a network must know of the data it was trained on; stored with its weights."""
     return {
         "num_classes": data.num_classes,
         "input_shape": list(data.input_shape),

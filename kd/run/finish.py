@@ -1,4 +1,4 @@
-"""The end of a run: test the last and the val-selected student, keep what is to be kept, say how it went."""
+"""Write the end of a run: test the last and the val-selected student, keep what is to be kept, say how it went."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _export(config: Mapping[str, Any], run_dir: Path, module: Distiller) -> None
 
 
 def _teacher_part(config: Mapping[str, Any], module: Distiller) -> dict[str, Any]:
-    """What the record says of the teacher; without metrics where its output cannot be compared with the student's."""
+    """Return what the record says of the teacher; no metrics where its output cannot be compared with the student's."""
     assert module.teacher is not None
     part: dict[str, Any] = {"checkpoint": config["teacher"]["checkpoint"]}
     if "val" in module.teacher_metrics:
@@ -115,7 +115,7 @@ def _teacher_part(config: Mapping[str, Any], module: Distiller) -> dict[str, Any
 
 
 def _which(sources: list[dict[str, Any]]) -> dict[str, Any]:
-    """Which weights taught: ``weights`` and ``epoch`` of the teacher's run, lists of several."""
+    """Say which weights taught: ``weights`` and ``epoch`` of the teacher's run, lists of several."""
     kept = {key: [source.get(key) for source in sources] for key in ("weights", "epoch") if any(sources)}
     return {key: found[0] if len(found) == 1 else found for key, found in kept.items()}
 
@@ -149,7 +149,7 @@ def _split(metrics: Any) -> dict[str, float]:
 
 
 def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], data: Any) -> str:
-    """One line: what learns what from whom."""
+    """Write one line: what learns what from whom."""
     roles = [f"{role} {size['parameters']:,} parameters" for role, size in measured.items()]
     weights = {name: node.get("weight", 1) for name, node in config["loss"].items()}
     terms = " + ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in weights.items())
@@ -164,7 +164,7 @@ def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], da
 
 
 def summary(outcome: Mapping[str, Any], task: Task, run_dir: Path | None) -> str:
-    """The end of a run: student last and selected, teacher, retention, and where everything is."""
+    """Write the end of a run: student last and selected, teacher, retention, and where everything is."""
     student, teacher = outcome["student"], outcome.get("teacher")
     last, selected = student["last"], student["selected"]
     along = ", trained along" if (teacher or {}).get("weights") == weight_files.TRAINED_ALONG else ""
@@ -183,7 +183,7 @@ def summary(outcome: Mapping[str, Any], task: Task, run_dir: Path | None) -> str
 
 
 def _retention(student: Mapping[str, Any], teacher: Mapping[str, Any], task: Task) -> str:
-    """The student's main metric as a share of the teacher's; where less is better, how many times the teacher's."""
+    """Write the main metric as a share of the teacher's; where less is better, how many times the teacher's."""
     metric = task.metrics[0]
     ratio = retention(student["test"].get(metric.name), teacher["test"].get(metric.name))
     if metric.name not in teacher["test"]:

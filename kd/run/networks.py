@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def network(
     spec: Mapping[str, Any], path: str, num_classes: int | None, input_shape: tuple[int, ...], **more: Any
 ) -> nn.Module:
-    """A network from its ``_target_``; it is given what it takes of the class count and the input's shape.
+    """Make a network from its ``_target_``; it is given what it takes of the class count and the input's shape.
 
     So is each network inside of it, a node with a ``_target_`` among its arguments, at any depth. ``more``: what else
     it may take, see :func:`of_text`.
@@ -60,7 +60,7 @@ def network(
 
 
 def _completed(spec: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """A network's node, with what the nodes inside of it take of ``known`` and do not set."""
+    """Complete a network's node with what the nodes inside of it take of ``known`` and do not set."""
 
     def filled(node: Any) -> Any:
         if isinstance(node, list):
@@ -80,12 +80,12 @@ def _completed(spec: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, A
 
 
 def of_text(data: Any, task: Task) -> dict[str, Any]:
-    """What factories of language models take: the architecture that the task wants, the tokenizer of the data."""
+    """Give what factories of language models take: the architecture that the task wants, the tokenizer of the data."""
     return {"architecture": task.architecture, "tokenizer": getattr(data, "tokenizer", None)}
 
 
 def student(config: Mapping[str, Any], data: Any, task: Task, teacher: Answers | None = None) -> nn.Module:
-    """The student, from scratch, from its teacher (``student.surgery``), or from ``student.checkpoint``."""
+    """Make the student, from scratch, from its teacher (``student.surgery``), or from ``student.checkpoint``."""
     section = config["student"]
     if section.get("surgery"):
         net = _cut_from(teacher, section["surgery"])
@@ -127,7 +127,7 @@ def _cut_from(teacher: Answers | None, surgery: Mapping[str, Any]) -> nn.Module:
 
 
 def description(network: nn.Module, node: Any) -> Any:
-    """The node that makes a network again from its weights file: its own, or one without the folder it came from."""
+    """Return the node that makes a network again from its weights file: its own, or one that needs no other folder."""
     if "transformers" not in sys.modules:
         return node
     from kd.models.transformers_model import description as of_library  # start-up: transformers
@@ -136,7 +136,7 @@ def description(network: nn.Module, node: Any) -> Any:
 
 
 def _refuse_heads(about: Mapping[str, Any], source: str) -> None:
-    """``KdError`` for a student that has kept heads of its terms: its network is more than what a config can name."""
+    """Refuse a student that has kept heads of its terms: its network is more than what a config can name."""
     if heads := about.get("heads"):
         raise KdError(
             f"{source} is a student that keeps a head of loss.{', loss.'.join(heads)}: kd eval RUN and resume=RUN make "
@@ -145,7 +145,7 @@ def _refuse_heads(about: Mapping[str, Any], source: str) -> None:
 
 
 def teacher(config: Mapping[str, Any], data: Any, task: Task) -> Answers | None:
-    """Where the teacher's answers come from; None when no model, checkpoint or ``teacher.answers`` is given."""
+    """Make what the teacher's answers come from; None when no model, checkpoint or ``teacher.answers`` is given."""
     live, node = _live_teacher(config, data, task), config["teacher"].get("answers")
     if node is None:
         return live
@@ -161,7 +161,7 @@ def teacher(config: Mapping[str, Any], data: Any, task: Task) -> Answers | None:
 
 
 def _live_teacher(config: Mapping[str, Any], data: Any, task: Task) -> Teacher | None:
-    """The frozen network, or several."""
+    """Make the frozen network, or several."""
     section = config["teacher"]
     pairs = teacher_members(section)
     if not pairs:
@@ -185,7 +185,7 @@ def _live_teacher(config: Mapping[str, Any], data: Any, task: Task) -> Teacher |
 
 
 def teacher_members(section: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Model and checkpoint of each teacher of a config, None for what is not given; [] without a teacher."""
+    """Return model and checkpoint of each teacher of a config, None for what is not given; [] without a teacher."""
     models, checkpoints = _as_list(section["model"]), _as_list(section["checkpoint"])
     if len(checkpoints) > 1 and len(models) == 1:
         models = models * len(checkpoints)
@@ -251,7 +251,7 @@ def _member(
 
 
 def _own_head(pretrained: Mapping[str, Any], data: Any, allow_random: bool) -> None:
-    """A pretrained network gets a new, random classifier where the data has other classes than its own."""
+    """Refuse a pretrained network of other classes than the data's: its classifier would be new and random."""
     own = pretrained.get("num_classes")
     if own is not None and own != data.num_classes and not allow_random:
         raise KdError(
@@ -264,7 +264,7 @@ def _own_head(pretrained: Mapping[str, Any], data: Any, allow_random: bool) -> N
 def _statistics(
     which: str, section: Mapping[str, Any], recorded: Mapping[str, Any], pretrained: Mapping[str, Any]
 ) -> list[float] | None:
-    """Of the teacher's input, by rank: the user's word, what the run recorded, what the weights came with."""
+    """Return statistics of the teacher's input, by rank: the user's, what the run recorded, what the weights came with."""
     for source in (section, recorded, pretrained):
         if source.get(which):  # [] where the inputs of a run were not normalised
             return list(source[which])
@@ -272,7 +272,7 @@ def _statistics(
 
 
 def _resize(asked: Any, expected: Any, given: Any) -> int | None:
-    """The edge to resize a teacher's input to, or None. Refuses sizes that differ unless the user decided."""
+    """Return the edge to resize a teacher's input to, or None. Refuses sizes that differ unless the user decided."""
     if asked is False:
         return None
     if asked is not None:

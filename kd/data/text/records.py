@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from kd.config.hub import online
 from kd.errors import KdError, did_you_mean
 
 Source = Any
@@ -200,14 +198,3 @@ def load_splits(name: str, subset: str | None, root: str | None) -> dict[str, An
     if splits["train"] is None:
         raise KdError(f"data.name = {name} has no split train: it has {', '.join(found)}")
     return {split: part for split, part in splits.items() if part is not None}
-
-
-def online() -> bool:
-    """Tell whether the name of the Hugging Face hub resolves: without, the libraries try for a minute."""
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
-    try:
-        return bool(socket.getaddrinfo(host, 443))
-    except OSError:
-        return False
