@@ -39,7 +39,7 @@ def size(network: nn.Module, task: Task, example: Any) -> dict[str, int]:
 
 
 def latency_ms(network: nn.Module, task: Task, example: Any, passes: int = 30) -> float:
-    """Measure the median milliseconds of an eager pass of one sample, where the weights are; noisy on a busy machine."""
+    """Measure the median milliseconds of a pass of one sample, where the weights are; a busy machine is noisy."""
     weight = next(network.parameters())
     device = weight.device
 
