@@ -264,7 +264,7 @@ def _own_head(pretrained: Mapping[str, Any], data: Any, allow_random: bool) -> N
 def _statistics(
     which: str, section: Mapping[str, Any], recorded: Mapping[str, Any], pretrained: Mapping[str, Any]
 ) -> list[float] | None:
-    """Return statistics of the teacher's input, by rank: the user's, what the run recorded, what came with the weights."""
+    """Return statistics of the teacher's input, by rank: the user's, those of its run, what came with the weights."""
     for source in (section, recorded, pretrained):
         if source.get(which):  # [] where the inputs of a run were not normalised
             return list(source[which])
