@@ -1,0 +1,1 @@
+"""Set-ups: methods that own the training loop."""

@@ -1,0 +1,197 @@
+"""On-policy distillation: the student writes, the teacher scores what it wrote.
+
+GKD: Agarwal et al., On-Policy Distillation of Language Models, ICLR 2024, arXiv 2306.13649. The replay buffer and the
+adaptive share: Ko et al., DistiLLM, ICML 2024, arXiv 2402.03898.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kd.config.rules import number, refusals, refuse, whole
+from kd.distill.distiller import Distiller, Step
+from kd.distill.modes import in_eval
+from kd.errors import KdError
+from kd.losses.base import UNLABELLED, Batch
+
+RULES = {
+    "share": number(least=0, most=1),
+    "max_new_tokens": whole(1),
+    "temperature": number(above=0),
+    "top_p": number(above=0, most=1),
+    "prompt_length": whole(1).or_null,
+    "replay": whole(0),
+    "grow": number(least=0, most=1),
+    "epsilon": number(),
+}
+
+
+class OnPolicy(Distiller):
+    """Replaces the completions of a share of the batches by what the student samples for their prompts.
+
+    ``share``: λ of GKD, the probability that a batch is the student's own text, the same on all processes.
+    ``max_new_tokens``, ``temperature``, ``top_p``: of the sampling; no gradient goes through it. ``prompt_length``:
+    positions of a sample that are its prompt; null: those before its first supervised position.
+
+    ``replay``: how many of the student's samples are kept; of the share a part that falls from 1 to 0 over the training
+    is not written anew but drawn from them (DistiLLM; 0: all is written anew). ``grow``: by how much the share grows
+    after a validation whose loss is no longer below the one at the last growth plus ``epsilon`` (DistiLLM: share 0,
+    grow 0.1, epsilon 0.1, replay 1000); 0: it stays.
+
+    Sampled tokens are rows without a label, so that terms which read labels are 0 on them. The student is a network of
+    transformers, in eval mode while it writes. ``KdError`` for another one, and for a sample without a prompt. Beside
+    the losses it logs ``own_text`` (whether the step was on the student's text) and ``generation`` (the share of the
+    step's time so far that went into sampling).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        share: float = 0.5,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        prompt_length: int | None = None,
+        replay: int = 0,
+        grow: float = 0.0,
+        epsilon: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        refuse(refusals("distiller.", locals(), RULES))
+        super().__init__(*args, **kwargs)
+        self.share, self.grow, self.epsilon = share, grow, epsilon
+        self.reference: float | None = None  # the validation loss that the share grew at
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.prompt_length, self.replay = prompt_length, replay
+        self.kept: list[tuple[Tensor, int]] = []  # ids of a sample, and how many of them are its prompt
+        self.seconds = {"generation": 0.0, "all": 0.0}
+        self._began = 0.0
+
+    # ------------------------------------------------------------------ what a batch becomes
+
+    def compose(self, batch: Batch) -> Batch:
+        """Take the prompts of a batch and let the student go on with them, in so many of the steps."""
+        self._began = time.perf_counter()
+        if self._trainer is None or not self.prepared:  # the dry pass is on the data
+            return batch
+        drawn = torch.rand(2, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps_done)).tolist()
+        if drawn[0] >= self.share:
+            return batch
+        epoch, epochs = self.place()
+        fresh = not self.kept or drawn[1] < 1 - epoch / epochs
+        if self.replay and not fresh:
+            chosen = torch.randint(len(self.kept), (len(batch),)).tolist()
+            return self._batch([self.kept[number] for number in chosen], batch)
+        samples = self.write(self.prompts(batch))
+        if self.replay:
+            self.kept = [*self.kept, *((ids.cpu(), length) for ids, length in samples)][-self.replay :]
+        return self._batch(samples, batch)
+
+    def prompts(self, batch: Batch) -> list[Tensor]:
+        """Return the ids of each sample's prompt. ``KdError`` for a sample that has none."""
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+        found = []
+        for row, real, targets in zip(ids, mask, batch.targets, strict=True):
+            length = int(real.sum()) if self.prompt_length is None else min(self.prompt_length, int(real.sum()))
+            supervised = (targets >= 0).nonzero().flatten()
+            if self.prompt_length is None and len(supervised):
+                length = int(supervised[0])
+            if length < 1:
+                raise KdError(
+                    "a sample has no prompt to go on with: give prompts and completions, or set distiller.prompt_length"
+                )
+            found.append(row[real][:length])
+        return found
+
+    @torch.no_grad()
+    def write(self, prompts: list[Tensor]) -> list[tuple[Tensor, int]]:
+        """Sample the student's completions, all prompts at once with a cache; ids with prompt, and its length."""
+        network: Any = self.student
+        if not hasattr(network, "generate"):
+            raise KdError(f"distiller = on_policy needs a student that generates, {type(network).__name__} does not")
+        start = time.perf_counter()
+        pad = network.config.pad_token_id or 0
+        ids = pad_sequence([prompt.flip(0) for prompt in prompts], batch_first=True, padding_value=pad).flip(1)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths).unsqueeze(1)
+        with in_eval(self.student):
+            written = network.generate(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=True,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=0,
+                pad_token_id=pad,
+                use_cache=True,
+            )
+        ends = network.generation_config.eos_token_id
+        ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], device=ids.device)
+        samples = []
+        for row, length in zip(written, lengths.tolist(), strict=True):
+            new = row[ids.shape[1] :]
+            stops = torch.isin(new, ends).nonzero().flatten()
+            new = new[: int(stops[0]) + 1] if len(stops) else new
+            samples.append((torch.cat([row[ids.shape[1] - length : ids.shape[1]], new]), length))
+        self.seconds["generation"] += time.perf_counter() - start
+        return samples
+
+    def _batch(self, samples: list[tuple[Tensor, int]], batch: Batch) -> Batch:
+        """Make a batch of samples, padded on the right; what follows the prompt is supervised."""
+        rows = [ids.to(batch.device) for ids, _ in samples]
+        lengths = torch.tensor([len(row) for row in rows], device=batch.device).unsqueeze(1)
+        begins = torch.tensor([length for _, length in samples], device=batch.device).unsqueeze(1)
+        network: Any = self.student
+        ids = pad_sequence(rows, batch_first=True, padding_value=network.config.pad_token_id or 0)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        mask = places < lengths
+        targets = torch.where(mask & (places >= begins), ids, UNLABELLED)
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        return Batch(inputs, targets, batch.index, mask, {}, {"own_text": torch.ones((), device=ids.device)})
+
+    # ------------------------------------------------------------------ a step
+
+    def losses(self, batch: Batch) -> Step:
+        """Score both networks; on the student's own text no row has a label."""
+        own = "own_text" in batch.extra
+        if own:
+            batch.targets = torch.full_like(batch.targets, UNLABELLED)
+        step = super().losses(batch)
+        self.seconds["all"] += time.perf_counter() - self._began
+        share = self.seconds["generation"] / max(self.seconds["all"], 1e-9)
+        for name, value in {"own_text": float(own), "generation": share}.items():
+            step.values[name] = torch.tensor(value, device=step.total.device)
+        return step
+
+    # ------------------------------------------------------------------ the share, and what a resume needs
+
+    def on_validation_epoch_end(self) -> None:
+        """Let the share grow where the validation loss has stopped falling."""
+        super().on_validation_epoch_end()
+        loss = self.history.get(self.current_epoch, {}).get(f"val/{self.task.metrics[0].name}")
+        if not self.grow or loss is None or self.trainer.sanity_checking:
+            return
+        if self.reference is None:
+            self.reference = loss
+        elif loss >= self.reference + self.epsilon:
+            self.share, self.reference = min(1.0, self.share + self.grow), loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the share, what it grows by, and the samples."""
+        super().on_save_checkpoint(checkpoint)
+        kept = {"ids": [ids for ids, _ in self.kept], "lengths": [length for _, length in self.kept]}
+        checkpoint["kd"]["on_policy"] = {"share": self.share, "reference": self.reference, **kept}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with them."""
+        super().on_load_checkpoint(checkpoint)
+        before: Mapping[str, Any] = checkpoint["kd"]["on_policy"]
+        self.share, self.reference = before["share"], before["reference"]
+        self.kept = list(zip(before["ids"], before["lengths"], strict=True))

@@ -1,0 +1,142 @@
+"""On-policy distillation: whose text a batch is, what is sampled, what is learned from it, and what a resume needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kd.cli.main import main
+from kd.distill.distiller import Distiller
+from kd.distill.objective import Objective
+from kd.errors import KdError
+from kd.losses.base import UNLABELLED, Batch
+from kd.losses.logits.ce import CrossEntropy
+from kd.losses.logits.rkl import ReverseKL
+from kd.models.transformers_model import transformers_model
+from kd.setups.on_policy import OnPolicy
+from kd.tasks.tokens import CausalLM
+from tests.test_text_runs import arguments, run
+from tests.tiny_language import LLAMA, Texts
+
+SMALL = {**LLAMA, "num_hidden_layers": 1}
+
+
+class Attached:
+    """As much of a trainer as composing a batch asks for."""
+
+    global_step = 3
+
+
+def on_policy(**options: Any) -> OnPolicy:
+    student, teacher = (transformers_model(config=SMALL, architecture="causal_lm") for _ in range(2))
+    objective = Objective({"ce": CrossEntropy(), "rkl": ReverseKL()})
+    made = OnPolicy(student, teacher, objective, CausalLM(), max_new_tokens=5, **options)
+    made.prepare(Texts("causal_lm").batches("train")[0])
+    return made
+
+
+def test_what_the_student_writes_stands_behind_the_prompts() -> None:
+    torch.manual_seed(0)
+    module, batch = on_policy(share=1.0), Texts("causal_lm").batches("train")[0]
+    prompts = module.prompts(batch)
+    assert [len(p) for p in prompts] == [3] * 8  # the first three tokens are not supervised
+    samples = module.write(prompts)
+    made = module._batch(samples, batch)
+    for row, prompt, (ids, length) in zip(range(8), prompts, samples, strict=True):
+        assert torch.equal(ids[:length], prompt)
+        assert 1 <= len(ids) - length <= 5
+        assert torch.equal(made.inputs["input_ids"][row][: len(ids)], ids)
+        assert made.mask[row].sum() == len(ids)
+        supervised = made.targets[row] != UNLABELLED
+        assert supervised.nonzero().flatten().tolist() == list(range(length, len(ids)))
+
+
+def test_padding_on_the_left_changes_no_answer() -> None:
+    """Prompts of several lengths at once go on as each alone, where the likeliest token is taken."""
+    module = on_policy(share=1.0, top_p=1e-6)
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([9]), torch.tensor([4, 8])]
+    together = module.write(prompts)
+    for prompt, (ids, _) in zip(prompts, together, strict=True):
+        ((alone, _),) = module.write([prompt])
+        assert torch.equal(ids, alone)
+
+
+def test_no_label_is_learned_from_the_students_own_text_and_modes_stay() -> None:
+    module, batch = on_policy(share=1.0), Texts("causal_lm").batches("train")[0]
+    module.train()
+    own = module.task.rows(module._batch(module.write(module.prompts(batch)), batch))
+    assert module.student.training
+    step = module.losses(own)
+    assert float(step.values["ce"]) == 0
+    assert float(step.values["rkl"]) > 0
+    assert float(step.values["own_text"]) == 1
+    assert 0 <= float(step.values["generation"]) <= 1
+    step.total.backward()
+    assert any(p.grad is not None and p.grad.any() for p in module.student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"share": 1.5}, "distiller.share = 1.5 is not allowed"),
+        ({"max_new_tokens": 0, "share": 1}, "distiller.max_new_tokens = 0 is not allowed"),
+        ({"prompt_length": 0}, "distiller.prompt_length = 0 is not allowed"),
+        ({"replay": -1}, "distiller.replay = -1 is not allowed"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(KdError, match=sentence):
+        OnPolicy(torch.nn.Linear(1, 1), None, Objective({"ce": CrossEntropy()}), CausalLM(), **options)
+
+
+def test_a_sample_without_a_prompt_and_a_student_that_cannot_write() -> None:
+    module = on_policy()
+    batch = Texts("causal_lm").batches("train")[0]
+    whole = Batch(batch.inputs, batch.inputs["input_ids"], batch.index, batch.mask)
+    with pytest.raises(KdError, match=r"no prompt to go on with.*distiller\.prompt_length"):
+        module.prompts(whole)
+    module.prompt_length = 2
+    assert [len(p) for p in module.prompts(whole)] == [2] * 8
+    module.student = torch.nn.Linear(2, 2)
+    with pytest.raises(KdError, match="needs a student that generates, Linear does not"):
+        module.write([torch.tensor([1])])
+
+
+def test_the_share_grows_where_the_loss_has_stopped_falling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Distiller, "on_validation_epoch_end", lambda self: None)
+    module = on_policy(share=0.0, grow=0.1, epsilon=0.05)
+    module._trainer = type("Trainer", (), {"sanity_checking": False, "current_epoch": 0})()
+    shares = []
+    for loss in (2.0, 1.9, 2.04, 2.06, 2.08, 2.2):
+        module.history[0] = {"val/nll": loss}
+        module.on_validation_epoch_end()
+        shares.append(round(module.share, 3))
+    assert shares == [0, 0, 0, 0.1, 0.1, 0.2]
+    assert module.reference == 2.2
+
+
+@pytest.mark.slow
+def test_a_run_and_its_resume_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["distiller=on_policy", "distiller.max_new_tokens=4", "distiller.replay=20", "loss=[rkl]", "recipe.epochs=3"]
+    more += ["distiller.share=0.5"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    given = [[a for a in arguments("causal_lm", place, *more) if a != "loss=[ce,kd]"] for place in (whole, cut)]
+    run(capsys, *given[0])
+    begin = Distiller.on_train_epoch_start
+
+    def stop(self: Distiller) -> None:
+        if self.current_epoch == 2:
+            raise KeyboardInterrupt
+        begin(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distiller, "on_train_epoch_start", stop)
+        assert main(given[1]) != 0
+    run(capsys, "train", f"resume={cut}")
+    ended = [json.loads((place / "result.json").read_text())["student"]["last"] for place in (whole, cut)]
+    assert ended[0]["digest"] == ended[1]["digest"]
+    assert 0 < ended[0]["train"]["own_text"] < 1
