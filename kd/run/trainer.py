@@ -113,7 +113,9 @@ def carry_out(
         last = weights.digest(weights.whole_state(module.deployed))
     again = any(not getattr(hook, "observes_only", False) for hook in own_hooks)
     outcome: dict[str, Any] = {
-        "data": {k: v for k, v in about["data"].items() if k != "seen"} | {"sizes": data.sizes},
+        "data": {k: v for k, v in about["data"].items() if k != "seen"}
+        | {"sizes": data.sizes}
+        | ({"augmentation_off": list(off)} if (off := getattr(data, "augmentation_off", ())) else {}),
         "metrics": [metric.describe() for metric in module.task.metrics],
         "protocol": {**recorded(protocol, recipe), "epochs": recipe["epochs"] or module.epoch_trained + 1},
         **({"stopped": ending.stopped} if ending.stopped else {}),

@@ -57,6 +57,21 @@ def test_small_folders_stay_in_memory_and_evaluate_like_files(image_folder: Writ
         assert same(list(getattr(memory, f"{name}_dataloader")()), list(getattr(disk, f"{name}_dataloader")()))
 
 
+def test_a_crop_that_few_images_switch_off_is_said_and_recorded(
+    image_folder: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = image_folder(train=TRAIN, test=TEST)
+    for scale, off in (([0.3, 1.0], ["data.augment.scale"]), (None, [])):
+        caplog.clear()
+        data = module(folder, augment={"flip": True, "scale": scale})
+        data.setup()
+        assert list(data.augmentation_off) == off
+        assert ("data.augment.scale = [0.3, 1.0] is off" in caplog.text) == bool(off)
+    disk = files(folder)
+    disk.setup()
+    assert not disk.augmentation_off
+
+
 @pytest.mark.filterwarnings("ignore:.*worker processes in total")
 def test_files_are_augmented_by_seed_and_epoch_alone(image_folder: Write) -> None:
     folder = image_folder(train=TRAIN, test=TEST)

@@ -54,6 +54,7 @@ class DataModule(lightning.LightningDataModule, ABC):
     input_shape: tuple[int, int, int]
     class_names: list[str]
     reads_files = False  # whether augment.scale means anything
+    augmentation_off: Sequence[str] = ()  # options that have no effect on these images; recorded
 
     def __init__(
         self,

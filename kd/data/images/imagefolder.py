@@ -90,6 +90,13 @@ class ImageFolder(DataModule):
                 parts[part] = Samples(files, targets, FileContent(path / part, files, sizes))
         if self.in_memory is True or (self.in_memory == "auto" and sum(len(p.targets) for p in parts.values()) < SMALL):
             parts = {part: samples._replace(inputs=self._decode(samples.inputs)) for part, samples in parts.items()}
+            if self.augment.scale is not None:
+                self.augmentation_off = ["data.augment.scale"]
+                log.warning(
+                    "the images are few and decoded once, so that data.augment.scale = %s is off: set "
+                    "data.in_memory=false for random resized crops",
+                    list(self.augment.scale),
+                )
         return Source(parts["train"], val=parts.get("val"), test=parts.get("test"))
 
     def cut(self, part: Part, fraction: float, name: str) -> tuple[Tensor, Tensor]:
