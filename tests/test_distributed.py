@@ -498,7 +498,7 @@ def test_a_sweep_that_torchrun_started_twice_is_refused(kd, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize(
     ("size", "sentence"),
-    [(50, "leaves a last batch of 1 image.s. .101 in all., fewer than the 2 processes"), (33, None)],
+    [(50, "leaves a last batch of 1 sample.s. .101 in all., fewer than the 2 processes"), (33, None)],
 )
 def test_a_last_batch_must_reach_every_process(monkeypatch, size: int, sentence: str | None) -> None:
     from kd.run import build

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from kd.cli.main import main
+from kd.config.composition import CONF
 from kd.distill.distiller import Distiller
 from tests.tiny_language import BERT, LLAMA, Texts
 
@@ -51,6 +54,14 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     printed = capsys.readouterr()
     assert code == 0, printed.err
     return printed.out
+
+
+def test_the_small_bert_of_the_package() -> None:
+    node = OmegaConf.to_container(OmegaConf.load(CONF / "model" / "bert_tiny.yaml"))["model"]
+    network = instantiate(node, architecture="sequence_classification", num_classes=6)
+    layers = sum(p.numel() for p in network.bert.encoder.parameters())
+    assert layers == 4 * (4 * (128 * 128 + 128) + 128 * 512 + 512 + 512 * 128 + 128 + 4 * 128)
+    assert network.classifier.out_features == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
