@@ -706,6 +706,7 @@ def test_a_batch_that_does_not_say_its_view_is_refused(tmp_path: Path) -> None:
 CACHED = "teacher.answers={_target_: kd.distill.cache.CachedAnswers, folder: kept, k: 10, precision: float32"
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_the_answers_once(kd, tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs with the live teacher, two with the cache: the same students; the second one asks it no more."""
     seen = count_answers(monkeypatch)

@@ -37,6 +37,7 @@ def choice(group: str, option: str) -> list[str]:
     return [f"{group}=[{option}]" if group in LISTS else f"{group}={option}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(o) for o in OPTIONS])
 def test_every_option_composes_and_passes_the_checks(group: str, option: str) -> None:
     config_of(*choice(group, option))
@@ -117,6 +118,7 @@ def fake_data(config: dict[str, Any]) -> list[str]:
     return ["data=fake", f"data.shape=[{shape}]", f"data.num_classes={classes}", *few]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", options("experiment"))
 def test_an_experiment_builds(name: str) -> None:
     from kd.run import build

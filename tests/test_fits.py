@@ -88,6 +88,7 @@ def test_options_that_are_null_change_no_hash() -> None:
 # ---------------------------------------------------------------------- answers that are kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [[], ["data.augment.pad=1", "data.teacher_view=clean"]], ids=["plain", "clean"])
 def test_kept_answers_train_the_same_student(kd, tmp_path, teacher_run, views) -> None:
     """Two teachers, once answering each batch and once before the first epoch."""

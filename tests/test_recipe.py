@@ -70,6 +70,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", WRONG)
 def test_a_wrong_recipe_is_one_sentence(words: str) -> None:
     with pytest.raises(KdError) as caught:

@@ -58,6 +58,7 @@ def not_downloaded(model: Mapping[str, Any]) -> dict[str, Any]:
     return {**model, "pretrained": False} if model.get("pretrained") else dict(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_can_be_run(name: str) -> None:
     """Its conditions have a smallest effect of interest, which the design shows or the study is exploratory."""

@@ -45,6 +45,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Distiller]:
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 def test_what_a_term_reads_undeclared_is_refused(prepared, name: str) -> None:
     ((_, term),) = prepared(name).objective.items()

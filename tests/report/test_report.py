@@ -169,6 +169,7 @@ def test_a_spread_is_small_print(cell, html) -> None:
     assert spread(cell) == html
 
 
+@pytest.mark.slow
 def test_nothing_is_written_when_something_is_wrong(small, runs, tmp_path) -> None:
     out = tmp_path / "out"
     report.build(small, frame.of_study(small, runs), runs, out)
@@ -197,6 +198,7 @@ def known(small, monkeypatch):
     return small
 
 
+@pytest.mark.slow
 def test_kd_report_of_a_study(kd, known, runs, monkeypatch) -> None:
     monkeypatch.setenv("KD_RUNS", str(runs.parent))
     said = kd("report", "made_up")

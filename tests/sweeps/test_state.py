@@ -67,6 +67,7 @@ def test_a_teacher_replaced_at_its_path_is_another_one(tmp_path: Path, status: s
 OWN = ["loss=[ce]", "+loss.own={_target_: own_term.Own, weight: 1}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [FINISHED, INTERRUPTED, PRUNED])
 def test_a_run_by_other_code_of_ones_own_is_another_one(tmp_path: Path, monkeypatch, status: str) -> None:
     monkeypatch.chdir(tmp_path)
