@@ -54,3 +54,17 @@ def check_share(name: str, value: float, *, one: bool = True) -> float:
     if not (0 <= value < 1 or (one and value == 1)):
         raise ValueError(f"{name} = {value} is not allowed: it must be from 0 to {'1' if one else 'below 1'}")
     return float(value)
+
+
+def check_factor(name: str, value: float) -> float:
+    """The value, or ``ValueError`` when it is not a finite number of 0 or more."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} = {value} is not allowed: it must be a finite number, 0 or more")
+    return float(value)
+
+
+def check_power(gamma: float) -> float:
+    """The exponent, or ``ValueError`` when it is not a finite number above 0."""
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma = {gamma} is not allowed: it must be a finite number above 0")
+    return float(gamma)
