@@ -22,7 +22,7 @@ from kd.config.signature import arguments
 from kd.errors import did_you_mean
 
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
-OBJECTIVE_KEYS = ("weight", "schedule", "checkpoint")  # of every term: not arguments of the term itself
+OBJECTIVE_KEYS = ("weight", "schedule", "checkpoint", "standardise")  # of every term: not arguments of the term itself
 INSTANTIATE = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # Hydra's own
 LISTS = {"loss": "loss terms", "logger": "loggers", "callbacks": "callbacks"}  # of which several may be chosen
 SINGLE = ("model@student", "model@teacher", "data", "task", "recipe", "distiller", "hardware", "experiment")

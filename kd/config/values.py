@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from kd.config import recipe
-from kd.config.rules import list_of, number, one_of, refusals, whole
+from kd.config.rules import FLAG, list_of, number, one_of, refusals, whole
 
 TEACHER = {  # its numbers matter where a network is measured as well
     "mean": list_of(number()).or_null,
@@ -26,7 +26,7 @@ TRAINING = {
     "distiller.log_every": whole(1),
     "logger.wandb.timeout": number(above=0),  # seconds
 }
-TERM = {"temperature": number(above=0), "weight": number(least=0)}
+TERM = {"temperature": number(above=0), "weight": number(least=0), "standardise": FLAG}
 
 
 def of_every_use(config: Mapping[str, Any]) -> Iterator[str]:

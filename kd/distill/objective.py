@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from kd.distill.fused import from_hidden
 from kd.distill.schedules import Schedule
 from kd.errors import KdError
 from kd.losses.base import OVER, Batch, Output, Term, at_least_float32
+from kd.losses.logits.standardised import standardised_logits
 from kd.parallel import group
 from kd.parallel.group import Shares
 
@@ -28,6 +29,9 @@ class Objective(nn.Module):
 
     ``chunk``: where no term needs the logits of a vocabulary as a whole, they are made of so many rows at a time
     (:mod:`kd.distill.fused`); None: as many as suit; 0: all at once, always.
+
+    ``standardise``: names of terms that see z-scores of the logits, on both sides
+    (:func:`~kd.losses.logits.standardised.standardised_logits`).
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Objective(nn.Module):
         weights: Mapping[str, float] | None = None,
         schedules: Mapping[str, Schedule] | None = None,
         chunk: int | None = None,
+        standardise: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.chunk = chunk
@@ -52,6 +57,8 @@ class Objective(nn.Module):
                 raise KdError(f"loss.{name}: over = {terms[name].over} is not allowed: it must be {', '.join(OVER)}")
             if not 0 <= weight < math.inf:
                 raise KdError(f"loss.{name}.weight = {weight} is not allowed: it must be a finite number, 0 or more")
+        for name in standardise:
+            _standardise(name, terms[name])
 
     def items(self) -> list[tuple[str, Term]]:
         """Name and term, in the order of the config."""
@@ -117,6 +124,31 @@ class Objective(nn.Module):
                 values[name] = term(*whole.seen_by(term)) if several else term(student, teacher, batch)
                 parts.append(factors[name] * at_least_float32(values[name]))
         return [values[name] for name in self.names], torch.stack(parts).sum()
+
+
+def _standardise(name: str, term: Term) -> None:
+    """Let a term see z-scores of the logits, whoever calls it; of fused losses there are none then."""
+    if not (term.needs_student_logits or term.needs_teacher_logits):
+        raise KdError(f"loss.{name}.standardise = true is not allowed: the term reads no logits")
+    if _see_z_scores not in term._forward_pre_hooks.values():  # a term of one's own may be in several objectives
+        term.register_forward_pre_hook(_see_z_scores)
+
+
+def _see_z_scores(term: nn.Module, seen: tuple[Output, Output, Batch]) -> tuple[Output, Output, Batch]:
+    student, teacher, batch = seen
+    return _with_z_scores(student), _with_z_scores(teacher), batch
+
+
+def _with_z_scores(output: Output) -> Output:
+    if output.topk is not None:
+        raise ValueError("standardise = true needs all logits of the teacher, and only its top-k is stored")
+    return Output(
+        standardised_logits(output.logits) if output.has_logits else None,
+        output.features,
+        raw=output.raw,
+        members=[_with_z_scores(member) for member in output.members],
+        views={view: _with_z_scores(seen) for view, seen in output.views.items()},
+    )
 
 
 class _Gathered:

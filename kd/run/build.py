@@ -67,7 +67,8 @@ def objective(config: Mapping[str, Any]) -> Objective:
             schedule = node["schedule"]
             schedules[name] = schedule if callable(schedule) else make(schedule, f"loss.{name}.schedule")
     chunk = hardware.settings(config)["loss_chunk"] if "hardware" in config else None
-    return Objective(terms, factors, schedules, chunk)
+    standardised = [name for name in terms if config["loss"][name].get("standardise")]
+    return Objective(terms, factors, schedules, chunk, standardised)
 
 
 def load_terms(config: Mapping[str, Any], module: Distiller) -> None:

@@ -17,8 +17,8 @@ from kd.losses.base import Term
 def complete(loss: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return ``{name: node}`` as the section ``loss`` of a config has it, for :func:`kd.run.build.objective`.
 
-    A value is a weight; a mapping of ``weight``, ``schedule`` (a function or a node) and arguments of the term; or a
-    :class:`~kd.losses.base.Term`, alone or as ``term`` in a mapping. What it does not say is as in
+    A value is a weight; a mapping of ``weight``, ``schedule`` (a function or a node), ``standardise`` and arguments of
+    the term; or a :class:`~kd.losses.base.Term`, alone or as ``term`` in a mapping. What it does not say is as in
     ``conf/loss/NAME.yaml``; a term of one's own may also be named, ``{"_target_": "mymodule.MyTerm"}``.
 
     Raises ``KdError`` with near names for an unknown term or key.
@@ -38,7 +38,7 @@ def _node(name: str, value: Any) -> dict[str, Any]:
             f"loss.{name} = {value!r} is not allowed: a weight, a mapping of options, or a kd.losses.base.Term"
         )
     if "term" in value:
-        return _checked(name, dict(value), ("term", "weight", "schedule"))
+        return _checked(name, dict(value), ("term", "weight", "schedule", "standardise"))
     node = {**({} if "_target_" in value else _file(name)), **value}
     try:
         known = arguments(node["_target_"])

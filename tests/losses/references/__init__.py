@@ -4,7 +4,8 @@ Every module of this folder, but those that begin with ``_``, has
 
 - ``CASES``: pattern of file names → a function of the file's :class:`Case` that returns our value;
 - ``LEFT_OUT``: pattern → why these files are not checked;
-- and may have ``EQUAL`` and ``DIFFERENT``: what other implementations return for a method (``test_golden.py``).
+- and may have ``EQUAL`` and ``DIFFERENT``: what other implementations return for a method, or for a pattern of none
+  (``test_golden.py``).
 
 A pattern is one of ``fnmatch``; one without wildcards is the name of a file, perhaps with a number or a letter behind
 it. Of several that match, the one with the most letters counts: ``trl_gkd_jsd_nolabels`` before ``trl_gkd_jsd_*``.

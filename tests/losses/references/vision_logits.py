@@ -48,7 +48,18 @@ def dist_by_cosines(case: Case) -> Tensor:
     return tau**2 * (case.hyper["beta"] * distance(1) + case.hyper["gamma"] * distance(0))
 
 
+def standardised(case: Case) -> tuple[Tensor, Tensor]:
+    student, teacher = (f.standardised_logits(z) for z in logits(case))
+    return student, teacher
+
+
+def standardised_kd(case: Case) -> Tensor:
+    return f.kl_divergence(*standardised(case), case.hyper["temperature"])
+
+
 CASES: dict[str, Callable[[Case], Tensor]] = {
+    "logit_std_kd": standardised_kd,
+    "dkd_logit_std": lambda case: f.decoupled_kl_divergence(*standardised(case), case["targets"], **case.hyper),
     "dist": dist,
 }
 LEFT_OUT: dict[str, str] = {}
@@ -56,10 +67,14 @@ LEFT_OUT: dict[str, str] = {}
 EQUAL = {
     "dkd": {"cls_kd", "ctkd", "ofakd", "mmrazor_default_batchmean"},
     "dist": {"mmrazor"},
+    "logit_std_kd": {"torchdistill_alpha0p1_minus_ce"},
 }
 DIFFERENT: dict[tuple[str, str], Callable[[Case], Tensor]] = {
     ("dist", "torchdistill"): dist_by_cosines,
     ("dist", "paper_appendix_no_tau2"): lambda case: dist(case, "paper"),
     ("dkd", "mmrazor_shipped_config_reduction_mean"): dkd_summed,
+    ("logit_std_kd", "torchdistill_alpha_none_NO_T2"): lambda case: (
+        standardised_kd(case) / case.hyper["temperature"] ** 2
+    ),
     ("nkd", "sdd_fork_TARGET_NOT_REMOVED"): nkd_with_target,
 }
