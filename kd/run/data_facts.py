@@ -23,7 +23,13 @@ def facts(data: Any) -> dict[str, Any]:
         "content": getattr(data, "content", None),  # of a data module of the user's own: not known
         "seen": getattr(data, "seen", None),
         **({"tokenizer": digest} if (digest := getattr(data, "tokenizer_digest", None)) else {}),
+        **({"vocabulary": {"kept": len(cut.kept), "of": cut.whole}} if (cut := _restriction(data)) else {}),
     }
+
+
+def _restriction(data: Any) -> Any:
+    """Return how the data's tokenizer is restricted, see :class:`kd.data.text.vocabulary.Restriction`; None: not."""
+    return getattr(data, "restriction", None)
 
 
 def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
@@ -40,7 +46,9 @@ def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
         first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
         differ = f"class {first} is called {theirs[first]!r} there, {ours[first]!r} in the data"
         raise KdError(f"{source} was trained on other classes: {differ}")
-    if recorded.get("tokenizer") not in (None, getattr(data, "tokenizer_digest", recorded.get("tokenizer"))):
+    known = [None, getattr(data, "tokenizer_digest", recorded.get("tokenizer"))]
+    known += [cut.digest] if (cut := _restriction(data)) else []  # of the whole one: its networks are cut
+    if recorded.get("tokenizer") not in known:
         raise KdError(f"{source} was trained with another tokenizer than data.tokenizer: its ids mean other tokens")
     split, here = dict(recorded.get("split") or {}), dict(data.split_facts)
     there, same = (str(facts.pop("set", "")).rpartition(" ")[2] for facts in (split, here))  # a set is its digest

@@ -158,12 +158,12 @@ def _student(
     if about.get("heads"):
         start = {**config["student"], "checkpoint": None, "epoch": None}
         network = build.distiller({**config, "student": start}, data).trained
+        weights.load(network, state, source, "student")
     else:
         node, more = config["student"]["model"], networks.of_text(data, task)
         if node is None:  # it was made from its teacher: the file says what came out
             node = described.network(about.get("model"), str(source))
-        network = networks.network(node, "student.model", data.num_classes, data.input_shape, **more)
-    weights.load(network, state, source, "student")
+        network = networks.trained(node, "student.model", data, more, (state, about, source))
     network.to(device=device, dtype=dtype).eval()
     own = [recorded.get(name) or None for name in ("mean", "std")]
     prepare = InputMap(data.mean, data.std, *own) if data.mean else torch.nn.Identity()

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from hydra.utils import get_object
-from torch import nn
+from torch import Tensor, nn
 
 from kd.config.instantiate import first_line, make
 from kd.config.keys import targets
@@ -81,21 +81,59 @@ def _completed(spec: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, A
 
 def of_text(data: Any, task: Task) -> dict[str, Any]:
     """Give what factories of language models take: the architecture that the task wants, the tokenizer of the data."""
-    return {"architecture": task.architecture, "tokenizer": getattr(data, "tokenizer", None)}
+    own = {name: getattr(data, name, None) for name in ("tokenizer", "restriction")}
+    return {"architecture": task.architecture, **own}
+
+
+def trained(
+    spec: Mapping[str, Any],
+    path: str,
+    data: Any,
+    more: Mapping[str, Any],
+    file: tuple[dict[str, Tensor], Mapping[str, Any], Any],
+    input_shape: tuple[int, ...] | None = None,
+) -> nn.Module:
+    """Make a network with the weights of a ``file``: its state dict, what it says of itself, its name; see `network`.
+
+    One that was trained with the whole tokenizer, which the data restricts, is cut to the kept tokens afterwards.
+    """
+    state, about, source = file
+    restriction = more.get("restriction")
+    whole = restriction is not None and about.get("data", {}).get("tokenizer") != data.tokenizer_digest
+    given = {**more, "restriction": None} if whole else more
+    net = network(spec, path, data.num_classes, input_shape or data.input_shape, **given)
+    weights.load(net, state, source, path.partition(".")[0])
+    if not whole:
+        return net
+    from kd.models.transformers_model import library_network  # start-up: transformers
+    from kd.models.vocabulary import restrict  # start-up: with it
+
+    inner = library_network(net)
+    if inner is None:
+        raise KdError(f"data.vocabulary = corpus cuts networks of transformers: {source} is a {type(net).__name__}")
+    try:
+        restrict(inner, restriction)
+    except ValueError as error:
+        raise KdError(f"{source}: {error}") from error
+    return net
 
 
 def student(config: Mapping[str, Any], data: Any, task: Task, teacher: Answers | None = None) -> nn.Module:
     """Make the student, from scratch, from its teacher (``student.surgery``), or from ``student.checkpoint``."""
     section = config["student"]
+    checkpoint, more = section["checkpoint"], of_text(data, task)
     if section.get("surgery"):
         net = _cut_from(teacher, section["surgery"])
-    else:
-        net = network(section["model"], "student.model", data.num_classes, data.input_shape, **of_text(data, task))
-    if section["checkpoint"] is not None:
-        state, about = integrity.read_weights(section["checkpoint"], section.get("epoch"))
-        same_data(about.get("data", {}), data, f"student.checkpoint = {section['checkpoint']}")
-        _refuse_heads(about, f"student.checkpoint = {section['checkpoint']}")
-        weights.load(net, state, section["checkpoint"], "student")
+    elif checkpoint is None:
+        net = network(section["model"], "student.model", data.num_classes, data.input_shape, **more)
+    if checkpoint is not None:
+        state, about = integrity.read_weights(checkpoint, section.get("epoch"))
+        same_data(about.get("data", {}), data, f"student.checkpoint = {checkpoint}")
+        _refuse_heads(about, f"student.checkpoint = {checkpoint}")
+        if section.get("surgery"):
+            weights.load(net, state, checkpoint, "student")
+        else:
+            net = trained(section["model"], "student.model", data, more, (state, about, checkpoint))
     elif data.mean and (section["model"] or {}).get("pretrained"):
         own = getattr(net, "pretrained_cfg", None) or {}
         if any(list(own.get(k) or getattr(data, k)) != list(getattr(data, k)) for k in ("mean", "std")):
@@ -217,11 +255,12 @@ def _member(
     recorded = about.get("data", {})
     same_data(recorded, data, f"teacher.checkpoint = {checkpoint}")
     _refuse_heads(about, f"teacher.checkpoint = {checkpoint}")
-    shape = tuple(recorded.get("input_shape", data.input_shape))
-    net = network(spec, "teacher.model", data.num_classes, shape if spec is not model else data.input_shape, **more)
+    shape = tuple(recorded.get("input_shape", data.input_shape)) if spec is not model else data.input_shape
     if state is not None:
-        weights.load(net, state, checkpoint, "teacher")
-    elif not spec.get("pretrained") and not section["allow_random"]:
+        net = trained(spec, "teacher.model", data, more, (state, about, checkpoint), shape)
+    else:
+        net = network(spec, "teacher.model", data.num_classes, shape, **more)
+    if state is None and not spec.get("pretrained") and not section["allow_random"]:
         raise KdError(
             "the teacher has random weights: give teacher.checkpoint=RUN (or a weights file), a pretrained model, or "
             "ask for it with teacher.allow_random=true"

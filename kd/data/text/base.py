@@ -22,6 +22,7 @@ from kd.data.text.collate import Special
 from kd.data.text.content import TextContent
 from kd.data.text.loader import Form, Part, TextLoader
 from kd.data.text.options import RULES, plain
+from kd.data.text.vocabulary import Restriction, restrict
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED
 
@@ -43,6 +44,8 @@ class TextModule(lightning.LightningDataModule, ABC):
     ``encoding``: of files; ``title``: what people call the set
     ``tokenizer``: name or folder of one of ``transformers``, an object, or {vocabulary, kind, lowercase}: it is trained
     on the training texts; null: trained, with 4,000 entries
+    ``vocabulary``: ``corpus``: a given tokenizer is restricted to the entries that the training texts use, and networks
+    that know its whole vocabulary to these rows; null: the whole one
     ``cache``: folder for token ids and trained tokenizers; null: none
     ``masking``: share of the tokens that are masked and are the targets (masked language modelling); null: none is
     ``batch_size``: rows a step, over all processes together; ``eval_batch_size``: rows a batch and process
@@ -55,6 +58,7 @@ class TextModule(lightning.LightningDataModule, ABC):
     num_classes: int | None = None
     tokenizer: Any
     tokenizer_digest: str
+    restriction: Restriction | None = None  # of the tokenizer to the entries that the training texts use
     tokenizer_kind = "wordpiece"  # of one that is trained and does not say
     most: int | None  # positions of a row, at most
 
@@ -70,6 +74,7 @@ class TextModule(lightning.LightningDataModule, ABC):
         encoding: str = "utf-8",
         title: str | None = None,
         tokenizer: Any = None,
+        vocabulary: str | None = None,
         cache: str | None = None,
         masking: float | None = None,
         batch_size: int = 64,
@@ -90,6 +95,12 @@ class TextModule(lightning.LightningDataModule, ABC):
         self.spec, self.cache, self.masking = plain(tokenizer), Path(cache).expanduser() if cache else None, masking
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.split_seed = seed, seed if split_seed is None else split_seed
+        self.vocabulary = vocabulary
+        if vocabulary is not None and (self.spec is None or isinstance(self.spec, Mapping)):
+            raise KdError(
+                f"data.vocabulary = {vocabulary} needs a tokenizer that is given (data.tokenizer=NAME or FOLDER): one "
+                "that is trained on the training texts has no other entries"
+            )
         self.train_size, self.bucketing, self.multiple = train_size, bucketing, pad_to_multiple_of
         self.shuffle, self.drop_last = shuffle, drop_last
         self.parts: dict[str, Part] = {}
@@ -139,6 +150,12 @@ class TextModule(lightning.LightningDataModule, ABC):
         self.special = Special.of(self.tokenizer)
         if self.masking is not None and self.special.mask is None:
             raise KdError(f"data.masking = {self.masking} needs a tokenizer with a mask token, data.tokenizer has none")
+
+    def restrict_vocabulary(self, texts: Sequence[str]) -> None:
+        """Restrict the tokenizer to what the training ``texts`` use, where ``vocabulary`` says so."""
+        if self.vocabulary is not None:
+            self.tokenizer, self.restriction = restrict(self.tokenizer, self.tokenizer_digest, texts, self.cache)
+            self.tokenizer_digest, self.special = tokenizers.digest(self.tokenizer), Special.of(self.tokenizer)
 
     def tokens(self, key: str, make: Any) -> store.Tokens:
         """Return token ids, from the cache if they are there; ``key``: digest of the texts and settings."""

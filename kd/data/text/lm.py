@@ -166,6 +166,7 @@ class Documents(TextModule):
     def _parts(self, documents: dict[str, Rendered], dialogue: bool) -> dict[str, Part]:
         if not hasattr(self, "tokenizer"):
             self.load_tokenizer([_text(row) for row in documents["train"]], self.length, "length")
+        self.restrict_vocabulary([_text(row) for row in documents["train"]])
         if self.most is None:
             raise KdError("data.length = null is not allowed: the tokenizer does not say how much its networks take")
         packing = (not dialogue) if self.packing is None else self.packing

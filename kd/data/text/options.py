@@ -33,6 +33,7 @@ RULES = {
     ),
     "overlap": one_of("remove", "keep", "refuse"),
     "document": one_of("file", "line", "paragraph"),
+    "vocabulary": one_of("corpus", None),
     "encoding": NAME,
     "text": NAME,
     **dict.fromkeys(("text_pair", "label", "name", "subset", "title", "cache"), NAME.or_null),

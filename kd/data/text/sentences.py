@@ -123,7 +123,9 @@ class Sentences(TextModule):
         self._describe(texts)
         splits = self._apart(splits)
         train = splits["train"][0]
-        self.load_tokenizer([*train.first, *(train.second or ())], self.max_length, "max_length")
+        words = [*train.first, *(train.second or ())]
+        self.load_tokenizer(words, self.max_length, "max_length")
+        self.restrict_vocabulary(words)
         self._check_length(train)
         with_types = train.second is not None
         kind = "labels" if self.masking is None else "masked"

@@ -1,0 +1,78 @@
+"""Networks of transformers restricted to some of the tokens that they know, without a change of what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+SOME = 4  # tokens that answers are compared on
+CLOSE = 1e-4  # how far answers may be from those of before, relative to the largest
+
+
+class Restriction(Protocol):
+    """The entries of a tokenizer that are kept: the old id (n,) of each new one; how many there were."""
+
+    kept: Any
+    whole: int
+
+
+def restrict(network: Any, restriction: Restriction) -> None:
+    """Cut a network of transformers, in place, to the tokens that are kept.
+
+    Its input embeddings and output projection, with its bias, tied or not, keep the rows (n) of these tokens; special
+    tokens of its configuration get their new ids. Its logits are those of before at the kept ids, so that its
+    probabilities are renormalised over them. A network that has the kept tokens alone already is left as it is.
+
+    Raises ``ValueError`` for a network of another vocabulary, or whose answers would change.
+    """
+    kept = torch.as_tensor(restriction.kept)
+    table, head = network.get_input_embeddings(), network.get_output_embeddings()
+    rows = table.weight.shape[0]
+    if rows == len(kept) < restriction.whole:
+        return
+    if rows < restriction.whole:
+        raise ValueError(
+            f"it has {rows} tokens, data.tokenizer {restriction.whole}, of which data.vocabulary = corpus keeps "
+            f"{len(kept)}: they do not belong together, give the tokenizer that the network was trained with"
+        )
+    few = torch.linspace(0, len(kept) - 1, SOME).long()
+    before = _answer(network, kept[few])
+    with torch.no_grad():  # the kept rows come first: transformers cuts those behind, and ties what was tied
+        tensors = {id(t): t for part in (table, head) if part is not None for t in part.parameters(recurse=False)}
+        for tensor in tensors.values():
+            tensor[: len(kept)] = tensor[kept.to(tensor.device)]
+    network.resize_token_embeddings(len(kept), mean_resizing=False)
+    new = {old: number for number, old in enumerate(kept.tolist())}
+    if table.padding_idx is not None:
+        network.get_input_embeddings().padding_idx = new.get(table.padding_idx)
+    for config in (network.config, getattr(network, "generation_config", None)):
+        for key, value in list(vars(config).items()) if config is not None else ():
+            if key.endswith("_token_id"):
+                setattr(config, key, _renumbered(value, new))
+    after = _answer(network, few)
+    before = before[..., kept] if before.shape[-1] == rows else before
+    if after.shape != before.shape or (after - before).abs().max() > CLOSE * before.abs().max():
+        raise ValueError(f"a {type(network).__name__} cannot be restricted to some of its tokens: its answers change")
+
+
+def _answer(network: Any, ids: Tensor) -> Tensor:
+    """Return logits, or the hidden states of a network without, of one row of tokens."""
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            made = network(input_ids=ids.unsqueeze(0).to(next(network.parameters()).device))
+        return (made["logits"] if "logits" in made else made[0]).float()
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _renumbered(value: Any, new: Mapping[int, int]) -> Any:
+    """Return the new id of a special token, or of several; None of one that is not kept."""
+    if isinstance(value, list):
+        return [new[old] for old in value if old in new]
+    return new.get(value)
