@@ -1,4 +1,4 @@
-"""Every notebook is kept without what it printed; 01 runs on fresh runs, 04 to 06 train (02, 03: see tests/report)."""
+"""Every notebook is kept without what it printed; 01 runs on fresh runs, 04 to 07 train (02, 03: see tests/report)."""
 
 from __future__ import annotations
 
@@ -97,3 +97,16 @@ def test_the_python_api_is_shown(kernel: Kernel, tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} >= {"run", "teacher", "distilled", "mydata.py"}
     assert "val/agreement" in "\n".join(map(text_of, code))
     assert "'train': 900" in text_of(code[-1])
+
+
+def test_sentences_and_a_language_model_are_distilled(kernel: Kernel, tmp_path: Path) -> None:
+    code = executed(kernel, NOTEBOOKS[6], tmp_path)
+    (folder,) = tmp_path.glob("text_*")
+    records = {run.parent.name: json.loads(run.read_text())["student"] for run in folder.glob("*/result.json")}
+    assert set(records) == {"classifier", "small_classifier", "writer", "small_writer"}
+    assert records["small_classifier"]["parameters"] < records["classifier"]["parameters"]
+    assert records["small_writer"]["parameters"] < records["writer"]["parameters"]
+    assert 0 < records["small_writer"]["last"]["train"]["own_text"] < 1
+    said = "\n".join(map(text_of, code))
+    assert said.count(" -> ") == 2  # classified by plain transformers
+    assert "Bank:" in text_of(code[-2])

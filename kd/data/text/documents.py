@@ -31,13 +31,18 @@ def read_documents(
     if files := text_files(source):
         paths = [located(file, root, key) for file in files]
         return [d for path in paths for d in divided(decoded(path, encoding), document)], str(paths[0])
-    records = read(source, root, encoding, key)
-    if "text" not in records.columns:
+    several = isinstance(source, (list, tuple)) and all(isinstance(file, (str, Path)) for file in source)
+    tables = [read(file, root, encoding, key) for file in (source if several else [source])]
+    if not all("text" in table.columns for table in tables):  # prompts: all files have the same columns
+        records = read(source, root, encoding, key)
         return records, records.where
-    values = ["" if value is None else value for value in records.columns["text"]]
-    if not all(isinstance(value, str) for value in values):
-        raise KdError(f"the column text of {records.where} holds no texts")
-    return values, records.where
+    values = []
+    for table in tables:  # one column counts: files of other data sets may have others beside it
+        texts = ["" if value is None else value for value in table.columns["text"]]
+        if not all(isinstance(value, str) for value in texts):
+            raise KdError(f"the column text of {table.where} holds no texts")
+        values += texts
+    return values, tables[0].where
 
 
 def divided(text: str, document: str) -> list[str]:
