@@ -70,6 +70,7 @@ class Prepared(Optimised):
         """
         self.to(self.device)  # a teacher, or a term with weights, may have come from another one
         terms = self.objective.items()
+        self.task.check_terms(terms)
         self._resolve_taps()
         gradient = bool(self.objective.needs("input_gradient"))
         if not self.student.training:  # as from_pretrained and a trainer of before leave it: it is to be trained

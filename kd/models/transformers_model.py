@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 AUTO = {  # architecture → transformers' factory
     "sequence_classification": transformers.AutoModelForSequenceClassification,
+    "sequence_regression": transformers.AutoModelForSequenceClassification,
     "masked_lm": transformers.AutoModelForMaskedLM,
     "causal_lm": transformers.AutoModelForCausalLM,
     "embedding": transformers.AutoModel,
@@ -76,6 +77,8 @@ def transformers_model(
     made = _configuration(name, config or {}, tokenizer, kwargs)
     if architecture == "sequence_classification" and num_classes is not None:
         made.num_labels = num_classes
+    if architecture == "sequence_regression":
+        made.num_labels, made.problem_type = 1, "regression"
     factory = AUTO[architecture]
     kwargs.setdefault("dtype", torch.float32)  # else it is trained in that of the file, whatever the precision says
     if name is not None and pretrained:

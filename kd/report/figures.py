@@ -43,7 +43,7 @@ def bars(rows: Sequence[Bar], title: str, axis: str, log: bool = False) -> Canva
     axes = figure.subplots()
     every = np.concatenate([np.append(r.values, [] if r.published is None else [r.published]) for r in rows])
     wide = log and style.log_if_wide(axes, "x", every.tolist())
-    from_zero = not wide and every.min() <= 0.5 * every.max()
+    from_zero = not wide and 0 <= every.min() <= 0.5 * every.max() != 0  # correlations may be negative
     positions = range(len(rows) - 1, -1, -1)
     for position, row in zip(positions, rows, strict=True):
         mean = row.values.mean()

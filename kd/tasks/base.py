@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kd.errors import KdError
-from kd.losses.base import UNLABELLED, Batch, Output
+from kd.losses.base import UNLABELLED, Batch, Output, Term
 from kd.tasks.metrics import Metric
 
 
@@ -46,11 +46,13 @@ class Task(ABC):
     made of the logits, so that they say nothing where no term trains them. ``architecture``: which of a library's
     networks the task wants (``causal_lm``, ``sequence_classification`` …), for factories that take it.
     ``distribution``: whether the softmax of a row's logits means something, so that its top-k says most of it.
+    ``numbers``: whether a network answers with numbers to regress on.
     """
 
     metrics: Sequence[Metric]
     architecture: str | None = None
     distribution: bool = True
+    numbers: bool = False
     counts: Sequence[str] = ()
     summary: Sequence[str] = ()
     needs_logits: bool = True
@@ -75,6 +77,12 @@ class Task(ABC):
         if isinstance(raw, (tuple, list)):
             return next((part for part in raw if isinstance(part, Tensor)), None)
         return raw if isinstance(raw, Tensor) else getattr(raw, "logits", None)
+
+    def check_terms(self, terms: Iterable[tuple[str, Term]]) -> None:
+        """Refuse losses of distributions, by name, where rows are numbers: the softmax of one is 1, whatever it is."""
+        for name, term in terms if self.numbers else ():
+            if (term.needs_student_logits or term.needs_teacher_logits) and not term.numbers:
+                raise KdError(f"loss.{name} is for classes, and a row of this task is a number: use loss=[mse]")
 
     def agree(self, student: Output, teacher: Output, classes: int | None, compared: bool) -> None:
         """Refuse outputs of a dry pass that cannot be compared; ``classes``: of the data, None if it has none.

@@ -36,6 +36,10 @@ def test_bars_start_at_zero_only_where_that_hides_nothing() -> None:
     assert [p.get_width() for p in far.patches] == [5.5, 97.0]
     assert [label.get_text() for label in far.get_yticklabels()] == ["a", "b"]
     assert texts(far)[:2] == ["5.5", "97.0"]
+    negative = figures.bars([figures.Bar("a", np.array([-0.4])), figures.Bar("b", np.array([0.3]))], "t", "x").axes[0]
+    low, high = negative.get_xlim()
+    assert low < -0.4
+    assert high > 0.3
 
 
 def test_one_row_far_off_does_not_press_the_others_together() -> None:

@@ -28,6 +28,7 @@ from kd.losses.base import UNLABELLED
 log = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"-?\d+")
+DECIMAL = re.compile(r"-?\d*\.\d*[1-9]\d*")
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,16 @@ class Sentences(TextModule):
     def _label(self, value: Any, names: list[str] | None, column: str, where: str) -> str | None:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, float) and value == value and not self.numbers:
-            raise KdError(f"data.label = {column} of {where} holds numbers such as {value}: it must hold classes")
         written = "" if value is None or value != value else str(value).strip()
         if self.numbers:
             return written or None
         if written in ("", "-1"):  # -1: the labels of a test set that are withheld
             return None
+        if not self.numbers and DECIMAL.fullmatch(written):
+            raise KdError(
+                f"data.label = {column} of {where} holds numbers such as {written}: it must hold classes, or with "
+                "data.numbers=true and task=text_regression numbers to regress on"
+            )
         if names is not None and NUMBER.fullmatch(written):
             return names[int(written)] if int(written) < len(names) else written
         return written
@@ -195,7 +199,7 @@ class Sentences(TextModule):
 
     def _targets(self, texts: Texts, split: str) -> Tensor:
         if self.numbers and self.masking is None:
-            return _numbers(texts)
+            return _numbers(texts, self.columns["label"])
         places = {name: place for place, name in enumerate(self.class_names)}
         if self.label_names is not None and not any(NUMBER.fullmatch(name) for name in self.class_names):
             places = {**{str(place): place for place in range(len(places))}, **places}
@@ -279,12 +283,20 @@ class Sentences(TextModule):
         return part_of(tokens, targets, texts.index, Rows(keys, torch.arange(len(texts))))
 
 
-def _numbers(texts: Texts) -> Tensor:
+def _numbers(texts: Texts, column: str | None) -> Tensor:
     """Labels as numbers (n,) float32. ``KdError`` where one is none, or missing."""
-    try:
-        found = torch.tensor([float(label if label is not None else "") for label in texts.labels])
-    except ValueError:
-        found = torch.full((1,), torch.nan)
+    found = torch.tensor([_number(label) for label in texts.labels], dtype=torch.float32)
     if not found.isfinite().all():
-        raise KdError(f"{texts.where} has a label that is no number, or none: data.numbers = true needs one a text")
+        place = int((~found.isfinite()).nonzero()[0])
+        raise KdError(
+            f"{texts.where} has a label that is no number, or none: {texts.labels[place]!r} in data.label = {column}, "
+            f"row {int(texts.index[place])}; data.numbers = true needs a finite number a text"
+        )
     return found
+
+
+def _number(label: str | None) -> float:
+    try:
+        return float(label if label is not None else "nan")
+    except ValueError:
+        return float("nan")
