@@ -21,7 +21,7 @@ TRAINING = {
     "teacher.epoch": one_of("selected", "last", None),
     "student.epoch": one_of("selected", "last", None),
     "student.surgery.keep": one_of("uniform", "every_other", "first", "last", "ends", None),
-    "student.surgery.embeddings": one_of("copied", "random", None),
+    "student.surgery.embeddings": one_of("copied", "tied", "random", None),
     "protocol.mode": one_of("max", "min", None),
     "distiller.log_every": whole(1),
     "logger.wandb.timeout": number(above=0),  # seconds

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 KEEP = ("uniform", "every_other", "first", "last", "ends")
-EMBEDDINGS = ("copied", "random")
+EMBEDDINGS = ("copied", "tied", "random")
 # the dimension of attention heads: of what these layers make, and of what those read
 HEADS_OUT = re.compile(r"(^|\.)(query|key|value|[qkv]_proj|[qkv]_lin|query_proj|key_proj|value_proj)$")
 HEADS_IN = re.compile(r"(^|\.)(o_proj|out_lin|out_proj|attention\.output\.dense|attn\.o)$")
@@ -30,13 +30,17 @@ class Surgery:
     ``layers``: how many, or which (numbers from 0, in order); null: all. ``keep``: which, where only their number is
     given: ``uniform`` from the first to the last, rounded (12 → 6: 0, 2, 4, 7, 9, 11, as DistilBERT), ``every_other``
     from the first, the ``first``, the ``last``, or both ``ends``. ``hidden``: width of the hidden states, a multiple of
-    that of a head; ``intermediate``: of the feed-forward layers. What is kept of a width is what has the largest
-    weights. ``embeddings``: ``copied``, or ``random``. ``initialise``: false: the shape alone, all weights random.
+    that of a head; ``heads``: how many of attention, at the same width of the hidden states, in networks that say in
+    their configuration how wide a head is (Llama, not BERT); ``intermediate``: width of the feed-forward layers. What is
+    kept of a width is what has the largest weights. ``embeddings``: ``copied``, tied or not as the teacher's; ``tied``:
+    copied, and the output projection is the same matrix; or ``random``. ``initialise``: false: the shape alone, all
+    weights random. Of the vocabulary a student keeps what its teacher has: ``data.vocabulary`` restricts both.
     """
 
     layers: Any = None
     keep: str = "uniform"
     hidden: int | None = None
+    heads: int | None = None
     intermediate: int | None = None
     embeddings: str = "copied"
     initialise: bool = True
@@ -87,6 +91,10 @@ def student_of(teacher: nn.Module, surgery: Surgery) -> nn.Module:
     smaller = _smaller(config, kept, surgery)
     make: Any = type(teacher)
     student = make(smaller)
+    if surgery.embeddings == "tied":
+        head = student.get_output_embeddings()
+        if head is None or head.weight is not student.get_input_embeddings().weight:
+            raise ValueError(f"embeddings = tied is not allowed: a {make.__name__} has no output projection to tie")
     if surgery.initialise:
         _copy(teacher, student, kept, surgery)
     return student.train()
@@ -98,24 +106,39 @@ def _smaller(config: Any, kept: Sequence[int], surgery: Surgery) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == total and total > 1:
             setattr(made, name, [value[layer] for layer in kept])
     made.num_hidden_layers = len(kept)
+    if surgery.embeddings == "tied":
+        made.tie_word_embeddings = True
     if surgery.intermediate is not None:
         inner = _inner(config)
         if not 0 < surgery.intermediate <= inner:
             raise ValueError(f"intermediate = {surgery.intermediate} is not allowed: it must be from 1 to {inner}")
         setattr(made, next(name for name in INNER if hasattr(config, name)), surgery.intermediate)
+    _attention(made, config, surgery)
+    return made
+
+
+def _attention(made: Any, config: Any, surgery: Surgery) -> None:
+    """Set the width of the hidden states and the number of heads in the configuration ``made``."""
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
     if surgery.hidden is not None:
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
         if surgery.hidden % (head * groups) or not 0 < surgery.hidden <= config.hidden_size:
             raise ValueError(
                 f"hidden = {surgery.hidden} is not allowed: a multiple of {head * groups} (whole heads) up to "
                 f"{config.hidden_size}"
             )
         made.hidden_size, made.num_attention_heads = surgery.hidden, surgery.hidden // head
-        if getattr(config, "num_key_value_heads", None):
-            made.num_key_value_heads = made.num_attention_heads // groups
-    return made
+    if surgery.heads is not None:
+        if not hasattr(config, "head_dim"):
+            raise ValueError(
+                f"heads = {surgery.heads} is not allowed: those of a {config.model_type} are cut by hidden"
+            )
+        if surgery.heads % groups or not 0 < surgery.heads <= heads:
+            raise ValueError(f"heads = {surgery.heads} is not allowed: a multiple of {groups} up to {heads}")
+        made.num_attention_heads, made.head_dim = surgery.heads, head
+    if getattr(config, "num_key_value_heads", None):
+        made.num_key_value_heads = made.num_attention_heads // groups
 
 
 def _inner(config: Any) -> int:
@@ -131,9 +154,11 @@ def _copy(teacher: nn.Module, student: nn.Module, kept: Sequence[int], surgery: 
     of_library: Any = student
     tables = [of_library.get_input_embeddings(), of_library.get_output_embeddings()]
     embeddings = {id(p) for table in tables if table is not None for p in table.parameters()}
-    cut = _Cut(teacher, student, kept, stack) if surgery.hidden or surgery.intermediate else None
+    cut = _Cut(teacher, student, kept, stack) if surgery.hidden or surgery.heads or surgery.intermediate else None
+    names = {id(module): name for name, module in student.named_modules()}
+    tied = f"{names.get(id(tables[1]))}.weight" if surgery.embeddings == "tied" else None
     for name, tensor in wanted.items():
-        if surgery.embeddings == "random" and id(tensor) in embeddings:
+        if name == tied or (surgery.embeddings == "random" and id(tensor) in embeddings):
             continue
         source = _source(name, stack, kept)
         value = given[source]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from kd.models.surgery import Surgery, chosen_layers, student_of
 from kd.models.transformers_model import transformers_model
+from kd.models.vocabulary import restrict
 from tests.tiny_language import BERT, LLAMA, VOCABULARY, sequences
 
 WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4}
@@ -29,6 +34,14 @@ TEACHERS: dict[str, tuple[dict[str, Any], str]] = {
         "sequence_classification",
     ),
 }
+
+
+@dataclass
+class Kept:
+    """Which of how many tokens are kept."""
+
+    kept: Tensor
+    whole: int
 
 
 def teacher(name: str) -> nn.Module:
@@ -110,6 +123,82 @@ def test_heads_that_add_nothing_are_dropped_without_a_change() -> None:
     torch.testing.assert_close(made(**inputs).logits, given(**inputs).logits)
 
 
+def test_heads_of_attention_are_dropped_at_the_same_width(tmp_path: Path) -> None:
+    """Heads that write nothing are the ones that go: the answers stay, and the folder loads."""
+    given, inputs = teacher("llama"), sequences(3)
+    with torch.no_grad():
+        for layer in given.model.layers:
+            layer.self_attn.o_proj.weight[:, :32] = 0  # the first group of two heads
+    made = student_of(given, Surgery(heads=2)).eval()
+    assert (made.config.num_attention_heads, made.config.num_key_value_heads, made.config.hidden_size) == (2, 1, 64)
+    torch.testing.assert_close(made(**inputs).logits, given(**inputs).logits)
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs).logits, made(**inputs).logits)
+    for heads in (0, 1, 6):
+        with pytest.raises(ValueError, match=f"heads = {heads} is not allowed: a multiple of 2 up to 4"):
+            student_of(given, Surgery(heads=heads))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_student_may_tie_what_its_teacher_does_not(name: str, tmp_path: Path) -> None:
+    config, architecture = TEACHERS[name]
+    given = transformers_model(config={**config, "tie_word_embeddings": False}, architecture=architecture).eval()
+    made, inputs = student_of(given, Surgery(embeddings="tied")).eval(), sequences(3)
+    table = made.get_input_embeddings().weight
+    assert made.get_output_embeddings().weight is table
+    assert torch.equal(table, given.get_input_embeddings().weight)
+    with torch.no_grad():  # the teacher's answers, were its own two matrices one
+        given.get_output_embeddings().weight.copy_(table)
+    torch.testing.assert_close(made(**inputs).logits, given(**inputs).logits)
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM if name == "llama" else AutoModelForMaskedLM
+    assert torch.equal(loaded.from_pretrained(tmp_path)(**inputs).logits, made(**inputs).logits)
+
+
+def test_nothing_is_tied_in_a_classifier() -> None:
+    with pytest.raises(ValueError, match="embeddings = tied is not allowed: a DistilBertForSequenceClassification has"):
+        student_of(teacher("distilbert"), Surgery(embeddings="tied"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_restricted_network_answers_as_the_whole_one(name: str, tied: bool, tmp_path: Path) -> None:
+    """Its logits are the whole one's at the kept ids; it trains, is cut further, and loads from its folder."""
+    config, architecture = TEACHERS[name]
+    whole = transformers_model(
+        config={**config, "tie_word_embeddings": tied}, architecture=architecture, num_classes=3
+    ).eval()
+    with torch.no_grad():
+        for key, bias in whole.named_parameters():
+            if key.endswith("bias"):
+                bias.normal_()
+    kept = torch.tensor([0, 2, 3, 5, 8, 13, 21, 34, 39])
+    made = copy.deepcopy(whole)
+    restrict(made, Kept(kept, VOCABULARY))
+    ids = torch.randint(1, len(kept), (2, 6), generator=torch.Generator().manual_seed(0))
+    wanted, found = whole(input_ids=kept[ids]).logits, made(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted if wanted.shape[-1] == 3 else wanted[..., kept], rtol=0, atol=1e-6)
+    assert made.config.vocab_size == made.get_input_embeddings().num_embeddings == len(kept)
+    if made.get_output_embeddings() is not None:
+        assert (made.get_output_embeddings().weight is made.get_input_embeddings().weight) == tied
+    ends = getattr(made.config, "eos_token_id", None)
+    assert ends == (None if whole.config.eos_token_id is None else kept.tolist().index(whole.config.eos_token_id))
+    student = student_of(made, Surgery(layers=2))
+    student(input_ids=ids).logits.square().mean().backward()
+    assert student.get_input_embeddings().weight.grad.shape[0] == len(kept)
+    student.eval().save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path)
+    assert torch.equal(again(input_ids=ids).logits, student(input_ids=ids).logits)
+    restrict(made, Kept(kept, VOCABULARY))  # it has the kept tokens alone: nothing is left to cut
+    assert torch.equal(made(input_ids=ids).logits, found)
+
+
+def test_a_network_of_another_vocabulary_is_not_restricted() -> None:
+    with pytest.raises(ValueError, match=r"40 tokens, data\.tokenizer 50, of which .* corpus keeps 3"):
+        restrict(teacher("bert"), Kept(torch.arange(3), 50))
+
+
 def test_embeddings_and_all_weights_may_begin_at_random() -> None:
     given = teacher("bert")
     table = given.get_input_embeddings().weight
@@ -129,7 +218,8 @@ def test_embeddings_and_all_weights_may_begin_at_random() -> None:
         ({"hidden": 128}, "hidden = 128 is not allowed"),
         ({"intermediate": 100}, "intermediate = 100 is not allowed: it must be from 1 to 48"),
         ({"keep": "some"}, "keep = some is not allowed: it must be uniform, every_other, first, last or ends"),
-        ({"embeddings": "tied"}, "embeddings = tied is not allowed: it must be copied or random"),
+        ({"embeddings": "shared"}, "embeddings = shared is not allowed: it must be copied, tied or random"),
+        ({"heads": 2}, "heads = 2 is not allowed: those of a bert are cut by hidden"),
     ],
 )
 def test_what_cannot_be_kept_is_one_sentence(surgery: dict[str, Any], sentence: str) -> None:
