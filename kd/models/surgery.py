@@ -31,10 +31,10 @@ class Surgery:
     given: ``uniform`` from the first to the last, rounded (12 → 6: 0, 2, 4, 7, 9, 11, as DistilBERT), ``every_other``
     from the first, the ``first``, the ``last``, or both ``ends``. ``hidden``: width of the hidden states, a multiple of
     that of a head; ``heads``: how many of attention, at the same width of the hidden states, in networks that say in
-    their configuration how wide a head is (Llama, not BERT); ``intermediate``: width of the feed-forward layers. What is
-    kept of a width is what has the largest weights. ``embeddings``: ``copied``, tied or not as the teacher's; ``tied``:
-    copied, and the output projection is the same matrix; or ``random``. ``initialise``: false: the shape alone, all
-    weights random. Of the vocabulary a student keeps what its teacher has: ``data.vocabulary`` restricts both.
+    their configuration how wide a head is (Llama, not BERT); ``intermediate``: width of the feed-forward layers. What
+    is kept of a width is what has the largest weights. ``embeddings``: ``copied``, tied or not as the teacher's;
+    ``tied``: copied, and the output projection is the same matrix; or ``random``. ``initialise``: false: the shape
+    alone, all weights random. The vocabulary is the teacher's, which ``data.vocabulary`` restricts for both.
     """
 
     layers: Any = None

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from kd.config.hub import online
 from kd.losses.layouts import mean_of_positions
 from kd.models.base import stages
-from kd.models.vocabulary import Restriction, restrict
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,6 @@ def transformers_model(
     architecture: str | None = None,
     num_classes: int | None = None,
     tokenizer: Any = None,
-    restriction: Restriction | None = None,
     pooling: str = "mean",
     lora: Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -60,8 +58,7 @@ def transformers_model(
     ``name``: of a model on the hub, or a folder with ``config.json``; ``pretrained``: with its weights, else random.
     ``config``: without a name ``{model_type: bert, num_hidden_layers: 2, …}``; beside one, keys that replace its own.
     ``architecture``: a key of ``AUTO``, given by the task. ``num_classes``: outputs of a classifier. ``tokenizer``: of
-    the data; a network without a name takes its vocabulary, one with a name must have room for it. ``restriction``: of
-    this tokenizer: a network with a name is cut to its entries, see :mod:`kd.models.vocabulary`. ``pooling``: of a
+    the data; a network without a name takes its vocabulary, one with a name must have room for it. ``pooling``: of a
     sentence embedding, ``mean`` or ``cls``. ``lora``: arguments of ``peft.LoraConfig``; all else is frozen then.
     ``kwargs``: of ``from_pretrained``.
 
@@ -95,7 +92,7 @@ def transformers_model(
                 f"{other[0]} = {kwargs[other[0]]} is of from_pretrained: with pretrained=false it does nothing"
             )
         network = factory.from_config(made, **asked)
-    fit_vocabulary(network, tokenizer, restriction, name)
+    refuse_small_vocabulary(network, tokenizer, name)
     if lora is not None:
         network = with_lora(network, lora)
     network.train()
@@ -138,13 +135,8 @@ def refuse_code(kwargs: Mapping[str, Any]) -> None:
         raise ValueError("weights_only = false is not allowed: a pickle is read as data, or not at all")
 
 
-def fit_vocabulary(network: nn.Module, tokenizer: Any, restriction: Restriction | None, name: str | None) -> None:
-    """Cut a network that has a name to the entries that are kept of its tokenizer, where that is restricted.
-
-    ``ValueError`` when the data's tokenizer has ids that the network has no embedding for.
-    """
-    if restriction is not None and name is not None:
-        restrict(network, restriction)
+def refuse_small_vocabulary(network: nn.Module, tokenizer: Any, name: str | None) -> None:
+    """``ValueError`` when the data's tokenizer has ids that the network has no embedding for."""
     if tokenizer is None:
         return
     rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

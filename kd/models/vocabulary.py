@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SOME = 4  # tokens that answers are compared on
 CLOSE = 1e-4  # how far answers may be from those of before, relative to the largest
@@ -38,6 +38,8 @@ def restrict(network: Any, restriction: Restriction) -> None:
             f"it has {rows} tokens, data.tokenizer {restriction.whole}, of which data.vocabulary = corpus keeps "
             f"{len(kept)}: they do not belong together, give the tokenizer that the network was trained with"
         )
+    if not isinstance(table, nn.Embedding) or not isinstance(head, (nn.Linear, type(None))):
+        raise ValueError("its embeddings are wrapped (lora), so that data.vocabulary = corpus cannot cut them")
     few = torch.linspace(0, len(kept) - 1, SOME).long()
     before = _answer(network, kept[few])
     with torch.no_grad():  # the kept rows come first: transformers cuts those behind, and ties what was tied

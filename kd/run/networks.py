@@ -17,7 +17,7 @@ from kd.distill.answers import Answers
 from kd.distill.teacher import InputMap, Teacher
 from kd.errors import KdError
 from kd.records import weight_files
-from kd.run import described, integrity, weights
+from kd.run import described, integrity, library_networks, weights
 from kd.run.data_facts import same_data
 from kd.tasks.base import Task
 
@@ -56,6 +56,8 @@ def network(
     built = make(_completed(spec, known), path, **given)
     if not isinstance(built, nn.Module):
         raise KdError(f"{path}._target_ = {spec['_target_']} makes a {type(built).__name__}, not a torch module")
+    if "restriction" in known:
+        library_networks.restrict(built, known["restriction"], path)
     return built
 
 
@@ -80,7 +82,10 @@ def _completed(spec: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, A
 
 
 def of_text(data: Any, task: Task) -> dict[str, Any]:
-    """Give what factories of language models take: the architecture that the task wants, the tokenizer of the data."""
+    """Give what factories of language models take: the architecture that the task wants, the tokenizer of the data.
+
+    Beside them, for :func:`network`, how the data restricts that tokenizer.
+    """
     own = {name: getattr(data, name, None) for name in ("tokenizer", "restriction")}
     return {"architecture": task.architecture, **own}
 
@@ -98,23 +103,12 @@ def trained(
     One that was trained with the whole tokenizer, which the data restricts, is cut to the kept tokens afterwards.
     """
     state, about, source = file
-    restriction = more.get("restriction")
-    whole = restriction is not None and about.get("data", {}).get("tokenizer") != data.tokenizer_digest
+    whole = more.get("restriction") is not None and about.get("data", {}).get("tokenizer") != data.tokenizer_digest
     given = {**more, "restriction": None} if whole else more
     net = network(spec, path, data.num_classes, input_shape or data.input_shape, **given)
     weights.load(net, state, source, path.partition(".")[0])
-    if not whole:
-        return net
-    from kd.models.transformers_model import library_network  # start-up: transformers
-    from kd.models.vocabulary import restrict  # start-up: with it
-
-    inner = library_network(net)
-    if inner is None:
-        raise KdError(f"data.vocabulary = corpus cuts networks of transformers: {source} is a {type(net).__name__}")
-    try:
-        restrict(inner, restriction)
-    except ValueError as error:
-        raise KdError(f"{source}: {error}") from error
+    if whole:
+        library_networks.restrict(net, data.restriction, str(source))
     return net
 
 
@@ -123,7 +117,7 @@ def student(config: Mapping[str, Any], data: Any, task: Task, teacher: Answers |
     section = config["student"]
     checkpoint, more = section["checkpoint"], of_text(data, task)
     if section.get("surgery"):
-        net = _cut_from(teacher, section["surgery"])
+        net = library_networks.cut_from(teacher, section["surgery"])
     elif checkpoint is None:
         net = network(section["model"], "student.model", data.num_classes, data.input_shape, **more)
     if checkpoint is not None:
@@ -142,26 +136,6 @@ def student(config: Mapping[str, Any], data: Any, task: Task, teacher: Answers |
                 *(own.get("mean"), own.get("std"), data.mean, data.std),
             )
     return net
-
-
-def _cut_from(teacher: Answers | None, surgery: Mapping[str, Any]) -> nn.Module:
-    if teacher is None or len(teacher.networks) != 1:
-        raise KdError(
-            "student.surgery makes the student from one live teacher: give teacher.checkpoint=RUN or model@teacher=NAME"
-        )
-    from kd.models import transformers_model  # start-up: transformers
-    from kd.models.surgery import Surgery, student_of  # start-up: with it
-
-    whole = teacher.networks[0]
-    given = transformers_model.library_network(whole)
-    if given is None:
-        raise KdError(f"student.surgery cuts networks of transformers: the teacher is a {type(whole).__name__}")
-    try:
-        made = student_of(given, Surgery(**{k: v for k, v in surgery.items() if v is not None}))
-    except ValueError as error:
-        raise KdError(f"student.surgery: {error}") from error
-    pooling: Any = getattr(whole, "pooling", None)
-    return made if pooling is None else transformers_model.SentenceEncoder(made, pooling)
 
 
 def description(network: nn.Module, node: Any) -> Any:

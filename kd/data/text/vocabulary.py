@@ -121,7 +121,7 @@ def _always(model: Mapping[str, Any], ids: Mapping[str, int]) -> set[str]:
     if model["type"] == "Unigram":
         unknown = model.get("unk_id")
         return found if unknown is None else {*found, model["vocab"][unknown][0]}
-    return {*found, model.get("unk_token")} & ids.keys()
+    return found | {name for name in ids if name == model.get("unk_token")}
 
 
 def _merged(model: Mapping[str, Any], entries: Iterable[str]) -> set[str]:
