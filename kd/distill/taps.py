@@ -12,9 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from kd.errors import KdError, did_you_mean
 from kd.losses.layouts import NCHW, Layout, parse_layout
-from kd.models.base import layout, stages
+from kd.models.base import before_activation, before_classifier, layout, stages
 
 Name = str | int
+BEFORE_CLASSIFIER = "before_classifier"
+PREACTIVATION = "preactivation"
 
 # names of the projections in attention blocks: BERT and its kin, DistilBERT, Llama, BART, T5
 PROJECTIONS = {part: (part, f"{part[0]}_lin", f"{part[0]}_proj", part[0]) for part in ("query", "key", "value")}
@@ -30,6 +32,9 @@ def resolve(names: Sequence[Name] | None, network: nn.Module, side: str) -> list
     ``"all:query"`` those of all layers, ``"decoder.layers.2:key"`` that of a named module. Attention scores can be
     made of them, so that attention may stay fused.
 
+    ``"before_classifier"`` is what the last linear layer reads; ``"-1:preactivation"`` what enters the activation that
+    ends a stage, ``"all:preactivation"`` that of all stages.
+
     Raises ``KdError`` when the network has no such stage or module; the sentence lists near names.
     """
     if names is None:
@@ -40,6 +45,12 @@ def resolve(names: Sequence[Name] | None, network: nn.Module, side: str) -> list
     for name in names:
         if isinstance(name, str) and name.partition(":")[2] in PROJECTIONS:
             resolved += _projections(network, name, side)
+            continue
+        if isinstance(name, str) and name.partition(":")[2] == PREACTIVATION:
+            resolved += _preactivations(network, name, side)
+            continue
+        if name == BEFORE_CLASSIFIER:
+            resolved.append(_before_classifier(network, side))
             continue
         name = _stage(network, name, side) if isinstance(name, int) else name
         _module(network, name, side)
@@ -52,6 +63,25 @@ def _stage(network: nn.Module, number: int, side: str) -> str:
     if not -len(known) <= number < len(known):
         raise KdError(f"{side} tap {number} does not exist: the stages are {', '.join(known)}")
     return known[number]
+
+
+def _preactivations(network: nn.Module, tap: str, side: str) -> list[str]:
+    """What enters the activations of one stage, by number or name, or of all."""
+    place = tap.partition(":")[0]
+    if place == "all":
+        return [before_activation(network, stage) for stage in _stages(network, side)]
+    stage = _stage(network, int(place), side) if re.fullmatch(r"-?\d+", place) else place
+    _module(network, stage, side)
+    return [before_activation(network, stage)]
+
+
+def _before_classifier(network: nn.Module, side: str) -> str:
+    try:
+        return before_classifier(network)
+    except ValueError as error:
+        raise KdError(
+            f"{side} tap {BEFORE_CLASSIFIER} does not exist: {error}; tap a stage, {side}_taps=[-1]"
+        ) from None
 
 
 def _projections(network: nn.Module, tap: str, side: str) -> list[str]:
@@ -173,6 +203,8 @@ class Taps:
     def attach(self, network: nn.Module) -> None:
         """Record in this network from now on: the one that the taps were made for, or a copy of it."""
         self.detach()
+        if self.names:
+            self._handles.append(network.register_forward_pre_hook(self._begin))
         for name in self.names:
             module = _module(network, name, self.side)
             if name.partition("@")[0].partition(":")[2].startswith("input"):
@@ -185,6 +217,11 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Count anew: a task tries a language model once before the pass that it answers with."""
+        if self.active and not self._inspected:
+            self._fired = dict.fromkeys(self.names, 0)
 
     def _input_hook(self, name: str):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

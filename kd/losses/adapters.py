@@ -22,6 +22,7 @@ from kd.losses.layouts import (
 )
 
 KINDS = ("auto", "conv_bn_relu", "conv", "linear", "identity")
+POINTWISE = ("auto", "conv", "identity")
 
 
 class Convert(nn.Module):
@@ -45,6 +46,71 @@ class Convert(nn.Module):
             return found
         found = map_to_tokens(found)
         return torch.cat([feature[:, : self.made.prefix], found], dim=1) if self.keep_prefix else found
+
+
+class Pool(nn.Module):
+    """The mean over the positions: (B, C, H, W) or (B, N, D) → (B, width); prefix tokens are left out."""
+
+    def __init__(self, made: Layout) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, C, H, W), (B, N, D) or (B, D) → (B, width)."""
+        if self.made.kind == "tokens":
+            return feature[:, self.made.prefix :].mean(1)
+        return feature if self.made == VECTOR else feature.mean((2, 3))
+
+
+def width_of(tap: Tapped) -> int:
+    """How many numbers a feature has at each position."""
+    return tap.shape[2] if tap.layout.kind == "tokens" else tap.shape[1]
+
+
+def as_vectors(what: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
+    """Two modules that make vectors (B, width) of maps, tokens or vectors. ``ValueError`` for an unknown layout."""
+    if UNKNOWN in (student.layout, teacher.layout):
+        raise cannot_compare(what, student, teacher, cure_of(student, teacher, ("maps, tokens or vectors",)))
+    return Pool(student.layout), Pool(teacher.layout)
+
+
+def check_maps(what: str, student: Tapped, teacher: Tapped) -> tuple[Tapped, Tapped]:
+    """Both taps as maps (B, C, H, W). ``ValueError`` where one is neither a map nor a square grid of tokens."""
+    if not {student.layout.kind, teacher.layout.kind} <= {"NCHW", "tokens"}:
+        cure = cure_of(student, teacher, ("maps (B, C, H, W)", "tokens"))
+        raise cannot_compare(what, student, teacher, cure)
+    for tap in (student, teacher):
+        if tap.grid is None:
+            cure = f"{tap.bare} has no square grid, say how many prefix tokens it has as {tap.bare}@tokens1"
+            raise cannot_compare(what, student, teacher, cure)
+    return student.as_map(), teacher.as_map()
+
+
+def as_maps(what: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
+    """Two modules that make maps (B, C, H, W) of one grid, the smaller of both; the widths stay."""
+    own, other = check_maps(what, student, teacher)
+    size = (min(own.shape[2], other.shape[2]), min(own.shape[3], other.shape[3]))
+    return Convert(student.layout, "NCHW", size), Convert(teacher.layout, "NCHW", size)
+
+
+def pointwise(
+    what: str, kind: str, student: Tapped, teacher: Tapped, norm: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """An adapter of maps by a 1×1 convolution, and what the teacher's map goes through (no parameters).
+
+    The student's grid is resampled to the teacher's. ``kind``: ``auto``, a convolution where the widths differ or
+    ``norm`` says that batch norm follows it; ``conv``, always; ``identity``, no parameters, equal widths.
+    """
+    check_choice("adapter", kind, POINTWISE)
+    own, other = check_maps(what, student, teacher)
+    widths = own.shape[1], other.shape[1]
+    if kind == "identity" and widths[0] != widths[1]:
+        raise cannot_compare(what, student, teacher, "adapter = identity needs equal widths: use adapter=auto")
+    steps: list[nn.Module] = [Convert(student.layout, "NCHW", other.grid)]
+    if kind == "conv" or (kind == "auto" and (norm or widths[0] != widths[1])):
+        steps.append(nn.Conv2d(*widths, kernel_size=1, bias=not norm))
+        steps += [nn.BatchNorm2d(widths[1])] if norm else []
+    return nn.Sequential(*steps), Convert(teacher.layout, "NCHW")
 
 
 def match(what: str, kind: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:

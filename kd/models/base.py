@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from kd.losses.layouts import NCHW, UNKNOWN, VECTOR, Layout, parse_layout
+from kd.losses.networks import Classifier as Classifier
+from kd.losses.networks import classifier as classifier
+from kd.losses.networks import with_module as with_module
 
 MAPS: tuple[type[nn.Module], ...] = (
     nn.Conv2d,
@@ -21,7 +23,7 @@ MAPS: tuple[type[nn.Module], ...] = (
 )
 MAPS += (nn.PixelShuffle, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 PREFIX = ("cls_token", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens")
-CLASSIFIERS = ("fc", "head", "heads", "classifier", "score")
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish)
 
 
 class Stage(NamedTuple):
@@ -29,13 +31,6 @@ class Stage(NamedTuple):
 
     name: str
     layout: Layout
-
-
-class Classifier(NamedTuple):
-    """The last layer of a network: the name of the module, and the module."""
-
-    name: str
-    module: nn.Module
 
 
 # ---------------------------------------------------------------------- stages
@@ -217,30 +212,7 @@ def _is_last_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) and "2d" not in type(module).__name__.lower()
 
 
-# ---------------------------------------------------------------------- classifier
-
-
-def classifier(network: nn.Module) -> Classifier:
-    """The layer that makes the logits: name and module, so that it can be tapped as ``NAME:input``.
-
-    timm says which (``get_classifier``; of two heads the first); otherwise the last linear layer in ``fc``, ``head``,
-    ``heads``, ``classifier`` or ``score``, or of the whole network.
-
-    Raises ``ValueError`` when there is none.
-    """
-    known = {id(module): name for name, module in network.named_modules() if name}
-    ask: Any = getattr(network, "get_classifier", None)
-    if callable(ask):
-        said = ask()
-        said = said[0] if isinstance(said, (tuple, list, nn.ModuleList)) else said
-        if isinstance(said, nn.Module) and not isinstance(said, nn.Identity) and id(said) in known:
-            return Classifier(known[id(said)], said)
-    parts = [getattr(network, name, None) for name in CLASSIFIERS]
-    for part in [*(part for part in parts if isinstance(part, nn.Module)), network]:
-        linear = [m for m in part.modules() if isinstance(m, nn.Linear) and id(m) in known]
-        if linear:
-            return Classifier(known[id(linear[-1])], linear[-1])
-    raise ValueError(f"{type(network).__name__} has no classifier: it has no linear layer behind its features")
+# ---------------------------------------------------------------------- beside the stages
 
 
 def before_classifier(network: nn.Module) -> str:
@@ -248,17 +220,26 @@ def before_classifier(network: nn.Module) -> str:
     return f"{classifier(network).name}:input"
 
 
-def with_module(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The same network, all its weights shared, with another module in the place of ``name``; itself it stays as it is.
+def before_activation(network: nn.Module, stage: str) -> str:
+    """The tap of what enters the activation that ends a stage; the stage itself where none ends it.
 
-    For :meth:`kd.losses.base.Term.deployed`: ``with_module(student, "fc", nn.Sequential(projector, head))``.
+    It is the last layer of a sequence, or of the last block of the stage the child named ``act``, or the activation
+    behind its last convolution, as in timm's ResNets. Stages of pre-activation networks and of MobileNetV2 end without.
     """
-    first, _, rest = name.partition(".")
-    changed = copy.copy(network)
-    changed._modules = dict(network._modules)
-    inner = network.get_submodule(first)
-    changed._modules[first] = with_module(inner, rest, module) if rest else module
-    return changed
+    module = network.get_submodule(stage)
+    name = stage
+    while isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):
+        last = len(module) - 1
+        name, module = f"{name}.{last}", module[last]
+    if isinstance(module, ACTIVATIONS):
+        return f"{name}:input"
+    found = "act" if isinstance(getattr(module, "act", None), ACTIVATIONS) else None
+    for part, child in module.named_children() if found is None else ():
+        if isinstance(child, ACTIVATIONS):
+            found = part
+        elif isinstance(child, nn.Conv2d):
+            found = None
+    return stage if found is None else f"{name}.{found}:input"
 
 
 def _classifier_name(network: nn.Module) -> str | None:

@@ -449,23 +449,33 @@ def test_the_memory_format_of_a_feature_changes_no_number(file: Path) -> None:
     config = OmegaConf.load(file)[file.stem]
     del config.weight, config.schedule
     targets = torch.tensor([1, 4])
-    features = (normal(2, 3, 8, 6), normal(2, 5, 4, 3))
+    shapes = {"student": ((2, 3, 8, 6), (2, 4, 4, 2)), "teacher": ((2, 5, 4, 3), (2, 6, 2, 2))}
+    features = {side: [normal(*shape) for shape in both] for side, both in shapes.items()}
     logits = (normal(2, 5), normal(2, 5))
+    networks = {
+        side: nn.ModuleDict({"f": nn.BatchNorm2d(f), "g": nn.BatchNorm2d(g), "fc": nn.Linear(g, 5)}).double()
+        for side, (f, g) in {"student": (3, 4), "teacher": (5, 6)}.items()
+    }
+    index = torch.arange(2)
     values = []
     for memory in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(1)
-        term = instantiate(config)
-        term.student_taps = ["f"] if term.student_taps is None or len(term.student_taps) else []
-        term.teacher_taps = ["f"] if term.teacher_taps is None or len(term.teacher_taps) else []
-        maps = [f.clone(memory_format=memory).requires_grad_() for f in features]
-        student, teacher = (Output(z.clone(), {"f": f}) for z, f in zip(logits, maps, strict=True))
-        whole = Batch(torch.empty(2, 1, 1, 1), targets, torch.arange(2))
-        term.prepare(Setup(student, teacher, whole, train_index=torch.arange(2), train_targets=targets, classes=5))
+        term = instantiate({**config, **{k: 1 for k in ("negatives", "queue") if k in config}})
+        for side in ("student_taps", "teacher_taps"):
+            taps = getattr(term, side)
+            setattr(term, side, ["f", "g"] if taps is None else ["f", "g"][-len(taps) :] if len(taps) else [])
+        maps = {s: [f.clone(memory_format=memory).requires_grad_() for f in found] for s, found in features.items()}
+        outputs = [
+            Output(z.clone(), dict(zip("fg", found, strict=True)))
+            for z, found in zip(logits, maps.values(), strict=True)
+        ]
+        whole = Batch(torch.empty(2, 1, 1, 1), targets, index)
+        term.prepare(Setup(*outputs, whole, networks, train_index=index, train_targets=targets, classes=5))
         torch.manual_seed(2)
-        value = term(student, teacher, whole)
+        value = term.double()(*outputs, whole)
         if term.student_taps:
             value.backward()
-        values.append((value.detach(), maps[0].grad))
+        values.append((value.detach(), [f.grad for f in maps["student"]]))
     torch.testing.assert_close(values[1], values[0])
 
 

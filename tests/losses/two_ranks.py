@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.config.keys import OBJECTIVE_KEYS
 from kd.distill.objective import Objective
@@ -22,6 +22,7 @@ from kd.run.build import make
 
 CONF = Path(__file__).parents[2] / "conf" / "loss"
 HEADS = {"heads": 2, "relation_heads": 4}
+BANKS = {"negatives": 4, "queue": 6}  # of terms that remember samples: fewer than there are
 WIDTHS = {"student": 8, "teacher": 12}
 PADDING = {"attention_mse": {"variant": "masked"}}  # the authors' counts padding, of which each process has its own
 ROWS, SPLIT, CLASSES = 9, 5, 5  # process 0 gets 5 rows, process 1 gets 4, with fewer labels
@@ -36,13 +37,25 @@ def names() -> list[str]:
 def term(name: str) -> Term:
     """A term with the settings of its YAML; one that must be told how many heads there are is."""
     (node,) = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")).values()  # type: ignore[union-attr]
-    node |= {key: heads for key, heads in HEADS.items() if key in node} | PADDING.get(name, {})
+    node |= {key: value for key, value in {**HEADS, **BANKS}.items() if key in node} | PADDING.get(name, {})
     built: Term = make({k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}, f"loss.{name}")
     for side in ("student", "teacher"):
         taps = getattr(built, f"{side}_taps")
+        stages = list(range(6 if reads_hidden(built) else 2))
         if taps is None or len(taps):
-            setattr(built, f"{side}_taps", [f"{side}{stage}" for stage in range(6 if reads_hidden(built) else 2)])
+            read = stages if taps is None or reads_hidden(built) else stages[-len(taps) :]
+            setattr(built, f"{side}_taps", [f"{side}{stage}" for stage in read])
     return built
+
+
+def networks() -> dict[str, nn.Module]:
+    """What a term may look at in the networks: batch norms before the taps, classifiers of the last ones."""
+    widths = {"student": (4, 6), "teacher": (5, 7)}
+    made = {}
+    for side, (first, last) in widths.items():
+        norms = {f"{side}0": nn.BatchNorm2d(first), f"{side}1": nn.BatchNorm2d(last)}
+        made[side] = nn.ModuleDict({**norms, "fc": nn.Linear(last, CLASSES)}).double()
+    return made
 
 
 def reads_hidden(built: Term) -> bool:
@@ -106,12 +119,11 @@ def run(folder: Path, rank: int, world_size: int) -> None:
         built = term(name)
         student, teacher, batch = drawn(reads_hidden(built))
         torch.manual_seed(0)
-        networks: dict[str, torch.nn.Module] = {}
         own, other = (
             Output(t.get("logits"), {k: v for k, v in t.items() if k != "logits"}) for t in (student, teacher)
         )
         index, targets = torch.arange(ROWS) * 2, batch.targets
-        built.prepare(Setup(own, other, batch, networks, index, targets, CLASSES, epochs=4, steps=8))
+        built.prepare(Setup(own, other, batch, networks(), index, targets, CLASSES, epochs=4, steps=8))
         objective = Objective({name: built.double()})
         first, second = (step(objective, rows, seed) for seed in (1, 2))
         draws = [step(objective, rows, 10 * seed + rank)["total"] for seed in range(DRAWS)] if _draws(name) else []
@@ -126,7 +138,9 @@ def _draws(name: str) -> bool:
     built = term(name)
     student, teacher, batch = drawn(reads_hidden(built))
     own, other = (Output(t.get("logits"), {k: v for k, v in t.items() if k != "logits"}) for t in (student, teacher))
-    built.prepare(Setup(own, other, batch, {}, torch.arange(ROWS) * 2, batch.targets, CLASSES, epochs=4, steps=8))
+    built.prepare(
+        Setup(own, other, batch, networks(), torch.arange(ROWS) * 2, batch.targets, CLASSES, epochs=4, steps=8)
+    )
     built.double().eval()
     results = []
     for seed in (1, 2):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests import golden_option
 
-ABOUT = ("method", "function")
+ABOUT = ("method", "function", "reference")
 UNREAD = {"targets"}  # reference files hold the labels also where the loss does not read them
 
 
@@ -22,14 +22,17 @@ class Case:
     """One file: tensors by name, settings, and the reference values."""
 
     def __init__(self, path: Path) -> None:
+        from tests.losses import references  # which imports this module
+
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         self.stem = path.stem
         self.about = {name: str(arrays.pop(name)) for name in ABOUT if name in arrays}
-        found = golden_option.belongs(path, self.about.get("method"))
+        found = golden_option.belongs(path, self.about.get("method"), self.about.get("reference"))
         self.method, self.pattern = found.method, found.pattern
         self.loss = float(arrays.pop("loss"))
-        self.bits = int(arrays.pop("reference_float_bits", self.stored_bits(arrays)))
+        single = references.closest(path.stem, references.single()) is not None
+        self.bits = int(arrays.pop("reference_float_bits", 32 if single else self.stored_bits(arrays)))
         self.alternatives, self.factors, self.variants, self.grads = (
             {k.removeprefix(start): arrays.pop(k) for k in list(arrays) if k.startswith(start)}
             for start in ("alt_loss__", "alt_factor__", "alt_variant__", "grad_")

@@ -1,0 +1,1 @@
+"""Methods for maps whose every position counts: segmentation, detection."""

@@ -1,0 +1,96 @@
+"""What a term may find in a bare network, and make of it: the classifier, batch statistics, another module in a place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+CLASSIFIERS = ("fc", "head", "heads", "classifier", "score")
+
+
+class Classifier(NamedTuple):
+    """The last layer of a network: the name of the module, and the module."""
+
+    name: str
+    module: nn.Module
+
+
+def classifier(network: nn.Module) -> Classifier:
+    """The layer that makes the logits: name and module, so that it can be tapped as ``NAME:input``.
+
+    timm says which (``get_classifier``; of two heads the first); otherwise the last linear layer in ``fc``, ``head``,
+    ``heads``, ``classifier`` or ``score``, or of the whole network.
+
+    Raises ``ValueError`` when there is none.
+    """
+    known = {id(module): name for name, module in network.named_modules() if name}
+    ask: Any = getattr(network, "get_classifier", None)
+    if callable(ask):
+        said = ask()
+        said = said[0] if isinstance(said, (tuple, list, nn.ModuleList)) else said
+        if isinstance(said, nn.Module) and not isinstance(said, nn.Identity) and id(said) in known:
+            return Classifier(known[id(said)], said)
+    parts = [getattr(network, name, None) for name in CLASSIFIERS]
+    for part in [*(part for part in parts if isinstance(part, nn.Module)), network]:
+        linear = [m for m in part.modules() if isinstance(m, nn.Linear) and id(m) in known]
+        if linear:
+            return Classifier(known[id(linear[-1])], linear[-1])
+    raise ValueError(f"{type(network).__name__} has no classifier: it has no linear layer behind its features")
+
+
+def linear_classifier(method: str, networks: Mapping[str, nn.Module], side: str, width: int) -> nn.Linear:
+    """The classifier of the student or the teacher, where it is one linear layer on features of ``width``.
+
+    ``ValueError``, with the method and both widths, where it is another layer, or there are several teachers.
+    """
+    if side not in networks:
+        raise ValueError(f"{method} needs the {side}'s classifier: there must be one {side} network")
+    name, module = classifier(networks[side])
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{method} needs a {side} with one linear layer behind its features: {name} is a {type(module).__name__}"
+        )
+    if module.in_features != width:
+        raise ValueError(
+            f"{method} cannot put features of width {width} into the {side}'s classifier {name}, which takes "
+            f"{module.in_features}: tap the features that it reads, {side}_taps=[before_classifier]"
+        )
+    return module
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy that is not trained."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+def batch_norm_before(network: nn.Module, tap: str, channels: int) -> _BatchNorm | None:
+    """The last batch norm of ``channels`` channels that ends at a tap: in the module around it; None: there is none.
+
+    Of a residual block it is that of the branch, not of the shortcut.
+    """
+    name, _, port = tap.partition("@")[0].partition(":")
+    around = name.rpartition(".")[0] if port.startswith("input") else name
+    modules = network.get_submodule(around).named_modules()
+    found = [m for n, m in modules if isinstance(m, _BatchNorm) and m.num_features == channels and not _beside(n)]
+    return found[-1] if found else None
+
+
+def _beside(name: str) -> bool:
+    return any(part in ("shortcut", "downsample") for part in name.split("."))
+
+
+def with_module(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The same network, all its weights shared, with another module in the place of ``name``; itself it stays as it is.
+
+    For :meth:`kd.losses.base.Term.deployed`: ``with_module(student, "fc", nn.Sequential(projector, head))``.
+    """
+    first, _, rest = name.partition(".")
+    changed = copy.copy(network)
+    changed._modules = dict(network._modules)
+    inner = network.get_submodule(first)
+    changed._modules[first] = with_module(inner, rest, module) if rest else module
+    return changed

@@ -1,0 +1,1 @@
+"""Methods that read relations between the samples of a batch or of the training set."""
