@@ -302,6 +302,9 @@ class Term(nn.Module):
 
     progress: float = 0.0
 
+    def __init__(self) -> None:  # a term without settings takes none: a mistyped key is refused
+        super().__init__()
+
     def prepare(self, setup: Setup) -> None:
         """Build adapters and banks from a dry pass over two samples (:class:`Setup`).
 

@@ -63,19 +63,20 @@ def check_factor(name: str, value: float) -> float:
     return float(value)
 
 
-def check_power(gamma: float) -> float:
-    """The exponent, or ``ValueError`` when it is not a finite number above 0."""
-    if not 0 < gamma < math.inf:
-        raise ValueError(f"gamma = {gamma} is not allowed: it must be a finite number above 0")
-    return float(gamma)
+def check_positive(name: str, value: float) -> float:
+    """The value, or ``ValueError`` when it is not a finite number above 0."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} = {value} is not allowed: it must be a finite number above 0")
+    return float(value)
 
 
-def spread(logits: Tensor) -> Tensor:
+def spread(logits: Tensor, flat: Tensor | float = 1.0) -> Tensor:
     """Unbiased standard deviation of each row over its classes, (…, 1), with gradient.
 
-    1, without gradient, for a row whose entries differ by rounding alone (a classifier that begins with zeros): to
-    divide by what is left there would make gradients of 10⁷ out of noise.
+    ``flat``: what stands, without gradient, for that of a row whose entries differ by rounding alone (a classifier that
+    begins with zeros): to divide by what is left there would make gradients of 10⁷ out of noise.
     """
-    found = logits.std(-1, keepdim=True)
-    flat = found.detach() <= 1e-6 * logits.detach().abs().amax(-1, keepdim=True)
-    return torch.where(flat, 1.0, found)
+    norm = torch.linalg.vector_norm(logits - logits.mean(-1, keepdim=True), dim=-1, keepdim=True)
+    found = norm / math.sqrt(max(1, logits.shape[-1] - 1))
+    rounding = found.detach() <= 1e-6 * logits.detach().abs().amax(-1, keepdim=True)
+    return torch.where(rounding, flat, found)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import Batch, Output, Term, at_least_float32, check_same_shape
-from kd.losses.logits._divergences import check_power, kl, mean_over_rows
+from kd.losses.logits._divergences import check_positive, kl, mean_over_rows
 
 __all__ = ["transformed_teacher_kl"]
 
@@ -21,7 +21,7 @@ def transformed_teacher_kl(student_logits: Tensor, teacher_logits: Tensor, gamma
     """
     check_same_shape("logits", student_logits, teacher_logits)
     log_p_student = F.log_softmax(at_least_float32(student_logits), dim=-1)
-    log_p_teacher = F.log_softmax(at_least_float32(teacher_logits) * check_power(gamma), dim=-1)
+    log_p_teacher = F.log_softmax(at_least_float32(teacher_logits) * check_positive("gamma", gamma), dim=-1)
     return mean_over_rows(kl(log_p_teacher, log_p_student))
 
 
@@ -30,7 +30,7 @@ class TransformedTeacher(Term):
 
     def __init__(self, gamma: float = 0.1) -> None:
         super().__init__()
-        self.gamma = check_power(gamma)
+        self.gamma = check_positive("gamma", gamma)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows."""

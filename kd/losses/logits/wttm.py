@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import Batch, Output, Term, at_least_float32, check_same_shape
-from kd.losses.logits._divergences import check_power, kl, mean_over_rows
+from kd.losses.logits._divergences import check_positive, kl, mean_over_rows
 
 __all__ = ["weighted_transformed_teacher_kl"]
 
@@ -24,7 +24,7 @@ def weighted_transformed_teacher_kl(student_logits: Tensor, teacher_logits: Tens
     log_p_student, log_p_teacher = (
         F.log_softmax(at_least_float32(z), dim=-1) for z in (student_logits, teacher_logits)
     )
-    powers = log_p_teacher * check_power(gamma)
+    powers = log_p_teacher * check_positive("gamma", gamma)
     log_u = powers.logsumexp(-1, keepdim=True)
     return mean_over_rows(log_u.exp().squeeze(-1) * kl(powers - log_u, log_p_student))
 
@@ -34,7 +34,7 @@ class WeightedTransformedTeacher(Term):
 
     def __init__(self, gamma: float = 0.2) -> None:
         super().__init__()
-        self.gamma = check_power(gamma)
+        self.gamma = check_positive("gamma", gamma)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows."""

@@ -5,7 +5,8 @@ Every module of this folder, but those that begin with ``_``, has
 - ``CASES``: pattern of file names → a function of the file's :class:`Case` that returns our value;
 - ``LEFT_OUT``: pattern → why these files are not checked;
 - and may have ``EQUAL`` and ``DIFFERENT``: what other implementations return for a method, or for a pattern of none
-  (``test_golden.py``).
+  (``test_golden.py``), and ``SINGLE``: patterns of files whose references ran in single precision, in parts at least,
+  which the files do not say.
 
 A pattern is one of ``fnmatch``; one without wildcards is the name of a file, perhaps with a number or a letter behind
 it. Of several that match, the one with the most letters counts: ``trl_gkd_jsd_nolabels`` before ``trl_gkd_jsd_*``.
@@ -51,6 +52,10 @@ def functions() -> dict[str, Callable[[Case], Tensor]]:
 
 def left_out() -> dict[str, str]:
     return merged("LEFT_OUT")
+
+
+def single() -> set[str]:
+    return {pattern for module in modules() for pattern in getattr(module, "SINGLE", ())}
 
 
 def closest(stem: str, patterns: Iterable[str] | None = None) -> str | None:

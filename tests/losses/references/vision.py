@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kd.losses.functional import cross_entropy, kl_divergence
+from kd.losses.functional import kl_divergence
 from tests.losses.references._case import Case
 
 
@@ -43,7 +43,6 @@ def at_with_epsilon(case: Case) -> Tensor:
 
 CASES: dict[str, Callable[[Case], Tensor]] = {
     "kd_deit_soft": kd_over_classes,  # DeiT divides by rows × classes
-    "kd_hard": lambda case: cross_entropy(case["student_logits"], case["teacher_logits"].argmax(-1), **case.hyper),
 }
 LEFT_OUT: dict[str, str] = {
     "pkd": "the Pearson correlation of feature maps of a detector: another method than ours of this name",

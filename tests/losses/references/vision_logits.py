@@ -57,19 +57,60 @@ def standardised_kd(case: Case) -> Tensor:
     return f.kl_divergence(*standardised(case), case.hyper["temperature"])
 
 
+def alpha_beta(case: Case) -> Tensor:
+    shares = {"alpha": case.hyper["ab_alpha"], "beta": case.hyper["ab_beta"]}
+    return f.alpha_beta_divergence(*logits(case), case.hyper["temperature"], **shares)
+
+
+def refined(case: Case) -> Tensor:
+    both = standardised(case) if case.hyper["logit_stand"] else logits(case)
+    settings = {key: value for key, value in case.hyper.items() if key != "logit_stand"}
+    return f.refined_kl_divergence(*both, case["targets"], **settings)
+
+
+def kl(case: Case) -> Tensor:
+    return f.kl_divergence(*logits(case), **case.hyper)
+
+
+def hard_labels(case: Case) -> Tensor:
+    return f.hard_label_cross_entropy(*logits(case))
+
+
+def euclidean(case: Case, of: Callable[[Tensor], Tensor] = lambda z: z) -> Tensor:
+    """Mean over rows of the norm of the difference."""
+    student, teacher = map(of, logits(case))
+    return (student - teacher).square().sum(-1).sqrt().mean()
+
+
 CASES: dict[str, Callable[[Case], Tensor]] = {
     "logit_std_kd": standardised_kd,
     "dkd_logit_std": lambda case: f.decoupled_kl_divergence(*standardised(case), case["targets"], **case.hyper),
     "dist": dist,
+    "abkd": alpha_beta,
+    "rld": refined,
+    "normkd": lambda case: f.normalised_kl_divergence(*logits(case), case.hyper["temperature_norm"]),
+    "fkd_soft_ce": lambda case: f.soft_label_cross_entropy(case["student_logits"], case["teacher_prob"]),
+    "function_matching_kl": kl,
+    "kd_logits_mse": lambda case: f.mean_squared_logits(*logits(case)),
+    "dml_kl": lambda case: f.kl_divergence(*logits(case), 1.0),  # the peer is the teacher
 }
 LEFT_OUT: dict[str, str] = {}
+SINGLE = {"wsld"}  # the label is one-hot in single precision
 
 EQUAL = {
     "dkd": {"cls_kd", "ctkd", "ofakd", "mmrazor_default_batchmean"},
+    "abkd": {"official_llm_ab_div_float32"},
     "dist": {"mmrazor"},
+    "hard_label": {"mmrazor_cross_entropy"},
     "logit_std_kd": {"torchdistill_alpha0p1_minus_ce"},
 }
 DIFFERENT: dict[tuple[str, str], Callable[[Case], Tensor]] = {
+    ("function_matching_kl", "bigvision_kind_hard"): hard_labels,
+    ("function_matching_kl", "bigvision_kind_euclidean"): euclidean,
+    ("function_matching_kl", "bigvision_kind_logsoftmax_euclidean"): lambda c: euclidean(
+        c, lambda z: z.log_softmax(-1)
+    ),
+    ("wsld", "cls_kd_alpha2p25"): lambda case: 2.25 * case.value(),
     ("dist", "torchdistill"): dist_by_cosines,
     ("dist", "paper_appendix_no_tau2"): lambda case: dist(case, "paper"),
     ("dkd", "mmrazor_shipped_config_reduction_mean"): dkd_summed,

@@ -1,0 +1,203 @@
+"""Logit methods: equal logits, extreme values, withheld labels, limits, second implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+from torch import Tensor
+
+from kd.losses import functional as f
+from kd.losses.base import UNLABELLED
+from kd.losses.logits.abkd import AlphaBeta
+from kd.losses.logits.dkd import DecoupledDistillation
+from kd.losses.logits.fkd import SoftLabels
+from kd.losses.logits.normkd import NormalisedLogits
+from kd.losses.logits.ttm import TransformedTeacher
+
+Loss = Callable[..., Tensor]
+
+OVER_ROWS: dict[str, Loss] = {
+    "hard_label": f.hard_label_cross_entropy,
+    "logit_mse": f.mean_squared_logits,
+    "bkd": f.binary_distillation,
+    "fkd": lambda s, t: f.soft_label_cross_entropy(s, f.top_k_labels(t.float().softmax(-1), 2)),
+    "normkd": f.normalised_kl_divergence,
+    "abkd": f.alpha_beta_divergence,
+    "abkd, β = 0": lambda s, t: f.alpha_beta_divergence(s, t, alpha=1.0, beta=0.0),
+    "abkd, α = 0": lambda s, t: f.alpha_beta_divergence(s, t, alpha=0.0, beta=0.5),
+    "ttm": f.transformed_teacher_kl,
+    "wttm": f.weighted_transformed_teacher_kl,
+    "dist": f.correlation_loss,
+}
+OVER_LABELLED: dict[str, Loss] = {
+    "dkd": f.decoupled_kl_divergence,
+    "nkd": f.normalised_cross_entropy,
+    "wsld": f.weighted_soft_cross_entropy,
+    "rld": f.refined_kl_divergence,
+}
+DIVERGENCES = ("logit_mse", "normkd", "abkd", "abkd, β = 0", "abkd, α = 0", "dist", "dkd", "rld")
+PLAIN_MEANS = [*(name for name in OVER_ROWS if name != "dist"), *OVER_LABELLED]
+
+
+def value(name: str, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    return OVER_ROWS[name](student, teacher) if name in OVER_ROWS else OVER_LABELLED[name](student, teacher, targets)
+
+
+@pytest.fixture
+def drawn() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(6, 5, dtype=torch.float64) for _ in range(2))
+    return student.requires_grad_(), teacher, torch.tensor([1, 0, 4, 2, 2, 3])
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_equal_logits_lose_nothing(drawn, name: str) -> None:
+    """The label is the teacher's choice, where one is read."""
+    student = drawn[1].clone().requires_grad_()
+    loss = value(name, student, drawn[1], drawn[1].argmax(1))
+    loss.backward()
+    assert abs(loss.item()) < (1e-5 if name == "dist" else 1e-12)  # DIST adds 1e-8 to norms
+    assert student.grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", [*OVER_ROWS, *OVER_LABELLED])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_far_apart(name: str, dtype: torch.dtype) -> None:
+    student = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0], [-1e4, -1e4, 1e4]], dtype=dtype, requires_grad=True)
+    teacher = torch.tensor([[-1e4, 0.0, 1e4], [1e4, -1e4, 0.0], [0.0, 0.0, 0.0]], dtype=dtype)
+    loss = value(name, student, teacher, torch.tensor([2, 1, 0]))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*OVER_ROWS, *OVER_LABELLED])
+@pytest.mark.parametrize("student_logits", [torch.zeros(3, 4), torch.full((3, 4), 5.3)], ids=["zero", "constant"])
+def test_a_student_that_begins_with_equal_logits(name: str, student_logits: Tensor) -> None:
+    """Its spread is 0 but for rounding; no loss divides by it."""
+    student = student_logits.clone().requires_grad_()
+    torch.manual_seed(0)
+    value(name, student, 3 * torch.randn(3, 4), torch.tensor([2, 1, 0])).backward()
+    assert student.grad.abs().max() < 100
+
+
+@pytest.mark.parametrize("name", PLAIN_MEANS)
+def test_a_mean_over_rows(drawn, name: str) -> None:
+    """Rows one by one, two classes, and no row at all."""
+    rows = [value(name, *(z[i : i + 1] for z in drawn)) for i in range(6)]
+    torch.testing.assert_close(value(name, *drawn), torch.stack(rows).mean())
+    two = value(name, drawn[0][:, :2], drawn[1][:, :2], drawn[2].clamp(max=1))
+    assert two.isfinite()
+    none = value(name, *(z[:0] for z in drawn))
+    none.backward()
+    assert none.item() == 0
+
+
+@pytest.mark.parametrize("name", OVER_ROWS)
+def test_positions_are_rows(drawn, name: str) -> None:
+    student, teacher, targets = drawn
+    several = value(name, student.view(2, 3, 5), teacher.view(2, 3, 5), targets)
+    torch.testing.assert_close(several, value(name, *drawn))
+
+
+@pytest.mark.parametrize("name", OVER_LABELLED)
+def test_rows_without_a_label_do_not_count(drawn, name: str) -> None:
+    student, teacher, targets = drawn
+    withheld = torch.where(torch.arange(6) % 2 == 0, targets, UNLABELLED)
+    loss = value(name, student, teacher, withheld)
+    torch.testing.assert_close(loss, value(name, student[::2], teacher[::2], targets[::2]))
+    loss.backward()
+    assert (student.grad[1::2] == 0).all()
+    none = value(name, student, teacher, torch.full((6,), UNLABELLED))
+    assert none.item() == 0
+    with pytest.raises(ValueError, match=r"one label a row: set data\.mixup=0$"):
+        value(name, student, teacher, torch.full((6, 5), 0.2))
+
+
+@pytest.mark.parametrize("name", [*OVER_ROWS, *OVER_LABELLED])
+def test_other_classes_are_refused(drawn, name: str) -> None:
+    with pytest.raises(ValueError, match=r"must have one shape: the student's is \(6, 5\), the teacher's \(6, 4\)"):
+        value(name, drawn[0], drawn[1][:, :4], drawn[2])
+
+
+# ---------------------------------------------------------------------- second implementations
+
+
+def test_decoupled_is_kd_with_the_teachers_share(drawn) -> None:
+    """Eq. 5: β = 1 − p_t(y), row by row."""
+    student, teacher, targets = drawn
+    for i in range(6):
+        beta = 1 - (teacher[i] / 4).softmax(-1)[targets[i]].item()
+        row = f.decoupled_kl_divergence(student[[i]], teacher[[i]], targets[[i]], 4.0, 1.0, beta)
+        torch.testing.assert_close(row, f.kl_divergence(student[[i]], teacher[[i]], 4.0))
+
+
+def test_correlation_in_numpy(drawn) -> None:
+    s, t = (softmax(z.detach().numpy() / 2, axis=1) for z in drawn[:2])
+    rows = np.mean([np.corrcoef(s[i], t[i])[0, 1] for i in range(6)])
+    classes = np.mean([np.corrcoef(s[:, c], t[:, c])[0, 1] for c in range(5)])
+    expected = 0.5 * (1 - rows) + 3 * (1 - classes)
+    ours = f.correlation_loss(drawn[0], drawn[1], 2.0, 0.5, 3.0, "paper")
+    np.testing.assert_allclose(ours.item(), expected, rtol=1e-5)
+    code = f.correlation_loss(drawn[0], drawn[1], 2.0, 0.5, 3.0)
+    np.testing.assert_allclose(code.item(), 4 * ours.item(), rtol=1e-12)
+
+
+def test_limits_of_the_alpha_beta_divergence(drawn) -> None:
+    student, teacher, _ = drawn
+    kl = f.kl_divergence(student, teacher, 2.0) / 4
+    reverse = f.reverse_kl_divergence(student, teacher, 2.0) / 4
+    torch.testing.assert_close(f.alpha_beta_divergence(student, teacher, 2.0, 1.0, 0.0), kl)
+    torch.testing.assert_close(f.alpha_beta_divergence(student, teacher, 2.0, 0.0, 1.0), reverse)
+    for limit, near in (((0.7, 0.0), (0.7, 1e-6)), ((0.0, 0.7), (1e-6, 0.7))):
+        at, by = (f.alpha_beta_divergence(student, teacher, 2.0, *shares) for shares in (limit, near))
+        torch.testing.assert_close(at, by, rtol=1e-4, atol=0)
+
+
+def test_refined_leaves_out_what_the_teacher_prefers_to_the_label() -> None:
+    student, teacher = torch.tensor([[1.0, 0.0, 2.0, -1.0]]), torch.tensor([[0.0, 3.0, -1.0, -2.0]])
+    log_s, log_t = (log_softmax(z.numpy()[0, 2:]) for z in (student, teacher))  # label 0: classes 2 and 3 are below it
+    expected = (np.exp(log_t) * (log_t - log_s)).sum()
+    ours = f.refined_kl_divergence(student, teacher, torch.tensor([0]), 1.0, 0.0, 1.0)
+    np.testing.assert_allclose(ours.item(), expected, rtol=1e-5)
+    lowest = f.refined_kl_divergence(student, teacher, torch.tensor([3]), 1.0, 0.0, 1.0)
+    assert lowest.item() == 0
+
+
+def test_top_k_labels() -> None:
+    p = torch.tensor([[0.5, 0.1, 0.3, 0.06, 0.04]])
+    smoothed, renormalised = f.top_k_labels(p, 2), f.top_k_labels(p, 2, "renormalised")
+    torch.testing.assert_close(smoothed, torch.tensor([[0.5, 0.2 / 3, 0.3, 0.2 / 3, 0.2 / 3]]))
+    torch.testing.assert_close(renormalised, torch.tensor([[0.625, 0.0, 0.375, 0.0, 0.0]]))
+    torch.testing.assert_close(f.top_k_labels(p, 9), p)
+    torch.testing.assert_close(f.top_k_labels(p, 1, "renormalised"), torch.tensor([[1.0, 0, 0, 0, 0]]))
+
+
+def test_soft_labels_have_the_gradient_of_kd(drawn) -> None:
+    student, teacher, _ = drawn
+    gradients = [
+        torch.autograd.grad(loss, student)[0]
+        for loss in (f.soft_label_cross_entropy(student, teacher.softmax(-1)), f.kl_divergence(student, teacher, 1.0))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: DecoupledDistillation(beta=-1), "^beta = -1 is not allowed: it must be a finite number, 0 or more$"),
+        (lambda: TransformedTeacher(0), "^gamma = 0 is not allowed: it must be a finite number above 0$"),
+        (lambda: NormalisedLogits(-2), "^factor = -2 is not allowed: it must be a finite number above 0$"),
+        (lambda: AlphaBeta(alpha=0, beta=0), "^alpha = 0 is not allowed beside beta = 0: one of them must be above 0$"),
+        (lambda: SoftLabels(0), "^k = 0 is not allowed: it must be a whole number, 1 or more$"),
+        (lambda: SoftLabels(form="x"), "^form = x is not allowed: it must be smoothed or renormalised$"),
+    ],
+)
+def test_settings_that_mean_nothing(make: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make()
