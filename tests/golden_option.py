@@ -62,16 +62,19 @@ class Found(NamedTuple):
         return self.left_out is None and (self.method is not None or self.pattern is not None)
 
 
-def belongs(file: Path, entry: str | None = None) -> Found:
+def belongs(file: Path, entry: str | None = None, reference: str | None = None) -> Found:
     """What a file is checked by: its entry ``method``, the method of its name, or the closest pattern of references.
 
-    In the folder of somebody else a pattern that is the very name of the file goes before the method of that name: it
+    ``reference``: the pattern that it names itself, in an entry of that name, where its method's functions do not take
+    what is in it: weights of a network, say. In the folder of somebody else a pattern that is the very name of the file goes before the method of that name: it
     may be another method.
     """
     from tests.losses import references
 
     stem = file.stem
     method = method_of(stem, entry)
+    if reference is not None and reference in references.functions():
+        return Found(method, reference)
     if entry is not None:
         return Found(method)
     pattern = references.closest(stem)
@@ -88,7 +91,8 @@ def cases(folder: Path) -> dict[str, Found]:
     found = {}
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as file:
-            found[path.stem] = belongs(path, str(file["method"]) if "method" in file.files else None)
+            said = [str(file[name]) if name in file.files else None for name in ("method", "reference")]
+            found[path.stem] = belongs(path, *said)
     return found
 
 

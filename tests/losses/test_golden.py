@@ -7,7 +7,7 @@ with the reason, and those of methods that the package has not are named at the 
 - inputs and 0-d settings, under the names of the function's arguments (``student_logits``, ``targets`` or ``target``,
   ``temperature`` …); ``student_feature_0``, ``student_feature_1`` … are summed over, or make the list
   ``student_features``; of several functions in the method's file the one that takes them all, or the entry
-  ``function``;
+  ``function``; or ``reference``, a pattern of ``references`` that computes the file;
 - ``loss``, and ``grad_<input>``; ``reference_float_bits``: 32 where the reference ran in single precision;
 - ``alt_loss__<other implementation>``: equal (EQUAL), or something else that is said (DIFFERENT, both in
   ``references``). A file says it itself
@@ -86,7 +86,7 @@ def test_term(case: Case) -> None:
     """The term of the method's YAML, with the settings of the file and all taps."""
     node = OmegaConf.to_container(OmegaConf.load(CONF / f"{case.method}.yaml"))[case.method]
     settings = {k: v for k, v in node.items() if k not in ("weight", "schedule")} | case.hyper
-    whole = {"student_taps": None, "teacher_taps": None, "adapter": "identity"}
+    whole = {"student_taps": None, "teacher_taps": None, "adapter": "identity", "embedding": None}
     settings |= {key: value for key, value in whole.items() if key in node}
     term = instantiate(settings)
     student, teacher = (
@@ -107,7 +107,7 @@ def alternative(case: Case, other: str) -> Tensor | None:
         return case.value(variant=str(case.variants[other]))
     if other in case.factors:
         return value(case) * float(case.factors[other])
-    name = case.method or case.pattern
+    name = case.pattern if case.method is None else case.method
     if other in references.merged("EQUAL").get(name, ()):
         return value(case)
     different = references.merged("DIFFERENT").get((name, other))
@@ -121,7 +121,8 @@ def test_alternatives(case: Case) -> None:
         assert said is not None, f"{case.stem}.npz: {other} is neither in EQUAL nor in DIFFERENT"
         single = case.bits == 32 or other.endswith("float32")
         np.testing.assert_allclose(theirs, said.item(), rtol=1e-6 if single else 1e-8, err_msg=other)
-        different = (case.method or case.pattern, other) in references.merged("DIFFERENT")
+        name = case.pattern if case.method is None else case.method
+        different = (name, other) in references.merged("DIFFERENT")
         if different and case.hyper.get("temperature") != 1:  # at T = 1 nobody can forget T²
             assert not np.isclose(theirs, ours, rtol=1e-9, atol=0), f"{other} is listed as different, but is not"
 

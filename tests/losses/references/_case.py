@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests import golden_option
 
-ABOUT = ("method", "function")
+ABOUT = ("method", "function", "reference")
 UNREAD = {"targets"}  # reference files hold the labels also where the loss does not read them
 
 
@@ -28,7 +28,7 @@ class Case:
             arrays = {name: file[name] for name in file.files}
         self.stem = path.stem
         self.about = {name: str(arrays.pop(name)) for name in ABOUT if name in arrays}
-        found = golden_option.belongs(path, self.about.get("method"))
+        found = golden_option.belongs(path, self.about.get("method"), self.about.get("reference"))
         self.method, self.pattern = found.method, found.pattern
         self.loss = float(arrays.pop("loss"))
         single = references.closest(path.stem, references.single()) is not None
