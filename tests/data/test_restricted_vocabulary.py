@@ -227,7 +227,8 @@ def test_a_restricted_student_is_trained_resumed_and_loads_plainly(
     tokenizer = AutoTokenizer.from_pretrained(files / "run" / "selected")
     assert loaded.config.vocab_size == len(tokenizer) == kept
     assert loaded.config.eos_token_id == tokenizer.eos_token_id
-    written = loaded.generate(**tokenizer(f"{SEA[0]} {OTHER}", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    prompt = tokenizer(f"{SEA[0]} {OTHER}", return_tensors="pt", return_token_type_ids=False)
+    written = loaded.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(written[0], skip_special_tokens=True).startswith(f"{SEA[0]} {OTHER}")
 
     begin = Distiller.on_train_epoch_start
