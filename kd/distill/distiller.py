@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -115,6 +116,8 @@ class Distiller(Prepared):
         self._make_optimizer, self._make_scheduler = optimizer or DEFAULT_OPTIMIZER, scheduler
         self._interval = scheduler_interval
         self.epoch_means: dict[str, float] = {}  # of the last training epoch
+        self.speed: dict[str, float] = {}  # of the last training epoch: rows a second, where the task names its rows
+        self._began: float | None = None  # the epoch, by the clock
         self.step_means: dict[str, float] = {}  # of the steps between the last two readings of the buffer
         self.about: dict[str, Any] = {}  # what is recorded with the weights: model, data facts
         self.unreached: list[str] = []  # see find_unreached
@@ -245,6 +248,7 @@ class Distiller(Prepared):
         """Seed by epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
         self._seed()
         self._reseed = False
+        self._began = time.perf_counter()
 
     def on_validation_end(self) -> None:
         """After a checkpoint within an epoch a resumed run must draw what this one draws: seed anew."""
@@ -287,7 +291,16 @@ class Distiller(Prepared):
         if self._buffer is not None and self._buffer.filled:  # a callback has ended the run within the epoch
             self._read_buffer(self._buffer, self.trainer.fit_loop.batch_idx)
         if self._buffer is not None and self._buffer.row_total:
+            rows = self._buffer.row_total * self.trainer.world_size  # the processes have as many, to a few
             self.epoch_means = self._train_means(self._buffer, *self._buffer.take_epoch())
+            self._log_speed(rows)
+
+    def _log_speed(self, rows: int) -> None:
+        """Log how many tokens a second an epoch went through: its rows, the supervised ones."""
+        if self.task.unit and self._began is not None:
+            self.speed = {f"train/{self.task.unit}_per_second": rows / (time.perf_counter() - self._began)}
+            for logger in self.loggers:
+                logger.log_metrics({"epoch": self.current_epoch, **self.speed}, step=self.steps_done)
 
     def on_train_epoch_end(self) -> None:
         """Give the epoch's means to Lightning's callbacks; the loggers have them step by step."""

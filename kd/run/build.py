@@ -26,6 +26,7 @@ from kd.losses.base import Term
 from kd.parallel import group
 from kd.records import weight_files
 from kd.run import compatibility, networks, optim, weights
+from kd.run.hardware import checkpoint_gradients
 from kd.tasks.base import Task
 from kd.tracking.loggers import complete
 from kd.tracking.summary import keep_open
@@ -112,6 +113,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         for name, node in (config.get("networks") or {}).items()
         if node is not None
     }
+    checkpoint_gradients(config, {"student": net, **{f"networks.{name}": peer for name, peer in peers.items()}})
     if hardware.settings(config)["sync_batchnorm"] and group.joined():
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     module: Distiller = make(

@@ -139,7 +139,8 @@ class EpochLine(Callback):
             if (trainer.max_epochs or -1) > 0
             else f" (step {module.steps_done}/{module.steps})"
         )
-        log.info("epoch %d%s  %s  (%.1f s)", epoch + 1, of, _shown(values), seconds)
+        speed = "".join(f", {number:,.0f} {module.task.unit}/s" for number in module.speed.values())
+        log.info("epoch %d%s  %s  (%.1f s%s)", epoch + 1, of, _shown(values), seconds, speed)
 
 
 def _shown(values: Mapping[str, float]) -> str:

@@ -218,5 +218,6 @@ def _config(given: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]]) ->
         "hardware": {
             **{"accelerator": given["accelerator"], "precision": given["precision"], "devices": 1},
             **{"deterministic": "warn", "threads": None, "trainer": {}},
+            "keep_memory": False,  # the process is the caller's
         },
     }

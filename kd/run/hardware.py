@@ -10,11 +10,15 @@ import torch
 import torch._dynamo
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
 
 from kd.config.hardware import settings
 from kd.errors import KdError
+from kd.models import checkpointing
 from kd.parallel import group
 from kd.parallel.cluster import environment, nodes
+from kd.run import allocator
+from kd.run.log import log_to_file
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,23 @@ def compile_networks(config: Mapping[str, Any], module: Any) -> None:
             network.compile(mode=hardware["compile"])
         if role == "teacher":
             module.run_whole_teacher()  # an exit half-way would break the graph at every block
+
+
+def keep_memory(config: Mapping[str, Any]) -> None:
+    """Let the allocator of this process keep what tensors leave, where the config wants it, and log that it does."""
+    if settings(config)["keep_memory"] and allocator.keep_memory():
+        log_to_file("the allocator keeps the memory that tensors leave (off by hardware.keep_memory=false)")
+
+
+def checkpoint_gradients(config: Mapping[str, Any], networks: Mapping[str, nn.Module]) -> None:
+    """Switch gradient checkpointing on in the networks that are trained, by their names in the config."""
+    if not settings(config)["gradient_checkpointing"]:
+        return
+    for name, network in networks.items():
+        try:
+            checkpointing.checkpoint_gradients(network)
+        except ValueError as error:
+            raise KdError(f"hardware.gradient_checkpointing = true is not possible for {name}: {error}") from error
 
 
 def warn_of_slow_precision(config: Mapping[str, Any]) -> None:

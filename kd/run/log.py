@@ -86,9 +86,17 @@ def logged(run_dir: Path) -> Iterator[None]:
                 handler.close()
 
 
+def log_to_file(text: str) -> None:
+    """Write a line into the run's own log only: what is to be known of a run, but not read in each."""
+    _file_alone(logging.INFO, text)
+
+
 def log_failure(error: Exception) -> None:
     """Write the whole traceback into the run's own log only: the console gets it, or one sentence, from the caller."""
-    text = "".join(traceback.format_exception(error))
+    _file_alone(logging.ERROR, "".join(traceback.format_exception(error)))
+
+
+def _file_alone(level: int, text: str) -> None:
     for handler in logging.getLogger("kd").handlers:
         if isinstance(handler, logging.FileHandler):
-            handler.handle(logging.LogRecord("kd", logging.ERROR, __file__, 0, text, None, None))
+            handler.handle(logging.LogRecord("kd", level, __file__, 0, text, None, None))

@@ -43,6 +43,7 @@ def begin(config: Mapping[str, Any]) -> None:
     """Set up the process for a run: what is logged, threads, random numbers, the memory that is measured."""
     quieten()
     hardware.warn_of_slow_precision(config)
+    hardware.keep_memory(config)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if config["hardware"]["threads"]:

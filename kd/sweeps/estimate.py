@@ -202,6 +202,7 @@ def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]
     import torch
 
     from kd.run import build, callbacks, trainer  # start-up: torch
+    from kd.run import hardware as machine  # start-up: torch
 
     class Stopwatch(callbacks.Callback):
         times: list[float]
@@ -217,6 +218,7 @@ def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]
     start = time.perf_counter()
     trainer.quieten()
     torch.set_num_threads(config["hardware"]["threads"] or threads)
+    machine.keep_memory(config)
     hardware = settings(config)
     processes = launch.count(hardware)
     arguments = {**(hardware["trainer"] or {}), "limit_val_batches": 0}

@@ -45,12 +45,14 @@ class Task(ABC):
     ``summary``: the metrics that the last lines of a run show; empty: all. ``needs_logits``: whether the metrics are
     made of the logits, so that they say nothing where no term trains them. ``architecture``: which of a library's
     networks the task wants (``causal_lm``, ``sequence_classification`` …), for factories that take it.
+    ``unit``: what the rows are called where training logs how many it goes through in a second; "": it does not.
     ``distribution``: whether the softmax of a row's logits means something, so that its top-k says most of it.
     ``numbers``: whether a network answers with numbers to regress on.
     """
 
     metrics: Sequence[Metric]
     architecture: str | None = None
+    unit: str = ""
     distribution: bool = True
     numbers: bool = False
     counts: Sequence[str] = ()

@@ -34,6 +34,7 @@ class Tokens(Task):
     beside a teacher agreement and KL to it, over all rows.
     """
 
+    unit = "tokens"
     shift = False  # whether the target of a position is the token of the next one
     metrics = (
         Metric("nll", "loss a token", better="min", digits=4),
