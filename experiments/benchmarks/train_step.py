@@ -1,12 +1,13 @@
 """What a distillation step costs: the bare loop, ``kd``, and the usual Lightning set-up, in turn; ratios of medians.
 
-    python experiments/benchmarks/train_step.py [SIZE …] [rounds=7] [compile=true]
+    python experiments/benchmarks/train_step.py [SIZE …] [rounds=7] [compile=true] [keep_memory=true]
 
 The bare loop is teacher forward without gradient, student forward and backward, SGD step, eager, on the same batches.
 ``kd`` runs its whole Trainer: a bar, CSV and W&B (offline), loss by term, top-1 and top-5; also with
 ``teacher.optimize=false hardware.channels_last=false`` (as it stands), and compiled where that is asked for. The usual
 set-up is a LightningModule as tutorials write it: ``self.log`` of three losses and of torchmetrics' top-1 and top-5
-in each step, a rich bar, the same loggers. Sizes: ``mlp`` (784-256-256-10 twice), where overhead shows as it does on a
+in each step, a rich bar, the same loggers. ``keep_memory``: all of them with the allocator's setting of
+``hardware.keep_memory``. Sizes: ``mlp`` (784-256-256-10 twice), where overhead shows as it does on a
 GPU, ``small`` (resnet20 → resnet8) and ``big`` (resnet56 → resnet20) on 32×32 images; batches of 64, one thread.
 """
 
@@ -32,7 +33,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from kd.config.compose import checked
-from kd.run import build, callbacks, hardware, trainer
+from kd.run import allocator, build, callbacks, hardware, trainer
 from kd.tracking import loggers, summary
 
 MLP = ["model@student=mlp", "student.model.hidden=[256,256]", "model@teacher=mlp", "teacher.model.hidden=[256,256]"]
@@ -195,6 +196,8 @@ def main(arguments: list[str]) -> None:
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     trainer.quieten()
     torch.set_num_threads(1)
+    if options.get("keep_memory") == "true":
+        allocator.keep_memory()
     with open(os.devnull, "w") as nowhere:  # rich draws its bars, as on a terminal, where nobody sees them
         rich.get_console().__dict__ = Console(file=nowhere, force_terminal=True, width=120).__dict__
         for name in [a for a in arguments if "=" not in a] or SIZES:

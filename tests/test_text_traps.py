@@ -1,0 +1,213 @@
+"""What trainers for texts get wrong without a word: each is a number here."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
+
+from kd.config.compose import checked
+from kd.data.text.lm import Documents
+from kd.distill.distiller import Distiller
+from kd.distill.objective import Objective
+from kd.errors import KdError
+from kd.losses.base import UNLABELLED, Batch, Fused
+from kd.losses.functional import fused_losses, kl_divergence
+from kd.losses.logits.ce import CrossEntropy
+from kd.losses.logits.kd import KnowledgeDistillation
+from kd.losses.logits.rkl import ReverseKL
+from kd.losses.tokens import fused
+from kd.losses.tokens.fused import Projection, TeacherRows
+from kd.models.transformers_model import transformers_model
+from kd.run.data_facts import facts, same_data
+from kd.setups.on_policy import OnPolicy
+from kd.tasks.tokens import CausalLM
+from tests.test_text_runs import arguments, run
+from tests.tiny_language import VOCABULARY, Texts
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": VOCABULARY}
+GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # pad = eos, as GPT-2 is used
+WORDS = ["<pad>", "<s>", "</s>", *"abcdefghij"]
+
+
+def network(seed: int, **more: Any) -> Any:
+    torch.manual_seed(seed)
+    return transformers_model(config={**GPT2, **more}, architecture="causal_lm")
+
+
+def on_policy(**options: Any) -> OnPolicy:
+    """A student of GPT-2 with dropout, in train mode, that writes all of its text."""
+    made = OnPolicy(network(0), network(1), Objective({"rkl": ReverseKL()}), CausalLM(), share=1.0, **options)
+    made.prepare(Texts("causal_lm").batches("train")[0])
+    return made.train()
+
+
+def words(order: list[str]) -> Any:
+    """A tokenizer of single letters, with ids in this order."""
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(order)}, unk_token="<s>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def documents(root: Path, rows: list[Any], **options: Any) -> Documents:
+    """A data module of rows with prompts, or of lines of plain text."""
+    kind = "jsonl" if isinstance(rows[0], dict) else "txt"
+    (root / f"all.{kind}").write_text("\n".join(json.dumps(r) if kind == "jsonl" else r for r in rows))
+    given = {"train": f"all.{kind}", "val_fraction": 0.25, "test_fraction": 0.25, "tokenizer": words(WORDS)}
+    data = Documents(root=str(root), **{**given, "document": "line", "packing": False, **options})
+    data.setup()
+    return data
+
+
+def widths(data: Documents) -> set[int]:
+    return {batch.inputs["input_ids"].shape[1] for batch in data.train_dataloader()}
+
+
+# ---------------------------------------------------------------------- data
+
+
+def test_the_length_holds_for_token_ids_that_are_there_already(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a {letter}", "completion": " b c d e f g h " * 2} for letter in "abcdefgh"]
+    assert widths(documents(tmp_path, rows, length=32, cache=str(tmp_path / "cache"))) == {17}
+    assert list((tmp_path / "cache").iterdir())
+    assert widths(documents(tmp_path, rows, length=6, cache=str(tmp_path / "cache"))) == {6}
+
+
+def test_plain_text_without_a_prompt_is_trained_on_whole(tmp_path: Path) -> None:
+    lines = [f"{letter} b c d e f" for letter in "abcdefgh"]
+    for batch in documents(tmp_path, lines, length=16).train_dataloader():
+        assert len(CausalLM().rows(batch).targets) == 6 * len(batch)  # six letters and the end, but for the first
+
+
+def test_vocabularies_of_one_size_and_another_order_are_refused(tmp_path: Path) -> None:
+    lines = [f"{letter} b c d e f" for letter in "abcdefgh"]
+    one = documents(tmp_path, lines)
+    other = documents(tmp_path, lines, tokenizer=words([*WORDS[:3], *reversed(WORDS[3:])]))
+    assert one.num_classes == other.num_classes
+    same_data(facts(one), one, "teacher.checkpoint = run")
+    with pytest.raises(KdError, match=r"teacher\.checkpoint = run was trained with another tokenizer"):
+        same_data(facts(one), other, "teacher.checkpoint = run")
+
+
+def test_the_precision_is_that_of_the_config_whatever_a_file_or_a_cpu_says(tmp_path: Path) -> None:
+    assert checked(["hardware=auto"])["hardware"]["precision"] == "32-true"
+    network(0).to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = transformers_model(name=str(tmp_path), architecture="causal_lm")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("chunk", [None, 0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_temperature_reaches_the_loss_and_its_square_is_the_factor(temperature: float, chunk: int | None) -> None:
+    student, teacher = network(0).eval(), network(1).eval()
+    batch = Texts("causal_lm").batches("train")[0]
+    terms = {"ce": CrossEntropy(), "kd": KnowledgeDistillation(temperature)}
+    module = Distiller(student, teacher, Objective(terms, chunk=chunk), CausalLM())
+    module.prepare(batch)
+    module.eval()
+    with torch.no_grad():
+        step = module.losses(module.task.rows(batch))
+        logits, soft = (net(**batch.inputs).logits[:, :-1] for net in (student, teacher))
+    kept = batch.targets[:, 1:] != UNLABELLED
+    log_s, log_t = ((z[kept] / temperature).log_softmax(-1) for z in (logits, soft))
+    kl = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    assert float(step.values["kd"]) == pytest.approx(temperature**2 * float(kl), rel=1e-4)
+    ce = F.cross_entropy(logits[kept], batch.targets[:, 1:][kept])
+    assert float(step.values["ce"]) == pytest.approx(float(ce), rel=1e-4)
+
+
+def test_a_last_chunk_that_is_not_full_is_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, logits = [], fused._Projected.logits
+
+    def counted(self: Any, rows: slice, pool: Any) -> Any:
+        made.append(rows.stop - rows.start)
+        return logits(self, rows, pool)
+
+    monkeypatch.setattr(fused._Projected, "logits", counted)
+    torch.manual_seed(0)
+    student, own, teacher, other = (torch.randn(n, 8) for n in (252, 30, 252, 30))
+    rows = TeacherRows(teacher, Projection(other))
+    found = fused_losses(student, Projection(own), rows, None, [Fused("forward_kl")], [1.0], chunk=128)[1]
+    assert made == [128, 128, 124, 124]  # of student and teacher
+    assert float(found) == pytest.approx(float(kl_divergence(student @ own.T, teacher @ other.T, 1.0)), rel=1e-5)
+
+
+# ---------------------------------------------------------------------- on-policy
+
+
+def test_the_student_writes_without_dropout() -> None:
+    module, seen = on_policy(top_p=1e-6, max_new_tokens=6), []
+    module.student.transformer.register_forward_hook(lambda inner, *_: seen.append(inner.training))
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([9, 4, 8])]
+    once, again = module.write(prompts), module.write(prompts)
+    assert seen
+    assert not any(seen)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(once, again, strict=True))
+    assert module.student.training
+
+
+def test_positions_begin_behind_the_padding_on_the_left() -> None:
+    """GPT-2 has a vector for each absolute position: what it writes in a padded batch is what it writes alone."""
+    module = on_policy(top_p=1e-6, max_new_tokens=6)
+    prompts = [torch.tensor([5, 6, 7, 8, 9]), torch.tensor([9]), torch.tensor([4, 8])]
+    together = module.write(prompts)
+    for prompt, (ids, _) in zip(prompts, together, strict=True):
+        ((alone, _),) = module.write([prompt])
+        assert torch.equal(ids, alone)
+    batch = module._batch(together, Texts("causal_lm").batches("train")[0])
+    teacher = module.teacher.networks[0]
+    logits = teacher(**batch.inputs).logits
+    for row, (ids, _) in enumerate(together):
+        torch.testing.assert_close(logits[row, : len(ids)], teacher(input_ids=ids.unsqueeze(0)).logits[0])
+
+
+def test_an_end_that_is_also_the_pad_is_learned() -> None:
+    module = on_policy()
+    samples = [(torch.tensor([5, 6, 7, 2]), 2), (torch.tensor([5, 8, 9, 4, 3, 2]), 3)]
+    made = module._batch(samples, Texts("causal_lm").batches("train")[0])
+    assert made.targets.tolist() == [[-1, -1, 7, 2, -1, -1], [-1, -1, -1, 4, 3, 2]]
+    assert made.inputs["attention_mask"].sum(1).tolist() == [4, 6]
+
+
+def test_the_mean_is_over_the_tokens_that_were_written() -> None:
+    """Not over those of the data's rows, of which there are more."""
+    module = on_policy(max_new_tokens=5)
+    module.eval()
+    data = Texts("causal_lm").batches("train")[0]
+    samples = [(torch.tensor([5, 6, 7]), 2), (torch.tensor([5, 8, 9, 4, 3]), 2)]
+    batch: Batch = module.task.rows(module._batch(samples, data))
+    step = module.losses(batch)
+    total = torch.zeros(())
+    for ids, length in samples:
+        with torch.no_grad():
+            log_s, log_t = (
+                net(input_ids=ids.unsqueeze(0)).logits[0, length - 1 : -1].log_softmax(-1)
+                for net in (module.student, module.teacher.networks[0])
+            )
+        total += (log_s.exp() * (log_s - log_t)).sum()
+    assert step.rows == 4
+    assert float(step.values["rkl"]) == pytest.approx(float(total) / 4, rel=1e-4)
+
+
+# ---------------------------------------------------------------------- what is logged
+
+
+def test_terms_are_logged_apart_and_tokens_a_second(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, *arguments("causal_lm", tmp_path / "run"))
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    for name in ("train/ce", "train/kd", "train/loss", "train/tokens_per_second"):
+        found = [float(row[name]) for row in rows if row[name]]
+        assert len(found) >= 2, name
+        assert all(value > 0 for value in found)
+    assert said.count(" tokens/s)") == 2
