@@ -121,7 +121,8 @@ class Objective(nn.Module):
         for name, term in self.items():
             if name not in values:
                 several = shares is not None and term.over == "batch"
-                values[name] = term(*whole.seen_by(term)) if several else term(student, teacher, batch)
+                own = student.taught if term.needs_teacher_logits else student
+                values[name] = term(*whole.seen_by(term)) if several else term(own, teacher, batch)
                 parts.append(factors[name] * at_least_float32(values[name]))
         return [values[name] for name in self.names], torch.stack(parts).sum()
 
@@ -163,7 +164,8 @@ class _Gathered:
 
     def seen_by(self, term: Term) -> tuple[Output, Output, Batch]:
         """What a term declares that it reads; of the batch targets, index, mask and its length."""
-        student = self._output(self.student, term.student_taps, term.needs_student_logits, term.needs_views)
+        own = self.student.taught if term.needs_teacher_logits else self.student
+        student = self._output(own, term.student_taps, term.needs_student_logits, term.needs_views)
         teacher = self._output(self.teacher, term.teacher_taps, term.needs_teacher_logits, term.needs_views)
         if self.whole is None:
             # inputs are much to send: in their place stands what no loss survives

@@ -35,6 +35,7 @@ class Prepared(Optimised):
     heads: list[str]  # the terms that leave something of theirs on the student
     unreached: list[str]  # see find_unreached
     channels_last = False  # whether the student is trained in this memory format
+    _two_heads = False  # see _separate_heads
     _want: Want
     _counts: bool  # whether the student has logits to count right answers in
 
@@ -72,6 +73,7 @@ class Prepared(Optimised):
         terms = self.objective.items()
         self.task.check_terms(terms)
         self._resolve_taps()
+        self._separate_heads()
         gradient = bool(self.objective.needs("input_gradient"))
         if not self.student.training:  # as from_pretrained and a trainer of before leave it: it is to be trained
             self.student.train()
@@ -177,6 +179,17 @@ class Prepared(Optimised):
         self.student_taps = Taps(self.student, [str(n) for _, t in terms for n in t.student_taps or ()], "student")
         if self.teacher is not None:
             self.teacher.tap([str(n) for _, t in terms for n in t.teacher_taps or ()])
+
+    def _separate_heads(self) -> None:
+        """Train the two heads of a student with a distillation token apart, where terms of both kinds read its logits.
+
+        The head of the class token learns from the labels then, the other one from the teacher, and their mean is the
+        answer in evaluation, as timm makes it. Where all terms are of one kind, their mean is trained as well.
+        """
+        kinds = {term.needs_teacher_logits for _, term in self.objective.items() if term.needs_student_logits}
+        self._two_heads = hasattr(self.student, "set_distilled_training") and len(kinds) == 2
+        if hasattr(self.student, "set_distilled_training"):
+            self.student.set_distilled_training(self._two_heads)
 
     def _unfuse(self, name: str, term: Term, root: nn.Module | None) -> None:
         """Let the tapped attention make its maps, and say that it is slower for it."""
@@ -292,6 +305,8 @@ class Prepared(Optimised):
         self.student_taps.active = bool(self.student_taps.names)
         inputs = channels_last(batch.inputs) if self.channels_last else batch.inputs
         output = self.task.answer(self.student, inputs, batch, self._want)
+        if self._two_heads and isinstance(output.raw, tuple):  # in training; an evaluated network answers their mean
+            output.distilled = output.raw[1]
         if self.student_taps.active:
             output.features |= self.student_taps.take()
         self.student_taps.active = False

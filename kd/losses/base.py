@@ -128,6 +128,8 @@ class Output:
     ``logits`` (rows, classes); made from ``hidden`` (rows, width) and ``head``, or from ``topk``, when first read, so
     that a fused loss over a large vocabulary, which reads those two, never makes them. ``features``: tap → tensor.
     ``raw``: what the network returned (maps, boxes, a model output). ``members``: the outputs of several teachers.
+    ``distilled``: logits (rows, classes) of a student's second head, which learns from the teacher while the first one
+    learns the labels (DeiT's distillation token, arXiv 2012.12877); in training alone, :attr:`taught` has them.
     ``views``: view → output on that view of the batch.
     """
 
@@ -139,13 +141,14 @@ class Output:
         hidden: Tensor | None = None,
         head: nn.Module | None = None,
         topk: TopK | None = None,
+        distilled: Tensor | None = None,
         raw: Any = None,
         members: Sequence[Output] = (),
         views: Mapping[str, Output] | None = None,
     ) -> None:
         self._logits = logits
         self.features: dict[str, Tensor] = dict(features or {})
-        self.hidden, self.head, self.topk, self.raw = hidden, head, topk, raw
+        self.hidden, self.head, self.topk, self.distilled, self.raw = hidden, head, topk, distilled, raw
         self.members, self.views = tuple(members), dict(views or {})
 
     @property
@@ -175,6 +178,14 @@ class Output:
             "there are no logits: the network gives none, or this term reads them without declaring it "
             "(needs_student_logits, needs_teacher_logits)"
         )
+
+    @property
+    def taught(self) -> Output:
+        """What a term sees that reads the teacher's logits: those of the second head, where there is one."""
+        if self.distilled is None:
+            return self
+        views = {name: view.taught for name, view in self.views.items()}
+        return Output(self.distilled, self.features, raw=self.raw, members=self.members, views=views)
 
     def to_float32(self) -> Output:
         """The same output with logits of at least single precision; what they are made from stays as it is."""
