@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kd.config.hub import online
+from kd.config.rules import shown
 from kd.errors import KdError, did_you_mean
 
 Source = Any
-"""Path, list of paths, list of mappings, or a ``datasets.Dataset``."""
+"""Path, list of paths, list of mappings, {name, subset, split} of the hub, or a ``datasets.Dataset``."""
+HUB = ("name", "subset", "split")  # keys of one split of a folder or a set of the hub
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
 
@@ -50,10 +52,15 @@ def read(source: Source, root: str | None, encoding: str, key: str) -> Records:
     """
     if hasattr(source, "column_names") and hasattr(source, "features"):
         return of_dataset(source, f"data.{key}")
+    if isinstance(source, Mapping):
+        return _of_hub(source, root, key)
     if isinstance(source, (str, Path)):
         source = [source]
     if not isinstance(source, Sequence) or not len(source):
-        raise KdError(f"data.{key} = {source} is not allowed: it must be a file, a list of files, or a list of rows")
+        raise KdError(
+            f"data.{key} = {source} is not allowed: it must be a file, a list of files, a list of rows, or "
+            "{name: SET, subset: …, split: …}"
+        )
     if all(isinstance(row, Mapping) for row in source):
         return _of_rows(list(source), f"data.{key}")
     parts = [read_file(located(path, root, key), encoding) for path in source]
@@ -174,10 +181,37 @@ def load_splits(name: str, subset: str | None, root: str | None) -> dict[str, An
 
     Nothing but data is read: ``datasets`` runs no code of a set. ``KdError`` when it is not there.
     """
+    found = _loaded(name, subset, root, "data.name")
+    splits = {split: next((found[n] for n in names if n in found), None) for split, names in SPLITS.items()}
+    if splits["train"] is None:
+        raise KdError(f"data.name = {name} has no split train: it has {', '.join(found)}")
+    return {split: part for split, part in splits.items() if part is not None}
+
+
+def _of_hub(source: Mapping[str, Any], root: str | None, key: str) -> Records:
+    """Read one split of a folder or a set of the hub; without ``split`` the one that bears the name of ``key``."""
+    if unknown := next((str(name) for name in source if name not in HUB), None):
+        raise KdError(f"data.{key}.{unknown} is not a key of a set of the hub{did_you_mean(unknown, HUB)}")
+    if not isinstance(source.get("name"), str):
+        raise KdError(
+            f"data.{key} = {dict(source)} is not allowed: it must have a name, of a folder or a set of the hub"
+        )
+    name, split = source["name"], source.get("split")
+    found = _loaded(name, source.get("subset"), root, f"data.{key}.name")
+    chosen = next((n for n in ([split] if split is not None else SPLITS[key]) if n in found), None)
+    if chosen is None:
+        there = ", ".join(map(str, found))
+        near = did_you_mean(str(split), found) if split is not None else ""
+        raise KdError(f"data.{key}.split = {shown(split)} is no split of {name}{near}: it has {there}")
+    return of_dataset(found[chosen], f"{name} ({chosen})")
+
+
+def _loaded(name: str, subset: str | None, root: str | None, key: str) -> Mapping[str, Any]:
+    """Load all splits of a folder or a set of the hub. ``KdError``, with the option ``key``, when it is not there."""
     try:
         import datasets
     except ImportError:
-        raise KdError(f"data.name = {name} needs the package datasets: pip install datasets") from None
+        raise KdError(f"{key} = {name} needs the package datasets: pip install datasets") from None
     folder = next((p for p in (Path(name).expanduser(), Path(root or ".") / name) if p.is_dir()), None)
     try:
         saved = folder is not None and any((folder / f).is_file() for f in ("dataset_dict.json", "state.json"))
@@ -189,12 +223,7 @@ def load_splits(name: str, subset: str | None, root: str | None) -> dict[str, An
         )
     except Exception as error:  # of many kinds: no such set, no connection, damaged files
         raise KdError(
-            f"data.name = {name} cannot be loaded: {str(error).strip().splitlines()[0]} (it must be a folder, or a set "
+            f"{key} = {name} cannot be loaded: {str(error).strip().splitlines()[0]} (it must be a folder, or a set "
             "of the Hugging Face hub that can be reached or is in its cache)"
         ) from None
-    if not isinstance(found, Mapping):
-        found = {"train": found}
-    splits = {split: next((found[n] for n in names if n in found), None) for split, names in SPLITS.items()}
-    if splits["train"] is None:
-        raise KdError(f"data.name = {name} has no split train: it has {', '.join(found)}")
-    return {split: part for split, part in splits.items() if part is not None}
+    return found if isinstance(found, Mapping) else {"train": found}
