@@ -83,6 +83,11 @@ class CachedAnswers(Answers):
                 "teacher.answers needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME, or the path of a "
                 "cache that is complete"
             )
+        if getattr(data, "for_teacher", data) is not data:
+            raise KdError(
+                "teacher.answers is not allowed with a teacher of another tokenizer than data.tokenizer: a loss of two "
+                "tokenizers reads the live teacher, set it to null"
+            )
         if teacher is not None and teacher.cache:
             raise KdError(
                 "teacher.cache = true keeps the answers in memory, teacher.answers on the disk: set one of them"

@@ -187,7 +187,7 @@ class Distiller(Prepared):
         self.watch_teacher()
         if self.teacher is None:
             return
-        if self.comparable and "val" not in self.teacher_metrics:
+        if self.measures_teacher and "val" not in self.teacher_metrics:
             self._measure_teacher()
         if self._want.logits:
             with self.trainer.precision_plugin.forward_context():  # as in the training step
@@ -214,8 +214,9 @@ class Distiller(Prepared):
             return
         dtype = next((p.dtype for p in self.student.parameters()), torch.float32)  # bf16-true: as in the steps
         cast = _cast_to(dtype)
+        own = (as_batch(batch).of_teacher for batch in loader)
         found, _ = measure(
-            *(self.task, self.num_classes, lambda batch: teacher.measured(batch.map(cast)), loader, self.device),
+            *(self.task, self.num_classes, lambda batch: teacher.measured(batch.map(cast)), own, self.device),
             who="the teacher",
             split="val",
         )
@@ -224,7 +225,8 @@ class Distiller(Prepared):
         if found:
             log.info("teacher%s: %s", ", before it is trained along" if self.teacher_trained else "", numbers)
         recorded = teacher.sources[0].get("val", {}) if len(teacher.sources) == 1 else {}
-        if words := self.task.doubt(found, recorded, self.num_classes):
+        classes = self.num_classes if self.comparable else None  # of the student's tokenizer
+        if words := self.task.doubt(found, recorded, classes):
             log.warning("the teacher %s", words)
 
     def _val_batches(self) -> Iterable[Batch] | None:

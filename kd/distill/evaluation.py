@@ -79,7 +79,8 @@ class Evaluated(L.LightningModule):
         self.teacher_metrics: dict[str, dict[str, float]] = {}  # split → metrics
         self.teacher_tested: dict[str, Any] = {}
         self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
-        self.comparable = teacher is not None and teacher.live  # whether the two networks' logits mean the same
+        self.measures_teacher = teacher is not None and teacher.live  # by the student's metrics
+        self.comparable = self.measures_teacher  # whether the two networks' rows and logits mean the same
         self.average: nn.Module | None = None  # of :attr:`trained` over the steps; see kd.run.average
         self._deployed: list[nn.Module] = []  # in a list: its modules belong to the student and the terms
         self._teacher_outputs: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # index and logits of a batch
@@ -154,16 +155,22 @@ class Evaluated(L.LightningModule):
             output, teacher = self.task.answer(self.deployed, batch.inputs, batch, Want()).to_float32(), None
             if output.has_logits:
                 self._finite[0].update(output.logits, batch.index)
-            if self.comparable:
-                teacher = self._answer_for(split, batch, batch_idx)
-                self._finite[1].update(teacher.logits, batch.index)
-                if split == "test" or self.teacher_trained:  # val of a frozen one is measured before the first epoch
-                    self._teacher_meter.update(teacher, batch)
+            again = self._measures_again(split)
+            if self.comparable or again:
+                answer = self._answer_for(split, batch, batch_idx)
+                self._finite[1].update(answer.logits, batch.index)
+                if again:
+                    self._teacher_meter.update(answer, batch.of_teacher)
+                teacher = answer if self.comparable else None
             self._meter.update(output, batch, teacher)
         if self.predictions is not None:
             for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", output.logits)):
                 assert tensor is not None, f"predictions cannot be kept: the data has no {name}"
                 self.predictions.setdefault(name, []).append(tensor.cpu())
+
+    def _measures_again(self, split: str) -> bool:
+        """Whether the teacher is measured in a pass: val of a frozen one is measured before the first epoch."""
+        return self.measures_teacher and (split == "test" or self.teacher_trained)
 
     def _answer_for(self, split: str, batch: Batch, batch_idx: int) -> Output:
         """The teacher's output for a batch: a frozen one answers the same samples once, while that fits."""
@@ -180,7 +187,7 @@ class Evaluated(L.LightningModule):
 
     def _check_finite(self, split: str, more: str = "") -> None:
         self._finite[0].check("the student", split, more)
-        if self.comparable:
+        if self.comparable or self._measures_again(split):
             self._finite[1].check("the teacher", split, more)
 
     def on_validation_epoch_end(self) -> None:
@@ -193,7 +200,7 @@ class Evaluated(L.LightningModule):
         self.log_dict(metrics)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.history[self.current_epoch] = metrics
-            if self.comparable and self.teacher_trained:
+            if self.measures_teacher and self.teacher_trained:
                 self.teacher_metrics["val"] = self._teacher_meter.compute(False)
 
     def on_test_epoch_end(self) -> None:
@@ -203,7 +210,7 @@ class Evaluated(L.LightningModule):
         _check_metrics({f"test/{name}": value for name, value in metrics.items()})
         self.log_dict({f"{self.test_name}/{name}": value for name, value in metrics.items()})
         self.tested = {"test": metrics, **_per_class(self._meter.per_class())}
-        if self.comparable:
+        if self.measures_teacher:
             per_class = self._teacher_meter.per_class()
             self.teacher_tested = {"test": self._teacher_meter.compute(False), **_per_class(per_class)}
 

@@ -91,6 +91,16 @@ class Objective(nn.Module):
                 "term out (loss=[ce])"
             )
 
+    def check_tokenizers(self) -> None:
+        """``KdError`` when a term compares the tokens of one tokenizer: for a teacher that has another one."""
+        for name, term in self.items():
+            if term.needs_teacher and not term.two_tokenizers:
+                raise KdError(
+                    f"loss.{name} compares the tokens of one tokenizer, and the teacher has another one than "
+                    "data.tokenizer: use a loss of two tokenizers, loss=[ce,uld] or loss=[ce,gold], or train the student "
+                    "with the teacher's tokenizer"
+                )
+
     def weight(self, name: str, epoch: float, epochs: float) -> float:
         """The factor of a term at this (fractional) epoch."""
         schedule = self.schedules.get(name)

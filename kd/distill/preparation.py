@@ -81,9 +81,11 @@ class Prepared(Optimised):
             few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
             self._want = Want(logits=True, features=True, input_gradient=gradient)
             self._inputs_of(few, gradient)
+            if few.of_teacher is not few:
+                self.objective.check_tokenizers()
             teacher, student = self._dry(few)
             self._student_channels_last(few, channels_last)
-            self._compare(student, teacher)
+            self._compare(student, teacher, two_tokenizers=few.of_teacher is not few)
             self._want = self._want._replace(logits=bool(self.objective.needs("teacher_logits")))
             networks = {"student": self.student, **self._teacher_networks()}
             known: dict[str, Any] = {"train_index": train_index, "train_targets": train_targets}
@@ -222,14 +224,20 @@ class Prepared(Optimised):
             raise KdError(f"a network cannot take inputs of shape {shape}: {str(error).splitlines()[0]}") from None
         return teacher, student
 
-    def _compare(self, student: Output, teacher: Output) -> None:
+    def _compare(self, student: Output, teacher: Output, two_tokenizers: bool) -> None:
         """Refuse outputs that do not fit one another; find out what can be measured."""
         read = bool(self.objective.needs("teacher_logits")) and self.teacher is not None
-        self.task.agree(student, teacher, self.num_classes, read)
+        self.task.agree(student, Output() if two_tokenizers else teacher, self.num_classes, read)
         self._counts = student.has_logits and bool(self.task.counts)
         if self.num_classes is None and student.has_logits:
             self.num_classes = student.logits.shape[-1]
-        self.comparable = self.comparable and self.task.comparable(student, teacher)
+        self.measures_teacher &= two_tokenizers or self.task.comparable(student, teacher)
+        self.comparable = self.measures_teacher and not two_tokenizers
+        if self.measures_teacher and two_tokenizers:
+            log.info(
+                "the teacher has a tokenizer of its own: agreement and KL are left out, numbers a token are not compared "
+                "with the student's, bits a byte are"
+            )
 
     def _deploy(self, few: Batch) -> None:
         """Let the terms leave their heads on the student, and see that what they made of it answers."""

@@ -129,7 +129,7 @@ class Teacher(Answers):
 
         def read(last: bool = False) -> Any:
             self.channels_last = last
-            output = self(batch.views.get("teacher", batch.inputs), batch, Want(features=True))
+            output = self(*_seen(batch), Want(features=True))
             raw = [member.raw for member in (output, *output.members)]
             return [output.logits if output.has_logits else None, raw, output.features]
 
@@ -200,11 +200,12 @@ class Teacher(Answers):
             return Output(self.remembered.index_select(0, batch.index))
         if not want.logits and not self.taps.names:
             return Output()
-        return self(batch.views.get("teacher", batch.inputs), batch, want)
+        return self(*_seen(batch), want)
 
     def measured(self, batch: Batch) -> Output:
         """Its output on a batch of validation or test."""
-        return self(batch.inputs, batch)
+        own = batch.of_teacher
+        return self(own.inputs, own)
 
     def forward(self, inputs: Any, batch: Batch | None = None, want: Want | None = None) -> Output:
         """Answer ``inputs`` as the data module makes them; ``batch``: what they belong to, None: the inputs alone."""
@@ -241,7 +242,7 @@ class Teacher(Answers):
                 raise KdError("teacher.cache = true keeps answers by the index of each sample, the data gives none")
             index.append(batch.index)
             batch = self.task.rows(batch.to(device))
-            answers.append(self(batch.views.get("teacher", batch.inputs), batch).logits.float())
+            answers.append(self(*_seen(batch)).logits.float())
             if len(answers[-1]) != len(batch):
                 raise KdError("teacher.cache = true keeps a row for each sample, and this task has other rows")
         places, logits = torch.cat(index).to(device), torch.cat(answers)
@@ -256,3 +257,9 @@ class Teacher(Answers):
             return torch.einsum("t,t...->...", shares, torch.stack([at_least_float32(a) for a in answers]))
         logs = torch.stack([F.log_softmax(at_least_float32(a), dim=-1) for a in answers])
         return torch.logsumexp(logs + shares.log().view(-1, *[1] * (logs.ndim - 1)), dim=0)
+
+
+def _seen(batch: Batch) -> tuple[Any, Batch]:
+    """The teacher's view of a batch of training, and the batch that this view belongs to."""
+    own = batch.of_teacher
+    return own.views.get("teacher", own.inputs), own

@@ -26,8 +26,8 @@ class Batch:
     label is withheld, or (rows, classes) shares (mixup, soft labels).
     ``index``: (samples,) int64, the place in the data set, stable over epochs; None where the data has none.
     ``mask``: (samples, positions) bool, the positions that count, for terms that read hidden states.
-    ``views``: further inputs of the same samples by name: ``"teacher"`` (what it sees in the place of ``inputs``),
-    ``"strong"``, ``"rotated"`` …
+    ``views``: further inputs of the same samples by name: ``"teacher"`` (what it sees in the place of ``inputs``; a
+    whole batch where its tokens are those of another tokenizer: :attr:`of_teacher`), ``"strong"``, ``"rotated"`` …
     ``extra``: what one producer leaves for one reader: partners and shares of a mixture, boxes, lengths of prompts.
     """
 
@@ -46,6 +46,12 @@ class Batch:
     def device(self) -> torch.device:
         """Where its inputs are."""
         return _first_tensor(self.inputs).device
+
+    @property
+    def of_teacher(self) -> Batch:
+        """The same samples in the tokens of the teacher's own tokenizer; where it has none, this batch."""
+        view = self.views.get("teacher")
+        return view if isinstance(view, Batch) else self
 
     def few(self, count: int) -> Batch:
         """The first ``count`` samples. Call it before ``task.rows``: afterwards targets may be rows, not samples."""
@@ -393,6 +399,8 @@ def _first_tensor(value: Any) -> Tensor:
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, Batch):
+        return value.map(change)
     if isinstance(value, Mapping):
         return {key: _mapped(part, change) for key, part in value.items()}
     return [_mapped(part, change) for part in value] if isinstance(value, list) else value

@@ -110,7 +110,9 @@ def _student(found: Mapping[str, Any], main: Metric, rows: int | None) -> dict[s
             numbers |= {f"{epoch}/{split}/{metric}": value for metric, value in part.get(split, {}).items()}
         numbers |= _classes(f"{epoch}/test", part)
         numbers |= _wrong(f"{epoch}/test", part["test"], main, rows)
-        kept = retention(part["test"].get(main.name), found.get("teacher", {}).get("test", {}).get(main.name))
+        teacher = found.get("teacher", {})
+        name = teacher.get("compared_by") or main.name  # of two tokenizers
+        kept = retention(part["test"].get(name), teacher.get("test", {}).get(name))
         numbers |= {} if kept is None else {f"{epoch}/retention": kept}
         if main.counted and main.name in part.get("train", {}):  # mixed images have no label to be right about
             numbers[f"{epoch}/gap"] = part["train"][main.name] - part["test"][main.name]

@@ -27,6 +27,7 @@ from kd.parallel import group
 from kd.records import weight_files
 from kd.run import compatibility, networks, optim, weights
 from kd.run.hardware import checkpoint_gradients
+from kd.run.teacher_tokenizer import KEY, with_teacher_tokenizer
 from kd.tasks.base import Task
 from kd.tracking.loggers import complete
 from kd.tracking.summary import keep_open
@@ -36,7 +37,9 @@ log = logging.getLogger(__name__)
 
 def datamodule(config: Mapping[str, Any]) -> Any:
     """Make the data module, set up for all splits. Of several processes one a node downloads."""
-    data = make(config["data"], "data")
+    node = with_teacher_tokenizer(config)
+    own = node.pop(KEY, None)  # an object, perhaps, which no config can hold
+    data = make(node, "data", **({} if own is None else {KEY: own}))
     if not isinstance(data, LightningDataModule):
         raise KdError(f"{_name(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule")
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not group.joined():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,16 +16,16 @@ from kd.losses.base import Batch
 from kd.tasks.base import Task, Want
 
 
-def sizes(module: Distiller, example: Any) -> dict[str, dict[str, int]]:
+def sizes(module: Distiller, examples: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Count parameters and multiply-accumulates a sample, of student and teacher; adapters are counted apart.
 
-    ``example``: inputs of one sample. A teacher without live networks has no size.
+    ``examples``: inputs of one sample, by role. A teacher without live networks has no size.
     """
     deployed = {id(p) for p in module.deployed.parameters()}  # a head that a term leaves on the student counts there
     adapters = sum(p.numel() for p in module.objective.parameters() if id(p) not in deployed)
-    found = {"student": {**size(module.deployed, module.task, example), "adapter_parameters": adapters}}
+    found = {"student": {**size(module.deployed, module.task, examples["student"]), "adapter_parameters": adapters}}
     if module.teacher is not None and len(module.teacher.networks):
-        found["teacher"] = size(module.teacher, module.task, example)
+        found["teacher"] = size(module.teacher, module.task, examples["teacher"])
     return found
 
 

@@ -23,8 +23,14 @@ def facts(data: Any) -> dict[str, Any]:
         "content": getattr(data, "content", None),  # of a data module of the user's own: not known
         "seen": getattr(data, "seen", None),
         **({"tokenizer": digest} if (digest := getattr(data, "tokenizer_digest", None)) else {}),
+        **({"teacher_tokenizer": own.tokenizer_digest} if (own := _for_teacher(data)) is not data else {}),
         **({"vocabulary": {"kept": len(cut.kept), "of": cut.whole}} if (cut := _restriction(data)) else {}),
     }
+
+
+def _for_teacher(data: Any) -> Any:
+    """Return the data with the tokenizer of a teacher that has another one, see :mod:`kd.data.text.teacher_tokens`."""
+    return getattr(data, "for_teacher", data)
 
 
 def _restriction(data: Any) -> Any:

@@ -106,6 +106,7 @@ def evaluate(
         return lambda batch: network(batch.map(cast))
 
     few: Batch = task.rows(next(iter(loader)).few(2).to(device))
+    data_of_who = getattr(data, "for_teacher", data) if who == "teacher" else data
     beside = None
     if teacher is not None:
         if not teacher.live and who == "teacher":
@@ -116,15 +117,18 @@ def evaluate(
             raise KdError("there is no teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
         source = config["teacher"]["checkpoint"]
         network, beside = beside, None
+        loader, few = (batch.of_teacher for batch in loader), few.of_teacher
     else:
         network = answers(_student(config, data, task, source, weights_file is not None, (device, dtype)))
     with torch.no_grad():
         outputs = {name: made(few) for name, made in ((who, network), ("teacher", beside)) if made is not None}
-    task.agree(outputs[who], outputs[who], data.num_classes, compared=False)
+    task.agree(outputs[who], outputs[who], data_of_who.num_classes, compared=False)
+    if few.of_teacher is not few and outputs.pop("teacher", None) is not None and who != "teacher":
+        beside, without = None, "the teacher has another tokenizer, and is measured alone (who=teacher)"
     widths = {name: out.logits.shape[-1] if out.has_logits else None for name, out in outputs.items()}
     if widths.get("teacher", widths[who]) != widths[who]:
         beside, without = None, f"the teacher answers {widths['teacher']} outputs a row, the student {widths[who]}"
-    classes = data.num_classes if data.num_classes is not None else widths[who]
+    classes = data_of_who.num_classes if data_of_who.num_classes is not None else widths[who]
     metrics, per_class = measure(task, classes, network, loader, device, beside, keep, f"the {who} ({source})", split)
     names = data.class_names or [str(number) for number in range(len(per_class))]
     return {

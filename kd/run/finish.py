@@ -108,6 +108,8 @@ def _teacher_part(config: Mapping[str, Any], module: Distiller) -> dict[str, Any
     if "val" in module.teacher_metrics:
         part["val"] = module.teacher_metrics["val"]
     part |= {**_which(module.teacher.sources), **module.teacher_tested}
+    if module.measures_teacher and not module.comparable:  # its tokens are others than the student's
+        part["compared_by"] = module.task.across_tokenizers
     made = config["teacher"]["checkpoint"] is None and len(module.teacher.networks)
     if made and not module.sharded:  # made by its own code, perhaps with weights
         part["digest"] = weights.digest({k: v.cpu() for k, v in module.teacher.state_dict().items()})
@@ -184,7 +186,7 @@ def summary(outcome: Mapping[str, Any], task: Task, run_dir: Path | None) -> str
 
 def _retention(student: Mapping[str, Any], teacher: Mapping[str, Any], task: Task) -> str:
     """Write the main metric as a share of the teacher's; where less is better, how many times the teacher's."""
-    metric = task.metrics[0]
+    metric = task.metric(teacher.get("compared_by") or task.metrics[0].name) or task.metrics[0]
     ratio = retention(student["test"].get(metric.name), teacher["test"].get(metric.name))
     if metric.name not in teacher["test"]:
         return f"{metric.title} is beside the teacher"

@@ -180,6 +180,12 @@ def _live_teacher(config: Mapping[str, Any], data: Any, task: Task) -> Teacher |
         if section.get("cache"):
             raise KdError("teacher.cache = true needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME")
         return None
+    student, data = data, getattr(data, "for_teacher", data)
+    if data is not student and config["student"].get("surgery"):
+        raise KdError(
+            "student.surgery makes the student from the teacher, so they have one tokenizer: data.tokenizer must be the "
+            "teacher's"
+        )
     named = {node["_target_"] for role in ("student", "teacher") for _, node in targets(config[role]["model"])}
     members = [_member(model, checkpoint, section, data, named, of_text(data, task)) for model, checkpoint in pairs]
     networks, maps = [n for n, _ in members], [i for _, i in members]

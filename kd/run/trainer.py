@@ -90,8 +90,8 @@ def carry_out(
     trainer = make_trainer(config, run_dir, [*own, *extra], hooks, module)
     for logger in extra:
         logger.log_hyperparams(config)
-    example = data.example()
-    measured = cost.sizes(module, example)
+    examples = {"student": data.example(), "teacher": getattr(data, "for_teacher", data).example()}
+    measured = cost.sizes(module, examples)
     if run_dir:
         tokenizer = getattr(data, "tokenizer", None)
         library_files.open_folders(run_dir, module.deployed, tokenizer, data.class_names)
@@ -128,7 +128,7 @@ def carry_out(
         log.info("stopped at epoch %d, step %d: %s", *_place(ending.stopped), ending.stopped["why"])
     both: dict[str, Any] = {"student": module.deployed, "teacher": module.teacher}
     for role, size in measured.items():
-        speed = {} if module.sharded else {"latency_ms": cost.latency_ms(both[role], module.task, example)}
+        speed = {} if module.sharded else {"latency_ms": cost.latency_ms(both[role], module.task, examples[role])}
         outcome[role] = {**outcome.get(role, {}), **size, **speed}
     log.info("%s", finish.summary(outcome, module.task, run_dir))
     return outcome

@@ -78,6 +78,11 @@ class OnPolicy(Distiller):
     def compose(self, batch: Batch) -> Batch:
         """Take the prompts of a batch and let the student go on with them, in so many of the steps."""
         self._began = time.perf_counter()
+        if batch.of_teacher is not batch:
+            raise KdError(
+                "distiller = on_policy is not allowed with a teacher of another tokenizer: what the student writes is in "
+                "its own tokens alone"
+            )
         if self._trainer is None or not self.prepared:  # the dry pass is on the data
             return batch
         drawn = torch.rand(2, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps_done)).tolist()

@@ -47,7 +47,8 @@ class Task(ABC):
     networks the task wants (``causal_lm``, ``sequence_classification`` …), for factories that take it.
     ``unit``: what the rows are called where training logs how many it goes through in a second; "": it does not.
     ``distribution``: whether the softmax of a row's logits means something, so that its top-k says most of it.
-    ``numbers``: whether a network answers with numbers to regress on.
+    ``numbers``: whether a network answers with numbers to regress on. ``across_tokenizers``: the metric that compares
+    networks of two tokenizers.
     """
 
     metrics: Sequence[Metric]
@@ -55,6 +56,7 @@ class Task(ABC):
     unit: str = ""
     distribution: bool = True
     numbers: bool = False
+    across_tokenizers: str | None = None
     counts: Sequence[str] = ()
     summary: Sequence[str] = ()
     needs_logits: bool = True

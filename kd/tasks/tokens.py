@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from kd.losses.base import UNLABELLED, Batch, Output, check_choice
 from kd.tasks.base import Meter, Task, Want
 from kd.tasks.metrics import Metric
 from kd.tasks.output_projection import hidden_rows
+from kd.tasks.two_tokenizers import side_by_side
 
 ROWS = ("supervised", "real")
 
@@ -44,7 +46,8 @@ class Tokens(Task):
         Metric("agreement", "agreement", share=True, beside_teacher=True),
         Metric("kl", "KL to the teacher", better="min", beside_teacher=True),
     )
-    summary = ("nll", "perplexity", "acc1", "agreement")
+    summary = ("nll", "perplexity", "bpb", "acc1", "agreement")
+    across_tokenizers = "bpb"
 
     def __init__(self, rows: str = "supervised") -> None:
         self.chosen = check_choice("rows", rows, ROWS)
@@ -72,7 +75,18 @@ class Tokens(Task):
             own = F.pad(bytes_of[:, 1:], (0, 1)) if self.shift else bytes_of
             extra["row_bytes"] = own.flatten()[positions]
         targets = targets.flatten()[positions].clamp(min=UNLABELLED)
-        return Batch(batch.inputs, targets, batch.index, real, batch.views, extra)
+        made = Batch(batch.inputs, targets, batch.index, real, batch.views, extra)
+        if batch.of_teacher is not batch:
+            made = self._beside(made)
+        return made
+
+    def _beside(self, batch: Batch) -> Batch:
+        """Select the rows of a teacher with another tokenizer as well, and say which belong together."""
+        if self.chosen != "supervised":
+            raise KdError(f"task.rows = {self.chosen} is not allowed with two tokenizers: it must be supervised")
+        teacher = self.rows(batch.of_teacher)
+        extra = {**batch.extra, **side_by_side(batch, teacher, self.shift)}
+        return replace(batch, views={**batch.views, "teacher": teacher}, extra=extra)
 
     def answer(self, network: nn.Module, inputs: Any, batch: Batch, want: Want) -> Output:
         """Call a network; of transformers' language models only the rows go through the output projection."""
@@ -97,7 +111,8 @@ class Tokens(Task):
         if len(set(found.values())) > 1:
             raise KdError(
                 f"the student has a vocabulary of {found['student']} tokens, the teacher of {found['teacher']}: what "
-                "compares them needs networks of one tokenizer"
+                "compares them needs networks of one tokenizer, or data.teacher_tokenizer and a loss of two "
+                "tokenizers, loss=[ce,uld] or loss=[ce,gold]"
             )
 
     def meter(self, classes: int | None) -> TokenMeter:

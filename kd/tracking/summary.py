@@ -39,7 +39,7 @@ def report_row(result: Mapping[str, Any]) -> dict[str, Any]:
         key: value for key, value in flat(result).items() if value is not None and not isinstance(value, (list, dict))
     }
     row["overrides"] = " ".join(result["overrides"])
-    main = record.metrics_of(result)[0]["name"]
+    main = (result.get("teacher") or {}).get("compared_by") or record.metrics_of(result)[0]["name"]
     for epoch in ("selected", "last"):
         student, teacher = (row.get(f"{who}.test.{main}") for who in (f"student.{epoch}", "teacher"))
         if student is not None and teacher:

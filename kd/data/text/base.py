@@ -157,9 +157,12 @@ class TextModule(lightning.LightningDataModule, ABC):
             self.tokenizer, self.restriction = restrict(self.tokenizer, self.tokenizer_digest, texts, self.cache)
             self.tokenizer_digest, self.special = tokenizers.digest(self.tokenizer), Special.of(self.tokenizer)
 
-    def tokens(self, key: str, make: Any) -> store.Tokens:
-        """Return token ids, from the cache if they are there; ``key``: digest of the texts and settings."""
-        return store.cached(self.cache, f"{key}-{self.tokenizer_digest}", make)
+    def tokens(self, key: str, make: Any, tokenizer: str | None = None) -> store.Tokens:
+        """Return token ids, from the cache if they are there; ``key``: digest of the texts and settings.
+
+        ``tokenizer``: the digest of another one than that of the data.
+        """
+        return store.cached(self.cache, f"{key}-{tokenizer or self.tokenizer_digest}", make)
 
     def shrunk(self, train: Part) -> Part:
         """Return no more than ``train_size`` rows, stratified by their classes."""

@@ -5,16 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from kd.data.text.encode import between
 from kd.data.text.records import Records
 from kd.errors import KdError
 
 
 class Dialogue(NamedTuple):
-    """A text, the characters [begin, end) of it that are to be predicted, and whether the end token follows."""
+    """A text, the characters [begin, end) of it that are to be predicted, and whether the end token follows.
+
+    ``answers``: of each span the characters that are not of the template, (-1, -1) where it has changed them.
+    ``teacher``: the dialogue as the teacher's tokenizer writes it; None: the same.
+    """
 
     text: str
     spans: list[tuple[int, int]]
     ends: bool
+    answers: list[tuple[int, int]]
+    teacher: Dialogue | None = None
+
+    def answer_bytes(self) -> list[tuple[int, int]]:
+        """Return the answers as bytes of UTF-8. ``KdError`` where a template has changed one."""
+        if (-1, -1) in self.answers:
+            raise KdError(
+                "a chat template changes what the assistant says, so that the tokens of two tokenizers cannot be "
+                "compared: write prompt and completion as texts"
+            )
+        return [(_bytes(self.text[:begin]), _bytes(self.text[:end])) for begin, end in self.answers]
 
 
 def dialogues(records: Records, tokenizer: Any) -> list[Dialogue]:
@@ -30,7 +48,8 @@ def dialogues(records: Records, tokenizer: Any) -> list[Dialogue]:
         prompts, completions = records.columns["prompt"], records.columns["completion"]
         pairs = list(zip(prompts, completions, strict=True))
         if all(isinstance(text, str) for pair in pairs for text in pair):
-            return [Dialogue(p + c, [(len(p), len(p) + len(c))], True) for p, c in pairs]
+            spans = [[(len(p), len(p) + len(c))] for p, c in pairs]
+            return [Dialogue(p + c, span, True, span) for (p, c), span in zip(pairs, spans, strict=True)]
         if not all(isinstance(part, Sequence) and not isinstance(part, str) for pair in pairs for part in pair):
             raise KdError(f"{records.where}: prompt and completion must both be texts, or both lists of messages")
         rows = [([*prompt, *completion], len(prompt)) for prompt, completion in pairs]
@@ -47,12 +66,29 @@ def dialogues(records: Records, tokenizer: Any) -> list[Dialogue]:
     ]
 
 
+def answers_of(
+    rows: Sequence[str | Dialogue], tokenizer: Any, packing: bool
+) -> tuple[list[list[tuple[int, int]]], np.ndarray]:
+    """Return the bytes of each row that are the same text for every tokenizer, and whether an end token follows it.
+
+    Of a document they are all of it, of a dialogue its answers: prompts may be written by two chat templates.
+    """
+    ended = bool(between(tokenizer, False, packing)[1])
+    found = [
+        (row.answer_bytes(), row.ends and tokenizer.eos_token_id is not None)
+        if isinstance(row, Dialogue)
+        else ([(0, _bytes(row))], ended)
+        for row in rows
+    ]
+    return [answers for answers, _ in found], np.array([closed for _, closed in found])
+
+
 def _rendered(messages: Any, first: int, tokenizer: Any, where: str) -> Dialogue:
     """Render messages; what the assistant says from number ``first`` on, with its end, is to be predicted."""
     known = isinstance(messages, Sequence) and not isinstance(messages, str)
     if not known or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages):
         raise KdError(f"{where}: messages must be a list of objects with role and content")
-    spans = []
+    spans, answers = [], []
     text = _template(tokenizer, messages, False, where)
     for number, message in enumerate(messages):
         if message["role"] == "assistant" and number >= first:
@@ -64,7 +100,10 @@ def _rendered(messages: Any, first: int, tokenizer: Any, where: str) -> Dialogue
                     "what the assistant says: write prompt and completion as texts"
                 )
             spans.append((len(before), len(after.rstrip())))
-    return Dialogue(text, spans, False)
+            said = message["content"].strip() if isinstance(message["content"], str) else None
+            place = -1 if said is None else text.find(said, *spans[-1])
+            answers.append((place, place + len(said)) if said is not None and place >= 0 else (-1, -1))
+    return Dialogue(text, spans, False, answers)
 
 
 def _template(tokenizer: Any, messages: Sequence[Any], answering: bool, where: str) -> str:
@@ -72,3 +111,7 @@ def _template(tokenizer: Any, messages: Sequence[Any], answering: bool, where: s
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
     except Exception as error:  # whatever the template raises
         raise KdError(f"{where}: the chat template refuses the messages: {str(error).splitlines()[0]}") from None
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))

@@ -189,3 +189,23 @@ def around(tokenizer: Any) -> tuple[list[int], list[int]]:
     count = len(probe) - len(bare)
     first = next((i for i in range(count + 1) if probe[i : i + len(bare)] == bare), 0)
     return probe[:first], probe[first + len(bare) :]
+
+
+def between(tokenizer: Any, masking: bool, packing: bool) -> tuple[list[int], list[int]]:
+    """Return the ids before and after each document: its end, and what its networks expect at a beginning."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if masking:
+        end = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else end
+        return [], [end] if packing and end is not None else []
+    own, begin = around(tokenizer)[0], tokenizer.bos_token_id
+    return own if own == [begin] else [], [] if end is None else [end]
+
+
+def predicted(tokens: Tokens, begin: np.ndarray, end: np.ndarray, masking: bool) -> np.ndarray:
+    """Return how many tokens of rows [begin, end) are predicted, (rows,): not the first one, not those of prompts."""
+    if masking:
+        return end - begin
+    if tokens.supervised is None:
+        return end - begin - 1
+    until = np.concatenate([[0], np.cumsum(tokens.supervised, dtype=np.int64)])
+    return until[end] - until[np.minimum(begin + 1, end)]

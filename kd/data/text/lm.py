@@ -14,14 +14,22 @@ from kd.config.rules import refusals, refuse
 from kd.data.content import Rows
 from kd.data.text.base import TextModule
 from kd.data.text.content import TextContent, digest_of, normalised
-from kd.data.text.dialogues import Dialogue, dialogues
+from kd.data.text.dialogues import Dialogue, answers_of, dialogues
 from kd.data.text.documents import cut_the_end, long_lines, read_documents, text_files
-from kd.data.text.encode import around, encode_documents, encode_spans
+from kd.data.text.encode import around, between, encode_documents, encode_spans, predicted
 from kd.data.text.loader import Form, Part, part_of
 from kd.data.text.options import RULES
 from kd.data.text.records import Records
 from kd.data.text.split import apart, carve
 from kd.data.text.store import Tokens
+from kd.data.text.teacher_tokens import (
+    AsTeacherSees,
+    blocks_together,
+    cut_together,
+    ends_of,
+    same_vocabulary,
+    teacher_tokenizer,
+)
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED
 
@@ -45,6 +53,9 @@ class Documents(TextModule):
     (B, L) and an ``attention_mask`` (B, 1, L, L), as transformers' decoders take them
     ``overlap``: what becomes of documents of train that are in val or test too (of val: in test): ``remove`` them,
     ``keep`` them, or ``refuse``. Of files their lines are compared, and what is found is said
+    ``teacher_tokenizer``: name or folder of the teacher's own, or an object, for losses that compare two tokenizers; a
+    row is then the same text in both, cut where a token of both ends, of ``length`` tokens or fewer on either side.
+    Null, or the student's vocabulary: one tokenizer (``kd train`` finds that of the teacher, where it differs)
 
     What is cut (val, where there is none, from train; test from val, or from train where there is no val) is of
     files the end, at a line, of lines, paragraphs and rows a random choice. Targets are (B, L) int64, the ids
@@ -62,6 +73,7 @@ class Documents(TextModule):
         packing: bool | None = None,
         separate_documents: bool = False,
         overlap: str = "remove",
+        teacher_tokenizer: Any = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -71,6 +83,12 @@ class Documents(TextModule):
         self.separate, self.overlap = separate_documents, overlap
         if self.separate and self.masking is not None:
             raise KdError("data.separate_documents = true is not allowed with data.masking: set data.packing=false")
+        self.teacher_spec, self.own_of_teacher = teacher_tokenizer, None
+        if teacher_tokenizer is not None and self.masking is not None:
+            raise KdError(
+                "data.teacher_tokenizer is not allowed with data.masking: two tokenizers are compared by the tokens that "
+                "follow"
+            )
 
     # ------------------------------------------------------------------ reading
 
@@ -110,9 +128,25 @@ class Documents(TextModule):
             return found
         if isinstance(self.spec, Mapping) or self.spec is None:
             return dialogues(found, None)
-        if not hasattr(self, "tokenizer"):
-            self.load_tokenizer([], self.length, "length")
-        return dialogues(found, self.tokenizer)
+        self._load_tokenizers([])
+        rows = dialogues(found, self.tokenizer)
+        if self.own_of_teacher is None:
+            return rows
+        others = dialogues(found, self.own_of_teacher.tokenizer)
+        return [row._replace(teacher=other) for row, other in zip(rows, others, strict=True)]
+
+    def _load_tokenizers(self, texts: list[str]) -> None:
+        """Make the tokenizer, once, and the teacher's where it is another one."""
+        if hasattr(self, "tokenizer"):
+            return
+        self.load_tokenizer(texts, self.length, "length")
+        if self.teacher_spec is not None:
+            self.own_of_teacher = teacher_tokenizer(self.teacher_spec, self.tokenizer, self.root, self.length)
+
+    @property
+    def for_teacher(self) -> Any:
+        """This data with the teacher's tokenizer, or itself where the teacher has none of its own."""
+        return self if self.own_of_teacher is None else AsTeacherSees(self, self.own_of_teacher)
 
     # ------------------------------------------------------------------ splits
 
@@ -164,9 +198,10 @@ class Documents(TextModule):
     # ------------------------------------------------------------------ tokens
 
     def _parts(self, documents: dict[str, Rendered], dialogue: bool) -> dict[str, Part]:
-        if not hasattr(self, "tokenizer"):
-            self.load_tokenizer([_text(row) for row in documents["train"]], self.length, "length")
+        self._load_tokenizers([_text(row) for row in documents["train"]])
         self.restrict_vocabulary([_text(row) for row in documents["train"]])
+        if self.own_of_teacher is not None and same_vocabulary(self.tokenizer, self.own_of_teacher.tokenizer):
+            self.own_of_teacher = None  # it is restricted to the same entries
         if self.most is None:
             raise KdError("data.length = null is not allowed: the tokenizer does not say how much its networks take")
         packing = (not dialogue) if self.packing is None else self.packing
@@ -176,47 +211,39 @@ class Documents(TextModule):
         for split in ("train", "val", "test"):
             rows = documents[split]
             lines = TextContent(self._lines(rows), f"line of {split}")
-            tokens = self._tokens(rows, dialogue, packing)
-            parts[split] = self._blocks(tokens, lines, packing, split)
+            tokens = self._tokens(rows, packing, self.tokenizer, self.tokenizer_digest)
+            make = self._blocks if self.own_of_teacher is None else self._together
+            parts[split] = make(rows, tokens, lines, packing, split)
         return {**parts, "train": self.shrunk(parts["train"])}
 
     def _form(self, packing: bool) -> Form:
-        most = self.most
+        most, own = self.most, self.own_of_teacher
         if self.masking is None:
-            separate = self.separate and packing
-            return Form(self.special, "next", apart=separate, most=most, multiple=self.multiple)
+            form = Form(self.special, "next", apart=self.separate and packing, most=most, multiple=self.multiple)
+            if own is None:
+                return form
+            return replace(form, teacher=replace(form, special=own.special), matched=own.matched_to(self.tokenizer))
         before, after = map(tuple, around(self.tokenizer))
         if most is not None and most <= len(before) + len(after):
             raise KdError(f"data.length = {most} is not allowed: the tokenizer adds {len(before) + len(after)} tokens")
         return Form(self.special, "masked", self.masking, before, after, most=most, multiple=self.multiple)
 
-    def _tokens(self, rows: Rendered, dialogue: bool, packing: bool) -> Tokens:
-        if dialogue:
-            found = [row for row in rows if isinstance(row, Dialogue)]
-            ends = [row.ends and self.tokenizer.eos_token_id is not None for row in found]
+    def _tokens(self, rows: Rendered, packing: bool, tokenizer: Any, digest: str) -> Tokens:
+        found = [row for row in rows if isinstance(row, Dialogue)]
+        texts = [_text(row) for row in rows]
+        if found:
+            ends = [row.ends and tokenizer.eos_token_id is not None for row in found]
             spans = [row.spans for row in found]
-            texts = [row.text for row in found]
             key = digest_of(texts, "dialogues 2", digest_of([str(spans), str(ends)]))
-            return self.tokens(key, lambda: encode_spans(self.tokenizer, texts, spans, ends))
-        documents = [_text(row) for row in rows]
-        before, after = self._between(packing)
-        key = digest_of(documents, "documents 2", before, after)
-        return self.tokens(key, lambda: encode_documents(self.tokenizer, documents, before, after))
+            return self.tokens(key, lambda: encode_spans(tokenizer, texts, spans, ends), digest)
+        before, after = between(tokenizer, self.masking is not None, packing)
+        key = digest_of(texts, "documents 2", before, after)
+        return self.tokens(key, lambda: encode_documents(tokenizer, texts, before, after), digest)
 
-    def _between(self, packing: bool) -> tuple[list[int], list[int]]:
-        """The ids before and after each document."""
-        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
-        if self.masking is not None:
-            end = self.tokenizer.sep_token_id if self.tokenizer.sep_token_id is not None else end
-            return [], [end] if packing and end is not None else []
-        own, begin = around(self.tokenizer)[0], self.tokenizer.bos_token_id
-        return own if own == [begin] else [], [] if end is None else [end]
-
-    def _blocks(self, tokens: Tokens, lines: TextContent, packing: bool, split: str) -> Part:
+    def _blocks(self, texts: Rendered, tokens: Tokens, lines: TextContent, packing: bool, split: str) -> Part:
         """Rows of the stream of tokens: blocks of it, or a document each."""
         assert self.most is not None
         length = self.most - len(self.form.before) - len(self.form.after)
-        rows = Rows(lines, torch.arange(len(lines)))
         step = length if self.masking is not None else length - 1  # the first token of a block is not predicted
         if packing:
             total = len(tokens.ids)
@@ -225,29 +252,52 @@ class Documents(TextModule):
         else:
             begin, whole = np.asarray(tokens.offsets[:-1]), np.asarray(tokens.offsets[1:])
             end = np.minimum(whole, begin + length)
-            if cut := int((whole > end).sum()):
+            self._say_cut(int((whole > end).sum()), len(begin), split)
+        return self._part([(tokens, begin, end)], lines, split)[0]
+
+    def _together(self, texts: Rendered, tokens: Tokens, lines: TextContent, packing: bool, split: str) -> Part:
+        """The same in the tokens of both tokenizers: each row has the same text in both."""
+        assert self.most is not None
+        assert self.own_of_teacher is not None
+        own = self.own_of_teacher
+        others: Any = [row.teacher or row if isinstance(row, Dialogue) else row for row in texts]
+        streams = [tokens, self._tokens(others, packing, own.tokenizer, own.digest)]
+        sides = zip((texts, others), streams, (self.tokenizer, own.tokenizer), strict=True)
+        ends = [ends_of(stream, *answers_of(rows, tokenizer, packing)) for rows, stream, tokenizer in sides]
+        if packing:
+            *rows_of, lost = blocks_together(*ends, self.most)
+            if lost:
                 log.warning(
-                    "%s of %s rows of %s are longer than data.length = %s tokens and truncated",
-                    *(f"{cut:,}", f"{len(begin):,}", split, self.most),
+                    "%s pieces of %s are too long for a row of both tokenizers and left out", f"{lost:,}", split
                 )
-        kept = np.flatnonzero(self._predicted(tokens, begin, end) > 0)
+        else:
+            *rows_of, cut = cut_together([(s.offsets, e) for s, e in zip(streams, ends, strict=True)], self.most)
+            self._say_cut(cut, len(texts), split)
+        made = self._part([(s, *where) for s, where in zip(streams, rows_of, strict=True)], lines, split)
+        student, teacher = (replace(part, ends=places) for part, places in zip(made, ends, strict=True))
+        return replace(student, teacher=teacher)
+
+    def _say_cut(self, cut: int, count: int, split: str) -> None:
+        if cut:
+            log.warning(
+                "%s of %s rows of %s are longer than data.length = %s tokens and truncated",
+                *(f"{cut:,}", f"{count:,}", split, self.most),
+            )
+
+    def _part(self, sides: list[tuple[Tokens, np.ndarray, np.ndarray]], lines: TextContent, split: str) -> list[Part]:
+        """Parts of rows [begin, end) of one stream of tokens or two, those that have a token to predict in each."""
+        counts = [predicted(*side, self.masking is not None) for side in sides]
+        kept = np.flatnonzero(np.min(counts, axis=0) > 0)
         if not len(kept):
             raise KdError(f"{split} has no row with a token to predict: set a larger data.length than {self.most}")
-        if len(kept) < len(begin):
-            lost = f"{len(begin) - len(kept):,} of {len(begin):,}"
+        if len(kept) < len(counts[0]):
+            lost = f"{len(counts[0]) - len(kept):,} of {len(counts[0]):,}"
             log.warning("%s rows of %s have no token to predict and are left out", lost, split)
-        none = torch.full((len(kept),), UNLABELLED)
-        part = part_of(tokens, none, torch.from_numpy(kept), rows)
-        return replace(part, begin=begin[kept], end=end[kept], blocks=True)
-
-    def _predicted(self, tokens: Tokens, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """The number of tokens (rows,) that are predicted: not the first one, not of prompts."""
-        if self.masking is not None:
-            return end - begin
-        if tokens.supervised is None:
-            return end - begin - 1
-        until = np.concatenate([[0], np.cumsum(tokens.supervised, dtype=np.int64)])
-        return until[end] - until[np.minimum(begin + 1, end)]
+        none, rows = torch.full((len(kept),), UNLABELLED), Rows(lines, torch.arange(len(lines)))
+        return [
+            replace(part_of(tokens, none, torch.from_numpy(kept), rows), begin=begin[kept], end=end[kept], blocks=True)
+            for tokens, begin, end in sides
+        ]
 
 
 def _text(row: str | Dialogue) -> str:

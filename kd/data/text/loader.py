@@ -26,6 +26,9 @@ class Part:
 
     ``begin``, ``end``: (n,) int64; ``targets``, ``index``: (n,) int64 tensors; ``rows``: its texts, for their digest:
     that of each row, or, where rows are blocks of documents (``blocks``), all lines.
+
+    ``teacher``: the same rows in the tokens of the teacher's own tokenizer, ``ends`` (tokens,) int64 then says where
+    each token ends, in both of them: :func:`kd.data.text.teacher_tokens.ends_of`.
     """
 
     tokens: Tokens
@@ -35,6 +38,8 @@ class Part:
     index: Tensor
     rows: Rows
     blocks: bool = False
+    ends: np.ndarray | None = None
+    teacher: Part | None = None
 
     def __len__(self) -> int:
         return len(self.begin)
@@ -49,6 +54,7 @@ class Part:
             targets=self.targets[chosen],
             index=self.index[chosen],
             rows=rows if self.blocks else rows._replace(positions=rows.positions[chosen]),
+            teacher=None if self.teacher is None else self.teacher.take(chosen),
         )
 
 
@@ -63,7 +69,8 @@ class Form:
 
     ``targets``: ``labels``, the class of each row; ``next``, the ids of the tokens, for a task that shifts them;
     ``masked``, those of the tokens that are masked. ``masking``: their share. ``before``, ``after``: special tokens
-    round each row. ``apart``: whether documents in a block see one another. ``most``: positions, at most.
+    round each row. ``apart``: whether documents in a block see one another. ``most``: positions, at most. ``teacher``:
+    of rows in the teacher's own tokens, with the ids that are ``matched`` between both vocabularies (1, 2, m).
     """
 
     special: Special
@@ -75,12 +82,17 @@ class Form:
     most: int | None = None
     multiple: int = 1
     types: bool = False
+    teacher: Form | None = None
+    matched: Tensor | None = None
 
 
 class TextLoader(Loader):
     """Batches of a part: inputs ``input_ids`` and ``attention_mask`` (B, L) int64, padded on the right to the longest.
 
     In val and test ``extra["bytes"]`` (B, L) int64 says how many bytes each token stands for, where that is known.
+
+    With a tokenizer of the teacher's own, ``views["teacher"]`` is a batch of the same samples in its tokens, both have
+    ``extra["ends"]`` (B, L) int64, and ``extra["matched"]`` (1, 2, m) the ids of tokens that both vocabularies have.
 
     ``bucketing``: in training, groups of 50 batches are drawn anew in each epoch and sorted by length, then the batches
     are put in random order: all from (seed, epoch). Batch k of all ranks together is batch k of one process; the last
@@ -118,51 +130,62 @@ class TextLoader(Loader):
 
     def batch(self, rows: Tensor) -> Batch:
         """Make a batch of these rows (B,) of the part."""
-        form, places = self.form, rows.numpy()
-        begin, lengths = self.part.begin[places], self.lengths[places]
+        made = self._made(self.part, self.form, rows)
+        if self.part.teacher is not None and self.form.teacher is not None:
+            made.views["teacher"] = self._made(self.part.teacher, self.form.teacher, rows)
+            made.extra["matched"] = self.form.matched
+        return made
+
+    def _made(self, part: Part, form: Form, rows: Tensor) -> Batch:
+        places = rows.numpy()
+        begin = part.begin[places]
+        lengths = part.end[places] - begin
         more = len(form.before) + len(form.after)
         width = width_of(lengths + more, form.multiple, form.most) - more
-        ids = padded(self.part.tokens.ids, begin, lengths, width, form.special.pad).astype(np.int64)
+        ids = padded(part.tokens.ids, begin, lengths, width, form.special.pad).astype(np.int64)
         if more:
             ids = wrapped(ids, lengths, list(form.before), list(form.after), form.special.pad)
         real = np.arange(width + more) < (lengths + more)[:, None]
-        index = self.part.index[rows]
+        index = part.index[rows]
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
-        if self.part.tokens.types is not None and form.types:
-            inputs["token_type_ids"] = padded(self.part.tokens.types, begin, lengths, width, 0).astype(np.int64)
-        targets: Any = self.part.targets[rows]
+        if part.tokens.types is not None and form.types:
+            inputs["token_type_ids"] = padded(part.tokens.types, begin, lengths, width, 0).astype(np.int64)
+        targets: Any = part.targets[rows]
         if form.targets == "masked":
             inputs["input_ids"], targets = masked(
                 ids, real, index.numpy(), form.masking, form.special, *self._key_of_the_mask()
             )
         elif form.targets == "next":
-            targets = self._next(ids, real, begin, lengths, inputs)
+            targets = _next(part.tokens, form, (ids, real), (begin, lengths), inputs)
         made = {name: torch.as_tensor(array) for name, array in inputs.items()}
-        return Batch(
-            made, torch.as_tensor(targets), index, torch.from_numpy(real), extra=self._bytes(begin, lengths, width)
-        )
-
-    def _bytes(self, begin: np.ndarray, lengths: np.ndarray, width: int) -> dict[str, Tensor]:
-        """Bytes (B, L) that each token stands for, for bits a byte."""
-        if self.part.tokens.bytes is None or self.train:
-            return {}
-        found = padded(self.part.tokens.bytes, begin, lengths, width, 0).astype(np.int64)
-        before, after = len(self.form.before), len(self.form.after)
-        return {"bytes": torch.from_numpy(np.pad(found, ((0, 0), (before, after))))}
+        numbers = {"ends": part.ends, "bytes": None if self.train else part.tokens.bytes}  # bytes: for bits a byte
+        around = ((0, 0), (len(form.before), len(form.after)))
+        extra = {
+            name: torch.from_numpy(np.pad(padded(array, begin, lengths, width, 0).astype(np.int64), around))
+            for name, array in numbers.items()
+            if array is not None
+        }
+        return Batch(made, torch.as_tensor(targets), index, torch.from_numpy(real), extra=extra)
 
     def _key_of_the_mask(self) -> tuple[object, ...]:
         """In training another mask in each epoch; in val and test the same one in all runs."""
         return ("mask", self.seed, self.epoch) if self.train else ("mask", self.split)
 
-    def _next(
-        self, ids: np.ndarray, real: np.ndarray, begin: np.ndarray, lengths: np.ndarray, inputs: dict[str, Any]
-    ) -> np.ndarray:
-        """Return the ids that are supervised, and put what keeps documents apart among the inputs."""
-        wanted = real
-        if self.part.tokens.supervised is not None:
-            wanted = wanted & padded(self.part.tokens.supervised, begin, lengths, ids.shape[1], 0).astype(bool)
-        if self.form.apart:
-            first = first_tokens(self.part.tokens, begin, lengths, ids.shape[1])
-            inputs["position_ids"], inputs["attention_mask"] = documents_apart(first, real)
-            wanted = wanted & ~first  # nothing before it is seen
-        return np.where(wanted, ids, UNLABELLED)
+
+def _next(
+    tokens: Tokens,
+    form: Form,
+    padded_rows: tuple[np.ndarray, np.ndarray],
+    where: tuple[np.ndarray, np.ndarray],
+    inputs: dict[str, Any],
+) -> np.ndarray:
+    """Return the ids that are supervised, and put what keeps documents apart among the inputs."""
+    (ids, real), (begin, lengths) = padded_rows, where
+    wanted = real
+    if tokens.supervised is not None:
+        wanted = wanted & padded(tokens.supervised, begin, lengths, ids.shape[1], 0).astype(bool)
+    if form.apart:
+        first = first_tokens(tokens, begin, lengths, ids.shape[1])
+        inputs["position_ids"], inputs["attention_mask"] = documents_apart(first, real)
+        wanted = wanted & ~first  # nothing before it is seen
+    return np.where(wanted, ids, UNLABELLED)

@@ -44,6 +44,9 @@ RULES = {
     "tokenizer": Rule(
         "the name or folder of one, or {vocabulary: 4000, kind: bpe, lowercase: false}", _tokenizer
     ).or_null,
+    "teacher_tokenizer": Rule(
+        "the name or folder of one", lambda value: _tokenizer(value) and not isinstance(value, Mapping)
+    ).or_null,
     "tokenizer.vocabulary": whole(8),
     "tokenizer.kind": one_of(None, "wordpiece", "bpe"),
     "tokenizer.lowercase": FLAG.or_null,

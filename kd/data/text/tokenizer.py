@@ -22,17 +22,22 @@ UNLIMITED = 10**9  # transformers' maximum of a tokenizer that has none is large
 
 
 def tokenizer(
-    spec: Any, kind: str, texts: Callable[[], Sequence[str]], cache: Path | None, root: str | None
+    spec: Any,
+    kind: str,
+    texts: Callable[[], Sequence[str]],
+    cache: Path | None,
+    root: str | None,
+    key: str = "tokenizer",
 ) -> tuple[Any, str]:
     """Return a tokenizer of ``transformers`` and its digest.
 
     ``spec``: a name or folder, an object of ``transformers``, or the settings of one that is trained on ``texts()``:
     ``vocabulary`` (entries, at most), ``kind`` (``wordpiece``, or byte-level ``bpe``; where not set: ``kind``),
     ``lowercase`` (where not set: of ``wordpiece`` only). None: trained, with 4,000 entries. ``KdError`` when there is
-    none of that name, or it needs another library.
+    none of that name, or it needs another library; ``key``: the option of the data that names it.
     """
     if isinstance(spec, (str, Path)):
-        found = _named(str(spec), root)
+        found = _named(str(spec), root, key)
     elif spec is None or isinstance(spec, Mapping):
         given = dict(spec or {})
         kind = given.get("kind") or kind
@@ -44,16 +49,16 @@ def tokenizer(
     else:
         found = spec
     if found.pad_token_id is None:
-        _pad_with_another(found)
+        _pad_with_another(found, key)
     return found, digest(found)
 
 
-def _named(name: str, root: str | None) -> Any:
+def _named(name: str, root: str | None, key: str) -> Any:
     from transformers import AutoTokenizer
 
     folder = next((p for p in (Path(name).expanduser(), Path(root or ".") / name) if p.is_dir()), None)
     if folder is None and name.startswith((".", "/", "~")):
-        raise KdError(f"data.tokenizer = {name}: there is no such folder")
+        raise KdError(f"data.{key} = {name}: there is no such folder")
     error: Exception | None = None
     packed = _packed_in(folder)
     for local in (True, False) if folder is None and online() else (True,):  # what is in the cache needs no connection
@@ -62,7 +67,7 @@ def _named(name: str, root: str | None) -> Any:
         except Exception as failed:  # of many kinds: no such name, no connection, a library that it needs
             error = failed
     raise KdError(
-        f"data.tokenizer = {name} cannot be loaded: it must be a folder with a tokenizer, or a name of the Hugging "
+        f"data.{key} = {name} cannot be loaded: it must be a folder with a tokenizer, or a name of the Hugging "
         f"Face hub that can be reached or is in its cache ({str(error).strip().splitlines()[0]})"
     ) from None
 
@@ -75,11 +80,11 @@ def _packed_in(folder: Path | None) -> dict[str, str]:
     return {"gguf_file": packed[0]} if alone else {}
 
 
-def _pad_with_another(found: Any) -> None:
+def _pad_with_another(found: Any, key: str) -> None:
     """Pad with a token that the tokenizer has: which one makes no difference, pads are known by the attention mask."""
     token = found.eos_token or found.unk_token
     if token is None:
-        raise KdError("data.tokenizer has neither a pad nor an end token: set one of them in its files")
+        raise KdError(f"data.{key} has neither a pad nor an end token: set one of them in its files")
     found.pad_token = token
 
 

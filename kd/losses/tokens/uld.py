@@ -46,6 +46,7 @@ class UniversalLogit(Term):
     rows.
     """
 
+    two_tokenizers = True
     over = "samples"
 
     def __init__(self) -> None:
