@@ -22,7 +22,6 @@ Loss = Callable[..., Tensor]
 
 OVER_ROWS: dict[str, Loss] = {
     "hard_label": f.hard_label_cross_entropy,
-    "logit_mse": f.mean_squared_logits,
     "bkd": f.binary_distillation,
     "fkd": lambda s, t: f.soft_label_cross_entropy(s, f.top_k_labels(t.float().softmax(-1), 2)),
     "normkd": f.normalised_kl_divergence,
@@ -39,7 +38,7 @@ OVER_LABELLED: dict[str, Loss] = {
     "wsld": f.weighted_soft_cross_entropy,
     "rld": f.refined_kl_divergence,
 }
-DIVERGENCES = ("logit_mse", "normkd", "abkd", "abkd, β = 0", "abkd, α = 0", "dist", "dkd", "rld")
+DIVERGENCES = ("normkd", "abkd", "abkd, β = 0", "abkd, α = 0", "dist", "dkd", "rld")
 PLAIN_MEANS = [*(name for name in OVER_ROWS if name != "dist"), *OVER_LABELLED]
 
 

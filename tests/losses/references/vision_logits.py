@@ -91,7 +91,7 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "normkd": lambda case: f.normalised_kl_divergence(*logits(case), case.hyper["temperature_norm"]),
     "fkd_soft_ce": lambda case: f.soft_label_cross_entropy(case["student_logits"], case["teacher_prob"]),
     "function_matching_kl": kl,
-    "kd_logits_mse": lambda case: f.mean_squared_logits(*logits(case)),
+    "kd_logits_mse": lambda case: f.squared_error(*logits(case)),
     "dml_kl": lambda case: f.kl_divergence(*logits(case), 1.0),  # the peer is the teacher
 }
 LEFT_OUT: dict[str, str] = {}
