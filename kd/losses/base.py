@@ -287,7 +287,7 @@ class Term(nn.Module):
         Whether it differentiates by ``batch.inputs``: they require a gradient then, and the teacher keeps its graph.
     ``needs_attention_maps``
         Whether its taps are attention maps, which fused attention does not make: it is switched off around them.
-    ``numbers``
+    ``regression``
         Whether the logits may be numbers of any meaning (a regression), and not those of a softmax alone.
     ``two_tokenizers``
         Whether the rows of the teacher may be tokens of another tokenizer than the student's.
@@ -310,7 +310,7 @@ class Term(nn.Module):
     needs_views: Sequence[str] = ()
     needs_input_gradient: bool = False
     needs_attention_maps: bool = False
-    numbers: bool = False
+    regression: bool = False
     two_tokenizers: bool = False
     over: str = "rows"
 

@@ -71,13 +71,13 @@ class OnPolicy(Distiller):
         self.prompt_length, self.replay = prompt_length, replay
         self.kept: list[tuple[Tensor, int]] = []  # ids of a sample, and how many of them are its prompt
         self.seconds = {"generation": 0.0, "all": 0.0}
-        self._began = 0.0
+        self._step_began = 0.0
 
     # ------------------------------------------------------------------ what a batch becomes
 
     def compose(self, batch: Batch) -> Batch:
         """Take the prompts of a batch and let the student go on with them, in so many of the steps."""
-        self._began = time.perf_counter()
+        self._step_began = time.perf_counter()
         if batch.of_teacher is not batch:
             raise KdError(
                 "distiller = on_policy is not allowed with a teacher of another tokenizer: what the student writes is in "
@@ -169,7 +169,7 @@ class OnPolicy(Distiller):
         if own:
             batch.targets = torch.full_like(batch.targets, UNLABELLED)
         step = super().losses(batch)
-        self.seconds["all"] += time.perf_counter() - self._began
+        self.seconds["all"] += time.perf_counter() - self._step_began
         share = self.seconds["generation"] / max(self.seconds["all"], 1e-9)
         for name, value in {"own_text": float(own), "generation": share}.items():
             step.values[name] = torch.tensor(value, device=step.total.device)

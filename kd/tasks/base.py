@@ -47,15 +47,15 @@ class Task(ABC):
     networks the task wants (``causal_lm``, ``sequence_classification`` …), for factories that take it.
     ``unit``: what the rows are called where training logs how many it goes through in a second; "": it does not.
     ``distribution``: whether the softmax of a row's logits means something, so that its top-k says most of it.
-    ``numbers``: whether a network answers with numbers to regress on. ``across_tokenizers``: the metric that compares
-    networks of two tokenizers.
+    ``regression``: whether a network answers with numbers to regress on. ``across_tokenizers``: the metric that
+    compares networks of two tokenizers.
     """
 
     metrics: Sequence[Metric]
     architecture: str | None = None
     unit: str = ""
     distribution: bool = True
-    numbers: bool = False
+    regression: bool = False
     across_tokenizers: str | None = None
     counts: Sequence[str] = ()
     summary: Sequence[str] = ()
@@ -84,8 +84,8 @@ class Task(ABC):
 
     def check_terms(self, terms: Iterable[tuple[str, Term]]) -> None:
         """Refuse losses of distributions, by name, where rows are numbers: the softmax of one is 1, whatever it is."""
-        for name, term in terms if self.numbers else ():
-            if (term.needs_student_logits or term.needs_teacher_logits) and not term.numbers:
+        for name, term in terms if self.regression else ():
+            if (term.needs_student_logits or term.needs_teacher_logits) and not term.regression:
                 raise KdError(f"loss.{name} is for classes, and a row of this task is a number: use loss=[mse]")
 
     def agree(self, student: Output, teacher: Output, classes: int | None, compared: bool) -> None:

@@ -31,7 +31,7 @@ class TextRegression(Task):
         Metric("similarity", "similarity", beside_teacher=True),
     )
     distribution = False
-    numbers = True
+    regression = True
 
     def rows(self, batch: Batch) -> Batch:
         """Return the batch as it is. ``KdError`` when its targets are no numbers."""

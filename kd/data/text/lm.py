@@ -12,6 +12,7 @@ import torch
 
 from kd.config.rules import refusals, refuse
 from kd.data.content import Rows
+from kd.data.text import teacher_tokens
 from kd.data.text.base import TextModule
 from kd.data.text.content import TextContent, digest_of, normalised
 from kd.data.text.dialogues import Dialogue, answers_of, dialogues
@@ -22,14 +23,7 @@ from kd.data.text.options import RULES
 from kd.data.text.records import Records
 from kd.data.text.split import apart, carve
 from kd.data.text.store import Tokens
-from kd.data.text.teacher_tokens import (
-    AsTeacherSees,
-    blocks_together,
-    cut_together,
-    ends_of,
-    same_vocabulary,
-    teacher_tokenizer,
-)
+from kd.data.text.teacher_tokens import AsTeacherSees, TeacherTokenizer
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED
 
@@ -83,12 +77,10 @@ class Documents(TextModule):
         self.separate, self.overlap = separate_documents, overlap
         if self.separate and self.masking is not None:
             raise KdError("data.separate_documents = true is not allowed with data.masking: set data.packing=false")
-        self.teacher_spec, self.own_of_teacher = teacher_tokenizer, None
+        self.teacher_spec: Any = teacher_tokenizer
+        self.own_of_teacher: TeacherTokenizer | None = None
         if teacher_tokenizer is not None and self.masking is not None:
-            raise KdError(
-                "data.teacher_tokenizer is not allowed with data.masking: two tokenizers are compared by the tokens that "
-                "follow"
-            )
+            raise KdError("data.teacher_tokenizer is not allowed with data.masking: set one of them to null")
 
     # ------------------------------------------------------------------ reading
 
@@ -141,7 +133,9 @@ class Documents(TextModule):
             return
         self.load_tokenizer(texts, self.length, "length")
         if self.teacher_spec is not None:
-            self.own_of_teacher = teacher_tokenizer(self.teacher_spec, self.tokenizer, self.root, self.length)
+            self.own_of_teacher = teacher_tokens.teacher_tokenizer(
+                self.teacher_spec, self.tokenizer, self.root, self.length
+            )
 
     @property
     def for_teacher(self) -> Any:
@@ -200,7 +194,7 @@ class Documents(TextModule):
     def _parts(self, documents: dict[str, Rendered], dialogue: bool) -> dict[str, Part]:
         self._load_tokenizers([_text(row) for row in documents["train"]])
         self.restrict_vocabulary([_text(row) for row in documents["train"]])
-        if self.own_of_teacher is not None and same_vocabulary(self.tokenizer, self.own_of_teacher.tokenizer):
+        if (own := self.own_of_teacher) and teacher_tokens.same_vocabulary(self.tokenizer, own.tokenizer):
             self.own_of_teacher = None  # it is restricted to the same entries
         if self.most is None:
             raise KdError("data.length = null is not allowed: the tokenizer does not say how much its networks take")
@@ -263,15 +257,16 @@ class Documents(TextModule):
         others: Any = [row.teacher or row if isinstance(row, Dialogue) else row for row in texts]
         streams = [tokens, self._tokens(others, packing, own.tokenizer, own.digest)]
         sides = zip((texts, others), streams, (self.tokenizer, own.tokenizer), strict=True)
-        ends = [ends_of(stream, *answers_of(rows, tokenizer, packing)) for rows, stream, tokenizer in sides]
+        ends = [
+            teacher_tokens.ends_of(stream, *answers_of(rows, tokenizer, packing)) for rows, stream, tokenizer in sides
+        ]
         if packing:
-            *rows_of, lost = blocks_together(*ends, self.most)
+            *rows_of, lost = teacher_tokens.blocks_together(ends[0], ends[1], self.most)
             if lost:
-                log.warning(
-                    "%s pieces of %s are too long for a row of both tokenizers and left out", f"{lost:,}", split
-                )
+                log.warning("%s pieces of %s fit no row of both tokenizers and are left out", f"{lost:,}", split)
         else:
-            *rows_of, cut = cut_together([(s.offsets, e) for s, e in zip(streams, ends, strict=True)], self.most)
+            offsets = zip((stream.offsets for stream in streams), ends, strict=True)
+            *rows_of, cut = teacher_tokens.cut_together(list(offsets), self.most)
             self._say_cut(cut, len(texts), split)
         made = self._part([(s, *where) for s, where in zip(streams, rows_of, strict=True)], lines, split)
         student, teacher = (replace(part, ends=places) for part, places in zip(made, ends, strict=True))

@@ -141,7 +141,7 @@ def cut_together(sides: Sequence[tuple[np.ndarray, np.ndarray]], length: int) ->
     long = np.flatnonzero((until[0] - begins[0] > length) | (until[1] - begins[1] > length))
     for row in long:
         ends = [places[b[row] : u[row]] for (_, places), b, u in zip(sides, begins, until, strict=True)]
-        common = np.intersect1d(*(part[:length] for part in ends))
+        common = np.intersect1d(ends[0][:length], ends[1][:length])
         counts = [np.searchsorted(part, common, side="right") for part in ends]
         fits = np.flatnonzero((counts[0] <= length) & (counts[1] <= length))
         for side in range(2):

@@ -35,7 +35,7 @@ def squared_error(student_logits: Tensor, targets: Tensor) -> Tensor:
 class SquaredError(Term):
     """:func:`squared_error` of the student's outputs ``against`` the labels, or against the teacher's outputs."""
 
-    numbers = True
+    regression = True
 
     def __init__(self, against: str = "labels") -> None:
         super().__init__()
