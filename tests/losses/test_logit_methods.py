@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.losses import functional as f
-from kd.losses.base import UNLABELLED
+from kd.losses.base import UNLABELLED, Batch, Output, Setup
+from kd.losses.layouts import Layout
 from kd.losses.logits.abkd import AlphaBeta
 from kd.losses.logits.dkd import DecoupledDistillation
 from kd.losses.logits.fkd import SoftLabels
 from kd.losses.logits.normkd import NormalisedLogits
+from kd.losses.logits.ofa import OneForAll
 from kd.losses.logits.ttm import TransformedTeacher
 
 Loss = Callable[..., Tensor]
@@ -37,6 +39,7 @@ OVER_LABELLED: dict[str, Loss] = {
     "nkd": f.normalised_cross_entropy,
     "wsld": f.weighted_soft_cross_entropy,
     "rld": f.refined_kl_divergence,
+    "ofa": f.enhanced_target_cross_entropy,
 }
 DIVERGENCES = ("normkd", "abkd", "abkd, β = 0", "abkd, α = 0", "dist", "dkd", "rld")
 PLAIN_MEANS = [*(name for name in OVER_ROWS if name != "dist"), *OVER_LABELLED]
@@ -200,3 +203,49 @@ def test_soft_labels_have_the_gradient_of_kd(drawn) -> None:
 def test_settings_that_mean_nothing(make: Callable[[], object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+# ---------------------------------------------------------------------- heads on stages
+
+
+def test_heads_of_maps_tokens_and_vectors() -> None:
+    """They are trained, and the sum is that over the logits of all; halved until the smallest map."""
+    torch.manual_seed(0)
+    features = {
+        "a": torch.randn(4, 3, 8, 8),
+        "b": torch.randn(4, 5, 3, 3),
+        "c": torch.randn(4, 7, 6),
+        "d": torch.randn(4, 9),
+    }
+    student = Output(torch.randn(4, 5), {name: feature.requires_grad_() for name, feature in features.items()})
+    teacher, batch = Output(torch.randn(4, 5)), Batch(torch.zeros(4, 1), torch.tensor([1, 0, UNLABELLED, 3]))
+    term = OneForAll(list(features), eps=1.5)
+    tokens = {"student": {"c": Layout("tokens", 1)}}
+    term.prepare(Setup(student, teacher, batch, layouts=tokens))
+    assert [sum(isinstance(m, nn.BatchNorm2d) for m in head.modules()) for head in term.heads] == [2, 0, 0, 0]
+    assert term.over == "batch"
+    loss = term(student, teacher, batch)
+    several = [student.logits, *(head(f_) for head, f_ in zip(term.heads, features.values(), strict=True))]
+    expected = [f.enhanced_target_cross_entropy(z, teacher.logits, batch.targets, eps=1.5) for z in several]
+    torch.testing.assert_close(loss, torch.stack(expected).sum())
+    prefix = features["c"].detach().clone()
+    prefix[:, 0] = 9.0  # the class token takes no part
+    torch.testing.assert_close(term.heads[2](prefix), several[3])
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in term.parameters())
+    assert all(feature.grad.abs().sum() > 0 for feature in features.values())
+
+
+def test_a_head_needs_to_know_the_layout() -> None:
+    student = Output(torch.zeros(2, 3), {"a": torch.zeros(2, 4, 5, 6, 7)})
+    with pytest.raises(ValueError, match=r"^ofa cannot put a class head on student tap a \(unknown layout: 4 × 5"):
+        OneForAll(["a"]).prepare(Setup(student, Output(torch.zeros(2, 3)), Batch(torch.zeros(2, 1))))
+
+
+def test_enhanced_targets_in_numpy(drawn) -> None:
+    student, teacher, targets = drawn
+    log_s, p = log_softmax(student.detach().numpy() / 2, axis=1), softmax(teacher.numpy() / 2, axis=1)
+    one_hot = np.eye(5)[targets.numpy()]
+    expected = -(((p + one_hot) ** 1.3 - one_hot) * log_s).sum(1).mean()
+    ours = f.enhanced_target_cross_entropy(student, teacher, targets, 2.0, 1.3)
+    np.testing.assert_allclose(ours.item(), expected, rtol=1e-10)
