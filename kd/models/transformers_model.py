@@ -191,6 +191,8 @@ def library_network(network: nn.Module) -> Any:
     inner = network.encoder if isinstance(network, SentenceEncoder) else network
     if hasattr(inner, "peft_config"):
         inner = inner.get_base_model()  # type: ignore[operator]
+    if not any(kind.__module__.startswith("transformers.") for kind in type(inner).__mro__):
+        return None  # without an import of the library's base class, which takes seconds
     return inner if isinstance(inner, transformers.PreTrainedModel) else None
 
 
