@@ -42,13 +42,15 @@ def rows_read(checkpoint: Any, directory: Path) -> list[str]:
 def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
     """A few images of the shape and classes of a data set, which need not be there, under the same options."""
     from kd.data.images.base import DataModule
+    from kd.data.text.features import SentenceFeatures
 
     data = make(node, "data")
     common = {key: node[key] for key in inspect.signature(DataModule.__init__).parameters if key in node}
     few = {"train_size": None, "label_fraction": 1.0, "batch_size": 8, "val_fraction": 0.1}
     common["augment"] = {k: v for k, v in (node.get("augment") or {}).items() if k != "scale"}  # of image files only
-    shape = [3, 48, 48] if data.reads_files else list(data.input_shape)  # large networks, small images
-    classes = getattr(data, "num_classes", 10)  # of image folders: counted when they are there
+    texts = isinstance(data, SentenceFeatures)  # an MLP takes images as well
+    shape = [1, 8, 8] if texts else [3, 48, 48] if data.reads_files else list(data.input_shape)
+    classes = getattr(data, "num_classes", None) or 10  # of folders and texts: counted when they are there
     return {**common, **few, "_target_": "kd.data.images.fake.Fake", "shape": shape,
             "num_classes": classes, "train_images": 4 * classes, "test_images": 8}  # fmt: skip
 

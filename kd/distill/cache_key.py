@@ -128,7 +128,7 @@ def _seen(own: Any) -> str:
     if isinstance(own, DataModule) and own.moving is not None:
         found |= {"augment": asdict(own.augment), "mixup": own.mixup, "view": own.teacher_view, "seed": own.seed}
     if isinstance(own, TextModule):
-        found |= {"form": str(own.form)}
+        found |= {"form": str(getattr(own, "form", None))}
     return hashlib.blake2b(json.dumps(found, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
@@ -156,19 +156,13 @@ def _data(data: Any) -> str:
     if own is not None:
         found.update(json.dumps([own.content, own.split_facts], sort_keys=True, default=str).encode())
         found.update(own.train_index.numpy().tobytes())
-        for array in _of_text(own) if isinstance(own, TextModule) else ():
+        for array in own.parts["train"].arrays() if isinstance(own, TextModule) else ():
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
     seen = sorted(_samples(answering(data)))
     for index, one in seen:
         found.update(f"{index} {one}".encode())
     return found.hexdigest()
-
-
-def _of_text(own: TextModule) -> Iterator[np.ndarray]:
-    part = own.parts["train"]
-    arrays = (part.tokens.ids, part.tokens.types, part.tokens.supervised, part.begin, part.end)
-    yield from (array for array in arrays if array is not None)
 
 
 def _samples(batches: Any) -> Iterator[tuple[int, str]]:

@@ -25,6 +25,7 @@ def facts(data: Any) -> dict[str, Any]:
         **({"tokenizer": digest} if (digest := getattr(data, "tokenizer_digest", None)) else {}),
         **({"teacher_tokenizer": own.tokenizer_digest} if (own := _for_teacher(data)) is not data else {}),
         **({"vocabulary": {"kept": len(cut.kept), "of": cut.whole}} if (cut := _restriction(data)) else {}),
+        **({"encoder": digest} if (digest := getattr(data, "encoder_digest", None)) else {}),
     }
 
 
@@ -56,6 +57,8 @@ def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
     known += [cut.digest] if (cut := _restriction(data)) else []  # of the whole one: its networks are cut
     if recorded.get("tokenizer") not in known:
         raise KdError(f"{source} was trained with another tokenizer than data.tokenizer: its ids mean other tokens")
+    if recorded.get("encoder") not in (None, getattr(data, "encoder_digest", recorded.get("encoder"))):
+        raise KdError(f"{source} was trained on features of another encoder than data.encoder, or pooled otherwise")
     split, here = dict(recorded.get("split") or {}), dict(data.split_facts)
     there, same = (str(facts.pop("set", "")).rpartition(" ")[2] for facts in (split, here))  # a set is its digest
     moved = there == same and split != here

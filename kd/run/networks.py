@@ -37,6 +37,8 @@ def network(
     if len(input_shape) == 3:
         shape = {"input_shape": tuple(input_shape), "in_chans": input_shape[0], "in_channels": input_shape[0]}
         known |= shape
+    elif len(input_shape) == 1 and known.get("tokenizer") is None:  # vectors, not token ids
+        known["input_shape"] = tuple(input_shape)
     if not isinstance(spec, Mapping) or "_target_" not in spec:
         raise KdError(f"{path} = {spec} is not a network: it needs a _target_")
     try:

@@ -40,8 +40,8 @@ def tokens(rows: int = 10, seed: int = 0) -> Tokens:
 
 def test_tokens_are_made_once_and_mapped_afterwards(tmp_path) -> None:
     made = tokens()
-    first = store.cached(tmp_path, KEY, lambda: made)
-    again = store.cached(tmp_path, KEY, lambda: pytest.fail("tokenised again"))
+    first = store.cached(tmp_path, KEY, lambda: made, Tokens)
+    again = store.cached(tmp_path, KEY, lambda: pytest.fail("tokenised again"), Tokens)
     for found in (first, again):
         assert isinstance(found.ids, np.memmap)
         assert np.array_equal(found.ids, made.ids)
@@ -101,13 +101,13 @@ DAMAGES += [half_a_description, a_file]
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_not_whole_is_never_used_but_made_anew(tmp_path, caplog, damage) -> None:
     made = tokens()
-    store.cached(tmp_path, KEY, lambda: tokens(seed=1))
+    store.cached(tmp_path, KEY, lambda: tokens(seed=1), Tokens)
     damage(tmp_path / f"tokens-{KEY}")
     with caplog.at_level(logging.WARNING):
-        found = store.cached(tmp_path, KEY, lambda: made)
+        found = store.cached(tmp_path, KEY, lambda: made, Tokens)
     assert np.array_equal(found.ids, made.ids)
     assert f"tokens-{KEY} is not whole: the texts are tokenised anew" in caplog.text
-    again = store.cached(tmp_path, KEY, lambda: pytest.fail("tokenised again"))
+    again = store.cached(tmp_path, KEY, lambda: pytest.fail("tokenised again"), Tokens)
     assert np.array_equal(again.ids, made.ids)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -115,13 +115,13 @@ def test_what_is_not_whole_is_never_used_but_made_anew(tmp_path, caplog, damage)
 def test_arrays_that_do_not_belong_together_are_not_used(tmp_path) -> None:
     made = tokens()
     store.write(Tokens(made.ids, made.offsets[:-1]), tmp_path / "tokens-a", "a")
-    assert store.read(tmp_path / "tokens-a", "a") is None
+    assert store.read(tmp_path / "tokens-a", "a", Tokens) is None
 
 
 def test_where_nothing_can_be_written_tokens_stay_in_memory(tmp_path, caplog) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        found = store.cached(tmp_path / "file", KEY, tokens)
+        found = store.cached(tmp_path / "file", KEY, tokens, Tokens)
     assert np.array_equal(found.ids, tokens().ids)
     assert "cannot be written" in caplog.text
 
@@ -132,7 +132,7 @@ def test_a_writer_that_dies_leaves_nothing_that_is_read(tmp_path, monkeypatch) -
 
     with monkeypatch.context() as patched:
         patched.setattr(store, "_flush", full)
-        store.cached(tmp_path, KEY, tokens)
+        store.cached(tmp_path, KEY, tokens, Tokens)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,17 +140,17 @@ def test_the_first_of_several_processes_counts(tmp_path) -> None:
     """Each writes while the other has it already; readers of the first keep their arrays."""
     place = tmp_path / "tokens-a"
     store.write(tokens(), place, "a")
-    first = store.read(place, "a")
+    first = store.read(place, "a", Tokens)
     store.write(tokens(seed=1), place, "a")
     assert first is not None
-    assert np.array_equal(store.read(place, "a").ids, first.ids)
+    assert np.array_equal(store.read(place, "a", Tokens).ids, first.ids)
 
 
 def test_processes_that_tokenise_at_once_read_the_same(tmp_path) -> None:
     code = (
         "import sys, numpy as np; from kd.data.text import store; from pathlib import Path\n"
         "make = lambda: store.Tokens(np.arange(9, dtype=np.int32), np.array([0, 4, 9]))\n"
-        "for i in range(20): assert store.cached(Path(sys.argv[1]), f'k{i}', make).ids.sum() == 36"
+        "for i in range(20): assert store.cached(Path(sys.argv[1]), f'k{i}', make, store.Tokens).ids.sum() == 36"
     )
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
     assert [process.wait() for process in started] == [0, 0, 0]

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from kd.config.rules import refusals, refuse
 from kd.data import content
+from kd.data.images.loader import Loader
 from kd.data.split import stratified
 from kd.data.text import store
 from kd.data.text import tokenizer as tokenizers
 from kd.data.text.collate import Special
 from kd.data.text.content import TextContent
-from kd.data.text.loader import Form, Part, TextLoader
+from kd.data.text.loader import Form, TextLoader
 from kd.data.text.options import RULES, plain
 from kd.data.text.vocabulary import Restriction, restrict
 from kd.errors import KdError
@@ -103,14 +104,14 @@ class TextModule(lightning.LightningDataModule, ABC):
             )
         self.train_size, self.bucketing, self.multiple = train_size, bucketing, pad_to_multiple_of
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, Any] = {}  # split → kd.data.text.loader.Part, or kd.data.text.features.Vectors
         self.class_names: list[str] = []
         self.mean: list[float] = []
         self.std: list[float] = []
         self.mixup: float | None = None
 
     @abstractmethod
-    def build(self) -> dict[str, Part]:
+    def build(self) -> dict[str, Any]:
         """Read and split the set, and tokenise it; ``form``, ``digest`` and ``content`` are known afterwards."""
 
     form: Form
@@ -162,9 +163,9 @@ class TextModule(lightning.LightningDataModule, ABC):
 
         ``tokenizer``: the digest of another one than that of the data.
         """
-        return store.cached(self.cache, f"{key}-{tokenizer or self.tokenizer_digest}", make)
+        return store.cached(self.cache, f"{key}-{tokenizer or self.tokenizer_digest}", make, store.Tokens)
 
-    def shrunk(self, train: Part) -> Part:
+    def shrunk(self, train: Any) -> Any:
         """Return no more than ``train_size`` rows, stratified by their classes."""
         if self.train_size is None:
             return train
@@ -210,8 +211,7 @@ class TextModule(lightning.LightningDataModule, ABC):
         """Rows in train, val and test, and ``labelled``: those of train that have a target."""
         self.setup()
         train = self.parts["train"]
-        labels = self.form.targets == "labels"
-        classes = labels and not train.targets.is_floating_point()
+        classes = self.has_labels and not train.targets.is_floating_point()
         labelled = int((train.targets != UNLABELLED).sum()) if classes else len(train)
         return {**{name: len(part) for name, part in self.parts.items()}, "labelled": labelled}
 
@@ -225,7 +225,12 @@ class TextModule(lightning.LightningDataModule, ABC):
     def train_targets(self) -> Tensor | None:
         """Classes (n,) int64 of the training rows, by :attr:`train_index`; None where tokens are targets."""
         self.setup()
-        return self.parts["train"].targets if self.form.targets == "labels" else None
+        return self.parts["train"].targets if self.has_labels else None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the target of a row is its label; else its tokens are the targets."""
+        return self.form.targets == "labels"
 
     def example(self) -> dict[str, Tensor]:
         """Return inputs of one row of full length, a batch of one, all of one ordinary token."""
@@ -272,24 +277,24 @@ class TextModule(lightning.LightningDataModule, ABC):
         rows = self.parts[split].rows
         return rows.content.sizes()[rows.positions.numpy()]
 
-    def train_dataloader(self) -> TextLoader:
+    def train_dataloader(self) -> Loader:
         """Shuffled; the batches of several ranks together are those of one process."""
         return self._loader("train")
 
-    def answering_dataloader(self) -> TextLoader:
+    def answering_dataloader(self) -> Loader:
         """The training rows once, in order, all on this rank: for a teacher whose answers are computed only once."""
         whole = {"batch_size": self.eval_batch_size, "shuffle": False, "drop_last": False, "rank": 0, "world_size": 1}
         return self._loader("train", **whole)
 
-    def val_dataloader(self) -> TextLoader:
+    def val_dataloader(self) -> Loader:
         """In order, each row on one rank only."""
         return self._loader("val")
 
-    def test_dataloader(self) -> TextLoader:
+    def test_dataloader(self) -> Loader:
         """In order, each row on one rank only."""
         return self._loader("test")
 
-    def _loader(self, split: str, **changed: Any) -> TextLoader:
+    def _loader(self, split: str, **changed: Any) -> Loader:
         self.setup()
         train = split == "train"
         world_size = self.trainer.world_size if self.trainer is not None else 1
@@ -304,6 +309,8 @@ class TextModule(lightning.LightningDataModule, ABC):
             "rank": self.trainer.global_rank if self.trainer is not None else 0,
             "world_size": world_size,
         }
-        return TextLoader(
-            self.parts[split], form=self.form, bucketing=self.bucketing, split=split, **{**options, **changed}
-        )
+        return self.make_loader(split, **{**options, **changed})
+
+    def make_loader(self, split: str, **options: Any) -> Loader:
+        """Make the loader of one split."""
+        return TextLoader(self.parts[split], form=self.form, bucketing=self.bucketing, split=split, **options)

@@ -57,6 +57,11 @@ class Part:
             teacher=None if self.teacher is None else self.teacher.take(chosen),
         )
 
+    def arrays(self) -> Iterator[np.ndarray]:
+        """Give all numbers that the inputs are made of: for a digest of them."""
+        found = (self.tokens.ids, self.tokens.types, self.tokens.supervised, self.begin, self.end)
+        yield from (array for array in found if array is not None)
+
 
 def part_of(tokens: Tokens, targets: Tensor, index: Tensor, rows: Rows) -> Part:
     """Make a part whose rows are those of ``tokens``."""

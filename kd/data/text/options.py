@@ -32,6 +32,9 @@ RULES = {
         ("keep_unlabelled", "shuffle", "drop_last", "bucketing", "packing", "separate_documents", "numbers"), FLAG
     ),
     "overlap": one_of("remove", "keep", "refuse"),
+    "encoder": NAME.or_null,
+    "pooling": one_of("mean", "cls"),
+    "normalise": FLAG,
     "document": one_of("file", "line", "paragraph"),
     "vocabulary": one_of("corpus", None),
     "encoding": NAME,

@@ -116,13 +116,9 @@ class Sentences(TextModule):
             )
         return {split: read(source, self.root, self.encoding, split) for split, source in given.items()}
 
-    def build(self) -> dict[str, Part]:
+    def build(self) -> dict[str, Any]:
         """Read, split and tokenise; classes are known afterwards."""
-        texts = {split: self._texts(records) for split, records in self.load().items()}
-        self._name_classes(texts)
-        splits = {split: (part, self._targets(part, split)) for split, part in texts.items()}
-        self._describe(texts)
-        splits = self._apart(splits)
+        splits = self.divided()
         train = splits["train"][0]
         words = [*train.first, *(train.second or ())]
         self.load_tokenizer(words, self.max_length, "max_length")
@@ -134,7 +130,15 @@ class Sentences(TextModule):
         if self.masking is not None:
             self.num_classes, self.class_names = len(self.tokenizer), []
         parts = {split: self._encoded(split, *splits[split]) for split in ("train", "val", "test")}
-        return {**parts, "train": self._withheld(self.shrunk(parts["train"]))}
+        return {**parts, "train": self.withheld(self.shrunk(parts["train"]))}
+
+    def divided(self) -> dict[str, tuple[Texts, Tensor]]:
+        """Read and split: the texts and targets of each split; classes, ``content`` and ``texts`` are known then."""
+        self.texts = {split: self._texts(records) for split, records in self.load().items()}
+        self._name_classes(self.texts)
+        splits = {split: (part, self._targets(part, split)) for split, part in self.texts.items()}
+        self._describe(self.texts)
+        return self._apart(splits)
 
     # ------------------------------------------------------------------ columns and classes
 
@@ -248,9 +252,9 @@ class Sentences(TextModule):
         parts = {name: chosen, "train": rest}
         return {split: (texts.take(rows.tolist()), targets[rows]) for split, rows in parts.items()}
 
-    def _withheld(self, train: Part) -> Part:
+    def withheld(self, train: Any) -> Any:
         """Labels for ``label_fraction`` of the training texts only."""
-        if self.label_fraction == 1 or self.form.targets != "labels":
+        if self.label_fraction == 1 or not self.has_labels:
             return train
         labelled = (train.targets != UNLABELLED).nonzero().flatten()
         if not len(labelled):
