@@ -14,11 +14,14 @@ from kd.losses import functional as f
 from kd.losses.base import UNLABELLED, Batch, Output, Setup
 from kd.losses.layouts import Layout
 from kd.losses.logits.abkd import AlphaBeta
+from kd.losses.logits.ctkd import CurriculumTemperature
 from kd.losses.logits.dkd import DecoupledDistillation
 from kd.losses.logits.fkd import SoftLabels
+from kd.losses.logits.mlkd import MultiLevel
 from kd.losses.logits.normkd import NormalisedLogits
 from kd.losses.logits.ofa import OneForAll
 from kd.losses.logits.ttm import TransformedTeacher
+from kd.losses.logits.uskd import SelfDistillation
 
 Loss = Callable[..., Tensor]
 
@@ -33,6 +36,8 @@ OVER_ROWS: dict[str, Loss] = {
     "ttm": f.transformed_teacher_kl,
     "wttm": f.weighted_transformed_teacher_kl,
     "dist": f.correlation_loss,
+    "ctkd": lambda s, t: f.adversarial_temperature_kl(s, t, torch.ones(1)),
+    "mlkd": lambda s, t: f.multi_level_loss(s, s, t, t),
 }
 OVER_LABELLED: dict[str, Loss] = {
     "dkd": f.decoupled_kl_divergence,
@@ -40,9 +45,11 @@ OVER_LABELLED: dict[str, Loss] = {
     "wsld": f.weighted_soft_cross_entropy,
     "rld": f.refined_kl_divergence,
     "ofa": f.enhanced_target_cross_entropy,
+    "uskd": f.customised_soft_labels,
 }
-DIVERGENCES = ("normkd", "abkd", "abkd, β = 0", "abkd, α = 0", "dist", "dkd", "rld")
-PLAIN_MEANS = [*(name for name in OVER_ROWS if name != "dist"), *OVER_LABELLED]
+DIVERGENCES = ("normkd", "abkd", "abkd, β = 0", "abkd, α = 0", "dist", "ctkd", "mlkd", "dkd", "rld")
+WHOLE_BATCH = ("dist", "mlkd", "uskd")
+PLAIN_MEANS = [name for name in (*OVER_ROWS, *OVER_LABELLED) if name not in WHOLE_BATCH]
 
 
 def value(name: str, student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
@@ -100,7 +107,7 @@ def test_a_mean_over_rows(drawn, name: str) -> None:
     assert none.item() == 0
 
 
-@pytest.mark.parametrize("name", OVER_ROWS)
+@pytest.mark.parametrize("name", [name for name in OVER_ROWS if name != "mlkd"])
 def test_positions_are_rows(drawn, name: str) -> None:
     student, teacher, targets = drawn
     several = value(name, student.view(2, 3, 5), teacher.view(2, 3, 5), targets)
@@ -249,3 +256,75 @@ def test_enhanced_targets_in_numpy(drawn) -> None:
     expected = -(((p + one_hot) ** 1.3 - one_hot) * log_s).sum(1).mean()
     ours = f.enhanced_target_cross_entropy(student, teacher, targets, 2.0, 1.3)
     np.testing.assert_allclose(ours.item(), expected, rtol=1e-10)
+
+
+# ---------------------------------------------------------------------- a temperature that is trained
+
+
+def test_the_temperature_is_trained_against_the_student(drawn) -> None:
+    student, teacher, _ = drawn
+    theta = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    loss = f.adversarial_temperature_kl(student, teacher, theta, grl_lambda=-0.5)
+    t = 1 + 20 * theta.detach().sigmoid()
+    torch.testing.assert_close(loss, f.kl_divergence(student, teacher, t.item()))
+    (gradient,) = torch.autograd.grad(loss, theta)
+    near = [f.kl_divergence(student, teacher, float(1 + 20 * (theta.detach() + e).sigmoid())) for e in (1e-4, -1e-4)]
+    np.testing.assert_allclose(gradient.item(), -0.5 * (near[0] - near[1]).item() / 2e-4, rtol=1e-6)
+
+
+def test_the_curriculum_of_the_temperature(drawn) -> None:
+    """λ goes from 0 to −1 over the first 10 of 40 epochs."""
+    term, outputs = CurriculumTemperature(), (Output(drawn[0]), Output(drawn[1]))
+    term.prepare(Setup(*outputs, Batch(torch.zeros(6, 1)), epochs=40))
+    found = []
+    for epoch in (0, 2.5, 5, 10, 40):
+        term.progress = epoch / 40
+        found.append(term.grl_lambda)
+    np.testing.assert_allclose(found, [0, -(1 - np.sqrt(0.5)) / 2, -0.5, -1, -1], atol=1e-12)
+    term(*outputs, Batch(torch.zeros(6, 1))).backward()
+    assert term.temperature_param.grad.abs() > 0
+
+
+# ---------------------------------------------------------------------- views and ranks
+
+
+def test_levels_of_one_view_and_of_two(drawn) -> None:
+    student, teacher, _ = drawn
+    strong = [z.flip(0) for z in (student, teacher)]
+    sides = [Output(z, views={"strong": Output(s)}) for z, s in zip((student, teacher), strong, strict=True)]
+    batch = Batch(torch.zeros(6, 1))
+    for variant in ("code", "paper"):
+        two = MultiLevel(view="strong", variant=variant)
+        assert two.needs_views == ("strong",)
+        expected = f.multi_level_loss(student, strong[0], teacher, strong[1], variant=variant)
+        torch.testing.assert_close(two(*sides, batch), expected)
+        one = f.multi_level_loss(student, student, teacher, teacher, variant=variant)
+        torch.testing.assert_close(MultiLevel(variant=variant)(*sides, batch), one)
+        equal = f.multi_level_loss(teacher, teacher, teacher, teacher, variant=variant)
+        assert abs(equal.item()) < 1e-12
+
+
+def test_customised_labels_by_hand() -> None:
+    """Two rows; the mean of p_y² is that of the labelled ones, and ranks are by the sum of both networks."""
+    student, weak = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]]), torch.tensor([[0.0, 1.0, 5.0], [0.0, 0.0, 0.0]])
+    targets = torch.tensor([0, UNLABELLED])
+    log_p, log_w = log_softmax(student[0].numpy()), log_softmax(weak[0].numpy())
+    others = log_softmax(student[0, 1:].numpy())
+    smoothed = -(np.array([0.9, 0, 0]) + 0.1 / 3) @ log_w
+    for variant, ranks in (("code", [3, 1]), ("paper", [3, 2])):  # of classes 1 and 2; the label has the other one
+        zipf = 1 / np.array(ranks) / sum(1 / rank for rank in ranks)
+        expected = -log_p[0] - 0.5 * zipf @ others + 0.2 * smoothed
+        ours = f.customised_soft_labels(student, weak, targets, 1.0, 0.5, 0.2, variant)
+        np.testing.assert_allclose(ours.item(), expected, rtol=1e-5, err_msg=variant)
+
+
+def test_a_student_without_a_teacher_trains_its_weak_head() -> None:
+    torch.manual_seed(0)
+    student = Output(torch.randn(4, 5), {"a": torch.randn(4, 3, 4, 4, requires_grad=True)})
+    batch, term = Batch(torch.zeros(4, 1), torch.tensor([1, 0, UNLABELLED, 3])), SelfDistillation(["a"])
+    term.prepare(Setup(student, Output(), batch))
+    weak = term.head(student.features["a"])
+    loss = term(student, Output(), batch)
+    torch.testing.assert_close(loss, f.customised_soft_labels(student.logits, weak, batch.targets))
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in term.parameters())

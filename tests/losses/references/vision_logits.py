@@ -82,10 +82,24 @@ def euclidean(case: Case, of: Callable[[Tensor], Tensor] = lambda z: z) -> Tenso
     return (student - teacher).square().sum(-1).sqrt().mean()
 
 
+def multi_level(case: Case, variant: str = "code") -> Tensor:
+    both = [case[f"{side}_logits_{view}"] for side in ("student", "teacher") for view in ("weak", "strong")]
+    return case.hyper["kd_weight"] * f.multi_level_loss(*both, case.hyper["temperature"], variant)
+
+
+def of_a_weak_head(case: Case) -> Tensor:
+    weak = case["student_feature_0"] @ case["fc_weight"].T + case["fc_bias"]
+    return f.customised_soft_labels(case["student_logits"], weak, case["targets"], **case.hyper)
+
+
 CASES: dict[str, Callable[[Case], Tensor]] = {
     "logit_std_kd": standardised_kd,
     "dkd_logit_std": lambda case: f.decoupled_kl_divergence(*standardised(case), case["targets"], **case.hyper),
     "dist": dist,
+    "mlkd_total": multi_level,
+    "mlkd_class_corr": lambda case: f.class_correlation(*logits(case), **case.hyper),
+    "mlkd_batch_corr": lambda case: f.batch_correlation(*logits(case), **case.hyper),
+    "uskd": of_a_weak_head,
     "abkd": alpha_beta,
     "rld": refined,
     "normkd": lambda case: f.normalised_kl_divergence(*logits(case), case.hyper["temperature_norm"]),
@@ -95,7 +109,7 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "dml_kl": lambda case: f.kl_divergence(*logits(case), 1.0),  # the peer is the teacher
 }
 LEFT_OUT: dict[str, str] = {}
-SINGLE = {"wsld"}  # the label is one-hot in single precision
+SINGLE = {"wsld", "uskd"}  # the one-hot label and Zipf's law are in single precision
 
 EQUAL = {
     "dkd": {"cls_kd", "ctkd", "ofakd", "mmrazor_default_batchmean"},
@@ -110,6 +124,8 @@ DIFFERENT: dict[tuple[str, str], Callable[[Case], Tensor]] = {
     ("function_matching_kl", "bigvision_kind_logsoftmax_euclidean"): lambda c: euclidean(
         c, lambda z: z.log_softmax(-1)
     ),
+    ("mlkd", "paper_intended_per_sample_masks"): lambda case: multi_level(case, "paper"),
+    ("mlkd_total", "paper_intended_per_sample_masks"): lambda case: multi_level(case, "paper"),
     ("wsld", "cls_kd_alpha2p25"): lambda case: 2.25 * case.value(),
     ("dist", "torchdistill"): dist_by_cosines,
     ("dist", "paper_appendix_no_tau2"): lambda case: dist(case, "paper"),
