@@ -16,6 +16,7 @@ from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
 from kd.losses.logits.ce import CrossEntropy
 from kd.losses.logits.rkl import ReverseKL
+from kd.losses.tokens.minillm import MiniLLM
 from kd.models.transformers_model import transformers_model
 from kd.setups.on_policy import OnPolicy
 from kd.tasks.tokens import CausalLM
@@ -77,6 +78,21 @@ def test_no_label_is_learned_from_the_students_own_text_and_modes_stay() -> None
     assert 0 <= float(step.values["generation"]) <= 1
     step.total.backward()
     assert any(p.grad is not None and p.grad.any() for p in module.student.parameters())
+
+
+def test_minillm_follows_its_policy_on_what_was_sampled() -> None:
+    module, batch = on_policy(share=1.0), Texts("causal_lm").batches("train")[0]
+    own = module.task.rows(module._batch(module.write(module.prompts(batch)), batch))
+    module.losses(own)
+    student, teacher = module.answer_of_student(own), module.answer_of_teacher(own)
+    alone = Batch(own.inputs, own.targets, mask=own.mask)
+    with torch.no_grad():
+        single = ReverseKL()(student, teacher, own)
+        assert torch.equal(MiniLLM()(student, teacher, alone), single)
+        long = MiniLLM(variant="paper")(student, teacher, own) - single
+    rows = len(own.extra["sampled"])
+    assert rows == len(own.extra["positions"]) > 8
+    assert float(long) != 0
 
 
 @pytest.mark.parametrize(

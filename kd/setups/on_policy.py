@@ -167,6 +167,7 @@ class OnPolicy(Distiller):
         """Score both networks; on the student's own text no row has a label."""
         own = "own_text" in batch.extra
         if own:
+            batch.extra["sampled"] = batch.targets  # MiniLLM's policy gradient reads them
             batch.targets = torch.full_like(batch.targets, UNLABELLED)
         step = super().losses(batch)
         self.seconds["all"] += time.perf_counter() - self._step_began

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import UNLABELLED, Batch, Output, Term, at_least_float32, check_choice
+from kd.losses.base import Batch, Output, Term, at_least_float32, check_choice
 from kd.losses.logits.rkl import reverse_kl_divergence
 
 __all__ = ["clipped_policy_gradient", "discounted_returns", "minillm_advantages"]
@@ -70,36 +70,49 @@ def clipped_policy_gradient(
     return per_row.sum() / max(1, per_row.numel())
 
 
+def rows_apart(values: Tensor, samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows of several samples one sample a line, padded with 0 on the right, and which places are rows.
+
+    ``values`` (rows,); ``samples`` (rows,) int64 in rising order: whose row each is, of ``count`` samples. Returns
+    (count, longest) twice, the second one bool; ``lines[mask]`` are the rows again.
+    """
+    lengths = torch.bincount(samples, minlength=count)
+    mask = torch.arange(int(lengths.max()), device=values.device) < lengths.unsqueeze(1)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
+
+
 class MiniLLM(Term):
     """Single-step part, :func:`~kd.losses.logits.rkl.reverse_kl_divergence` at T = 1, plus the long part.
 
-    The long part is :func:`clipped_policy_gradient` over the tokens that the student has sampled, ``batch.targets``.
-    The set-up that samples leaves ``batch.extra["advantages"]``, ``batch.extra["old_log_probs"]`` and, if a mixture was
-    sampled from, ``batch.extra["importance"]``, (rows,) each. A batch without ``advantages`` was not sampled: only the
-    single-step part is left.
+    The long part is :func:`clipped_policy_gradient` over the tokens that the student has sampled, which the set-up that
+    samples leaves in ``batch.extra["sampled"]`` (rows,) int64 (``distiller=on_policy``). A batch without them was not
+    sampled: only the single-step part is left. One step is made with each sample, by the student that wrote it, so that
+    ρ = w = 1 in the value; the authors make several, and sample from a mixture with the teacher.
+
+    ``gamma``, ``variant``: of :func:`minillm_advantages`; ``"code"`` normalises them over the batch of each process.
     """
 
-    needs_labels = True
-    over = "labelled"
-
-    def __init__(self, clip: float = 0.2) -> None:
+    def __init__(self, clip: float = 0.2, gamma: float = 0.95, variant: str = "code") -> None:
         super().__init__()
-        self.clip = _check_clip(clip)
+        self.clip, self.gamma = _check_clip(clip), gamma
+        self.variant = check_choice("variant", variant, VARIANTS)
+        discounted_returns(torch.zeros(1, 1), gamma)  # refuses a gamma that cannot be
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled rows."""
-        kept = batch.targets != UNLABELLED
-        logits = student.logits[kept]
-        value = reverse_kl_divergence(logits, teacher.logits[kept])
-        advantages = batch.extra.get("advantages")
-        if advantages is None:
+        """The mean over rows."""
+        value = reverse_kl_divergence(student.logits, teacher.logits)
+        sampled = batch.extra.get("sampled")
+        if sampled is None or batch.mask is None:
             return value
-        importance = batch.extra.get("importance", torch.ones_like(advantages))
-        old = batch.extra["old_log_probs"]
-        long = clipped_policy_gradient(
-            logits, batch.targets[kept], advantages[kept], old[kept], importance[kept], self.clip
+        own, others = (
+            F.log_softmax(at_least_float32(logits.detach()), dim=-1).gather(-1, sampled[:, None]).squeeze(-1)
+            for logits in (student.logits, teacher.logits)
         )
-        return value + long
+        samples = batch.extra["positions"] // batch.mask.shape[1]
+        rewards, mask = rows_apart(others - own, samples, len(batch.mask))
+        advantages = minillm_advantages(rewards, mask, self.gamma, self.variant)[mask]
+        one = torch.ones_like(own)
+        return value + clipped_policy_gradient(student.logits, sampled, advantages, own, one, self.clip)
 
 
 def _check_clip(clip: float) -> float:
