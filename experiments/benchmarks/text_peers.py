@@ -17,6 +17,7 @@ def arguments(case: Case, steps: int, folder: Path) -> dict[str, Any]:
         **{"learning_rate": LR, "weight_decay": 0.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"},
         **{"optim": "adamw_torch", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": []},
         **{"save_strategy": "no", "logging_steps": 50, "disable_tqdm": True, "remove_unused_columns": False},
+        "train_sampling_strategy": "sequential",
     }
 
 

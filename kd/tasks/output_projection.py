@@ -59,10 +59,12 @@ def hidden_rows(
 
     ``positions`` (rows,) int64: places in (samples · positions); None: all. The hidden states are (rows, width).
 
-    Returns None where the network has no output projection, or makes other logits than this projection makes of its
-    input. That is tried once for a network, on the inputs of the first call.
+    Returns None where the network has no output projection, is sharded (FSDP2), or makes other logits than this
+    projection makes of its input. That is tried once for a network, on the inputs of the first call.
     """
     if network._compiled_call_impl is not None:  # the layer would be another one in each step
+        return None
+    if hasattr(network, "unshard"):  # FSDP2: the layer's weights are whole only while the network runs
         return None
     ask: Any = getattr(network, "get_output_embeddings", None)
     if callable(ask) and (layer := ask()) is not None and (layer._forward_hooks or layer._forward_pre_hooks):
