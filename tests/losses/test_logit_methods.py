@@ -20,6 +20,7 @@ from kd.losses.logits.fkd import SoftLabels
 from kd.losses.logits.mlkd import MultiLevel
 from kd.losses.logits.normkd import NormalisedLogits
 from kd.losses.logits.ofa import OneForAll
+from kd.losses.logits.sdd import ScaledDecoupled
 from kd.losses.logits.ttm import TransformedTeacher
 from kd.losses.logits.uskd import SelfDistillation
 
@@ -328,3 +329,50 @@ def test_a_student_without_a_teacher_trains_its_weak_head() -> None:
     torch.testing.assert_close(loss, f.customised_soft_labels(student.logits, weak, batch.targets))
     loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in term.parameters())
+
+
+# ---------------------------------------------------------------------- regions
+
+
+def test_complementary_regions_count_twice() -> None:
+    """Row by row: w is 2 where the teacher is right in the region and wrong on the whole image, or the reverse."""
+    torch.manual_seed(0)
+    student, teacher = (2 * torch.randn(5, 4, 3, dtype=torch.float64) for _ in range(2))
+    targets = torch.tensor([1, 0, UNLABELLED, 3, 2])
+    loss = ScaledDecoupled(base="dkd").of_region
+    expected, weights = 0.0, []
+    for i in (0, 1, 3, 4):
+        right = teacher[i].argmax(0) == targets[i]
+        for m in range(3):
+            weights.append(2 if right[m] != right[0] else 1)
+            expected += weights[-1] * loss(student[[i], :, m], teacher[[i], :, m], targets[[i]]).item() / 12
+    assert set(weights) == {1, 2}
+    ours = f.scaled_decoupled_loss(student, teacher, targets, loss)
+    np.testing.assert_allclose(ours.item(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("base", ["kd", "dkd", "nkd"])
+def test_the_first_region_is_the_whole_image(base: str) -> None:
+    """With one region the loss is that of the logits; the student's own classifier is trained, the teacher's is not."""
+    torch.manual_seed(0)
+    networks = {"student": nn.Sequential(nn.Linear(3, 4)), "teacher": nn.Sequential(nn.Linear(6, 4))}
+    maps = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 6, 2, 2)
+    outputs = [Output(None, {"a": feature}) for feature in maps]
+    batch, term = Batch(torch.zeros(2, 1), torch.tensor([1, 3])), ScaledDecoupled(["a"], ["a"], base, [1], 2.0)
+    term.prepare(Setup(*outputs, batch, networks))
+    loss = term(*outputs, batch)
+    logits = [networks[side](feature.mean((2, 3))) for side, feature in zip(networks, maps, strict=True)]
+    expected = {
+        "kd": lambda: f.kl_divergence(*logits, 2.0),
+        "dkd": lambda: f.decoupled_kl_divergence(*logits, batch.targets, 2.0),
+        "nkd": lambda: f.normalised_cross_entropy(*logits, batch.targets, 2.0),
+    }[base]()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert networks["student"][0].weight.grad.abs().sum() > 0
+    assert networks["teacher"][0].weight.grad is None
+    assert not next(term.parameters()).requires_grad
+    regions = f.region_logits(torch.arange(16.0).view(1, 1, 4, 4), (1, 2))
+    assert regions.flatten().tolist() == [7.5, 2.5, 4.5, 10.5, 12.5]
+    with pytest.raises(ValueError, match=r"^grids = \[2, 4\] is not allowed: the first one is 1"):
+        ScaledDecoupled(grids=[2, 4])

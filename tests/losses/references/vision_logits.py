@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from kd.losses import functional as f
+from kd.losses.base import UNLABELLED
+from kd.losses.logits._target import mean_over_labelled
+from kd.losses.logits.sdd import ScaledDecoupled
 from tests.losses.references._case import Case
 
 
@@ -24,11 +27,24 @@ def dkd_summed(case: Case) -> Tensor:
 
 
 def nkd_with_target(case: Case) -> Tensor:
-    """The label stays among the other classes: its part of the cross-entropy is that of the whole softmax."""
-    t, gamma = case.hyper["temperature"], case.hyper["gamma"]
-    student, teacher = logits(case)
-    whole = -((teacher / t).softmax(-1) * (student / t).log_softmax(-1)).sum(-1).mean()
-    return f.normalised_cross_entropy(student, teacher, case["targets"], t, 0.0) + gamma * t**2 * whole
+    return with_target(case.hyper)(*logits(case), case["targets"])
+
+
+def with_target(hyper: dict[str, float]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """NKD whose label stays among the other classes: its part of the cross-entropy is that of the whole softmax."""
+    t, gamma = hyper["temperature"], hyper["gamma"]
+
+    def of(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+        rows = -((teacher / t).softmax(-1) * (student / t).log_softmax(-1)).sum(-1)
+        whole = mean_over_labelled(rows, targets != UNLABELLED)
+        return f.normalised_cross_entropy(student, teacher, targets, t, 0.0) + gamma * t**2 * whole
+
+    return of
+
+
+def of_regions(case: Case, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    both = case["student_logits_multi"], case["teacher_logits_multi"]
+    return f.scaled_decoupled_loss(*both, case["targets"], loss)
 
 
 def dist(case: Case, variant: str = "code") -> Tensor:
@@ -100,6 +116,9 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "mlkd_class_corr": lambda case: f.class_correlation(*logits(case), **case.hyper),
     "mlkd_batch_corr": lambda case: f.batch_correlation(*logits(case), **case.hyper),
     "uskd": of_a_weak_head,
+    "sdd_kd": lambda case: of_regions(case, ScaledDecoupled(base="kd", **case.hyper).of_region),
+    "sdd_dkd": lambda case: of_regions(case, ScaledDecoupled(**case.hyper).of_region),
+    "sdd_nkd": lambda case: of_regions(case, with_target(case.hyper)),
     "abkd": alpha_beta,
     "rld": refined,
     "normkd": lambda case: f.normalised_kl_divergence(*logits(case), case.hyper["temperature_norm"]),
