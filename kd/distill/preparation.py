@@ -243,7 +243,8 @@ class Prepared(Optimised):
         """Let the terms leave their heads on the student, and see that what they made of it answers."""
         network, self.heads = self.student, []
         for name, term in self.objective.items():
-            before, network = network, term.deployed(network)
+            with _named(name):
+                before, network = network, term.deployed(network)
             self.heads += [name] if network is not before else []
             if not isinstance(network, nn.Module):
                 raise KdError(f"loss.{name}: deployed(student) returns a {type(network).__name__}, not a torch module")

@@ -1,4 +1,4 @@
-"""What a term may find in a bare network, and make of it: the classifier, batch statistics, another module in a place."""
+"""What a term finds in a bare network, and makes of it: the classifier, batch norms, another module in a place."""
 
 from __future__ import annotations
 
@@ -68,15 +68,20 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 
 def batch_norm_before(network: nn.Module, tap: str, channels: int) -> _BatchNorm | None:
-    """The last batch norm of ``channels`` channels that ends at a tap: in the module around it; None: there is none.
+    """The batch norm of ``channels`` channels behind the last convolution before a tap; None: there is none.
 
-    Of a residual block it is that of the branch, not of the shortcut.
+    Found among the modules around the tap, in the order of their registration; of a residual block it is that of the
+    branch, not of the shortcut.
     """
     name, _, port = tap.partition("@")[0].partition(":")
     around = name.rpartition(".")[0] if port.startswith("input") else name
-    modules = network.get_submodule(around).named_modules()
-    found = [m for n, m in modules if isinstance(m, _BatchNorm) and m.num_features == channels and not _beside(n)]
-    return found[-1] if found else None
+    found = None
+    for inner, module in network.get_submodule(around).named_modules():
+        if isinstance(module, nn.Conv2d) and not _beside(inner):
+            found = None
+        elif isinstance(module, _BatchNorm) and module.num_features == channels and not _beside(inner):
+            found = module
+    return found
 
 
 def _beside(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""PKT: Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018, arXiv 1803.10837."""
+"""PKT: Passalis, Tefas, Learning Deep Representations with Probabilistic Transfer, ECCV 2018, arXiv 1803.10837."""
 
 from __future__ import annotations
 

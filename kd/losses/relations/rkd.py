@@ -27,7 +27,7 @@ def relative_distances(feature: Tensor) -> Tensor:
 
 
 def angles(feature: Tensor) -> Tensor:
-    """(B, D) → (B, B, B): at [i, j, k] the cosine of the angle at sample i between j and k (Eq. 8); 0 where two meet."""
+    """(B, D) → (B, B, B): at [i, j, k] the cosine of the angle at i between j and k (Eq. 8); 0 where two are equal."""
     feature = at_least_float32(feature)
     edges = feature.unsqueeze(0) - feature.unsqueeze(1)
     lengths = torch.linalg.vector_norm(edges, dim=2, keepdim=True)

@@ -45,7 +45,6 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "kd_deit_soft": kd_over_classes,  # DeiT divides by rows × classes
 }
 LEFT_OUT: dict[str, str] = {
-    "pkd": "the Pearson correlation of feature maps of a detector: another method than ours of this name",
 }
 
 # what other implementations return: equal to the reference value, or this

@@ -1,0 +1,76 @@
+"""Lightly v1: Lightly AG, LightlyTrain, distillation v1, software 2025, no paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd.losses.adapters import as_vectors, width_of
+from kd.losses.base import Batch, Output, Setup, at_least_float32, check_same_shape, check_temperature
+from kd.losses.feature_term import FeatureTerm, full_precision
+from kd.losses.layouts import Tapped
+from kd.losses.relations._queue import Queue, check_queue
+
+__all__ = ["queue_similarity"]
+
+
+def queue_similarity(
+    student_feature: Tensor, teacher_feature: Tensor, queue: Tensor, temperature: float = 0.07
+) -> Tensor:
+    """KL(teacher ‖ student) of softmax over the similarities to a queue of the teacher's features, mean over samples.
+
+    Both (B, D) and ``queue`` (Q, D) of unit rows; the queue has the batch in it. A row of zeros, of a queue that is not
+    yet full, has similarity 0. Without T².
+    """
+    check_same_shape("features", student_feature, teacher_feature)
+    both = (at_least_float32(f) @ queue.T for f in (student_feature, teacher_feature))
+    log_s, log_t = ((similarity / temperature).log_softmax(1) for similarity in both)
+    return (log_t.exp() * (log_t - log_s)).sum(1).mean()
+
+
+class QueueSimilarity(FeatureTerm):
+    """:func:`queue_similarity` of pooled features, the student's through a linear layer, summed over the taps.
+
+    Needs no labels and no classifiers: made for pretraining from a foundation model. ``queue``: how many features of
+    past batches are kept.
+    """
+
+    over = "batch"
+
+    def __init__(
+        self,
+        student_taps: Sequence[str | int] | None = (-1,),
+        teacher_taps: Sequence[str | int] | None = (-1,),
+        queue: int = 8192,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__(student_taps, teacher_taps)
+        if queue < 1:
+            raise ValueError(f"queue = {queue} is not allowed: it must be 1 or more")
+        self.queue, self.temperature = queue, check_temperature(temperature)
+        self.queues = nn.ModuleList()
+
+    def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
+        """Pooled, the student's of the teacher's width."""
+        own, other = as_vectors(self.method, student, teacher)
+        return nn.Sequential(own, nn.Linear(width_of(student), width_of(teacher))), other
+
+    def prepare(self, setup: Setup) -> None:
+        """Build the projectors and the queues. ``ValueError`` where a queue is larger than the training set."""
+        super().prepare(setup)
+        size = check_queue(self.method, self.queue, setup)
+        features = self.pairs(setup.student, setup.teacher)
+        made = (Queue(size, width_of(teacher)) for _, teacher in self.tapped(setup))
+        self.queues = nn.ModuleList(queue.to(s) for queue, (s, _) in zip(made, features, strict=True))
+
+    def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
+        """The sum over the taps."""
+        values = []
+        for queue, (own, other) in zip(self.queues, self.compared(student, teacher), strict=True):
+            with full_precision(own):
+                own, other = F.normalize(own, dim=1), F.normalize(other, dim=1)
+                values.append(queue_similarity(own, other, queue(other), self.temperature))
+        return torch.stack(values).sum()
