@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "kd"
 GROUND = ("errors", "config", "records")  # imported by all rooms but losses; each of them imports those before it
 # a room → the rooms directly below it; what is below those is below it as well
 BELOW = {
-    "cli": ("sweeps", "report", "tracking"),
+    "cli": ("sweeps", "report", "deploy", "tracking"),
     "sweeps": ("run", "setups", "report", "tracking"),
     "report": ("studies",),
     "studies": ("tasks",),  # of the tasks the descriptions of metrics, without torch
@@ -34,6 +34,7 @@ BELOW = {
 NO_TORCH = ("errors", "config", "records", "cli", "studies", "report", "parallel", "sweeps")
 BUT_TORCH = {"kd.parallel.group"}  # what is done once torch is there
 NO_TORCH_EITHER = ("kd.run.train", "kd.run.log", "kd.run.evaluate", "kd.run.resume", "kd.tracking.summary")
+NO_TORCH_EITHER += ("kd.deploy.decision", "kd.deploy.sources", "kd.deploy.plan", "kd.deploy.cost_file")
 NO_TORCH_EITHER += ("kd.tracking.wandb_run", "kd.tracking.wandb_sync", "kd.tracking.wandb_report")
 HEAVY = {"torch", "lightning", "torchvision", "timm", "transformers", "wandb", "torchmetrics", "optuna"}
 HYDRA = ("cli", "sweeps", "deploy", "run", "config")  # the rooms that may import hydra and omegaconf
@@ -215,6 +216,9 @@ def test_no_torch_at_import(module: str) -> None:
         ("from kd.cli.main import main; main(['--help'])", {"torch", "hydra"}),
         ("from kd.config.compose import checked; checked(['loss=[ce]'])", {"torch"}),
         ("import kd.cli.report, kd.report.curves", {"torch", "hydra"}),
+        ("from kd.cli.main import main; main(['decide', '--help'])", {"torch", "hydra", "numpy"}),
+        ("from kd.cli.main import main; main(['decide', 'examples=200'])", {"torch", "hydra"}),
+        ("from kd.cli.main import main; main(['cost', 'machine_hour'])", {"torch", "hydra", "numpy"}),
         ("import kd.sweeps.plugins; kd.sweeps.plugins.register()", {"torch"}),
         ("import kd.cli.train, kd.cli.evaluate, kd.cli.study, kd.cli.wandb", {"torch", "wandb"}),
     ],

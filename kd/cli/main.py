@@ -12,20 +12,26 @@ from kd import __version__
 VERBS = {
     "train": "train a student, alone or with a teacher (a Hydra application: sweeps with -m)",
     "eval": "measure a run, a checkpoint or a teacher alone on the validation or test split",
+    "predict": "answer new images or texts with a run's network: labels and probabilities as csv or jsonl",
     "generate": "write a teacher's texts for a set of prompts, of a local model or of a server",
     "methods": "the loss terms: what each reads, its paper, its formula, and how paper and code differ",
     "study": "run what a study lacks, teachers first, and report it beside the published numbers",
     "report": "tables, intervals and figures of a study, a sweep or any runs, as one page",
+    "decide": "can the student replace its teacher? what is lost, what the examples show, a cascade, what is saved",
+    "cost": "money a month of student and teacher, what is saved a year, and when the training has paid for itself",
     "wandb": "send to Weights & Biases what runs have kept on disk (kd wandb sync)",
     "demo": "three claims of Hinton 2015 on handwritten digits, offline, in a few minutes",
 }
 MODULES = {
     "train": "kd.cli.train",
     "eval": "kd.cli.evaluate",
+    "predict": "kd.cli.predict",
     "generate": "kd.cli.generate",
     "methods": "kd.cli.methods",
     "study": "kd.cli.study",
     "report": "kd.cli.report",
+    "decide": "kd.cli.decide",
+    "cost": "kd.cli.cost",
     "wandb": "kd.cli.wandb",
     "demo": "kd.cli.demo",
 }
