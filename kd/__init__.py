@@ -2,7 +2,8 @@
 
 ``kd.distill(student, teacher, train, val, test, loss=…, epochs=…)`` trains any network on any loaders;
 ``kd.Distiller``, ``kd.Teacher`` and ``kd.Objective`` are its parts, for a trainer of one's own; ``kd.functional`` has
-the losses for any loop. All of them are imported when they are first used: ``import kd`` alone imports no torch.
+the losses for any loop; ``kd.load(RUN).predict(…)`` is a run's network on new inputs. All of them are imported when
+they are first used: ``import kd`` alone imports no torch.
 """
 
 from importlib import import_module
@@ -18,6 +19,7 @@ LAZY = {
     "Objective": "kd.distill.objective",
     "Teacher": "kd.distill.teacher",
     "functional": "kd.losses",
+    "load": "kd.deploy.predict",
 }
 
 

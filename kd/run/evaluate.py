@@ -119,7 +119,7 @@ def evaluate(
         network, beside = beside, None
         loader, few = (batch.of_teacher for batch in loader), few.of_teacher
     else:
-        network = answers(_student(config, data, task, source, weights_file is not None, (device, dtype)))
+        network = answers(student_of(config, data, task, source, weights_file is not None, (device, dtype)))
     with torch.no_grad():
         outputs = {name: made(few) for name, made in ((who, network), ("teacher", beside)) if made is not None}
     task.agree(outputs[who], outputs[who], data_of_who.num_classes, compared=False)
@@ -142,7 +142,7 @@ def evaluate(
     }
 
 
-def _student(
+def student_of(
     config: dict[str, Any], data: Any, task: Any, source: Any, of_the_run: bool, like: tuple[Any, Any]
 ) -> Callable[[Any], Any]:
     """Make the student with its weights, as a function of batches; with the heads that its run's terms left on it."""

@@ -1,0 +1,238 @@
+"""A trained network on new inputs: ``kd.load(RUN).predict(…)``, ``kd predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd.data.images.files import decode, eval_transform
+from kd.data.images.loader import affine, normalise
+from kd.deploy.inputs import chunks
+from kd.errors import KdError, did_you_mean
+from kd.losses.base import Batch
+from kd.records.weight_files import LAST, SELECTED
+from kd.run import build, integrity, networks
+from kd.run.evaluate import run_config, student_of
+
+WEIGHTS = {"selected": SELECTED, "last": LAST}
+TEXTS = ("sequence_classification", "sequence_regression")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network answers to one input.
+
+    ``input``: the file, or the text (a pair: its first one). ``label``: the class with the largest probability, None of
+    a regression; ``probability``: of that class, or the number of a regression. ``probabilities``: of each class by its
+    name, in the order of the classes; empty of a regression. ``error``: why there is no answer, else "".
+    """
+
+    input: str
+    label: str | None
+    probability: float
+    probabilities: Mapping[str, float] = field(default_factory=dict, repr=False)
+    error: str = ""
+
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """Return the ``count`` likeliest classes, the first one first."""
+        return sorted(self.probabilities.items(), key=lambda item: -item[1])[:count]
+
+
+class Predictor:
+    """A run's student or teacher with all that it needs for new inputs: pre-processing and the names of the classes.
+
+    ``answer``: from prepared inputs to logits (B, classes); ``class_names``; ``prepare``: from inputs as they come to
+    prepared ones. Made by :func:`load`.
+    """
+
+    def __init__(
+        self, answer: Callable[[Any], Tensor], prepare: Callable[[Sequence[Any]], Any], facts: Mapping[str, Any]
+    ) -> None:
+        self.answer, self.prepare = answer, prepare
+        self.class_names: list[str] = list(facts.get("class_names") or [])
+        self.regression: bool = facts["regression"]
+        self.reads_texts: bool = facts["reads_texts"]
+        self.pairs: bool = facts["pairs"]
+        self.columns: tuple[str, ...] = facts["columns"]
+
+    def predict(self, inputs: Sequence[Any], batch_size: int = 32, skip_unreadable: bool = False) -> list[Prediction]:
+        """Answer inputs, in their order.
+
+        ``inputs``: of images files, PIL images, or tensors (C, H, W) uint8; of texts strings, of pairs tuples of two.
+        ``skip_unreadable``: an image that cannot be read is answered with its ``error``, and the rest goes on.
+        ``KdError`` for an image that cannot be read, and inputs of another kind.
+        """
+        return list(self.stream(inputs, batch_size, skip_unreadable))
+
+    def stream(
+        self, inputs: Sequence[Any], batch_size: int = 32, skip_unreadable: bool = False
+    ) -> Iterator[Prediction]:
+        """Answer inputs as :meth:`predict`, one after the other, a batch computed at a time."""
+        if isinstance(inputs, (str, Path)):
+            raise KdError("predict takes a list of inputs, not one: predict([input])")
+        for part in chunks(inputs, batch_size):
+            some = inputs[part]
+            errors: dict[int, str] = {}
+            prepared = self.prepare(some) if not skip_unreadable else self._readable(some, errors)
+            logits = self.answer(prepared).float().cpu() if len(errors) < len(some) else torch.zeros(0, 1)
+            rows = iter(logits if self.regression else logits.softmax(1))
+            for place, item in enumerate(some):
+                name = str(item[0] if isinstance(item, tuple) else item)
+                if place in errors:
+                    yield Prediction(name, None, float("nan"), error=errors[place])
+                else:
+                    yield self._prediction(name, next(rows))
+
+    def _readable(self, some: Sequence[Any], errors: dict[int, str]) -> Any:
+        """Prepare the inputs that can be read one by one, and note the others in ``errors``."""
+        found = []
+        for place, item in enumerate(some):
+            try:
+                found.append(self.prepare([item]) if not self.reads_texts else item)
+            except KdError as error:
+                errors[place] = str(error)
+        if self.reads_texts:
+            return self.prepare(found)
+        return torch.cat(found) if found else None
+
+    def _prediction(self, name: str, row: Tensor) -> Prediction:
+        if self.regression:
+            return Prediction(name, None, float(row[0]))
+        names = self.class_names or [str(number) for number in range(len(row))]
+        best = int(row.argmax())
+        return Prediction(name, names[best], float(row[best]), dict(zip(names, row.tolist(), strict=True)))
+
+
+def load(run: str | Path, who: str = "student", weights: str = "selected") -> Predictor:
+    """Load a run's network for new inputs; its data is not read.
+
+    ``run``: its directory; ``who``: ``student`` or ``teacher``; ``weights``: of the student, ``selected`` by validation
+    or of the ``last`` epoch. It lies on a GPU where there is one, unless the run was on the CPU.
+
+    ``KdError``: no such run or weights, a task whose answers are neither classes nor numbers, weights that are not
+    those of the run's record. A student that keeps parts of its terms (SimKD) is made as in its run, from its data.
+    """
+    for key, value, allowed in (("who", who, ("student", "teacher")), ("weights", weights, tuple(WEIGHTS))):
+        if value not in allowed:
+            near = did_you_mean(value, allowed)
+            raise KdError(f"{key} = {value} is not allowed: it must be {' or '.join(allowed)}{near}")
+    config = run_config(run)
+    file = Path(run) / WEIGHTS[weights]
+    if not file.is_file():
+        raise KdError(f"run = {run} holds no {file.name}: it ended before its first validation, or is running")
+    task = build.task(config)
+    reads_texts = task.architecture in TEXTS
+    if task.architecture is not None and not reads_texts:
+        kind = task.architecture
+        raise KdError(f"run = {run} is of a {kind} network, which answers no classes (kd generate model={run})")
+    if config["data"].get("encoder"):
+        raise KdError(f"run = {run} was trained on features of data.encoder: kd predict reads texts and images")
+    about = integrity.read_weights(file)[1]
+    known = about.get("data") or {}
+    tokenizer = _tokenizer(Path(run) / weights) if reads_texts else None
+    data = _recorded(known, tokenizer)
+    if about.get("heads") and who == "student":
+        data = build.datamodule(config)
+        data.setup("test")
+    cuda = torch.cuda.is_available() and config["hardware"]["accelerator"] != "cpu"
+    device = torch.device("cuda" if cuda else "cpu")
+    network = _network(config, data, task, who, file, device)
+    pairs = bool(reads_texts and config["data"].get("text_pair"))
+    columns = tuple(config["data"].get(key) or key for key in ("text", "text_pair")[: 1 + pairs]) if reads_texts else ()
+    facts = {**known, "regression": task.regression, "reads_texts": reads_texts, "pairs": pairs, "columns": columns}
+    if reads_texts:
+        return Predictor(network, _of_texts(tokenizer, config["data"].get("max_length"), pairs), facts)
+    return Predictor(network, _of_images(known, config), facts)
+
+
+def _network(
+    config: Mapping[str, Any], data: Any, task: Any, who: str, file: Path, device: torch.device
+) -> Callable[[Any], Tensor]:
+    """Return what answers prepared inputs with logits."""
+    if who == "teacher":
+        teacher = networks.teacher(config, data, task)
+        if teacher is None or not teacher.live:
+            raise KdError(f"run = {file.parent} has no teacher that answers new inputs")
+        live = teacher.to(device).measured
+        made: Callable[[Batch], Any] = live
+    else:
+        made = student_of(dict(config), data, task, file, True, (device, torch.float32))
+
+    @torch.inference_mode()
+    def answer(inputs: Any) -> Tensor:
+        batch = Batch(inputs, None).to(device)
+        logits: Tensor = made(batch).logits
+        return logits
+
+    return answer
+
+
+def _recorded(facts: Mapping[str, Any], tokenizer: Any) -> SimpleNamespace:
+    """Return what networks ask of a data module, as it stands beside the weights."""
+    names = ("num_classes", "mean", "std")
+    return SimpleNamespace(
+        **{name: facts.get(name) for name in names},
+        class_names=list(facts.get("class_names") or []),
+        input_shape=tuple(facts.get("input_shape") or ()),
+        split_facts=dict(facts.get("split") or {}),
+        tokenizer=tokenizer,
+        tokenizer_digest=facts.get("tokenizer"),
+    )
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # of texts alone
+
+    if not (folder / "tokenizer_config.json").is_file():
+        raise KdError(f"{folder} holds no tokenizer: the run ended before its first validation")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _of_texts(tokenizer: Any, longest: int | None, pairs: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    def prepare(some: Sequence[Any]) -> dict[str, Tensor]:
+        wrong = next((item for item in some if isinstance(item, str) == pairs), None)
+        if wrong is not None:
+            raise KdError(f"the run was trained on {'pairs of texts' if pairs else 'texts'}, this is none: {wrong!r}")
+        columns = list(map(list, zip(*some, strict=True))) if pairs else [list(some)]
+        made = tokenizer(
+            *columns,
+            padding=True,
+            truncation=longest is not None,
+            max_length=longest,
+            return_tensors="pt",
+            return_token_type_ids=pairs and "token_type_ids" in tokenizer.model_input_names,
+        )
+        return dict(made)
+
+    return prepare
+
+
+def _of_images(facts: Mapping[str, Any], config: Mapping[str, Any]) -> Callable[[Sequence[Any]], Tensor]:
+    from torchvision.transforms import v2
+
+    shape = tuple(facts.get("input_shape") or ())
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise KdError(f"the run's inputs have the shape {shape}: kd predict reads images of 1 or 3 channels, and texts")
+    square = eval_transform(shape[1], config["data"].get("crop_pct") or 1.0)
+    steps = [square] if shape[1] == shape[2] else [v2.Resize(shape[1:]), v2.PILToTensor()]
+    transform = v2.Compose([*steps, v2.Grayscale(1)] if shape[0] == 1 else steps)
+    scale, shift = affine(facts.get("mean") or [0.0], facts.get("std") or [1.0])
+
+    def one(item: Any) -> Tensor:
+        if isinstance(item, (str, Path)):
+            return decode(Path(item), transform)
+        if isinstance(item, Tensor):
+            if item.dtype != torch.uint8 or tuple(item.shape) != shape:
+                kind = f"{item.dtype} {tuple(item.shape)}"
+                raise KdError(f"an image of {kind} is not allowed: it must be uint8 {shape}, or a PIL image, or a file")
+            return item
+        made: Tensor = transform(item.convert("RGB"))
+        return made
+
+    return lambda some: normalise(torch.stack([one(item) for item in some]), scale, shift)
