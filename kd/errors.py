@@ -48,6 +48,11 @@ def of_kind(sentence: str, kind: str) -> KdError:
     return error
 
 
+def counted(number: int, what: str) -> str:
+    """Write a number of things: "1 row", "2 rows", "1,000 rows"."""
+    return f"{number:,} {what if number == 1 else what + 's'}"
+
+
 # what a paper or another program calls it: what it is called here
 ALIASES = {
     **dict.fromkeys(("T", "t", "tau", "temp"), "temperature"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from kd.data.text.clinc import Clinc
 from kd.data.text.content import normalised
+from kd.data.text.records import read
 from kd.data.text.sentences import Sentences
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED
@@ -308,12 +311,17 @@ def file_of(tmp_path: Path, text: str | bytes, name: str = "x.csv") -> str:
             {"test": [{"text": "a", "label": "limit"}]},
             r"data\.test has a label that train does not have: 'limit'.*limits",
         ),
-        ({"test": [{"text": "a", "label": None}]}, r"data\.test has 1 texts without a label"),
+        ({"test": [{"text": "a", "label": None}]}, r"data\.test has 1 text without a label"),
         ({"test": None}, r"data\.test_fraction=0\.2"),
         ({"test_fraction": 0.1}, r"data\.test_fraction = 0\.1 is not allowed"),
         ({"train": [{"text": " ", "label": "a"}]}, r"no text in data\.text = text: all are empty"),
         ({"train": [{"text": 3, "label": "a"}]}, r"data\.text = text of data\.train holds no texts: 3"),
         ({"train": [{"text": "a", "label": 0.5}]}, r"data\.label = label .* such as 0\.5"),
+        (
+            {"train": [{"text": str(i), "label": f"{i // 2},5"} for i in range(45)]},
+            r"holds 23 different numbers in 45 texts.*task=text_regression",
+        ),
+        ({"delimiter": ";;"}, r"data\.delimiter = ;; is not allowed: it must be one character"),
         ({"train": [{"text": str(i), "label": "a"} for i in range(9)]}, r"1 class \(a\)"),
         ({"val_fraction": 0.001}, r"data\.val_fraction = 0\.001 leaves no text for val"),
         ({"train_size": 55}, r"data\.train_size = 55 .* 54"),
@@ -344,7 +352,25 @@ def test_bad_options_are_one_sentence(options, said, offline) -> None:
         ("text,label\ncaf\xe9,a\n".encode("latin-1"), "x.csv", r"is not utf-8 \(byte 0xe9 at 14\): set data\.encoding"),
         ('{"text": "a"}\n{"text": \n', "x.jsonl", "not valid JSON in line 2"),
         ('"a"\n', "x.jsonl", "must hold objects"),
-        ('text,label\n"a,b\n', "x.csv", "cannot be read as csv"),
+        ('text,label\nx,b\n"a\nb,c\n', "x.csv", r"cannot be read as csv: line 3: unexpected end of data"),
+        (
+            "text,label\na,b,\nc,d,\n",
+            "x.csv",
+            r"line 2 has 3 cells, the header has 2: a cell with , in it must be quoted",
+        ),
+        ('text,label\na,b\n\n"c\nd",e\nf, g,h\n', "x.csv", "line 6 has 3 cells, the header has 2"),
+        ("text,label\na,b\nc\n", "x.csv", "line 3 has 1 cell, the header has 2$"),
+        ("text\tlabel\na\tb\tc\n", "x.tsv", "a cell with a tab in it must be quoted"),
+        ("text,label,label\na,b,c\n", "x.csv", "has two columns named label"),
+        ("text;label\na;b\n", "x.csv", r"""one column, text;label: .* 'data\.delimiter=";"'$"""),
+        ("text\tlabel\na\tb\n", "x.csv", r"one column, text label: .* data\.delimiter=tab$"),
+        ("text,label\na,b\n", "x.tsv", r"""one column, text,label: .* 'data\.delimiter=","'$"""),
+        (
+            "text,label\na,b\n".encode("utf-16"),
+            "x.csv",
+            r"is utf-16, by its byte order mark, .* data\.encoding=utf-16$",
+        ),
+        ("a\n".encode("utf-32"), "x.txt", r"data\.encoding=utf-32$"),
         ("not parquet", "x.parquet", "cannot be read as parquet"),
         ("a", "x.doc", r"its ending must be one of \.csv"),
     ],
@@ -363,6 +389,64 @@ def test_another_encoding_is_read_where_it_is_named(tmp_path) -> None:
     assert texts_of(data, "val")[0].startswith("cafe")
     with pytest.raises(KdError, match=r"data\.encoding = latin-99"):
         sentences(train=file, encoding="latin-99")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "delimiter", "given"),
+    [
+        ("utf-8-sig", ",", {}),
+        ("utf-16", ";", {"encoding": "utf-16", "delimiter": ";"}),
+        ("utf-16-be", "\t", {"encoding": "utf-16-be", "delimiter": "tab"}),
+    ],
+)
+def test_tables_as_spreadsheets_write_them_are_read(tmp_path, encoding, delimiter, given) -> None:
+    """A mark that is no part of the first name, other delimiters, an empty column and an empty line."""
+    found = [["text", "label", ""], *([f'card, {i}; "late"\n{i}', "ab"[i % 2], ""] for i in range(20)), [""]]
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows(found)
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    (tmp_path / "x.csv").write_bytes(mark + text.getvalue().encode(encoding))
+    records = read(str(tmp_path / "x.csv"), None, **{"encoding": "utf-8", "key": "train", **given})
+    assert list(records.columns) == ["text", "label", "Unnamed: 2"]
+    assert records.columns["text"] == [row[0] for row in found[1:-1]]
+    assert records.columns["label"] == ["a", "b"] * 10
+
+
+def test_a_mark_of_utf_8_is_no_latin_1(tmp_path) -> None:
+    with pytest.raises(KdError, match=r"data\.encoding=utf-8$"):
+        sentences(train=file_of(tmp_path, b"\xef\xbb\xbftext,label\na,b\n"), encoding="latin-1")
+
+
+def test_a_cell_may_be_longer_than_pythons_limit(tmp_path) -> None:
+    long = "word " * 30_000
+    records = read(file_of(tmp_path, f"text,label\n{long},a\n"), None, "utf-8", "train")
+    assert records.columns["text"] == [long]
+
+
+def test_decimals_are_classes_where_they_are_named() -> None:
+    train = [{**row, "label": ("0.5", "1.5")[i % 2]} for i, row in enumerate(rows(20))]
+    test = [{"text": "lost", "label": "1.5"}]
+    assert sentences(train=train, test=test, label_names=["0.5", "1.5"]).parts["test"].targets.tolist() == [1]
+    for written in ("0.5", "-1.25", "1e-3", "2.5E+3"):
+        with pytest.raises(KdError, match=rf"holds numbers such as {re.escape(written)}: .* task=text_regression"):
+            sentences(train=[{**row, "label": written} for row in train], test=test)
+
+
+def test_texts_without_a_label_are_counted(caplog) -> None:
+    train = [{**row, "label": "" if i % 10 == 0 else row["label"]} for i, row in enumerate(rows(60))]
+    with caplog.at_level(logging.WARNING):
+        sentences(train=train)
+    assert "data.train: 6 of 60 texts have no label" in caplog.text
+
+
+def test_few_texts_to_measure_on_are_said(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        sentences(train=rows(10), test=None, test_fraction=0.2)
+    assert "val has 1 text, so one is 100.0 points of accuracy; test has 2 texts, so one is 50.0 points" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        sentences(train=rows(90), test=rows(30, 100), val=rows(30, 200))
+    assert "points of accuracy" not in caplog.text
 
 
 def test_empty_texts_are_left_out_and_counted(caplog) -> None:

@@ -42,7 +42,8 @@ class TextModule(lightning.LightningDataModule, ABC):
     ``root``: folder of data sets, that paths are relative to
     ``train``, ``val``, ``test``: files, lists of files, or rows; val is cut from train where it is null
     ``val_fraction``, ``test_fraction``: what is cut where there is no val, no test
-    ``encoding``: of files; ``title``: what people call the set
+    ``encoding``: of files; ``delimiter``: of .csv and .tsv, a character or ``tab``; null: by the ending
+    ``title``: what people call the set
     ``tokenizer``: name or folder of one of ``transformers``, an object, or {vocabulary, kind, lowercase}: it is trained
     on the training texts; null: trained, with 4,000 entries
     ``vocabulary``: ``corpus``: a given tokenizer is restricted to the entries that the training texts use, and networks
@@ -73,6 +74,7 @@ class TextModule(lightning.LightningDataModule, ABC):
         val_fraction: float = 0.1,
         test_fraction: float | None = None,
         encoding: str = "utf-8",
+        delimiter: str | None = None,
         title: str | None = None,
         tokenizer: Any = None,
         vocabulary: str | None = None,
@@ -90,7 +92,7 @@ class TextModule(lightning.LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         refuse(refusals("data.", locals(), RULES))
-        self.root, self.encoding, self.own_title = root, encoding, title
+        self.root, self.encoding, self.delimiter, self.own_title = root, encoding, delimiter, title
         self.given = {"train": plain(train), "val": plain(val), "test": plain(test)}
         self.val_fraction, self.test_fraction = val_fraction, test_fraction or 0.0
         self.spec, self.cache, self.masking = plain(tokenizer), Path(cache).expanduser() if cache else None, masking

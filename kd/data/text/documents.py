@@ -22,7 +22,7 @@ def text_files(source: Any) -> list[str | Path]:
 
 
 def read_documents(
-    source: Any, document: str, root: str | None, encoding: str, key: str
+    source: Any, document: str, root: str | None, encoding: str, key: str, delimiter: str | None = None
 ) -> tuple[list[str] | Records, str]:
     """Return the documents of a source and what errors call it; of prompts and messages their records.
 
@@ -32,9 +32,9 @@ def read_documents(
         paths = [located(file, root, key) for file in files]
         return [d for path in paths for d in divided(decoded(path, encoding), document)], str(paths[0])
     several = isinstance(source, (list, tuple)) and all(isinstance(file, (str, Path)) for file in source)
-    tables = [read(file, root, encoding, key) for file in (source if several else [source])]
+    tables = [read(file, root, encoding, key, delimiter) for file in (source if several else [source])]
     if not all("text" in table.columns for table in tables):  # prompts: all files have the same columns
-        records = read(source, root, encoding, key)
+        records = read(source, root, encoding, key, delimiter)
         return records, records.where
     values = []
     for table in tables:  # one column counts: files of other data sets may have others beside it

@@ -104,7 +104,7 @@ class Documents(TextModule):
 
     def _read(self, source: Any, split: str) -> list[str] | Records:
         """Documents without empty ones; records where there are prompts or messages."""
-        found, where = read_documents(source, self.document, self.root, self.encoding, split)
+        found, where = read_documents(source, self.document, self.root, self.encoding, split, self.delimiter)
         if isinstance(found, Records):
             return found
         kept = [document for document in found if document.strip()]

@@ -12,6 +12,10 @@ NAME = Rule("a name", lambda value: isinstance(value, str) and bool(value))
 TOKENIZER = ("vocabulary", "kind", "lowercase")  # keys of a tokenizer that is trained
 
 
+def _delimiter(value: Any) -> bool:
+    return value == "tab" or (isinstance(value, str) and len(value) == 1 and value not in '"\r\n')
+
+
 def _tokenizer(value: Any) -> bool:
     if isinstance(value, Mapping):
         return not set(value) - set(TOKENIZER)
@@ -38,6 +42,7 @@ RULES = {
     "document": one_of("file", "line", "paragraph"),
     "vocabulary": one_of("corpus", None),
     "encoding": NAME,
+    "delimiter": Rule('one character, for example ";", or tab', _delimiter).or_null,
     "text": NAME,
     **dict.fromkeys(("text_pair", "label", "name", "subset", "title", "cache"), NAME.or_null),
     "label_names": Rule(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from kd.config.hub import online
 from kd.config.rules import shown
+from kd.data.text.delimited import DELIMITERS, delimited
 from kd.errors import KdError, did_you_mean
 
 Source = Any
@@ -18,6 +19,13 @@ Source = Any
 HUB = ("name", "subset", "split")  # keys of one split of a folder or a set of the hub
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
+MARKS = {  # the first bytes of files that say their encoding; those of UTF-32 begin as those of UTF-16 do
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @dataclass
@@ -45,8 +53,10 @@ class Records:
         return self.columns[name]
 
 
-def read(source: Source, root: str | None, encoding: str, key: str) -> Records:
+def read(source: Source, root: str | None, encoding: str, key: str, delimiter: str | None = None) -> Records:
     """Read one source. ``key``: the option that names it; paths are relative to ``root``, or absolute.
+
+    ``delimiter``: between the cells of csv and tsv; None: by the ending.
 
     Raises ``KdError`` for a file that is missing, empty, of another encoding or format.
     """
@@ -63,7 +73,7 @@ def read(source: Source, root: str | None, encoding: str, key: str) -> Records:
         )
     if all(isinstance(row, Mapping) for row in source):
         return _of_rows(list(source), f"data.{key}")
-    parts = [read_file(located(path, root, key), encoding) for path in source]
+    parts = [read_file(located(path, root, key), encoding, delimiter) for path in source]
     return _joined(parts)
 
 
@@ -78,7 +88,7 @@ def located(path: str | Path, root: str | None, key: str) -> Path:
     return found
 
 
-def read_file(path: Path, encoding: str) -> Records:
+def read_file(path: Path, encoding: str, delimiter: str | None = None) -> Records:
     """Read a file by its ending: csv and tsv with a header, json lines, json, parquet, or text with a row a line."""
     kind = ".jsonl" if path.suffix.lower() == ".ndjson" else path.suffix.lower()
     if kind not in FORMATS:
@@ -89,46 +99,43 @@ def read_file(path: Path, encoding: str) -> Records:
         found = Records({"text": decoded(path, encoding).splitlines()}, str(path), plain=True)
     elif kind in (".json", ".jsonl"):
         found = _of_rows(_json_rows(path, encoding), str(path))
+    elif kind in DELIMITERS:
+        found = Records(delimited(decoded(path, encoding), str(path), kind, delimiter), str(path))
     else:
-        found = _table(path, kind, encoding)
+        found = _parquet(path)
     if not len(found):
         raise KdError(f"{path} has no rows")
     return found
 
 
 def decoded(path: Path, encoding: str) -> str:
-    """Return the text of a file; the mark at the beginning of some UTF-8 files is left out."""
+    """Return the text of a file without the byte order mark at its beginning, if it has one.
+
+    Raises ``KdError`` where the bytes, or that mark, are of another encoding.
+    """
+    content = path.read_bytes()
+    marked = next((name for mark, name in MARKS.items() if content.startswith(mark)), None)
     try:
-        text = path.read_bytes().decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+        if marked is not None and not codecs.lookup(encoding).name.startswith(marked):
+            raise KdError(f"{path} is {marked}, by its byte order mark, and not {encoding}: set data.encoding={marked}")
+        text = content.decode({None: encoding, "utf-8": "utf-8-sig"}.get(marked, marked))
     except UnicodeDecodeError as error:
-        raise _wrong_encoding(path, encoding, error) from None
+        byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise KdError(
+            f"{path} is not {encoding} ({byte}): set data.encoding, for example data.encoding=latin-1"
+        ) from None
     except LookupError:
         raise KdError(f"data.encoding = {encoding} is not allowed: there is no encoding of this name") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _wrong_encoding(path: Path, encoding: str, error: UnicodeDecodeError) -> KdError:
-    byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
-    return KdError(f"{path} is not {encoding} ({byte}): set data.encoding, for example data.encoding=latin-1")
-
-
-def _table(path: Path, kind: str, encoding: str) -> Records:
-    import pandas as pd
+def _parquet(path: Path) -> Records:
+    from pyarrow import parquet  # lists stay lists, as in jsonl
 
     try:
-        if kind == ".parquet":
-            from pyarrow import parquet  # lists stay lists, as in jsonl
-
-            return Records({str(k): v for k, v in parquet.read_table(path).to_pydict().items()}, str(path))
-        text = decoded(path, encoding)
-        # every cell is text: "NA" and "null" are words, and "007" is no number
-        separator = "\t" if kind == ".tsv" else ","
-        frame = pd.read_csv(StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_filter=False)
-    except KdError:
-        raise
+        return Records({str(k): v for k, v in parquet.read_table(path).to_pydict().items()}, str(path))
     except Exception as error:
-        raise KdError(f"{path} cannot be read as {kind[1:]}: {str(error).strip().splitlines()[0]}") from None
-    return Records({str(name): frame[name].tolist() for name in frame.columns}, str(path))
+        raise KdError(f"{path} cannot be read as parquet: {str(error).strip().splitlines()[0]}") from None
 
 
 def _json_rows(path: Path, encoding: str) -> list[Any]:

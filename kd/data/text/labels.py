@@ -1,0 +1,74 @@
+"""Labels as they are written: names of classes, numbers that count them, or numbers to regress on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd.errors import KdError
+
+NUMBER = re.compile(r"-?\d+")
+DECIMAL = re.compile(r"[-+]?(\d*\.\d*[1-9]\d*(e[-+]?\d+)?|\d+(\.0*)?e-\d+)", re.IGNORECASE)
+QUANTITY = re.compile(r"[-+]?\d[\d.,]*")  # "12,5" and "1,200" as well
+MANY = 20  # different numbers: more of them are no classes where most occur once
+REGRESS = "to regress on numbers set data.numbers=true and task=text_regression"
+
+
+def label_text(value: Any) -> str:
+    """Return a label as text, a whole float without its point; "" where there is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None or value != value else str(value).strip()
+
+
+def class_label(value: Any, names: Sequence[str] | None) -> str | None:
+    """Return a label of a class, None where there is none. ``names``: of the classes that numbers count."""
+    label = label_text(value)
+    if label in ("", "-1"):  # -1: the labels of a test set that are withheld
+        return None
+    if names is not None and NUMBER.fullmatch(label):
+        return names[int(label)] if int(label) < len(names) else label
+    return label
+
+
+def refuse_quantities(labels: Sequence[str | None], column: str | None, where: str) -> None:
+    """``KdError`` for labels that are no classes: decimals, or many numbers of which most occur once."""
+    there = [label for label in labels if label is not None]
+    decimal = next((label for label in there if DECIMAL.fullmatch(label)), None)
+    if decimal is not None:
+        raise KdError(
+            f"data.label = {column} of {where} holds numbers such as {decimal}: it must hold classes (decimals as "
+            f"classes need data.label_names); {REGRESS}"
+        )
+    different = set(there)
+    if MANY < len(different) > len(there) / 2 and all(map(QUANTITY.fullmatch, different)):
+        raise KdError(
+            f"data.label = {column} of {where} holds {len(different):,} different numbers in {len(there):,} texts: it "
+            f"must hold classes; {REGRESS}"
+        )
+
+
+def targets_to_regress_on(labels: Sequence[str | None], rows: Tensor, column: str | None, where: str) -> Tensor:
+    """Return labels as numbers (n,) float32. ``rows`` (n,): of the file, for the error.
+
+    Raises ``KdError`` where one is no finite number, or missing.
+    """
+    found = torch.tensor([_number(label) for label in labels], dtype=torch.float32)
+    if not found.isfinite().all():
+        place = int((~found.isfinite()).nonzero()[0])
+        raise KdError(
+            f"{where} has a label that is no number, or none: {labels[place]!r} in data.label = {column}, row "
+            f"{int(rows[place])}; data.numbers = true needs a finite number a text"
+        )
+    return found
+
+
+def _number(label: str | None) -> float:
+    try:
+        return float(label if label is not None else "nan")
+    except ValueError:
+        return float("nan")
