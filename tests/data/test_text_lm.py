@@ -54,6 +54,21 @@ def real_ids(data: Documents, split: str = "test") -> list[list[int]]:
     return [row[mask].tolist() for ids, masks in found for row, mask in zip(ids, masks, strict=True)]
 
 
+# ---------------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_a_decoder_generates_from_what_the_trained_tokenizer_returns(files, kind) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = documents(files, tokenizer={"vocabulary": 300, "kind": kind}).tokenizer
+    given = tokenizer("the river", return_tensors="pt")
+    assert set(given) == {"input_ids", "attention_mask"}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, pad_token_id=tokenizer.pad_token_id)
+    written = GPT2LMHeadModel(config).generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert written.shape == (1, given["input_ids"].shape[1] + 2)
+
+
 # ---------------------------------------------------------------------- blocks
 
 

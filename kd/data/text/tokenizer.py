@@ -33,19 +33,19 @@ def tokenizer(
 
     ``spec``: a name or folder, an object of ``transformers``, or the settings of one that is trained on ``texts()``:
     ``vocabulary`` (entries, at most), ``kind`` (``wordpiece``, or byte-level ``bpe``; where not set: ``kind``),
-    ``lowercase`` (where not set: of ``wordpiece`` only). None: trained, with 4,000 entries. ``KdError`` when there is
-    none of that name, or it needs another library; ``key``: the option of the data that names it.
+    ``lowercase`` (where not set: of ``wordpiece`` only). None: trained, with 4,000 entries. One that is trained where
+    ``kind`` is ``bpe``, for documents, gives no token types: ``generate`` of a decoder takes none. ``KdError`` when
+    there is none of that name, or it needs another library; ``key``: the option of the data that names it.
     """
     if isinstance(spec, (str, Path)):
         found = _named(str(spec), root, key)
     elif spec is None or isinstance(spec, Mapping):
         given = dict(spec or {})
-        kind = given.get("kind") or kind
+        chosen = given.get("kind") or kind
         lower = given.get("lowercase")
-        settings = {"vocabulary": given.get("vocabulary", VOCABULARY), "kind": kind}
-        found = wrapped(
-            trained(texts(), cache=cache, lowercase=kind == "wordpiece" if lower is None else lower, **settings)
-        )
+        settings = {"vocabulary": given.get("vocabulary", VOCABULARY), "kind": chosen}
+        made = trained(texts(), cache=cache, lowercase=chosen == "wordpiece" if lower is None else lower, **settings)
+        found = wrapped(made, types=kind == "wordpiece")
     else:
         found = spec
     if found.pad_token_id is None:
@@ -121,8 +121,11 @@ def trained(texts: Sequence[str], vocabulary: int, kind: str, lowercase: bool, c
     return made
 
 
-def wrapped(trained_one: Any) -> Any:
-    """Give a trained tokenizer the form of ``transformers``, with its special tokens."""
+def wrapped(trained_one: Any, types: bool = True) -> Any:
+    """Give a trained tokenizer the form of ``transformers``, with its special tokens.
+
+    ``types``: it gives token types as well, the number of a pair's text that a token is of.
+    """
     from transformers import PreTrainedTokenizerFast
 
     pad, unknown, begin, end, mask = SPECIAL
@@ -134,7 +137,7 @@ def wrapped(trained_one: Any) -> Any:
         sep_token=end,
         eos_token=end,
         mask_token=mask,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_input_names=["input_ids", *(["token_type_ids"] if types else []), "attention_mask"],
     )
 
 
