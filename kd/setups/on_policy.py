@@ -80,8 +80,8 @@ class OnPolicy(Distiller):
         self._step_began = time.perf_counter()
         if batch.of_teacher is not batch:
             raise KdError(
-                "distiller = on_policy is not allowed with a teacher of another tokenizer: what the student writes is in "
-                "its own tokens alone"
+                "distiller = on_policy is not allowed with a teacher of another tokenizer: what the student writes is "
+                "in its own tokens alone"
             )
         if self._trainer is None or not self.prepared:  # the dry pass is on the data
             return batch

@@ -151,9 +151,9 @@ class Gold(Term):
 
     Reads of ``batch.extra``, for the student and the same for the teacher, all int64: ``student_lengths`` (samples,),
     how many rows of each sample; ``student_ids`` (rows,), the token that each row predicts; ``student_ends`` (rows,),
-    how many bytes are read after it, counted from one place on both sides. With ``student_matched`` and ``teacher_matched`` (m,), the ids of
-    the tokens that both vocabularies have, it is the hybrid. A batch without any is of one tokenizer: every row is a
-    group, and the mean is over the rows.
+    how many bytes are read after it, counted from one place on both sides. With ``student_matched`` and
+    ``teacher_matched`` (m,), the ids of the tokens that both vocabularies have, it is the hybrid. A batch without any
+    is of one tokenizer: every row is a group, and the mean is over the rows.
     """
 
     two_tokenizers = True
