@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kd.losses.base import Batch, Output, Term, check_choice, check_same_shape, check_temperature
+from kd.losses.base import Batch, Output, Term, check_choice, check_temperature
 from kd.losses.logits._divergences import kl, log_probabilities
 
 __all__ = ["batch_correlation", "class_correlation", "multi_level_loss"]
@@ -18,7 +18,8 @@ def class_correlation(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
     Which classes appear together over the batch. 0 for equal logits. No T².
     """
-    return _relations(student_logits, teacher_logits, temperature, of_classes=True).sum() / student_logits.shape[-1]
+    both = log_probabilities(student_logits, teacher_logits, temperature)
+    return _relations(*both, of_classes=True).sum() / student_logits.shape[-1]
 
 
 def batch_correlation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
@@ -26,7 +27,8 @@ def batch_correlation(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
     How alike the rows are. 0 for equal logits and without rows. No T².
     """
-    return _relations(student_logits, teacher_logits, temperature, of_classes=False).sum() / max(1, len(student_logits))
+    both = log_probabilities(student_logits, teacher_logits, temperature)
+    return _relations(*both, of_classes=False).sum() / max(1, len(student_logits))
 
 
 def multi_level_loss(
@@ -56,24 +58,19 @@ def multi_level_loss(
         kept_rows, kept_classes = (kept.mean().expand_as(kept) for kept in (kept_rows, kept_classes))
     total = student_logits_weak.new_zeros(())
     for t in (check_temperature(temperature), *FURTHER):
-        view = weak if variant == "code" and t in FURTHER[2:] and t != temperature else strong
-        levels = t**2 * (kept_rows * _kl(*weak, t) + _kl(*view, t))
-        samples = kept_rows * _relations(*weak, t, of_classes=False).sum(1)
-        of_classes = kept_classes * _relations(*weak, t, of_classes=True).sum(1)
+        of_weak = log_probabilities(*weak, t)
+        from_weak = variant == "code" and t in FURTHER[2:] and t != temperature
+        of_view = of_weak if from_weak else log_probabilities(*strong, t)
+        levels = t**2 * (kept_rows * kl(*reversed(of_weak)) + kl(*reversed(of_view)))
+        samples = kept_rows * _relations(*of_weak, of_classes=False).sum(1)
+        of_classes = kept_classes * _relations(*of_weak, of_classes=True).sum(1)
         total = total + (levels.sum() + samples.sum()) / rows + of_classes.sum() / classes
     return total
 
 
-def _kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    log_p_student, log_p_teacher = log_probabilities(student_logits, teacher_logits, temperature)
-    return kl(log_p_teacher, log_p_student)
-
-
-def _relations(student_logits: Tensor, teacher_logits: Tensor, temperature: float, of_classes: bool) -> Tensor:
+def _relations(log_p_student: Tensor, log_p_teacher: Tensor, of_classes: bool) -> Tensor:
     """Squared differences of the Gram matrices of rows, or of classes."""
-    check_same_shape("logits", student_logits, teacher_logits)
-    student, teacher = (p.exp() for p in log_probabilities(student_logits, teacher_logits, temperature))
-    grams = [p.T @ p if of_classes else p @ p.T for p in (student, teacher)]
+    grams = [p.T @ p if of_classes else p @ p.T for p in (log_p_student.exp(), log_p_teacher.exp())]
     return (grams[0] - grams[1]).square()
 
 

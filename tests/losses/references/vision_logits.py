@@ -112,6 +112,7 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "logit_std_kd": standardised_kd,
     "dkd_logit_std": lambda case: f.decoupled_kl_divergence(*standardised(case), case["targets"], **case.hyper),
     "dist": dist,
+    "dist_seg": lambda case: f.correlation_loss(*logits(case), 1.0, **case.hyper),
     "mlkd_total": multi_level,
     "mlkd_class_corr": lambda case: f.class_correlation(*logits(case), **case.hyper),
     "mlkd_batch_corr": lambda case: f.batch_correlation(*logits(case), **case.hyper),
