@@ -81,11 +81,11 @@ def test_the_loop_is_owned_from_outside(kernel: Kernel, tmp_path: Path) -> None:
     assert set(records) == {"teacher", "simkd", "crd", "crd_on", "mutual", "from_the_peer"}
     assert records["simkd"]["student"]["parameters"] > records["crd"]["student"]["parameters"]  # the teacher's head
     assert records["simkd"]["protocol"]["monitor"] == "val/acc1"
-    assert {"ce", "kd", "crd"} < set(records["crd_on"]["student"]["last"]["train"])
+    assert {"ce", "kd", "my_crd"} < set(records["crd_on"]["student"]["last"]["train"])
     assert {"peer/ce", "peer/kd"} < set(records["mutual"]["student"]["last"]["train"])
     assert records["from_the_peer"]["teacher"]["parameters"] == 64 * 64 + 64 + 64 * 10 + 10
     assert len(list(folder.glob("sweep/*/result.json"))) == 2
-    assert "'crd.student_bank': (" in "\n".join(map(text_of, code))
+    assert "'my_crd.student_bank': (" in "\n".join(map(text_of, code))
     methods = [cell.source for cell in code if cell.source.startswith("%%writefile") and ".py" in cell.source[:30]]
     assert len(methods) == 3
     assert not re.findall(r"(?:self|setup|batch|step|student|teacher)\._[a-z]", "".join(methods))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,9 +43,15 @@ def class_attention_transfer(
         shapes = f"the student's are {tuple(student_cam.shape)}, the teacher's {tuple(teacher_cam.shape)}"
         raise ValueError(f"class activation maps must be of the same samples and classes: {shapes}")
     pooled = [F.adaptive_avg_pool2d(at_least_float32(m), resolution).flatten(2) for m in (student_cam, teacher_cam)]
-    student, teacher = (F.normalize(m, dim=2) for m in pooled) if normalize else pooled
+    student, teacher = (_unit(m) for m in pooled) if normalize else pooled
     squares = (student - teacher).square()
     return squares.mean() if variant == "code" else squares.sum(2).mean()
+
+
+def _unit(pooled: Tensor) -> Tensor:
+    """Each class's map divided by its norm; one of zeros stays so, without a gradient that grows beyond all bounds."""
+    norms = torch.linalg.vector_norm(pooled, dim=2, keepdim=True)
+    return pooled / norms.masked_fill(norms == 0, math.inf)
 
 
 class ClassAttentionTransfer(FeatureTerm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ def flow_matrix(feature: Tensor, following: Tensor, variant: str = "code") -> Te
     pool = F.adaptive_avg_pool2d if check_choice("variant", variant, VARIANTS) == "code" else F.adaptive_max_pool2d
     feature, following = at_least_float32(feature), at_least_float32(following)
     size = (min(feature.shape[2], following.shape[2]), min(feature.shape[3], following.shape[3]))
-    one, other = (pool(f, size).flatten(2) if tuple(f.shape[2:]) != size else f.flatten(2) for f in (feature, following))
+    one, other = ((f if tuple(f.shape[2:]) == size else pool(f, size)).flatten(2) for f in (feature, following))
     return one @ other.transpose(1, 2) / one.shape[2]
 
 
@@ -41,8 +42,7 @@ def flow_of_solution(
     the entries, mean over the samples, and max pooling.
     """
     values = []
-    students = zip(student_features, student_features[1:], strict=False)
-    for student, teacher in zip(students, zip(teacher_features, teacher_features[1:], strict=False), strict=True):
+    for student, teacher in zip(pairwise(student_features), pairwise(teacher_features), strict=True):
         own, other = flow_matrix(*student, variant), flow_matrix(*teacher, variant)
         check_same_shape("flow matrices", own, other)
         squares = (own - other).square()

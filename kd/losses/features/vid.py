@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class VariationalInformation(FeatureTerm):
         pooled, goal = as_maps(self.method, student, teacher)
         widths = [own.shape[1], *[other.shape[1]] * 3]
         layers: list[nn.Module] = [pooled]
-        for number, (width, target) in enumerate(zip(widths, widths[1:], strict=False)):
+        for number, (width, target) in enumerate(pairwise(widths)):
             layers += [nn.ReLU()] if number else []
             layers.append(nn.Conv2d(width, target, 1, bias=False))
         return nn.Sequential(*layers), goal

@@ -75,6 +75,7 @@ class Contrast(nn.Module):
     def __init__(self, widths: tuple[int, int], embedding: int, size: int, temperature: float, momentum: float) -> None:
         super().__init__()
         self.temperature, self.momentum = temperature, momentum
+        self._known = False  # whether Z is, without a look at the device
         self.student_embed, self.teacher_embed = (nn.Linear(width, embedding) for width in widths)
         bound = math.sqrt(3 / embedding)
         for name in ("student_bank", "teacher_bank"):
@@ -85,19 +86,23 @@ class Contrast(nn.Module):
         """The loss of vectors (B, D_s) and (B, D_t); the banks learn from it in training."""
         own = F.normalize(at_least_float32(self.student_embed(student)), dim=1)
         other = F.normalize(at_least_float32(self.teacher_embed(teacher)), dim=1)
-        with full_precision(own), torch.no_grad():
-            sides = ((own, self.teacher_bank), (other, self.student_bank))
-            scores = [(f @ bank.T).gather(1, rows) / self.temperature for f, bank in sides]
-            first = torch.stack([log_normaliser(s, len(self.student_bank)) for s in scores]).to(self.log_z)
-            log_z = torch.where(self.log_z.isnan(), first, self.log_z)
         with full_precision(own):
+            log_z = self.log_z if self._known else self._first(own, other, rows)
             student_side, teacher_side = (own, self.student_bank), (other, self.teacher_bank)
             loss = contrastive_distillation(*student_side, *teacher_side, rows, self.temperature, log_z)
             if self.training:
-                self.log_z = log_z
+                self.log_z, self._known = log_z, True
                 self.student_bank = self._remembered(self.student_bank, own, rows[:, 0])
                 self.teacher_bank = self._remembered(self.teacher_bank, other, rows[:, 0])
         return loss
+
+    @torch.no_grad()
+    def _first(self, own: Tensor, other: Tensor, rows: Tensor) -> Tensor:
+        """Log Z of these scores; what a checkpoint has kept goes before."""
+        sides = ((own, self.teacher_bank), (other, self.student_bank))
+        scores = ((f @ bank.T).gather(1, rows) / self.temperature for f, bank in sides)
+        found = torch.stack([log_normaliser(s, len(self.student_bank)) for s in scores]).to(self.log_z)
+        return torch.where(self.log_z.isnan(), found, self.log_z)
 
     @torch.no_grad()
     def _remembered(self, bank: Tensor, embedding: Tensor, rows: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def token_similarity(student_tokens: Tensor, teacher_tokens: Tensor, temperature
 class TokenSimilarity(FeatureTerm):
     """:func:`token_similarity` of patches and :func:`queue_similarity` of their means.
 
-    Maps and tokens without the prefix; the student's grid is resampled to the teacher's and goes through a linear layer.
+    Maps and tokens without the prefix; the student's, resampled to the teacher's grid, go through a linear layer.
     ``w_local``: factor of the tokens' part. ``queue``: how many features of past batches are kept.
     """
 

@@ -16,7 +16,7 @@ __all__ = ["similarity_preserving"]
 def similarity_preserving(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """Mean over pairs of samples of (G̃_s − G̃_t)², G = F Fᵀ, its rows of unit length.
 
-    Both (B, …), flattened; the shapes of a sample may differ (Eq. 1 to 4). The code of the CIFAR-100 tables is the same.
+    Both (B, …), flattened; the shapes of a sample may differ (Eq. 1 to 4). The code is the same.
     """
     student, teacher = (at_least_float32(f).flatten(1) for f in (student_feature, teacher_feature))
     own, other = F.normalize(student @ student.T, dim=1), F.normalize(teacher @ teacher.T, dim=1)
