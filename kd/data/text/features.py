@@ -66,7 +66,8 @@ class VectorLoader(Loader):
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         """Make one batch of each tensor of rows."""
         for rows in batches:
-            yield Batch(*(whole.index_select(0, rows) for whole in (self.inputs, self.targets, self.index)))
+            inputs, targets = self.inputs.index_select(0, rows), self.targets.index_select(0, rows)
+            yield Batch(inputs, targets, self.index.index_select(0, rows))
 
 
 class SentenceFeatures(Sentences):
