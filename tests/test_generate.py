@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +19,12 @@ from kd.errors import KdError
 from kd.records.generations import opened
 from kd.run import http_teacher
 from kd.run.chat_answer import Declined, Malformed, completion
-from kd.run.generate import Summary, generate
-from kd.run.http_teacher import endpoint, key_for, retry_after
+from kd.run.generate import Terminated, generate
+from kd.run.generation_summary import Summary
+from kd.run.http_teacher import retry_after
 from kd.run.ledger import BudgetReached, Ledger, Pace, Usage
 from kd.run.prompts import read_prompts
+from kd.run.server_address import endpoint, key_for
 from kd.run.threads import Stopped
 from tests.chat_server import Server, answer, choice, drips, fails, sends, serving, stalls, truncates
 
@@ -96,7 +100,7 @@ def test_what_is_written_is_training_data(ask, server, tmp_path) -> None:
     from kd.data.text.records import read_file
 
     ask("a")
-    assert dialogues(read_file(tmp_path / "out.jsonl", "utf-8"), None) == [Dialogue("are: a", [(1, 6)], True)]
+    assert dialogues(read_file(tmp_path / "out.jsonl", "utf-8"), None) == [Dialogue("are: a", [(1, 6)], True, [(1, 6)])]
 
 
 def test_messages_stay_messages(ask, server, tmp_path) -> None:
@@ -248,6 +252,63 @@ def test_what_no_repetition_helps_stops_at_once(status, ask, server) -> None:
     assert len(server.requests) == 1
 
 
+LOGIN = b"<html>please log in</html>"
+OTHER_FORMS = {
+    "a page": (sends(LOGIN, Content_Type="text/html; charset=utf-8"), r"is not JSON \(text/html\): <html>please"),
+    "no choices": (sends(answer(choices=[])), "has no choices"),
+    "no content": (sends(answer(None)), "the content of the message is null"),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_a_server_of_another_protocol_is_given_up_at_once(form, ask, server) -> None:
+    send, sentence = OTHER_FORMS[form]
+    server.otherwise = lambda body: send
+    with pytest.raises(KdError, match=rf"^server = {server.url}.* something else than .* 3 answers.*{sentence}"):
+        ask("a", "b", retries=9, concurrency=1)
+    assert len(server.requests) == 3
+
+
+def test_a_server_that_has_answered_once_is_not_given_up(ask, server) -> None:
+    server.script["b"] = [OTHER_FORMS["a page"][0]] * 4
+    assert ask("a", "b", retries=4, concurrency=1).done == 2
+
+
+def test_errors_and_truncated_answers_are_no_other_protocol(ask, server) -> None:
+    server.script["a"] = [sends({"error": {"message": "overloaded"}}), truncates, sends(answer("")), fails(500)]
+    assert ask("a", retries=4).done == 1
+
+
+def test_the_first_failed_attempt_of_a_kind_is_logged_and_all_are_counted(ask, server, caplog) -> None:
+    server.script |= {"b": [OTHER_FORMS["a page"][0], fails(500)], "c": [OTHER_FORMS["a page"][0]]}
+    summary = ask("a", "b", "c", concurrency=1, retries=5)
+    assert [record.getMessage().partition("; trying again ")[::2] for record in caplog.records] == [
+        ("row 2: the answer is not JSON (text/html): <html>please log in</html>", "1/5 (further ones are counted)"),
+        ("row 2: the server answers 500: no", "2/5 (further ones are counted)"),
+    ]
+    assert summary.again == {"the answer is not JSON (text/html)": 2, "the server answers 500": 1}
+
+
+@pytest.mark.parametrize("place", [0, 270, 290])
+def test_no_part_of_the_key_is_left_in_words_of_the_server(place, ask, server, tmp_path, caplog) -> None:
+    """Where a long message is cut as well, in errors, refusals and answers that are no JSON."""
+    said = "x" * place + KEY + "y" * 300
+    server.script |= {
+        "a": [fails(500, said)],
+        "b": [sends(choice(message={"content": None, "refusal": said}))],
+        "c": [sends(said.encode())],
+    }
+    summary = ask("a", "b", "c", "d", concurrency=1)
+    written = "".join(file.read_text() for file in tmp_path.iterdir())
+    for text in (caplog.text, str(summary), written):
+        assert KEY[:8] not in text
+    assert "[key]" in caplog.text or place
+    server.otherwise = lambda body: fails(401, said)
+    with pytest.raises(KdError, match="401") as found:
+        ask("a", "b", "c", "d", "e")
+    assert KEY[:8] not in str(found.value)
+
+
 def test_the_newer_name_of_max_tokens(ask, server) -> None:
     normal = server.otherwise
     refused = fails(400, "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")
@@ -257,7 +318,7 @@ def test_the_newer_name_of_max_tokens(ask, server) -> None:
 
 
 def test_a_server_that_is_not_there(ask, server) -> None:
-    with pytest.raises(KdError, match="no prompt has a completion: the connection failed"):
+    with pytest.raises(KdError, match=r"no prompt has a completion: the connection failed .* \(1 attempt\)$"):
         ask("a", server="http://127.0.0.1:1", retries=0)
 
 
@@ -302,7 +363,7 @@ def test_other_settings_are_refused(name, complete, ask, server, tmp_path) -> No
 
 def test_completions_of_other_prompts_are_not_thrown_away(ask, tmp_path) -> None:
     ask("a", "b")
-    with pytest.raises(KdError, match="has completions of 1 prompts that are not in"):
+    with pytest.raises(KdError, match="has completions of 1 prompt not in"):
         ask("a", "c")
     assert len(lines(tmp_path)) == 2
 
@@ -335,6 +396,51 @@ def test_an_interruption_keeps_what_is_under_way(number, ask, server, tmp_path) 
     assert server.asked() == ["a", "b"]
     assert ask("a", "b", "c").done == 3
     assert server.asked() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_answers_that_do_not_come_are_given_up_after_an_interruption(number, error, ask, server, tmp_path) -> None:
+    """What is written stays, what is asked again is asked once, and what the server may charge is counted."""
+    released = threading.Event()
+
+    def stall(handler: Any) -> None:
+        os.kill(os.getpid(), number)
+        released.wait(30)
+
+    prices = {"price_in": 1.0, "price_out": 1.0}
+    server.script["b"] = [stall]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt, match="1 of 3 completions are kept") as found:
+        ask("a", "b", "c", concurrency=1, timeout=30, **prices)
+    assert type(found.value) is error
+    assert time.monotonic() - began < 10
+    _, first, second = lines(tmp_path, "out.partial.jsonl")
+    assert first["completion"] == "re: a"
+    assert second["failed"] == "the run was interrupted before the answer came"
+    assert second["wasted"] == pytest.approx(15e-6)  # as long as the one answer before
+    released.set()
+    assert ask("a", "b", "c", **prices).cost == pytest.approx(60e-6)
+    assert server.asked() == ["a", "b", "b", "c"]
+    assert [row["completion"] for row in lines(tmp_path)] == ["re: a", "re: b", "re: c"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_ends_although_the_server_stalls(number, code, server, tmp_path) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    released, asked = threading.Event(), threading.Event()
+    server.script["b"] = [lambda handler: (asked.set(), released.wait(120))]
+    arguments = ["prompts=p.txt", "out=o.jsonl", f"server={server.url}", "model=m", "timeout=100", "concurrency=1"]
+    command = [sys.executable, "-m", "kd.cli.main", "generate", *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert asked.wait(60)
+        began = time.monotonic()
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    released.set()
+    assert process.returncode == code
+    assert "1 of 2 completions are kept in o.partial.jsonl: the same command goes on" in said
+    assert time.monotonic() - began < 20  # about one second on an idle machine
 
 
 def test_a_full_disk_is_one_sentence(ask, monkeypatch) -> None:
@@ -519,7 +625,7 @@ def test_the_command_prints_numbers_and_never_the_key(kd, server, tmp_path) -> N
     assert said.code == 0, said.err
     assert "o.jsonl: 2 completions of 2 prompts" in said.out
     assert "cost: 0.0000 USD" in said.out
-    assert "1 rows repeat a prompt" in said.out
+    assert "1 row with the prompt of an earlier one, asked once" in said.out
     assert "exact_match: 0.5000" in said.out
     assert lines(tmp_path, "o.jsonl")[0]["references"] == ["re a", "yes"]
     assert server.requests[0]["messages"][0] == {"role": "system", "content": "a=b"}
@@ -533,6 +639,8 @@ def test_failed_prompts_are_listed_and_the_exit_code_says_so(kd, server, tmp_pat
     said = kd("generate", "prompts=p.txt", "out=o.jsonl", f"server={server.url}", "model=teacher")
     assert said.code == 1
     assert "kd: row 2 failed: the server answers 400: too long [31m [key]" in said.err
+    assert "kd: 1 prompt failed: the same command asks it again" in said.err
+    assert "o.jsonl: 1 completion of 2 prompts" in said.out
     assert KEY not in said.err
     assert "\x1b" not in said.err
 

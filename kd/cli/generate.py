@@ -10,9 +10,10 @@ from typing import Any, get_type_hints
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd.errors import KdError, did_you_mean
-from kd.run.generate import Summary, generate
+from kd.errors import KdError, counted, did_you_mean
+from kd.run.generate import Terminated, generate
 from kd.run.generation_options import Options, checked
+from kd.run.generation_summary import Summary
 
 EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 SHOWN = 10  # failures that are printed
@@ -41,7 +42,8 @@ server (OpenAI's protocol: chat completions):
 
 A run that was killed, interrupted or stopped by its budget loses nothing: the same command goes on, with the same
 settings. FILE.partial.jsonl is there until all prompts were asked. Prompts that failed are listed, the exit code is 1,
-and the same command asks them again.
+and the same command asks them again. After Ctrl-C (exit code 130) or SIGTERM (143) answers that a server has not sent
+yet are given up.
 
   kd generate prompts=questions.csv out=answers.jsonl server=https://api.openai.com model=gpt-4.1 \\
       price_in=2 price_out=8 budget=20 currency=USD system="Answer politely."
@@ -49,14 +51,18 @@ and the same command asks them again.
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, generate with a line of progress, print what there is; 1 when prompts have failed."""
+    """Parse, generate with a line of progress, print what there is; 1 when prompts have failed, 143 after SIGTERM."""
     if any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0
     options = parsed(argv)
     checked(options)
-    with _Shown(options.get("currency", "EUR")) as shown:
-        summary = generate(**options, progress=shown)
+    try:
+        with _Shown(options.get("currency", "EUR")) as shown:
+            summary = generate(**options, progress=shown)
+    except Terminated as error:
+        print(f"kd: terminated: {error}", file=sys.stderr)
+        return 143
     _print(summary, options)
     return 1 if summary.failed else 0
 
@@ -116,6 +122,7 @@ class _Shown:
     def __call__(self, summary: Summary) -> None:
         words = f"{summary.tokens_per_second:,.0f} tokens/s"
         words += f", {summary.cost:.4f} {self.currency}" if summary.cost is not None else ""
+        words += f", {counted(sum(list(summary.again.values())), 'attempt')} repeated" if summary.again else ""
         words += f", {len(summary.failed)} failed" if summary.failed else ""
         if self.bar is not None:
             self.bar.update(self.task, completed=summary.done, total=summary.wanted, description=words)
@@ -125,21 +132,24 @@ class _Shown:
 
 
 def _print(summary: Summary, options: dict[str, Any]) -> None:
-    print(f"{summary.out}: {summary.done} completions of {summary.prompts} prompts")
+    print(f"{summary.out}: {counted(summary.done, 'completion')} of {counted(summary.prompts, 'prompt')}")
     print(f"tokens: {summary.tokens_in:,} in prompts, {summary.tokens_out:,} in completions")
     if summary.cost is not None:
         print(f"cost: {summary.cost:.4f} {options.get('currency', 'EUR')}")
-    for count, words in (
-        (summary.repeated, "rows repeat a prompt, which was asked once"),
-        (summary.truncated, f"completions were cut off after max_new_tokens = {options.get('max_new_tokens', 256)}"),
-        (summary.estimated, "completions have estimated tokens: the server did not count them"),
-        (summary.without_logprobs, "completions have no log-probabilities: the server gave none"),
+    for count, what, words in (
+        (summary.repeated, "row", "with the prompt of an earlier one, asked once"),
+        (summary.truncated, "completion", f"cut off after max_new_tokens = {options.get('max_new_tokens', 256)}"),
+        (summary.estimated, "completion", "with estimated tokens: the server did not count them"),
+        (summary.without_logprobs, "completion", "without log-probabilities: the server gave none"),
+        *((count, "attempt", f"repeated: {kind}") for kind, count in summary.again.items()),
     ):
         if count:
-            print(f"{count} {words}")
+            print(f"{counted(count, what)} {words}")
     for name, value in summary.metrics.items():
         print(f"{name}: {value:.4f}")
     for row, reason in list(summary.failed.items())[:SHOWN]:
         print(f"kd: row {row} failed: {reason}", file=sys.stderr)
     if summary.failed:
-        print(f"kd: {len(summary.failed)} prompts failed: the same command asks them again", file=sys.stderr)
+        again = "it" if len(summary.failed) == 1 else "them"
+        failed = counted(len(summary.failed), "prompt")
+        print(f"kd: {failed} failed: the same command asks {again} again", file=sys.stderr)

@@ -13,7 +13,8 @@ from typing import Any
 from kd.records.generations import Completion
 from kd.run.ledger import BYTES_OF_A_TOKEN, Usage
 
-LONGEST = 300  # characters of a server's words in a sentence
+LONGEST = 20_000  # characters of a server's words
+SHOWN = 300  # of them in a sentence
 MOST_TOKENS = 10**9  # of one request
 
 
@@ -23,20 +24,26 @@ class Malformed(ValueError):
     usage: Usage | None = None
 
 
+class OtherForm(Malformed):
+    """The answer is whole and no error, and another thing than a completion: a web page, another protocol's object."""
+
+
 class Declined(ValueError):
     """The server has answered that there is no completion: the same request would give the same. ``usage`` as above."""
 
     usage: Usage | None = None
 
 
-def completion(body: bytes, model: str, size: int, logprobs: int) -> Completion:
+def completion(body: bytes, model: str, size: int, logprobs: int, media: str | None = None) -> Completion:
     """Read one completion. ``model``: that was asked for; ``size``: bytes of the prompt; ``logprobs``: number wanted.
+
+    ``media``: the Content-Type of the answer.
 
     Raises ``Malformed`` for what is no JSON, lacks a field, or has one of another type; ``Declined`` for a refusal.
     """
     usage = None
     try:
-        answer = _parsed(body)
+        answer = _parsed(body, media)
         usage = _usage(answer.get("usage"))
         choice = _first(answer)
         text = _text(choice)
@@ -57,28 +64,33 @@ def estimate(size: int) -> int:
     return max(1, -(-size // BYTES_OF_A_TOKEN))
 
 
-def _parsed(body: bytes) -> Mapping[str, Any]:
+def _parsed(body: bytes, media: str | None) -> Mapping[str, Any]:
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
-        raise Malformed(f"the answer is not JSON, or was cut off: {_short(body.decode(errors='replace'))}") from None
+        of = f" ({_short(media.partition(';')[0])})" if media else ""
+        text = _short(body.decode(errors="replace"))
+        if text[:1] in ("", "{", "["):
+            raise Malformed(f"the answer is not JSON, or was cut off{of}: {text}") from None
+        raise OtherForm(f"the answer is not JSON{of}: {text}") from None
     if not isinstance(answer, Mapping):
-        raise Malformed(f"the answer is not an object: {_short(answer)}")
+        raise OtherForm(f"the answer is not an object: {_short(answer)}")
     return answer
 
 
 def _first(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
-        said = answer.get("error", choices)
-        raise Malformed(f"the answer has no choices: {_short(said)}")
+        if answer.get("error"):
+            raise Malformed(f"the answer has no choices: {_short(answer['error'])}")
+        raise OtherForm(f"the answer has no choices: {_short(answer)}")
     return choices[0]
 
 
 def _text(choice: Mapping[str, Any]) -> str:
     message = choice.get("message")
     if not isinstance(message, Mapping):
-        raise Malformed(f"the choice has no message: {_short(message)}")
+        raise OtherForm(f"the choice has no message: {_short(choice)}")
     if choice.get("finish_reason") == "content_filter":
         raise Declined("the server's content filter stopped the answer")
     if isinstance(message.get("refusal"), str) and message["refusal"]:
@@ -86,8 +98,10 @@ def _text(choice: Mapping[str, Any]) -> str:
     text = message.get("content")
     if not text and choice.get("finish_reason") == "length":
         raise Declined("max_new_tokens are used up before the answer begins")
-    if not isinstance(text, str) or not text:
-        raise Malformed(f"the content of the message is {_short(text)}")
+    if not isinstance(text, str):
+        raise OtherForm(f"the content of the message is {_short(json.dumps(text))}")
+    if not text:
+        raise Malformed("the content of the message is empty")
     if not _is_unicode(text):
         raise Malformed("the content of the message is not valid Unicode")
     return text
@@ -161,5 +175,14 @@ def words_of(body: bytes) -> tuple[str, str]:
 
 def _short(value: Any) -> str:
     """One line, without control characters: a terminal would obey them."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    text = str(value)[:LONGEST]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def shown(text: str, key: str | None) -> str:
+    """Return a server's words as they are printed and written: 300 characters, without the key.
+
+    The key is taken out before the words are cut: a part of it would be left otherwise.
+    """
+    text = text.replace(key, "[key]") if key else text
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

@@ -12,48 +12,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kd.errors import KdError
+from kd.errors import KdError, counted
 from kd.records.generations import Completion, Generations, Key, opened, partial_of
+from kd.run.attempts import Attempts
 from kd.run.generation_options import Options, checked, settings
-from kd.run.http_teacher import HttpTeacher, endpoint, key_for
+from kd.run.generation_summary import Summary
+from kd.run.http_teacher import HttpTeacher
 from kd.run.ledger import BudgetReached, Ledger, Pace, Usage
 from kd.run.prompts import Prompt, read_prompts
-from kd.run.threads import Failed, asked
+from kd.run.server_address import endpoint, key_for
+from kd.run.threads import Failed, GivenUp, asked
 
 IN_A_ROW = 10  # prompts one after the other that a server fails: it is down, or its answers are of another form
 LEFT_OUT = ("id", "sample", "row", "references", "wasted")  # of a line of before: they are written anew
-Report = Callable[["Summary"], None]
+Report = Callable[[Summary], None]
 
 
-@dataclass
-class Summary:
-    """What is there: completions of all processes that wrote the file.
-
-    ``prompts``: different ones; ``repeated``: rows that repeat one; ``wanted``, ``done``: completions; ``failed``: why
-    others are missing, by row of the prompts' file (from 1); ``truncated``: that ``max_new_tokens`` cut off;
-    ``estimated``: whose tokens the server did not count; ``without_logprobs``: that lack them; ``cost``: of all
-    attempts, None without prices; ``tokens_per_second``: of completions, in this process; ``metrics``: beside
-    references, on a scale of 0 to 1.
-    """
-
-    out: str
-    prompts: int
-    repeated: int
-    wanted: int
-    done: int = 0
-    failed: dict[int, str] = field(default_factory=dict)
-    truncated: int = 0
-    estimated: int = 0
-    without_logprobs: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    cost: float | None = None
-    tokens_per_second: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
+class Terminated(KeyboardInterrupt):
+    """The run was interrupted by SIGTERM."""
 
 
 def generate(
@@ -71,8 +51,9 @@ def generate(
     is kept and not asked again.
 
     Raises ``KdError`` for wrong arguments, for other settings than those of what is there, when the server refuses
-    (key, model, address) or fails for ten prompts in a row, and before the budget would be exceeded;
-    ``KeyboardInterrupt`` after SIGINT or SIGTERM. What is done by then is kept, and the same call goes on.
+    (key, model, address), fails for ten prompts in a row or sends something else than completions, and before the
+    budget would be exceeded; ``KeyboardInterrupt`` after SIGINT, and after SIGTERM ``Terminated``, which is one:
+    answers that a server does not send at once are given up. What is done by then is kept, and the same call goes on.
     Prompts without a completion are in ``Summary.failed``, and not in the file.
     """
     chosen = checked({"prompts": str(prompts), "out": str(out), "model": str(model), "server": server, **options})
@@ -86,7 +67,7 @@ def generate(
         summary = job.summary
         summary.failed = dict(sorted(summary.failed.items()))
         if job.signalled:
-            raise KeyboardInterrupt(job.kept())
+            raise job.interruption()
         lines = [line for prompt in rows for line in job.lines(prompt)]
         if not lines:
             raise KdError(f"no prompt has a completion: {next(iter(summary.failed.values()))}")
@@ -99,7 +80,7 @@ def _refuse_others(rows: list[Prompt], there: Generations, chosen: Options) -> N
     known = {prompt.id for prompt in rows}
     if others := {name for name, _ in there.done} - known:
         raise KdError(
-            f"out = {chosen.out} has completions of {len(others)} prompts that are not in {chosen.prompts}: give "
+            f"out = {chosen.out} has completions of {counted(len(others), 'prompt')} not in {chosen.prompts}: give "
             "another out"
         )
 
@@ -111,7 +92,7 @@ class _Job:
         self, chosen: Options, rows: list[Prompt], repeated: int, there: Generations, progress: Report | None
     ) -> None:
         self.chosen, self.rows, self.there, self.progress = chosen, rows, there, progress
-        self.stop, self.signalled = threading.Event(), False
+        self.stop, self.signalled = threading.Event(), 0  # the number of the signal
         self.summary = Summary(chosen.out, len(rows), repeated, len(rows) * chosen.n)
         self._refused: set[Key] = set()
         self._number = {prompt.id: prompt.index + 1 for prompt in rows}
@@ -121,7 +102,7 @@ class _Job:
             raise KdError(f"form = text is not allowed: the prompts in {chosen.prompts} are messages")
         self.form = chosen.form or ("messages" if messages else "text")
         for line in there.done.values():
-            self._count(line)
+            self.summary.count(line, chosen.logprobs)
         if chosen.price_in is not None or there.wasted:
             self.summary.cost = (self.summary.cost or 0.0) + there.wasted
 
@@ -138,8 +119,14 @@ class _Job:
         in_a_row = 0
         try:
             for (prompt, sample), found in asked(
-                lambda job: teacher.ask(*job, self.stop), jobs, min(chosen.concurrency, len(jobs)), self.stop
+                lambda job: teacher.ask(*job, self.stop),
+                jobs,
+                min(chosen.concurrency, len(jobs)),
+                self.stop,
+                lambda: bool(self.signalled),
             ):
+                if isinstance(found, GivenUp):
+                    found.wasted = teacher.given_up(prompt)
                 if not isinstance(found, Failed):
                     in_a_row = 0
                     self.keep((prompt.id, sample), found.completion, found.wasted)
@@ -169,6 +156,8 @@ class _Job:
         size = {prompt.id: prompt.size for prompt in self.rows}
         for (name, _), line in self.there.done.items():
             ledger.learn(Usage(line["tokens_in"], line["tokens_out"]), size[name])
+        attempts = Attempts(answered=bool(self.there.done))
+        self.summary.again = attempts.again
         return HttpTeacher(
             url,
             chosen.model,
@@ -181,6 +170,7 @@ class _Job:
             chosen.system,
             chosen.timeout,
             chosen.retries,
+            attempts,
         )
 
     def ask_model(self) -> None:
@@ -219,7 +209,7 @@ class _Job:
         self._refused.discard(key)
         if not any(row == key[0] for row, _ in self._refused):  # another sample of this prompt may have failed
             self.summary.failed.pop(self._number[key[0]], None)
-        self._count(self.there.done[key])
+        self.summary.count(self.there.done[key], self.chosen.logprobs)
         self._tokens += completion.tokens_out
         self._spend(wasted)
 
@@ -237,16 +227,9 @@ class _Job:
         if self.progress is not None:
             self.progress(self.summary)
 
-    def _count(self, line: dict[str, Any]) -> None:
-        total = self.summary
-        total.done += 1
-        total.truncated += line.get("finish_reason") == "length"
-        total.estimated += bool(line.get("tokens_estimated"))
-        total.without_logprobs += self.chosen.logprobs > 0 and line.get("logprobs") is None
-        total.tokens_in += line["tokens_in"]
-        total.tokens_out += line["tokens_out"]
-        if line.get("cost") is not None:
-            total.cost = (total.cost or 0.0) + line["cost"]
+    def interruption(self) -> KeyboardInterrupt:
+        """What is raised after a signal."""
+        return (Terminated if self.signalled == signal.SIGTERM else KeyboardInterrupt)(self.kept())
 
     def kept(self, how: str = "") -> str:
         """Say what there is, and how to go on."""
@@ -272,15 +255,15 @@ class _Job:
 
 @contextmanager
 def _signals(job: _Job) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the run after what is under way; the second one ends it at once."""
+    """Let SIGINT and SIGTERM end the run in order; the second one ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: Any) -> None:
         if job.signalled:
-            raise KeyboardInterrupt(job.kept())
-        job.signalled = True
+            raise job.interruption()
+        job.signalled = number
         job.stop.set()
 
     before = {name: signal.signal(name, handle) for name in (signal.SIGINT, signal.SIGTERM)}

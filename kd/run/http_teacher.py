@@ -6,18 +6,18 @@ import json
 import random
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import requests
 import urllib3
 
-from kd.errors import KdError
+from kd.errors import KdError, counted
 from kd.records.generations import Completion
-from kd.run.chat_answer import Declined, Malformed, completion, words_of
+from kd.run.attempts import Attempts
+from kd.run.chat_answer import Declined, Malformed, OtherForm, completion, shown, words_of
 from kd.run.ledger import Ledger, Pace, Usage
 from kd.run.prompts import Prompt
 from kd.run.threads import Failed, Stopped
@@ -29,20 +29,25 @@ AGAIN = (408, 409, 425, 429)  # and 500 or more: the same request may succeed la
 NEVER = ("insufficient_quota", "billing_hard_limit_reached")  # codes of 429 that waiting does not help
 # codes of 400 that are about one prompt: the others may succeed
 OF_THE_PROMPT = ("context_length_exceeded", "content_filter", "content_policy_violation", "string_above_max_length")
-LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class Again(Exception):
     """An attempt failed; the next one may succeed.
 
-    ``after``: seconds to wait that the server names; ``usage``: what it took; ``unknown``: it may have been charged.
+    ``after``: seconds to wait that the server names; ``usage``: what it took; ``unknown``: it may have been charged;
+    ``other_form``: the answer is another thing than a completion.
     """
 
     def __init__(
-        self, reason: str, after: float | None = None, usage: Usage | None = None, unknown: bool = False
+        self,
+        reason: str,
+        after: float | None = None,
+        usage: Usage | None = None,
+        unknown: bool = False,
+        other_form: bool = False,
     ) -> None:
         super().__init__(reason)
-        self.after, self.usage, self.unknown = after, usage, unknown
+        self.after, self.usage, self.unknown, self.other_form = after, usage, unknown, other_form
 
 
 class Reply(NamedTuple):
@@ -71,7 +76,7 @@ class HttpTeacher:
     ``url``: of the chat completions, from :func:`endpoint`; ``key``: of the server, never written or printed.
     ``sampling``: fields of the request (max_tokens, temperature …), of which None is left out; ``seed`` is that of the
     first sample, the others count on. ``logprobs``: alternatives of each token. ``timeout``: seconds for an answer from
-    the first byte to the last; ``retries``: attempts after the first one.
+    the first byte to the last; ``retries``: attempts after the first one; ``attempts``: counts those that fail.
     """
 
     url: str
@@ -85,6 +90,7 @@ class HttpTeacher:
     system: str | None = None
     timeout: float = 60.0
     retries: int = 5
+    attempts: Attempts = field(default_factory=Attempts)
 
     def __post_init__(self) -> None:
         self._local = threading.local()
@@ -94,7 +100,7 @@ class HttpTeacher:
         """Ask until there is a completion, with waits that double.
 
         Raises ``Failed`` when there is none after all attempts, ``Stopped`` when the run ends meanwhile, ``KdError``
-        when no other prompt would fare better: the key, the model or the address are wrong.
+        when no other prompt would fare better: the key, the model or the address are wrong, or it is no such server.
         """
         wasted = 0.0
         for attempt in range(self.retries + 1):
@@ -108,8 +114,11 @@ class HttpTeacher:
             except Again as error:
                 usage = error.usage or (self.ledger.expected(prompt.size) if error.unknown else Usage())
                 wasted += self.ledger.settle(usage)
+                if error.other_form:
+                    self.attempts.of_another_form(self.url, str(error))
                 if attempt == self.retries:
-                    raise Failed(f"{error} ({attempt + 1} attempts)", wasted) from None
+                    raise Failed(f"{error} ({counted(attempt + 1, 'attempt')})", wasted) from None
+                self.attempts.failed(prompt.index + 1, str(error), attempt + 1, self.retries)
                 self._wait(attempt, error.after, stop)
         raise AssertionError("unreachable")
 
@@ -122,14 +131,14 @@ class HttpTeacher:
         if after is not None and after > PATIENCE:
             raise KdError(f"the server asks to wait for {after / 60:.0f} minutes")
         if after is not None:
-            self.pause_all(after)
+            self.pace.pause(after)  # all threads: a rate limit is that of the key
         wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
         if stop.wait(max(wait, after or 0.0)):
             raise Stopped
 
-    def pause_all(self, seconds: float) -> None:
-        """Hold back the requests of all threads: a rate limit is that of the key."""
-        self.pace.pause(seconds)
+    def given_up(self, prompt: Prompt) -> float:
+        """Return what an answer that is not waited for any more may cost: 0 without prices."""
+        return self.ledger.settle(self.ledger.expected(prompt.size))
 
     # ------------------------------------------------------------------ one request
 
@@ -150,10 +159,7 @@ class HttpTeacher:
             self._tokens_field = "max_completion_tokens"  # the newer name, which some models insist on
             status, headers, content = self._post(self._body(prompt, sample))
         if status == 200:
-            try:
-                return completion(content, self.model, prompt.size, self.logprobs)
-            except Malformed as error:
-                raise Again(self._clean(str(error)), usage=error.usage, unknown=True) from None
+            return self._completion(content, headers.get("Content-Type"), prompt)
         code, said = words_of(content)
         told = self._clean(f"the server answers {status}: {said}" if said else f"the server answers {status}")
         if (status in AGAIN or status >= 500) and code not in NEVER:
@@ -161,6 +167,20 @@ class HttpTeacher:
         if code in OF_THE_PROMPT or status == 413:
             raise Declined(told)
         raise KdError(self._stopped_by(status, told))
+
+    def _completion(self, content: bytes, media: str | None, prompt: Prompt) -> Completion:
+        try:
+            found = completion(content, self.model, prompt.size, self.logprobs, media)
+        except Malformed as error:
+            other = isinstance(error, OtherForm)
+            raise Again(self._clean(str(error)), usage=error.usage, unknown=True, other_form=other) from None
+        except Declined as error:
+            self.attempts.answered = True
+            declined = Declined(self._clean(str(error)))
+            declined.usage = error.usage
+            raise declined from None
+        self.attempts.answered = True
+        return found
 
     def _stopped_by(self, status: int, told: str) -> str:
         key = f"with the key in {self.key_env}" if self.key else f"without a key: there is none in {self.key_env}"
@@ -212,8 +232,8 @@ class HttpTeacher:
         return session
 
     def _clean(self, text: str) -> str:
-        """Take the key out of words of a server."""
-        return text.replace(self.key, "[key]") if self.key else text
+        """Return words of a server as they are printed: see :func:`~kd.run.chat_answer.shown`."""
+        return shown(text, self.key)
 
 
 def _reason(error: BaseException) -> str:
@@ -242,40 +262,3 @@ def retry_after(value: str | None) -> float | None:
         when = when if when.tzinfo else when.replace(tzinfo=timezone.utc)
         seconds = (when - datetime.now(timezone.utc)).total_seconds()
     return min(max(0.0, seconds), 1e9) if seconds == seconds else None
-
-
-def endpoint(server: str) -> str:
-    """Return the address of the chat completions of a server: ``/v1`` is added where there is no path.
-
-    ``KdError`` for what is no HTTP address, and for one with a password or a query, which would be written down.
-    """
-    try:
-        parts = urlsplit(server)
-        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        ok = False
-    if not ok or "@" in parts.netloc or parts.query or parts.fragment:
-        shown = server.rpartition("@")[2].partition("?")[0]
-        raise KdError(
-            f"server = {shown} is not allowed: it must be http://HOST or https://HOST, without user and query"
-        )
-    path = parts.path.rstrip("/") or "/v1"
-    path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
-    return f"{parts.scheme}://{parts.netloc}{path}"
-
-
-def key_for(url: str, key_env: str | None, environment: Any) -> tuple[str | None, str]:
-    """Return the key for a server, None where there is none, and the name of its variable.
-
-    The default variable, OPENAI_API_KEY, is not sent over plain HTTP to another machine: name it to allow that.
-    """
-    name = key_env or "OPENAI_API_KEY"
-    key = (environment.get(name) or "").strip()
-    if key_env is not None and not key:
-        raise KdError(f"key_env = {key_env}: this variable of the environment is empty or not set")
-    if not key.isascii() or not key.isprintable():
-        raise KdError(f"key_env = {name}: the key has characters that cannot be sent")
-    parts = urlsplit(url)
-    if key_env is None and parts.scheme == "http" and parts.hostname not in LOCAL:
-        return None, name
-    return key or None, name
