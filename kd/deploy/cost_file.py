@@ -145,7 +145,7 @@ def _of_training(node: Mapping[str, Any]) -> list[str]:
 
 def _of_prices(node: Mapping[str, Any]) -> list[str]:
     """Say what is missing: a model is paid by tokens or by the hour, both keys of the one, none of the other."""
-    found = []
+    found, by_tokens = [], []
     for who in ("student", "teacher"):
         given = [key for key in (*BY_TOKENS, *BY_HOUR) if node[who].get(key) is not None]
         if sorted(given) not in (sorted(BY_TOKENS), sorted(BY_HOUR)):
@@ -154,8 +154,8 @@ def _of_prices(node: Mapping[str, Any]) -> list[str]:
                 "tokens), or price_per_hour and requests_per_second"
             )
         elif "price_in" in given:
-            missing = [key for key in ("tokens_in", "tokens_out") if node["volume"].get(key) is None]
-            found += [f"volume.{key} is missing: {who} is paid by tokens" for key in missing]
-        if "price_in" in given and node[who].get("machines") is not None:
-            found.append(f"{who}.machines is for prices per hour, and {who} is paid by tokens")
-    return found
+            by_tokens.append(who)
+            if node[who].get("machines") is not None:
+                found.append(f"{who}.machines is for prices per hour, and {who} is paid by tokens")
+    missing = [key for key in ("tokens_in", "tokens_out") if by_tokens and node["volume"].get(key) is None]
+    return [*found, *(f"volume.{key} is missing: {' and '.join(by_tokens)} is paid by tokens" for key in missing)]

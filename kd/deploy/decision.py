@@ -122,8 +122,8 @@ def verdict(
     1. Where costs are known and the student costs no less than the teacher: do not replace.
     2. The student loses less than the margin at its lower limit: replace. Without labels: if the upper limit of the
        share of answers that differ is below the margin, since accuracy cannot differ by more.
-    3. The cascade, its threshold chosen on validation, meets its target on test, lets the student answer some examples,
-       and costs less than the teacher where costs are known: replace with a cascade.
+    3. The cascade, its threshold chosen on validation, meets its target on test, lets both answer some examples, and
+       costs less than the teacher where costs are known: replace with a cascade.
     4. The student loses more than the margin at its upper limit: do not replace.
     5. Otherwise the examples do not settle it: more examples needed.
     """
@@ -132,7 +132,13 @@ def verdict(
     if quality.lower > -margin if quality is not None else answers.limit < margin:
         return REPLACE
     cheaper = both is None or both.saving_month > 0
-    if routed is not None and routed.meets and routed.chosen is not None and routed.chosen.to_teacher < 1 and cheaper:
+    if (
+        routed is not None
+        and routed.meets
+        and routed.chosen is not None
+        and 0 < routed.chosen.to_teacher < 1
+        and cheaper
+    ):
         return CASCADE
     if quality is not None and quality.upper < -margin:
         return KEEP
@@ -168,10 +174,11 @@ def sentence(
         assert routed is not None
         assert routed.chosen is not None
         assert routed.quality is not None
+        share = f"{100 * routed.chosen.to_teacher:.0f} % of the examples"
         return (
             f"{start}: the student alone is {alone_at_worst}, beyond {margin}; if the teacher answers where the "
-            f"student is less sure than {routed.threshold:.3g} ({100 * routed.chosen.to_teacher:.0f} % of the examples), "
-            f"both together are {_points(routed.quality.difference)} the teacher, at worst "
+            f"student is less sure than {routed.threshold:.3g} ({share}), both "
+            f"together are {_points(routed.quality.difference)} the teacher, at worst "
             f"{_points(routed.quality.lower)} it (95 %)."
         )
     needed = f"about {quality.needed:,} are needed if there is no difference"
