@@ -1,4 +1,4 @@
-"""Labels as they are written: names of classes, numbers that count them, or numbers to regress on."""
+"""Labels as they are written: names of classes, numbers that count them, or numbers to regress on. No torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from kd.errors import KdError
 
 NUMBER = re.compile(r"-?\d+")
 DECIMAL = re.compile(r"[-+]?(\d*\.\d*[1-9]\d*(e[-+]?\d+)?|\d+(\.0*)?e-\d+)", re.IGNORECASE)
 QUANTITY = re.compile(r"[-+]?\d[\d.,]*")  # "12,5" and "1,200" as well
 MANY = 20  # different numbers: more of them are no classes where most occur once
+LARGEST = 3.4e38  # of float32
 REGRESS = "to regress on numbers set data.numbers=true and task=text_regression"
 
 
@@ -35,10 +33,23 @@ def class_label(value: Any, names: Sequence[str] | None) -> str | None:
     return label
 
 
-def refuse_quantities(labels: Sequence[str | None], column: str | None, where: str) -> None:
-    """``KdError`` for labels that are no classes: decimals, or many numbers of which most occur once."""
+def class_names(labels: Sequence[str | None], column: str | None, where: str) -> list[str]:
+    """Return the classes of training labels in order: sorted, numbers by their size.
+
+    Raises ``KdError`` for one class, and for labels that are no classes: decimals, or many numbers of which most occur
+    once.
+    """
     there = [label for label in labels if label is not None]
-    decimal = next((label for label in there if DECIMAL.fullmatch(label)), None)
+    _refuse_quantities(there, column, where)
+    found = set(there)
+    if len(found) == 1:
+        raise KdError(f"{where} has 1 class ({found.pop()}): it needs 2 or more")
+    numbers = all(NUMBER.fullmatch(label) for label in found)
+    return sorted(found, key=lambda label: (int(label) if numbers else 0, label))
+
+
+def _refuse_quantities(there: Sequence[str], column: str | None, where: str) -> None:
+    decimal = next(filter(DECIMAL.fullmatch, there), None)
     if decimal is not None:
         raise KdError(
             f"data.label = {column} of {where} holds numbers such as {decimal}: it must hold classes (decimals as "
@@ -52,17 +63,17 @@ def refuse_quantities(labels: Sequence[str | None], column: str | None, where: s
         )
 
 
-def targets_to_regress_on(labels: Sequence[str | None], rows: Tensor, column: str | None, where: str) -> Tensor:
-    """Return labels as numbers (n,) float32. ``rows`` (n,): of the file, for the error.
+def numbers_of(labels: Sequence[str | None], rows: Sequence[int], column: str | None, where: str) -> list[float]:
+    """Return labels as numbers to regress on. ``rows``: of the file, for the error.
 
     Raises ``KdError`` where one is no finite number, or missing.
     """
-    found = torch.tensor([_number(label) for label in labels], dtype=torch.float32)
-    if not found.isfinite().all():
-        place = int((~found.isfinite()).nonzero()[0])
+    found = [_number(label) for label in labels]
+    wrong = next((place for place, number in enumerate(found) if not abs(number) <= LARGEST), None)
+    if wrong is not None:
         raise KdError(
-            f"{where} has a label that is no number, or none: {labels[place]!r} in data.label = {column}, row "
-            f"{int(rows[place])}; data.numbers = true needs a finite number a text"
+            f"{where} has a label that is no number, or none: {labels[wrong]!r} in data.label = {column}, row "
+            f"{rows[wrong]}; data.numbers = true needs a finite number a text"
         )
     return found
 

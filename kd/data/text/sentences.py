@@ -17,7 +17,7 @@ from kd.data.split import round_half_up, stratified
 from kd.data.text.base import TextModule
 from kd.data.text.content import TextContent, digest_of, normalised
 from kd.data.text.encode import encode_texts
-from kd.data.text.labels import NUMBER, class_label, label_text, refuse_quantities, targets_to_regress_on
+from kd.data.text.labels import NUMBER, class_label, class_names, label_text, numbers_of
 from kd.data.text.loader import Form, Part, part_of
 from kd.data.text.options import RULES, plain
 from kd.data.text.records import Records, load_splits, read
@@ -187,26 +187,18 @@ class Sentences(TextModule):
         if self.numbers:
             return
         train = texts["train"]
-        found = {label for label in train.labels if label is not None}
         labelled = sum(label is not None for label in train.labels)
         if 0 < labelled < len(train):
             log.warning(
                 "%s: %s of %s have no label (an empty cell, or -1) and are trained on without one",
                 *(train.where, f"{len(train) - labelled:,}", counted(len(train), "text")),
             )
-        if self.label_names is None:
-            refuse_quantities(train.labels, self.columns["label"], train.where)
-            numbers = all(NUMBER.fullmatch(label) for label in found)
-            self.class_names = sorted(found, key=lambda label: (int(label) if numbers else 0, label))
-        else:
-            self.class_names = self.label_names
+        self.class_names = self.label_names or class_names(train.labels, self.columns["label"], train.where)
         self.num_classes = len(self.class_names) or None
-        if self.num_classes == 1:
-            raise KdError(f"{train.where} has 1 class ({self.class_names[0]}): it needs 2 or more")
 
     def _targets(self, texts: Texts, split: str) -> Tensor:
         if self.numbers and self.masking is None:
-            return targets_to_regress_on(texts.labels, texts.index, self.columns["label"], texts.where)
+            return torch.tensor(numbers_of(texts.labels, texts.index.tolist(), self.columns["label"], texts.where))
         places = {name: place for place, name in enumerate(self.class_names)}
         if self.label_names is not None and not any(NUMBER.fullmatch(name) for name in self.class_names):
             places = {**{str(place): place for place in range(len(places))}, **places}
