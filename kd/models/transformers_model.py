@@ -104,7 +104,8 @@ def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any,
     if name is not None:
         where = {key: kwargs[key] for key in ("gguf_file", "revision", "subfolder", "cache_dir") if key in kwargs}
         fetch = functools.partial(transformers.AutoConfig.from_pretrained, name, trust_remote_code=False)
-        return _fetched(name, functools.partial(fetch, **own, **where))
+        own_kind = name if name in transformers.CONFIG_MAPPING else "bert"
+        return _fetched(name, functools.partial(fetch, **own, **where), own_kind)
     if tokenizer is not None:
         ids = {key: getattr(tokenizer, key, None) for key in SPECIAL}
         ids["bos_token_id"] = ids["eos_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
@@ -115,14 +116,16 @@ def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any,
         raise ValueError(f"config.model_type = {changes['model_type']}: {str(error).splitlines()[0]}") from error
 
 
-def _fetched(name: str, fetch: Any) -> Any:
+def _fetched(name: str, fetch: Any, kind: str | None = None) -> Any:
+    """Fetch a configuration or a network. ``kind``: a model_type, where a network of an own size needs no name."""
     try:
         return fetch(**({} if Path(name).is_dir() or online() else {"local_files_only": True}))
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        own = f"; for one of your own size leave name out: config={{model_type: {kind}, …}}" if kind else ""
         raise ValueError(
             f"name = {name} cannot be had of transformers ({reason}): give the folder of a network that is here, or be "
-            "online"
+            f"online{own}"
         ) from error
 
 
