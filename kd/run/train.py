@@ -18,6 +18,7 @@ import yaml
 from kd import __version__, errors
 from kd.config.hardware import settings
 from kd.config.recipe import recorded
+from kd.data.text.early import refuse_files
 from kd.errors import KdError, MachineFailure
 from kd.parallel import cluster, launch
 from kd.parallel.devices import refuse_missing
@@ -142,6 +143,7 @@ def _train(
 
 def _launch(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     """Fit in as many processes as the hardware section asks for; the part of the record that this yields."""
+    refuse_files(config["data"])
     size = config["recipe"]["batch_size"]
 
     def check(processes: int) -> None:
