@@ -66,7 +66,7 @@ def read(source: str, overrides: Sequence[str] = ()) -> Cost:
     refuse([where + problem for problem in problems])
     training = {str(name): float(amount) for name, amount in (node.get("training") or {}).items()}
     parts = {part: kind(**node[part]) for part, kind in PARTS.items()}
-    return Cost(node["currency"], training=training, start=node.get("start"), **parts)  # type: ignore[arg-type]
+    return Cost(node["currency"], training=training, start=node.get("start"), **parts)
 
 
 def names() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -102,6 +103,9 @@ def decide(
         if routed is not None:
             curve_month = [costs.compare(cost, p.to_teacher, sensitivity=False).student_month for p in routed.curve]
             both = None if routed.chosen is None else costs.compare(cost, routed.chosen.to_teacher)
+            if both is not None and both.saving_month <= 0:
+                spent, teacher = (costs.money(m, cost.currency) for m in (both.student_month, both.teacher_month))
+                notes.append(f"no cascade: it costs {spent} a month, the teacher alone {teacher}")
     name = verdict(settings.margin, found, quality, routed, alone, both)
     return Decision(
         name, sentence(name, settings, found, quality, routed, alone), settings, found, quality, f1, slices,
@@ -131,14 +135,8 @@ def verdict(
         return KEEP
     if quality.lower > -margin if quality is not None else answers.limit < margin:
         return REPLACE
-    cheaper = both is None or both.saving_month > 0
-    if (
-        routed is not None
-        and routed.meets
-        and routed.chosen is not None
-        and 0 < routed.chosen.to_teacher < 1
-        and cheaper
-    ):
+    to_teacher = routed.chosen.to_teacher if routed is not None and routed.meets and routed.chosen is not None else 0.0
+    if 0 < to_teacher < 1 and (both is None or both.saving_month > 0):
         return CASCADE
     if quality is not None and quality.upper < -margin:
         return KEEP
@@ -240,7 +238,7 @@ def _disagreements(examples: Examples, most: int) -> list[Disagreement]:
     label = examples.label
     order = {"teacher": 0, "neither": 1, "student": 2, "unknown": 3}
 
-    def right(place: int) -> str:
+    def right(place: Any) -> str:
         if label is None:
             return "unknown"
         return next((who for who in SIDES if getattr(examples, who)[place] == label[place]), "neither")

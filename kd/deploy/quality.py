@@ -90,6 +90,8 @@ def compare(student: np.ndarray, teacher: np.ndarray, margin: float, labelled: b
     # without any example that differs, 1 more could: the share that the interval of none in n reaches
     expected = discordant or stats.beta.ppf(LEVEL, 1, n)
     lower, upper = interval(gained, lost, n, 2 * LEVEL - 1)
+    needed = examples_needed(expected, margin)
+    assert needed is not None  # for a margin above 0
     return Quality(
         n,
         float(student.mean()) if labelled else None,
@@ -106,7 +108,7 @@ def compare(student: np.ndarray, teacher: np.ndarray, margin: float, labelled: b
         float(stats.norm.sf(score(gained, lost, n, -margin))),
         discordant,
         shown_margin(n, expected),
-        examples_needed(expected, margin),
+        needed,
         examples_needed(expected, margin, difference),
     )
 
