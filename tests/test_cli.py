@@ -64,7 +64,8 @@ def test_the_defaults_tree_can_be_printed(kd) -> None:
 TYPOS = [
     (["recipe.epocs=3"], "recipe.epocs=3: there is no option recipe.epocs (near: recipe.epochs"),
     (["losss=[ce]"], "losss=[ce]: there is no option losss (near: loss"),
-    (["loss=[ce,kdd]"], f"loss=kdd does not exist (near: kd, pkd); options of loss: {LOSSES}"),
+    (["loss=[ce,kdd]"], "loss=kdd does not exist (near: kd, "),
+    (["loss=[ce,qqqq]"], f"loss=qqqq does not exist; options of loss: {LOSSES}"),
     (["data=digitz"], "data=digitz does not exist (near: digits); options of data: "),
     (["model@student=resnet21"], "model=resnet21 does not exist (near: resnet"),
     (["model=mlp"], "model is not a group here: write model@student or model@teacher"),

@@ -12,7 +12,7 @@ from kd.config.compose import checked
 from kd.config.explain import explain, known_keys
 from kd.errors import KdError, did_you_mean
 
-DKD = "from kd.losses.base import Term\n\n\nclass DKD(Term):\n    def __init__(self, beta: float = 8.0): ...\n"
+MKD = "from kd.losses.base import Term\n\n\nclass MKD(Term):\n    def __init__(self, beta: float = 8.0): ...\n"
 
 
 def said(*overrides: str, config_dir: Path | None = None) -> str:
@@ -25,10 +25,10 @@ def said(*overrides: str, config_dir: Path | None = None) -> str:
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder (with a space in its name) of a loss whose YAML lists nothing but its ``_target_``."""
-    (tmp_path / "outside_dkd.py").write_text(DKD)
+    (tmp_path / "outside_mkd.py").write_text(MKD)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my conf" / "loss").mkdir(parents=True)
-    (tmp_path / "my conf" / "loss" / "dkd.yaml").write_text("dkd:\n  _target_: outside_dkd.DKD\n")
+    (tmp_path / "my conf" / "loss" / "mkd.yaml").write_text("mkd:\n  _target_: outside_mkd.MKD\n")
     return tmp_path / "my conf"
 
 
@@ -64,58 +64,137 @@ def test_weights_given_for_a_section(kd, role: str) -> None:
 
 
 def test_a_typo_in_a_key_of_a_term_from_outside_names_the_near_key(outside: Path) -> None:
-    sentence = said("loss=[ce,dkd]", "loss.dkd.betta=1", config_dir=outside)
-    assert "loss.dkd.betta is not an argument of outside_dkd.DKD (near: beta)" in sentence
-    assert "[command line: loss.dkd.betta=1]" in sentence
+    sentence = said("loss=[ce,mkd]", "loss.mkd.betta=1", config_dir=outside)
+    assert "loss.mkd.betta is not an argument of outside_mkd.MKD (near: beta)" in sentence
+    assert "[command line: loss.mkd.betta=1]" in sentence
     assert "not among the chosen" not in sentence
 
 
 def test_a_term_from_outside_that_is_not_chosen_is_known(outside: Path) -> None:
     sentence = (
-        "loss.dkd.beta=1 cannot be set: dkd is not among the chosen loss terms (ce); choose it with loss=[ce,dkd]"
+        "loss.mkd.beta=1 cannot be set: mkd is not among the chosen loss terms (ce); choose it with loss=[ce,mkd]"
     )
-    assert said("loss.dkd.beta=1", config_dir=outside) == sentence
-    assert "there is no option loss.dkd (near: loss.kd" in said("loss.dkd.beta=1")
+    assert said("loss.mkd.beta=1", config_dir=outside) == sentence
+    assert "there is no option loss.mkd (near: loss." in said("loss.mkd.beta=1")
 
 
 @pytest.mark.parametrize("verb", [("train",), ("eval",), ("train", "-m")])
 def test_every_verb_looks_there_for_options(kd, outside: Path, verb) -> None:
     for place in (["--config-dir", str(outside)], [f"hydra.searchpath=['file://{outside}']"]):
-        answer = kd(*verb, *place, "loss=[ce,dkdd]")
+        answer = kd(*verb, *place, "loss=[ce,mkdd]")
         assert answer.code == 1
-        assert "loss=dkdd does not exist (near: dkd" in answer.err
-        assert "options of loss: akl, at, " in answer.err
+        assert "loss=mkdd does not exist (near: mkd" in answer.err
+        assert "options of loss: " in answer.err
 
 
 def test_keys_of_other_places_are_near_too(outside: Path) -> None:
-    keys = known_keys(["loss=[ce,dkd]"], [f"file://{outside}"])
-    assert {"loss.dkd.beta", "loss.dkd._target_"} <= set(keys)
-    assert "(near: loss.dkd.beta" in said("loss=[ce,dkd]", "betta=1", config_dir=outside)
+    keys = known_keys(["loss=[ce,mkd]"], [f"file://{outside}"])
+    assert {"loss.mkd.beta", "loss.mkd._target_"} <= set(keys)
+    assert "(near: loss.mkd.beta" in said("loss=[ce,mkd]", "betta=1", config_dir=outside)
 
 
 def test_a_study_takes_a_folder_of_options(kd, outside: Path, tmp_path: Path) -> None:
     (tmp_path / "question").mkdir()
-    rows = "rows: {a: {overrides: ['loss=[ce,dkd]', loss.dkd.betta=1]}}\n"
+    rows = "rows: {a: {overrides: ['loss=[ce,mkd]', loss.mkd.betta=1]}}\n"
     (tmp_path / "question" / "study.yaml").write_text(rows)
     answer = kd("study", "question", "--config-dir", str(outside))
     assert answer.code == 1
-    assert "row a: loss.dkd.betta is not an argument of outside_dkd.DKD (near: beta)" in answer.err
+    assert "row a: loss.mkd.betta is not an argument of outside_mkd.MKD (near: beta)" in answer.err
 
 
 def test_a_folder_that_is_not_there(kd) -> None:
     assert "kd: --config-dir nowhere is not a folder" in kd("train", "--config-dir", "nowhere").err
 
 
+OWN = """
+def net(width: int, num_classes: int): ...
+
+
+class Data:
+    def __init__(self, size: int = 3): ...
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of options, empty, beside a module with a network and a data module."""
+    (tmp_path / "outside_own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "conf").mkdir()
+    return tmp_path / "conf"
+
+
+def option(folder: Path, name: str, text: str) -> Path:
+    """Write the file of an option."""
+    file = folder / f"{name}.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("target", "choice", "advice"),
+    [
+        ("data._target_=outside_own.Data", "data=digits", "conf/data/outside_own.yaml with _target_: outside_own.Data"),
+        (
+            "student.model._target_=outside_own.net",
+            "model@student=mlp",
+            "conf/model/outside_own.yaml with model:, below it _target_: outside_own.net",
+        ),
+        ("loss.ce._target_=outside_own.net", "loss=ce", "--config-dir conf loss=[outside_own]"),
+        ("recipe.optimizer._target_=torch.optim.LBFGS", "recipe=sgd_cosine", "leave them out, ~recipe.optimizer."),
+    ],
+)
+def test_another_target_leaves_the_keys_of_the_chosen_option(own: Path, target: str, choice: str, advice: str) -> None:
+    sentence = said(target, *([choice] if target.startswith("recipe") else []), config_dir=own)
+    assert sentence.count("\n") == 0
+    assert sentence.startswith(f"{target} leaves the keys of {choice} below it, and ")
+    assert advice in sentence
+
+
+def test_a_typed_key_that_another_target_does_not_take_is_named_alone(own: Path) -> None:
+    first, second = said("data._target_=outside_own.Data", "data.siz=3", config_dir=own).splitlines()
+    assert "does not take root, batch_size, eval_batch_size and 16 more" in first
+    assert second == "data.siz is not an argument of outside_own.Data (near: size) [command line: data.siz=3]"
+
+
+FILES = {
+    "model/mine": ("_target_: outside_own.net\nwidth: 3\n", ["model@{}=mine"], "model/mine.yaml lacks its outer key"),
+    "loss/mine": ("_target_: outside_own.net\n", ["loss=[ce,mine]"], "a file of loss=[ce,mine] lacks its outer key"),
+    "data/mine": ("data:\n  _target_: outside_own.Data\n", ["data=mine"], "data/mine.yaml has an outer key data: "),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_an_outer_key_too_few_or_too_many_is_the_only_complaint(own: Path, name: str, role: str) -> None:
+    text, line, words = FILES[name]
+    option(own, name, text)
+    sentence = said(*(part.format(role) for part in line), config_dir=own)
+    assert words in sentence
+    assert sentence.count("\n") == 0
+
+
+def test_the_file_that_is_named_is_the_one_that_sets_the_key(own: Path) -> None:
+    """``root``, ``seed`` and ``batch_size`` are keys of other files as well."""
+    file = option(own, "data/mine", "defaults: [_own, _self_]\n_target_: outside_own.Data\nseed: 1\n")
+    base = option(own, "data/_own", "root: here\n")
+    found = {line.partition(" ")[0]: line for line in said("data=mine", config_dir=own).splitlines()}
+    assert set(found) == {"data.seed", "data.root"}
+    assert found["data.seed"].endswith(f" [{file}]")
+    assert found["data.root"].endswith(f" [{base}]")
+
+
 # ---------------------------------------------------------------------- keys without a +
 
 
 def test_weight_and_schedule_belong_to_every_term(outside: Path) -> None:
-    schedule = "loss.dkd.schedule={_target_: kd.distill.schedules.Linear, start: 0}"
-    loss = checked(["loss=[ce,dkd]", "loss.dkd.weight=2", schedule, "loss.dkd.beta=3"], str(outside))["loss"]
-    assert (loss["dkd"]["weight"], loss["dkd"]["beta"]) == (2, 3)
-    assert loss["dkd"]["schedule"] == {"_target_": "kd.distill.schedules.Linear", "start": 0}
-    assert "loss.dkd.wieght is not an argument of outside_dkd.DKD (near: weight)" in said(
-        "loss=[ce,dkd]", "loss.dkd.wieght=1", config_dir=outside
+    schedule = "loss.mkd.schedule={_target_: kd.distill.schedules.Linear, start: 0}"
+    loss = checked(["loss=[ce,mkd]", "loss.mkd.weight=2", schedule, "loss.mkd.beta=3"], str(outside))["loss"]
+    assert (loss["mkd"]["weight"], loss["mkd"]["beta"]) == (2, 3)
+    assert loss["mkd"]["schedule"] == {"_target_": "kd.distill.schedules.Linear", "start": 0}
+    assert "loss.mkd.wieght is not an argument of outside_mkd.MKD (near: weight)" in said(
+        "loss=[ce,mkd]", "loss.mkd.wieght=1", config_dir=outside
     )
     assert "loss.ce.schedule.start=1 cannot be set: loss.ce.schedule has no _target_" in said(
         "loss.ce.schedule.start=1"

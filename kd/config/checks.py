@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kd.config import composition, hardware, keys, values
+from kd.config import composition, hardware, keys, own_options, values
 from kd.errors import KdError
 
 # sections that do not matter when a finished run is measured
@@ -25,14 +26,8 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
     Without ``training`` the loss, recipe, distiller and loggers do not matter. Returns the resolved config as plain
     containers. Raises ``KdError``; imports no torch.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise KdError("\n".join(f"{key} has no value: set it, for example {key}=…" for key in missing))
-    try:
-        config: dict[str, Any] = to_container(cfg)
-    except Exception as error:
-        raise KdError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from None
     line = composition.command_line() if training else {}  # a run that is measured was not composed here
+    config = _resolved(cfg, line)
     if training:
         keys.drop_left_out(config, line)
     problems = [*keys.problems(config, line, () if training else TRAINING), *values.of_every_use(config)]
@@ -52,6 +47,21 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
             config[section]["epoch"] = None
     if "root" in config["data"]:
         config["data"]["root"] = _absolute(config["data"]["root"])
+    return config
+
+
+def _resolved(cfg: DictConfig, line: Mapping[str, str]) -> dict[str, Any]:
+    """Resolve a config. ``KdError`` where that cannot be done, and for what all other complaints would follow from."""
+    whole: Any = OmegaConf.to_container(cfg, resolve=False)
+    if broken := list(own_options.outer_keys(whole, line)):
+        raise KdError("\n".join(broken))
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise KdError("\n".join(f"{key} has no value: set it, for example {key}=…" for key in missing))
+    try:
+        config: dict[str, Any] = to_container(cfg)
+    except Exception as error:
+        raise KdError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from None
     return config
 
 

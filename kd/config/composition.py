@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -14,6 +16,9 @@ from kd.config.signature import folder
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 """Where the configuration files are: inside the installed package, or beside it in a checkout."""
+
+LISTS = {"loss": "loss terms", "logger": "loggers", "callbacks": "callbacks"}
+"""Groups of which several options may be chosen, and what they are."""
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -58,12 +63,45 @@ def options(group: str, folders: list[Path] | None = None) -> list[str]:
     return sorted({f.stem for f in files if not f.name.startswith("_")})
 
 
-def files_with(key: str, *more: Path) -> list[Path]:
-    """Find, of the files of all chosen options (and ``more``, relative to a root), those with a line ``KEY: …``."""
-    chosen = [Path("train.yaml"), *more]
-    chosen += [Path(group.partition("@")[0]) / f"{option}.yaml" for group, option in choices().items()]
-    there = roots() if HydraConfig.initialized() else []
-    return [root / file for file in chosen for root in there if spells(root / file, key)]
+def files_with(path: str) -> list[Path]:
+    """Find, of the files of all chosen options, those that set the key with this dotted path.
+
+    Hydra does not list the options of groups chosen as lists: ``loss.kd.weight`` is looked for in ``loss/kd.yaml``.
+    """
+    listed, name, *_ = [*path.split("."), ""]
+    files = [("train.yaml", ""), (f"{listed}/{name}.yaml", listed)]
+    for group, option in choices().items():
+        folder_, _, package = group.partition("@")
+        files.append((f"{folder_}/{option}.yaml", package or folder_.replace("/", ".")))
+    there = [
+        (root / file, package) for file, package in files for root in (roots() if HydraConfig.initialized() else [])
+    ]
+    return list(dict.fromkeys(found for file, package in there for found in _setting(file, package, path.split("."))))
+
+
+def _setting(file: Path, package: str, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield the file, and those of its own group in its defaults list, that set a key; ``package``: of its content."""
+    if not file.is_file():
+        return
+    text = file.read_text(encoding="utf-8")
+    if header := re.match(r"#\s*@package\s+(\S+)", text):
+        package = {"_global_": "", "_group_": package}.get(header[1], header[1])
+    try:
+        node = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return
+    node = node if isinstance(node, Mapping) else {}
+    for other in node.get("defaults") or ():
+        if isinstance(other, str) and other != "_self_":
+            yield from _setting(file.parent / f"{other}.yaml", package, parts)
+    above = package.split(".") if package else []
+    inner: Any = {k: v for k, v in node.items() if k != "defaults"} if list(parts[: len(above)]) == above else {}
+    for part in parts[len(above) :]:
+        if not isinstance(inner, Mapping) or part not in inner:
+            return
+        inner = inner[part]
+    if len(parts) > len(above):
+        yield file
 
 
 def spells(file: Path, key: str) -> bool:

@@ -13,9 +13,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kd.config import composition, timm_source
+from kd.config import composition, own_options, timm_source
 from kd.config.argument_types import complaint
-from kd.config.composition import flat
+from kd.config.composition import LISTS, flat
 from kd.config.rules import shown
 from kd.config.schema import Hardware, Paths, Protocol, Recipe, Root, Student, Teacher
 from kd.config.signature import arguments
@@ -24,7 +24,6 @@ from kd.errors import did_you_mean
 SECTIONS = (Student, Teacher, Recipe, Hardware, Protocol, Paths)
 OBJECTIVE_KEYS = ("weight", "schedule", "checkpoint", "standardise")  # of every term: not arguments of the term itself
 INSTANTIATE = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # Hydra's own
-LISTS = {"loss": "loss terms", "logger": "loggers", "callbacks": "callbacks"}  # of which several may be chosen
 SINGLE = ("model@student", "model@teacher", "data", "task", "recipe", "distiller", "hardware", "experiment")
 # arguments of lightning.Trainer that other keys of the config set, or that would break a run's bookkeeping
 OWN_TRAINER_KEYS = (
@@ -51,8 +50,8 @@ def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str
     ``line``: what the command line sets (:func:`kd.config.composition.command_line`); ``skip``: sections without
     effect here.
     """
-    if several := list(_several_options(line)):
-        yield from several
+    if broken := [*_several_options(line), *own_options.outer_keys(values, line)]:  # from which the others would follow
+        yield from broken
         return
     yield from _of_the_schema(values, line)
     yield from _of_the_targets(values, line, skip)
@@ -101,7 +100,7 @@ def _several_options(line: Mapping[str, str]) -> Iterator[str]:
 
 def _unknown(path: str, line: Mapping[str, str], known: Iterable[str]) -> str:
     """``recipe.epocs=3: there is no option recipe.epocs (near: recipe.epochs)``, or with the file that has the key."""
-    files = composition.files_with(path.rpartition(".")[2])
+    files = composition.files_with(path)
     where = next(_typed(path, line), "") or ", ".join(str(f) for f in files[:2])
     others = {key for key in known if key != path and not key.startswith(f"{path}.")}
     return f"{f'{where}: ' if where else ''}there is no option {path}{did_you_mean(path, others)}"
@@ -139,9 +138,15 @@ def _of_the_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tu
             yield f"{path}._target_ = {target} cannot be found: {error}"
             continue
         names = [*known.names, *(OBJECTIVE_KEYS if path.startswith("loss.") and path.count(".") == 1 else ())]
-        for key in node:
-            if key not in names and key not in INSTANTIATE:
-                yield from _not_an_argument(path, target, key, known.any, names, line)
+        others = [key for key in node if key not in names and key not in INSTANTIATE]
+        kept = [
+            key for key in others if f"{path}.{key}" not in line
+        ]  # of the chosen option, which a typed target keeps
+        if kept and not known.any and f"{path}._target_" in line:
+            yield own_options.kept(path, target, kept)
+            others = [key for key in others if key not in kept]
+        for key in others:
+            yield from _not_an_argument(path, target, key, known.any, names, line)
 
 
 def mistyped(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...] = ()) -> Iterator[str]:
@@ -175,7 +180,7 @@ def _not_an_argument(
 def _mistyped(path: str, names: Iterable[str], line: Mapping[str, str]) -> str:
     """Find the argument that a typed key resembles, where the target takes any; "" if a ``+`` or a file has it."""
     key = path.rpartition(".")[2]
-    if line.get(path, "+").startswith("+") or composition.files_with(key):
+    if line.get(path, "+").startswith("+") or composition.files_with(path):
         return ""
     return next(iter(get_close_matches(key, names, 1, cutoff=0.8)), "")
 
@@ -184,9 +189,8 @@ def _where(path: str, key: str, line: Mapping[str, str]) -> str:
     """Return the override that sets this key, or the configuration files that spell it, for the complaint about it."""
     if override := line.get(f"{path}.{key}"):
         return f" [command line: {override}]"
-    group, name, *_ = [*path.split("."), ""]  # Hydra does not list the options of groups chosen as lists
-    files = composition.files_with(key, Path(group) / f"{name}.yaml")
-    return f" [{', '.join(str(f) for f in dict.fromkeys(files[:2]))}]" if files else ""
+    files = composition.files_with(f"{path}.{key}")
+    return f" [{', '.join(str(f) for f in files[:2])}]" if files else ""
 
 
 def _of_the_trainer(values: Mapping[str, Any], line: Mapping[str, str]) -> Iterator[str]:
@@ -256,7 +260,7 @@ def _option_not_chosen(group: str, kind: str, name: str, nodes: Mapping[str, Any
     known, chosen = composition.options(group), [n for n, node in nodes.items() if n != name and _made(node)]
     list_ = f"{group}=[{','.join([*chosen, name])}]"
     if name not in known:
-        where = typed[0] if typed else ", ".join(str(f) for f in composition.files_with(name)[:2]) or path
+        where = typed[0] if typed else ", ".join(str(f) for f in composition.files_with(path)[:2]) or path
         return f"{where}: there is no option {path}{did_you_mean(path, {f'{group}.{n}' for n in (*known, *chosen)})}"
     if typed:
         return (
