@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+
+LIBRARIES = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")))
 
 
 class KdError(Exception):
@@ -51,6 +56,24 @@ def of_kind(sentence: str, kind: str) -> KdError:
 def counted(number: int, what: str) -> str:
     """Write a number of things: "1 row", "2 rows", "1,000 rows"."""
     return f"{number:,} {what if number == 1 else what + 's'}"
+
+
+def framed(where: str, error: Exception) -> KdError:
+    """Make a sentence of an error in code of the user's own: ``in loss.mine: NameError: … (mine.py:33)``.
+
+    Named is the innermost line outside of kd and the libraries, where there is one. Raise it ``from error``, so that
+    the log has the traceback.
+    """
+    text = str(error).strip()
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if text.startswith("Caught "):  # in a worker of a DataLoader: the text is its traceback
+        frames += re.findall(r'^ *File "(.+)", line (\d+)', text, re.MULTILINE)
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    own = [(name, line) for name, line in frames if not name.startswith((*LIBRARIES, "<frozen"))]
+    name, line = (own or frames or [("", 0)])[-1]
+    first = f": {text.splitlines()[0]}" if text else ""
+    place = f" ({Path(name).name}:{line})" if name else ""
+    return of_kind(f"in {where}: {type(error).__name__}{first}{place}", "unexpected")
 
 
 # what a paper or another program calls it: what it is called here

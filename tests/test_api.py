@@ -152,19 +152,25 @@ def test_the_selected_epoch_is_kept_in_memory() -> None:
 
 
 def test_a_teacher_in_any_state_is_frozen() -> None:
+    """Its dropout is off and its weights stay, whatever mode it is given in; afterwards it is in that mode again."""
+
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner, self.drop = network(5), nn.Dropout(0.9)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            modes.append(self.drop.training or any(p.requires_grad for p in self.parameters()))
             return self.drop(self.inner(x))
 
+    modes: list[bool] = []
     teacher = Twice().train().requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     distilled(network(), teacher)
-    assert not teacher.training
-    assert not any(p.requires_grad for p in teacher.parameters())
+    assert modes
+    assert not any(modes)
+    assert teacher.drop.training
+    assert all(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 

@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 
 from kd.config.keys import targets
-from kd.errors import KdError
+from kd.errors import KdError, framed
 
 # modules of which no node of a config is made
 SYSTEM = (
@@ -34,6 +34,8 @@ def make(node: Mapping[str, Any], path: str, **extra: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, KdError):
             raise cause from None
+        if isinstance(cause, (NameError, LookupError, ArithmeticError)):  # no complaint, but a mistake in the code
+            raise framed(path, cause) from error
         raise KdError(f"{path}: {first_line(cause or error)}") from error
     except (ValueError, TypeError) as error:
         raise KdError(f"{path}: {first_line(error)}") from error

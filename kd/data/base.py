@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol
 
@@ -10,7 +12,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from kd.errors import KdError
+from kd.errors import KdError, framed
 from kd.losses.base import Batch
 
 SPLITS = ("train", "val", "test")
@@ -106,7 +108,8 @@ class AdaptedData(LightningDataModule):
         """Samples of each split, as far as the loaders know their data set."""
         if hasattr(self.own, "sizes"):
             return dict(self.own.sizes)
-        counts = {split: _count(getattr(self.own, f"{split}_dataloader")()) for split in SPLITS}
+        loaders = {split: getattr(self.own, f"{split}_dataloader")() for split in SPLITS}
+        counts = {split: 0 if loader is None else _count(loader) for split, loader in loaders.items()}
         return {**counts, "labelled": counts["train"] if self._labels else 0}
 
     def example(self) -> Any:
@@ -164,7 +167,7 @@ class Loaders(LightningDataModule):
         return self._loaders["val"]
 
     def test_dataloader(self) -> Any:
-        """The loader that is read once."""
+        """The loader that is read once; None: there is no test set."""
         return self._loaders["test"]
 
 
@@ -198,9 +201,14 @@ class Batches:
 
     def _made(self, items: Iterator[Any], handed: int) -> Iterator[Batch]:
         self._handed, self._ended = handed, False
-        for item in items:
-            self._handed += 1
-            yield as_batch(item, self.name)
+        try:
+            for item in items:
+                self._handed += 1
+                yield as_batch(item, self.name)
+        except (KdError, OSError):
+            raise
+        except Exception as error:
+            raise framed(self.name, error) from error
         self._ended = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,6 +271,25 @@ def as_batch(item: Any, name: str = "data") -> Batch:
         f"{name} gives batches of type {type(item).__name__}: a batch must be (inputs, targets), (inputs, targets, "
         "index), a mapping with labels, or a kd.losses.base.Batch(inputs, targets, index)"
     )
+
+
+def bad_inputs(loader: Iterable[Any] | None, seconds: float = 10.0) -> str:
+    """Say that inputs of a loader are not finite, and in which batch, "" if none was found in that time.
+
+    It reads the loader again: for the end of a run that has failed, where it says what a check of every step would.
+    """
+    end = time.monotonic() + seconds
+    with suppress(KdError):  # no batches: several loaders, in a trainer of the user's own
+        for number, item in enumerate(loader or ()):
+            inputs = as_batch(item).inputs
+            parts = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+            if any(isinstance(p, Tensor) and p.is_floating_point() and not bool(p.isfinite().all()) for p in parts):
+                return (
+                    f": the inputs themselves are not finite (NaN or infinity, in batch {number + 1} when read again)"
+                )
+            if time.monotonic() > end:
+                break
+    return ""
 
 
 def refuse_unsharded(loader: Any, split: str, processes: int) -> None:

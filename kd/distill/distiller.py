@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd.data.base import as_batch
+from kd.data.base import as_batch, bad_inputs
 from kd.distill.answers import Answers
 from kd.distill.evaluation import measure
 from kd.distill.objective import Objective
-from kd.distill.optimisation import MakeGroups, MakeOptimizer, MakeScheduler, OwnRecipe, WarmUp
+from kd.distill.optimisation import MakeGroups, MakeOptimizer, MakeScheduler, OwnRecipe, WarmUp, check_factory
 from kd.distill.preparation import Prepared
 from kd.distill.step_buffer import StepBuffer, first_bad
 from kd.distill.teacher import Teacher
@@ -109,6 +109,8 @@ class Distiller(Prepared):
         if teacher is not None and not isinstance(teacher, Answers):
             teacher = Teacher([teacher], task=task)
         super().__init__(student, teacher, task, num_classes)
+        check_factory("optimizer", optimizer)
+        check_factory("scheduler", scheduler)
         if log_every < 1:
             raise ValueError(f"log_every = {log_every} is not allowed: it must be 1 or more")
         self.objective, self.seed, self.log_every = objective, seed, log_every
@@ -215,11 +217,14 @@ class Distiller(Prepared):
         dtype = next((p.dtype for p in self.student.parameters()), torch.float32)  # bf16-true: as in the steps
         cast = _cast_to(dtype)
         own = (as_batch(batch).of_teacher for batch in loader)
-        found, _ = measure(
-            *(self.task, self.num_classes, lambda batch: teacher.measured(batch.map(cast)), own, self.device),
-            who="the teacher",
-            split="val",
-        )
+        try:
+            found, _ = measure(
+                *(self.task, self.num_classes, lambda batch: teacher.measured(batch.map(cast)), own, self.device),
+                who="the teacher",
+                split="val",
+            )
+        except RunFailure as error:
+            raise RunFailure(f"{error}{bad_inputs(loader)}") from None
         self.teacher_metrics["val"] = found  # of one that is trained along, each validation's take its place
         numbers = ", ".join(f"val/{k} {v:.4f}" for k, v in found.items())
         if found:
@@ -327,9 +332,10 @@ class Distiller(Prepared):
         names = [buffer.names[c] for c in columns]
         terms = [n for n in names if n != "loss"] or names[:1]
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
+        advice = " (a lower recipe.optimizer.lr or recipe.gradient_clip may help)"
         raise RunFailure(
             f"the loss is not finite: term {', '.join(terms)} at step {batch_idx - steps + 2 + row} of epoch "
-            f"{self.current_epoch + 1} (a lower recipe.optimizer.lr or recipe.gradient_clip may help); "
+            f"{self.current_epoch + 1}{bad_inputs(self.trainer.train_dataloader) or advice}; "
             f"last good checkpoint: {checkpoint}"
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric as StateMetric
 
-from kd.data.base import as_batch
+from kd.data.base import as_batch, bad_inputs
 from kd.distill.answers import Answers
 from kd.errors import RunFailure
 from kd.losses.base import Batch, Output
@@ -52,12 +52,12 @@ class NotFinite(StateMetric):
         """Number of such rows, and the lowest index among them."""
         return int(self.rows), int(self.first)
 
-    def check(self, network: str, split: str, more: str = "") -> None:
+    def check(self, network: str, split: str) -> None:
         """``RunFailure`` that names network, split and row when there was one."""
         rows, first = self.compute()
         if rows:
             count = "is not finite for 1 row" if rows == 1 else f"is not finite for {rows} rows"
-            raise RunFailure(f"the answer of {network} {count} of {split} (NaN or infinity; index {first}){more}")
+            raise RunFailure(f"the answer of {network} {count} of {split} (NaN or infinity; index {first})")
 
 
 class Evaluated(L.LightningModule):
@@ -186,9 +186,13 @@ class Evaluated(L.LightningModule):
         return output
 
     def _check_finite(self, split: str, more: str = "") -> None:
-        self._finite[0].check("the student", split, more)
-        if self.comparable or self._measures_again(split):
-            self._finite[1].check("the teacher", split, more)
+        loader = self.trainer.test_dataloaders if split == "test" else self.trainer.val_dataloaders
+        try:
+            self._finite[0].check("the student", split)
+            if self.comparable or self._measures_again(split):
+                self._finite[1].check("the teacher", split)
+        except RunFailure as error:
+            raise RunFailure(f"{error}{bad_inputs(loader)}{more}") from None
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/…`` once, and stop before a network that answers NaN reaches a checkpoint."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd.distill.fused import from_hidden
 from kd.distill.schedules import Schedule
-from kd.errors import KdError
+from kd.errors import KdError, framed
 from kd.losses.base import OVER, Batch, Output, Term, at_least_float32
 from kd.losses.logits.standardised import standardised_logits
 from kd.parallel import group
@@ -97,8 +97,8 @@ class Objective(nn.Module):
             if term.needs_teacher and not term.two_tokenizers:
                 raise KdError(
                     f"loss.{name} compares the tokens of one tokenizer, and the teacher has another one than "
-                    "data.tokenizer: use a loss of two tokenizers, loss=[ce,uld] or loss=[ce,gold], or train the student "
-                    "with the teacher's tokenizer"
+                    "data.tokenizer: use a loss of two tokenizers, loss=[ce,uld] or loss=[ce,gold], or train the "
+                    "student with the teacher's tokenizer"
                 )
 
     def weight(self, name: str, epoch: float, epochs: float) -> float:
@@ -132,7 +132,12 @@ class Objective(nn.Module):
             if name not in values:
                 several = shares is not None and term.over == "batch"
                 own = student.taught if term.needs_teacher_logits else student
-                values[name] = term(*whole.seen_by(term)) if several else term(own, teacher, batch)
+                try:
+                    values[name] = term(*whole.seen_by(term)) if several else term(own, teacher, batch)
+                except KdError:
+                    raise
+                except Exception as error:
+                    raise framed(f"loss.{name}", error) from error
                 parts.append(factors[name] * at_least_float32(values[name]))
         return [values[name] for name in self.names], torch.stack(parts).sum()
 

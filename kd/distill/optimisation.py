@@ -23,6 +23,18 @@ MakeGroups = Callable[[Mapping[str, nn.Module]], list[dict[str, Any]]]
 SCHEDULED = "scheduled_lr"  # in a parameter group during warm-up, and so in checkpoints: the rate of the schedule alone
 
 
+def check_factory(key: str, given: Any) -> None:
+    """``KdError`` where an optimiser, a schedule or its name is given in the place of the function that makes it."""
+    if given is None or callable(given):
+        return
+    example = {
+        "optimizer": "of the parameters, such as functools.partial(torch.optim.Adam, lr=0.01)",
+        "scheduler": "of the optimiser, such as functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10)",
+    }
+    shown = repr(given) if isinstance(given, str) else f"an object of {type(given).__name__}"
+    raise KdError(f"{key} = {shown} is not allowed: it must be a function {example[key]}")
+
+
 class WarmUp:
     """A linear rise of the rate, on top of the schedule, whose own clock begins with the run.
 

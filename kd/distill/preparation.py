@@ -17,7 +17,7 @@ from kd.distill.modes import in_eval
 from kd.distill.objective import Objective
 from kd.distill.optimisation import Optimised
 from kd.distill.taps import Taps, resolve, unfuse
-from kd.errors import KdError
+from kd.errors import KdError, framed
 from kd.losses.base import Batch, Output, Setup, Term
 from kd.models.folding import channels_last, to_channels_last
 from kd.parallel import group
@@ -86,6 +86,7 @@ class Prepared(Optimised):
             teacher, student = self._dry(few)
             self._student_channels_last(few, channels_last)
             self._compare(student, teacher, two_tokenizers=few.of_teacher is not few)
+            self._check_labels(batch)
             self._want = self._want._replace(logits=bool(self.objective.needs("teacher_logits")))
             networks = {"student": self.student, **self._teacher_networks()}
             known: dict[str, Any] = {"train_index": train_index, "train_targets": train_targets}
@@ -235,8 +236,19 @@ class Prepared(Optimised):
         self.comparable = self.measures_teacher and not two_tokenizers
         if self.measures_teacher and two_tokenizers:
             log.info(
-                "the teacher has a tokenizer of its own: agreement and KL are left out, numbers a token are not compared "
-                "with the student's, bits a byte are"
+                "the teacher has a tokenizer of its own: agreement and KL are left out, numbers a token are not "
+                "compared with the student's, bits a byte are"
+            )
+
+    def _check_labels(self, batch: Batch) -> None:
+        """Refuse a batch with a label that is no output of the student."""
+        targets = self.task.rows(as_batch(batch)).targets
+        read = (self._counts or self.objective.needs("labels")) and not self.task.regression
+        if not read or self.num_classes is None or targets is None or targets.is_floating_point() or not len(targets):
+            return
+        if (most := int(targets.max())) >= self.num_classes:
+            raise KdError(
+                f"the labels go to {most}, the student has {self.num_classes} outputs (0 … {self.num_classes - 1})"
             )
 
     def _deploy(self, few: Batch) -> None:
@@ -343,8 +355,12 @@ def _named(term: str) -> Iterator[None]:
     """Turn what a term raises into a sentence that names it."""
     try:
         yield
-    except (ValueError, RuntimeError, TypeError, LookupError, AssertionError) as error:
-        raise KdError(f"loss.{term}: {str(error).splitlines()[0]}") from error
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+        raise KdError(f"loss.{term}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    except KdError:
+        raise
+    except Exception as error:
+        raise framed(f"loss.{term}", error) from error
 
 
 def _seen(term: Term, student: Output, teacher: Output, batch: Batch) -> tuple[Output, Output, Batch]:

@@ -33,12 +33,23 @@ def locate(path: str | Path, epoch: str | None = None) -> Path:
             if candidate.is_file():
                 return candidate
         name = LAST if epoch == "last" else SELECTED
-        raise KdError(f"{given} holds no weights: there is no {name} in it (did that run finish an epoch?)")
+        raise KdError(f"{given} holds no weights: there is no {name} in it{_why_none(given)}")
     if not given.is_file():
         raise KdError(f"{given} does not exist: give a run directory, a .ckpt, a .safetensors or a state dict")
     if epoch is not None and given.name != FILES[epoch]:
         raise KdError(f"{given} is one file: the {epoch} epoch can be chosen of a run directory only")
     return given
+
+
+def _why_none(run_dir: Path) -> str:
+    """Say why a directory holds no weights, as far as its record knows."""
+    try:
+        there = record.read(run_dir)
+    except KdError:
+        return ""
+    if there["status"] == "failed" and there.get("error"):
+        return f"; that run failed: {str(there['error']).splitlines()[0]}"
+    return " (did that run finish an epoch?)"
 
 
 def epoch_of(file: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -14,14 +15,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from kd.config import hardware
-from kd.config.instantiate import make
+from kd.config.instantiate import found, make
 from kd.config.keys import OBJECTIVE_KEYS
 from kd.data.base import AdaptedData
 from kd.data.images.base import DataModule
 from kd.data.text.base import TextModule
 from kd.distill.distiller import Distiller
 from kd.distill.objective import Objective
-from kd.errors import KdError, did_you_mean
+from kd.errors import KdError, did_you_mean, framed
 from kd.losses.base import Term
 from kd.parallel import group
 from kd.records import weight_files
@@ -42,14 +43,19 @@ def datamodule(config: Mapping[str, Any]) -> Any:
     data = make(node, "data", **({} if own is None else {KEY: own}))
     if not isinstance(data, LightningDataModule):
         raise KdError(f"{_name(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule")
-    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not group.joined():
-        data.prepare_data()
-    group.barrier()
-    data.setup("fit")
-    if isinstance(data, (DataModule, TextModule)):
-        return data
-    data.setup("test")  # the sizes of all splits are known before the first epoch
-    return AdaptedData(data, _name(config))
+    try:
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not group.joined():
+            data.prepare_data()
+        group.barrier()
+        data.setup("fit")
+        if isinstance(data, (DataModule, TextModule)):
+            return data
+        data.setup("test")  # the sizes of all splits are known before the first epoch
+        return AdaptedData(data, _name(config))
+    except (KdError, OSError):
+        raise
+    except Exception as error:
+        raise framed(_name(config), error) from error
 
 
 def _name(config: Mapping[str, Any]) -> str:
@@ -62,10 +68,7 @@ def objective(config: Mapping[str, Any]) -> Objective:
     for name, node in config["loss"].items():
         if node is None:
             continue
-        made = {k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}
-        terms[name] = node["term"] if "term" in node else make(made, f"loss.{name}")
-        if not isinstance(terms[name], Term):
-            raise KdError(f"loss.{name}._target_ = {node['_target_']} is not a kd.losses.base.Term")
+        terms[name] = node["term"] if "term" in node else _term(name, node)
         factors[name] = node.get("weight", 1.0)
         if node.get("schedule") is not None:
             schedule = node["schedule"]
@@ -73,6 +76,22 @@ def objective(config: Mapping[str, Any]) -> Objective:
     chunk = hardware.settings(config)["loss_chunk"] if "hardware" in config else None
     standardised = [name for name in terms if config["loss"][name].get("standardise")]
     return Objective(terms, factors, schedules, chunk, standardised)
+
+
+def _term(name: str, node: Mapping[str, Any]) -> Term:
+    """Make one term. ``KdError`` when its target is something else, such as the function that a term would call."""
+    path, target = f"loss.{name}._target_ = {node['_target_']}", found(node["_target_"])
+    arguments = {key: value for key, value in node.items() if key not in OBJECTIVE_KEYS}
+    must = "it must be a kd.losses.base.Term, a class with forward(student, teacher, batch) -> scalar"
+    if inspect.isfunction(target):
+        parameters = inspect.signature(target).parameters.values()
+        open_ = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if lacking := [parameter for parameter in open_ if parameter not in arguments]:
+            raise KdError(f"{path} is a function of {', '.join(lacking)}, and no term: {must}")
+    made = make(arguments, f"loss.{name}")
+    if not isinstance(made, Term):
+        raise KdError(f"{path} is a {type(made).__name__}, and no term: {must}")
+    return made
 
 
 def load_terms(config: Mapping[str, Any], module: Distiller) -> None:

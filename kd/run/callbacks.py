@@ -221,11 +221,12 @@ def standard(
     earlier: float = 0.0,
     in_steps: bool = False,
     resumable: bool = True,
+    bar: bool = True,
 ) -> list[Callback]:
     """The callbacks of every run: selected weights, the checkpoint to resume from, and progress.
 
     ``earlier``: seconds that a resumed run has taken before; ``in_steps``: its length is in steps; ``resumable``:
-    whether there is a checkpoint to go on from.
+    whether there is a checkpoint to go on from; ``bar``: whether a terminal shows one.
     """
     by_epoch = protocol.get("val_every_steps") is None and not in_steps
     callbacks: list[Callback] = [SelectedWeights(run_dir, protocol["monitor"], protocol["mode"], about), Ending()]
@@ -241,6 +242,6 @@ def standard(
     callbacks.append(EpochLine())
     if group.joined():
         callbacks.append(StopOnSigterm())
-    if sys.stderr.isatty() and group.rank() == 0:
+    if bar and sys.stderr.isatty() and group.rank() == 0:
         callbacks.append(RunBar(refresh_rate=50))
     return callbacks

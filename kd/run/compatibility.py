@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd.data.base import SPLITS, AdaptedData, refuse_unsharded
+from kd.data.base import LABELS, SPLITS, AdaptedData, refuse_unsharded
 from kd.distill.distiller import Distiller
 from kd.distill.teacher import Teacher
 from kd.errors import KdError
 from kd.parallel import group
+
+log = logging.getLogger(__name__)
 
 
 def check(module: Distiller, data: Any, batch_size: int) -> None:
@@ -29,12 +32,20 @@ def check(module: Distiller, data: Any, batch_size: int) -> None:
 def _labels(module: Distiller, data: Any) -> None:
     wanting = module.objective.needs("labels")
     if wanting and data.sizes["labelled"] == 0:
-        raise KdError(f"loss.{wanting[0]} needs labels, the training data has none")
+        raise KdError(f"loss.{wanting[0]} needs labels, the training data has none{_entries(data)}")
     if wanting and data.mixup is not None:
         raise KdError(
             f"loss.{wanting[0]} needs labels, and data.mixup = {data.mixup} mixes images of two labels: leave the term "
             "out (loss=[kd]), or set data.mixup=null"
         )
+
+
+def _entries(data: Any) -> str:
+    """Say, of batches of the user's own that are mappings, which entries there are and which would be the labels."""
+    example = data.example() if isinstance(data, AdaptedData) else None
+    if not isinstance(example, Mapping):
+        return ""
+    return f": its batches have the entries {', '.join(map(str, example))}, and labels are {' or '.join(LABELS)}"
 
 
 def _cache(module: Distiller, data: Any) -> None:
@@ -67,6 +78,8 @@ def _last_batch(module: Distiller, data: Any, size: int) -> None:
     count, processes = data.sizes["train"], group.world_size()
     if count is None:  # a stream: what it ends with is not known
         return
+    if size > count:
+        log.warning("recipe.batch_size = %d is more than the %d training samples: an epoch is one step", size, count)
     last = 0 if data.drop_last else count % size
     batch_norm = any(
         isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.student.modules()

@@ -14,13 +14,13 @@ import lightning as L
 import torch
 from torch import nn
 
-from kd.config.schema import Protocol
+from kd.config import schema
 from kd.data.base import AdaptedData, Loaders
 from kd.distill.answers import Answers
 from kd.distill.distiller import DEFAULT_OPTIMIZER, Distiller, MakeOptimizer, MakeScheduler
 from kd.distill.teacher import Teacher
 from kd.errors import KdError, did_you_mean
-from kd.run import build, compatibility, finish, loss_nodes, trainer
+from kd.run import build, compatibility, finish, loss_nodes, networks, python_arguments, trainer
 from kd.run.train import run_from_python
 from kd.tasks.base import Task
 from kd.tasks.classification import Classification
@@ -45,8 +45,8 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The test metrics of the selected student."""
-        return self.record["student"]["selected"]["test"]
+        """The test metrics of the selected student; empty without a test set."""
+        return self.record["student"]["selected"].get("test", {})
 
     def __str__(self) -> str:
         return self.summary
@@ -54,10 +54,10 @@ class Result:
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module | Answers | None,
+    teacher: nn.Module | Answers | str | Path | None,
     train: Any,
     val: Any,
-    test: Any,
+    test: Any = None,
     *,
     epochs: int,
     loss: Mapping[str, Any] | None = None,
@@ -79,29 +79,34 @@ def distill(
     log_every: int = 50,
     run_dir: str | Path | None = None,
     name: str = "distill",
+    verbose: bool = True,
     **facts: Any,
 ) -> Result:
     """Train ``student`` on what ``teacher`` answers (None: on the labels alone), in this process, on one device.
 
     Validation picks the epoch, the test set is read once, and the student is left with the selected weights. The
-    teacher may be in any mode, on any device, with or without gradients: it is frozen and put into eval mode.
+    teacher may be in any mode, on any device, with or without gradients: it is frozen and in eval mode until this
+    returns, and then in those that it had. Its weights are used as they are: of random ones a warning says that its
+    accuracy is near chance. A path is the run directory of ``kd train``, whose selected student teaches.
 
-    ``train``, ``val``, ``test``: any loaders. A batch is ``(inputs, targets)``, ``(inputs,
-    targets, index)``, a mapping with ``labels`` whose other entries are the inputs, or a
+    ``train``, ``val``, ``test``: any loaders; ``test`` may be None, without a ``run_dir``. A batch is ``(inputs,
+    targets)``, ``(inputs, targets, index)``, a mapping with ``labels`` whose other entries are the inputs, or a
     :class:`~kd.losses.base.Batch`. ``epochs``: passes over the training set.
 
-    ``loss``: name → a weight, a mapping of options, or a :class:`~kd.losses.base.Term`
-    (:func:`kd.run.loss_nodes.complete`); None: ``{"ce": 0.1, "kd": 0.9}`` at T = 4, without a teacher ``{"ce": 1}``.
-    ``optimizer``: a function of the parameters, ``functools.partial(torch.optim.SGD, lr=0.05)``; None: AdamW, learning
-    rate 1e-3, weight decay 0.01. ``scheduler``: a function of the optimiser, "cosine" (to zero over all epochs, or over
-    all steps if that is the ``scheduler_interval``), None: a constant rate. ``gradient_clip``: largest norm;
-    ``accumulate``: batches a step.
+    ``loss``: name → a weight, a mapping of options, a :class:`~kd.losses.base.Term`, or a function of (student's
+    output, teacher's output, batch) that returns a scalar (:func:`kd.run.loss_nodes.complete`); None: ``{"ce": 0.1,
+    "kd": 0.9}`` at T = 4, without a teacher ``{"ce": 1}``. ``optimizer``: a function of the parameters,
+    ``functools.partial(torch.optim.SGD, lr=0.05)``; None: AdamW, learning rate 1e-3, weight decay 0.01. ``scheduler``:
+    a function of the optimiser, "cosine" (to zero over all epochs, or over all steps if that is the
+    ``scheduler_interval``), None: a constant rate. ``gradient_clip``: largest norm; ``accumulate``: batches a step.
 
     ``task``: None is classification. ``num_classes``: None is as many as the student answers. ``distiller``, ``peers``:
     a subclass that owns the loop, and its further networks. ``monitor``: ``val/METRIC`` that selects; None: the task's
     first. ``val_every``: epochs between validations. ``log_every``: steps between two readings of the losses.
     ``callbacks``: Lightning's. ``facts``: what is known of the data, attributes of :class:`~kd.data.base.RunData`
     (``class_names``, ``train_index``, ``train_targets``).
+
+    ``verbose``: print what ``kd train`` prints: an opening line, a line an epoch, the metrics; False: warnings alone.
 
     ``run_dir``: None: nothing is written; else ``result.json``, ``config.yaml``, ``metrics.csv``, ``train.log`` and the
     students' weights, as ``kd train`` writes them, but no checkpoint: such a run is not resumed.
@@ -114,20 +119,21 @@ def distill(
         raise KdError(f"there is no option {unknown[0]}{did_you_mean(unknown[0], known)}")
     loss = loss if loss is not None else ALONE if teacher is None else TAUGHT
     nodes = loss_nodes.complete(loss)
-    _check(epochs, val_every, accumulate)
+    python_arguments.check(locals())
     where = Path(run_dir) if run_dir is not None else None
     config = _config(locals(), nodes)
     found: dict[str, Any] = {}
 
     def work() -> dict[str, Any]:
         trainer.begin(config)
+        python_arguments.warn_of_one_set({"train": train, "val": val, "test": test})
         data = AdaptedData(Loaders(train, val, test, num_classes=num_classes, **facts), "the loader")
         batch = next(iter(data.train_dataloader()))
         config["recipe"]["batch_size"] = len(batch)
         data.drop_last = bool(getattr(train, "drop_last", False))
         made_task = task if task is not None else Classification()
         module = distiller(
-            *(student, _teacher(teacher, made_task), build.objective({"loss": nodes}), made_task, num_classes),
+            *(student, _teacher(teacher, data, made_task), build.objective({"loss": nodes}), made_task, num_classes),
             optimizer=optimizer or DEFAULT_OPTIMIZER,
             scheduler=_scheduler(scheduler, scheduler_interval, epochs, train, accumulate),
             scheduler_interval=scheduler_interval,
@@ -145,12 +151,13 @@ def distill(
         if not module.trainable():
             raise KdError("the student has no trainable parameters")
         curves = _Curves()
-        outcome = trainer.carry_out(config, where, data, module, further=[curves, *callbacks], resumable=False)
+        further = [curves, *callbacks]
+        outcome = trainer.carry_out(config, where, data, module, further=further, resumable=False, bar=verbose)
         found.update(student=module.deployed.eval(), history=curves.epochs, task=made_task)
         return outcome
 
-    with warnings.catch_warnings():
-        record = run_from_python(config, where, work)
+    with warnings.catch_warnings(), python_arguments.as_it_was(teacher), python_arguments.named(distill):
+        record = run_from_python(config, where, work, verbose)
     summary = finish.summary(record, found["task"], where)
     return Result(found["student"], record, found["history"], summary, where)
 
@@ -168,15 +175,10 @@ class _Curves(L.Callback):
         self.epochs.append({"epoch": epoch, **module.epoch_means, **module.history.get(epoch, {})})
 
 
-def _check(epochs: int, val_every: int, accumulate: int) -> None:
-    for key, value in {"epochs": epochs, "val_every": val_every, "accumulate": accumulate}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise KdError(f"{key} = {value} is not allowed: it must be a whole number, 1 or more")
-    if epochs % val_every:
-        raise KdError(f"val_every = {val_every} is not allowed: epochs = {epochs} must be a multiple of it")
-
-
-def _teacher(given: nn.Module | Answers | None, task: Task) -> Answers | None:
+def _teacher(given: nn.Module | Answers | str | Path | None, data: AdaptedData, task: Task) -> Answers | None:
+    if isinstance(given, (str, Path)):
+        section = {**vars(schema.Teacher()), "checkpoint": str(given)}
+        return networks.teacher({"student": {"model": None}, "teacher": section}, data, task)
     return given if given is None or isinstance(given, Answers) else Teacher([given], task=task)
 
 
@@ -205,7 +207,11 @@ def _config(given: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]]) ->
     return {
         **{key: given[key] for key in ("name", "seed")},
         **{"tags": [], "notes": "", "networks": {}, "logger": {}, "paths": {}, "resume": None},
-        **{role: {"model": None, "checkpoint": None} for role in ("student", "teacher")},
+        "student": {"model": None, "checkpoint": None},
+        "teacher": {
+            "model": None,
+            "checkpoint": str(path) if isinstance(path := given["teacher"], (str, Path)) else None,
+        },
         "loss": loss_nodes.described(nodes),
         "task": {},
         "data": {},
@@ -214,7 +220,7 @@ def _config(given: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]]) ->
             **{key: given[key] for key in ("epochs", "scheduler_interval", "gradient_clip", "accumulate")},
             **{"optimizer": optimizer, "scheduler": said(given["scheduler"]), "batch_size": None},
         },
-        "protocol": {**vars(Protocol()), "monitor": given["monitor"], "val_every": given["val_every"]},
+        "protocol": {**vars(schema.Protocol()), "monitor": given["monitor"], "val_every": given["val_every"]},
         "hardware": {
             **{"accelerator": given["accelerator"], "precision": given["precision"], "devices": 1},
             **{"deterministic": "warn", "threads": None, "trainer": {}},

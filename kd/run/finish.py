@@ -72,7 +72,7 @@ def close(
         outcome["teacher"] = _teacher_part(config, module)
         if module.teacher_trained:
             outcome["teacher"]["weights"] = weight_files.TRAINED_ALONG
-            if not same:  # the teacher of that epoch is gone: nothing to agree with
+            if not same and "test" in selected:  # the teacher of that epoch is gone: nothing to agree with
                 alone = module.task.names(with_teacher=False)
                 selected["test"] = {k: v for k, v in selected["test"].items() if k in alone}
     return outcome
@@ -123,6 +123,8 @@ def _which(sources: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _test(trainer: L.Trainer, module: Distiller, data: Any, name: str, keep_in: Path | None = None) -> dict[str, Any]:
+    if data.sizes["test"] == 0:  # from Python
+        return {}
     module.test_name, module.predictions = name, {} if keep_in is not None else None
     trainer.test(module, datamodule=data, verbose=False)
     if keep_in is not None:
@@ -200,9 +202,12 @@ def _retention(student: Mapping[str, Any], teacher: Mapping[str, Any], task: Tas
 
 
 def _metrics(part: Mapping[str, Any], task: Task) -> str:
+    main = task.metrics[0]
+    if "test" not in part and "val" in part:  # there is no test set
+        return f"val {main.title} {part['val'][main.name]:.4f}"
     if "test" not in part:
         return "not measured: its output is not compared with the student's"
-    test, main = part["test"], task.metrics[0]
+    test = part["test"]
     if main.name not in test:
         return "what the student is compared with"  # it has no number of its own
     others = [m for m in task.metrics if m is not main and m.name in (task.summary or test) and m.name in test]

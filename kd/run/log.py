@@ -43,15 +43,19 @@ class _File(logging.FileHandler):
             super().handleError(log_record)
 
 
-def start_logging(run_dir: Path) -> list[logging.Handler]:
-    """Log to the console and to ``train.log``."""
-    try:
-        file = _File(run_dir / "train.log", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(error) from None
-    assert file.stream is not None
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers: list[logging.Handler] = [file] if _is_stdout(file.stream) else [_Console(), file]
+def start_logging(run_dir: Path | None, verbose: bool = True) -> list[logging.Handler]:
+    """Log to the console (warnings alone, unless ``verbose``) and, in a ``run_dir``, to ``train.log``."""
+    console = _Console()
+    console.setLevel(logging.INFO if verbose else logging.WARNING)
+    handlers: list[logging.Handler] = [console]
+    if run_dir is not None:
+        try:
+            file = _File(run_dir / "train.log", encoding="utf-8")
+        except OSError as error:
+            raise unwritable(error) from None
+        assert file.stream is not None
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers = [file] if _is_stdout(file.stream) else [console, file]
     logger = logging.getLogger("kd")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -74,14 +78,18 @@ def unwritable(error: OSError) -> KdError:
 
 
 @contextmanager
-def logged(run_dir: Path) -> Iterator[None]:
-    """Log to the console and to ``train.log`` until the block ends."""
-    handlers = start_logging(run_dir)
+def logged(run_dir: Path | None, verbose: bool = True) -> Iterator[None]:
+    """Log as :func:`start_logging` until the block ends; the process may be the user's own."""
+    logger = logging.getLogger("kd")
+    level, propagate = logger.level, logger.propagate
+    handlers = start_logging(run_dir, verbose)
     try:
         yield
     finally:
+        logger.setLevel(level)
+        logger.propagate = propagate
         for handler in handlers:
-            logging.getLogger("kd").removeHandler(handler)
+            logger.removeHandler(handler)
             with suppress(OSError):  # what a full disk has not taken
                 handler.close()
 

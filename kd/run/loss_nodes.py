@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from kd.config import composition
 from kd.config.keys import OBJECTIVE_KEYS
 from kd.config.signature import arguments
 from kd.errors import KdError, did_you_mean
-from kd.losses.base import Term
+from kd.losses.base import Batch, Output, Term
+
+
+class Plain(Term):
+    """A term of a plain function (student's :class:`~kd.losses.base.Output`, teacher's, batch) → scalar tensor.
+
+    It reads the logits of both sides and the labels; what reads taps or has adapters is a term of its own. Without a
+    teacher the function gets an empty output.
+    """
+
+    needs_teacher = False
+    needs_labels = True
+
+    def __init__(self, function: Callable[[Output, Output, Batch], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
+        """What the function returns."""
+        return self.function(student, teacher, batch)
 
 
 def complete(loss: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return ``{name: node}`` as the section ``loss`` of a config has it, for :func:`kd.run.build.objective`.
 
     A value is a weight; a mapping of ``weight``, ``schedule`` (a function or a node), ``standardise`` and arguments of
-    the term; or a :class:`~kd.losses.base.Term`, alone or as ``term`` in a mapping. What it does not say is as in
-    ``conf/loss/NAME.yaml``; a term of one's own may also be named, ``{"_target_": "mymodule.MyTerm"}``.
+    the term; or a :class:`~kd.losses.base.Term`, or a plain function (:class:`Plain`), alone or as ``term`` in a
+    mapping. What it does not say is as in ``conf/loss/NAME.yaml``; a term of one's own may also be named,
+    ``{"_target_": "mymodule.MyTerm"}``.
 
     Raises ``KdError`` with near names for an unknown term or key.
     """
@@ -29,16 +50,21 @@ def complete(loss: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _node(name: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, Term):
+    if isinstance(value, type) and issubclass(value, Term):
+        raise KdError(f"loss.{name} is the class {value.__name__}: give an object of it, {value.__name__}()")
+    if isinstance(value, Term) or (callable(value) and not isinstance(value, type)):
         value = {"term": value}
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         value = {"weight": value}
     if not isinstance(value, Mapping):
         raise KdError(
-            f"loss.{name} = {value!r} is not allowed: a weight, a mapping of options, or a kd.losses.base.Term"
+            f"loss.{name} = {value!r} is not allowed: a weight, a mapping of options, a kd.losses.base.Term, or a "
+            "function of (student, teacher, batch)"
         )
     if "term" in value:
-        return _checked(name, dict(value), ("term", "weight", "schedule", "standardise"))
+        term = value["term"]
+        own = {**value, "term": term if isinstance(term, Term) else Plain(term)}
+        return _checked(name, own, ("term", "weight", "schedule", "standardise"))
     node = {**({} if "_target_" in value else _file(name)), **value}
     try:
         known = arguments(node["_target_"])
@@ -76,7 +102,10 @@ def described(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def _of_term(node: Mapping[str, Any]) -> dict[str, str]:
-    return {"_target_": f"{type(node['term']).__module__}.{type(node['term']).__qualname__}"} if "term" in node else {}
+    if "term" not in node:
+        return {}
+    made = node["term"].function if isinstance(node["term"], Plain) else type(node["term"])
+    return {"_target_": f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}"}
 
 
 def _plain(value: Any) -> Any:

@@ -107,7 +107,9 @@ def trained(
     state, about, source = file
     whole = more.get("restriction") is not None and about.get("data", {}).get("tokenizer") != data.tokenizer_digest
     given = {**more, "restriction": None} if whole else more
-    net = network(spec, path, data.num_classes, input_shape or data.input_shape, **given)
+    recorded = about.get("data", {}).get("num_classes")  # where the data of this run does not tell
+    classes = recorded if data.num_classes is None else data.num_classes
+    net = network(spec, path, classes, input_shape or data.input_shape, **given)
     weights.load(net, state, source, path.partition(".")[0])
     if whole:
         library_networks.restrict(net, data.restriction, str(source))
@@ -185,8 +187,8 @@ def _live_teacher(config: Mapping[str, Any], data: Any, task: Task) -> Teacher |
     student, data = data, getattr(data, "for_teacher", data)
     if data is not student and config["student"].get("surgery"):
         raise KdError(
-            "student.surgery makes the student from the teacher, so they have one tokenizer: data.tokenizer must be the "
-            "teacher's"
+            "student.surgery makes the student from the teacher, so they have one tokenizer: data.tokenizer must be "
+            "the teacher's"
         )
     named = {node["_target_"] for role in ("student", "teacher") for _, node in targets(config[role]["model"])}
     members = [_member(model, checkpoint, section, data, named, of_text(data, task)) for model, checkpoint in pairs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import shlex
 import sys
@@ -27,6 +28,8 @@ from kd.records.weight_files import CHECKPOINT
 from kd.run import resume as resuming
 from kd.run.log import log_failure, logged, start_logging, unwritable
 from kd.tracking.summary import finish_loggers
+
+log = logging.getLogger(__name__)
 
 ENTRY = "kd.run.train:fit"  # what every process of a run does, for kd.parallel.launch
 
@@ -67,20 +70,24 @@ def train(
         return _train(config, run_dir, overrides, checkpoint, {**before, "wall_clock_s": seconds})
 
 
-def run_from_python(config: dict[str, Any], run_dir: Path | None, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def run_from_python(
+    config: dict[str, Any], run_dir: Path | None, work: Callable[[], dict[str, Any]], verbose: bool = True
+) -> dict[str, Any]:
     """Do the ``work`` of a run that was started from Python, in this process, and return its record.
 
     ``work`` yields the part of the record that is known at its end. Without a ``run_dir`` nothing is written.
+    ``verbose``: whether the console gets more than warnings.
     """
     if run_dir is None:
         start = time.perf_counter()
         result = _opening(config, ())
         result.pop("process")
-        result.update({"status": "finished", **work()})
+        with logged(None, verbose):
+            result.update({"status": "finished", **work()})
         _close(result, time.perf_counter() - start)
         return result
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _in_use(run_dir), logged(run_dir):
+    with _in_use(run_dir), logged(run_dir, verbose):
         _refuse_second(run_dir)
         _refuse_to_overwrite(run_dir)
         return _train(config, run_dir, (), None, {}, work)
@@ -125,6 +132,8 @@ def _train(
         shown = errors.named(error, run_dir)
         result.update(status="failed", error=str(shown) or type(shown).__name__, failure=errors.kind(shown))
         log_failure(error)
+        if isinstance(shown, KdError) and result["failure"] == "unexpected":
+            log.info("the traceback is in %s", run_dir / "train.log")
         if shown is error:
             raise
         raise shown from error

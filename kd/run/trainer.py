@@ -59,11 +59,12 @@ def carry_out(
     checkpoint: Path | None = None,
     further: Sequence[L.Callback] = (),
     resumable: bool = True,
+    bar: bool = True,
 ) -> dict[str, Any]:
     """Fit a prepared module (on from ``checkpoint``), test once; the part of the record that this yields.
 
     Without a ``run_dir`` nothing is written. ``further``: callbacks beside those of every run. ``resumable``: whether
-    checkpoints are kept to go on from.
+    checkpoints are kept to go on from. ``bar``: whether a terminal shows one.
     """
     before = weights.progress(checkpoint) if checkpoint else weights.Progress()
     spent = record.read(run_dir).get("wall_clock_s", 0.0) if checkpoint and run_dir else 0.0
@@ -79,7 +80,7 @@ def carry_out(
     better = {f"val/{name}": metric.better for name, metric in metrics.items() if metric is not None}
     own_hooks = [*build.callbacks(config, protocol, better), *further]
     hooks = [
-        *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None, resumable),
+        *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None, resumable, bar),
         *([AverageStudent(**recipe["ema"])] if recipe["ema"] else []),
         *([stopper] if stopper else []),
         *own_hooks,
