@@ -21,7 +21,7 @@ def delimited(text: str, where: str, kind: str, delimiter: str | None) -> dict[s
     Raises ``KdError`` for a line with more or fewer cells than the header, a quote that is not closed, two columns of
     one name, and a header that another delimiter would divide.
     """
-    between = {None: DELIMITERS[kind], "tab": "\t"}.get(delimiter, delimiter)
+    between = "\t" if delimiter == "tab" else delimiter or DELIMITERS[kind]
     csv.field_size_limit(LONGEST)
     reader = csv.reader(StringIO(text), delimiter=between, strict=True)
     rows: list[list[str]] = []
@@ -58,4 +58,4 @@ def _refuse_other_delimiter(names: list[str], where: str) -> None:
     found = next((other for other in WRITTEN if len(names) == 1 and other in names[0]), None)
     if found is not None:
         shown = " ".join(names[0].split("\t"))
-        raise KdError(f"{where} has one column, {shown}: set data.delimiter, it seems to be {WRITTEN[found]}")
+        raise KdError(f"{where} has one column, {shown}: set data.delimiter, here {WRITTEN[found]}")

@@ -22,8 +22,8 @@ def refuse_files(data: Mapping[str, Any]) -> None:
     if data.get("_target_") not in (*SENTENCES, DOCUMENTS):
         return
     for split in ("train", "val", "test"):
-        source = data.get(split)
-        files = source if isinstance(source, list) else [source]
+        source: Any = data.get(split)
+        files: list[Any] = source if isinstance(source, list) else [source]
         if not all(isinstance(file, (str, Path)) for file in files):
             continue
         paths = [located(file, data["root"], split) for file in files]

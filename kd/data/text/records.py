@@ -118,7 +118,7 @@ def decoded(path: Path, encoding: str) -> str:
     try:
         if marked is not None and not codecs.lookup(encoding).name.startswith(marked):
             raise KdError(f"{path} is {marked}, by its byte order mark, and not {encoding}: set data.encoding={marked}")
-        text = content.decode({None: encoding, "utf-8": "utf-8-sig"}.get(marked, marked))
+        text = content.decode("utf-8-sig" if marked == "utf-8" else marked or encoding)
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
         raise KdError(
