@@ -104,7 +104,8 @@ def launch(
         configs.append(config)
     slots = resources([OmegaConf.to_container(c.hardware) for c in configs], n_jobs, jobs_per_gpu)  # type: ignore[misc]
     preload()
-    calls = [_call(context, task, config, slots) for config in configs]
+    state = Singleton.get_state()  # a deep copy: one for all jobs, each child changes its own
+    calls = [_call(context, task, state, config, slots) for config in configs]
     total = total or first + len(jobs)
     for done, (position, code) in enumerate(forked(calls, len(slots)), start=first + 1):
         run_dir = directory(configs[position])
@@ -154,10 +155,8 @@ def job_line(run_dir: Path) -> str:
 
 
 def _call(
-    context: HydraContext, task: TaskFunction, config: DictConfig, slots: Sequence[Resources]
+    context: HydraContext, task: TaskFunction, state: Any, config: DictConfig, slots: Sequence[Resources]
 ) -> Callable[[int], None]:
-    state = Singleton.get_state()
-
     def call(slot: int) -> None:
         run_dir, own = directory(config), slots[slot]
         try:
