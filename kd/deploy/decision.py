@@ -104,8 +104,8 @@ def decide(
             curve_month = [costs.compare(cost, p.to_teacher, sensitivity=False).student_month for p in routed.curve]
             both = None if routed.chosen is None else costs.compare(cost, routed.chosen.to_teacher)
             if both is not None and both.saving_month <= 0:
-                spent, teacher = (costs.money(m, cost.currency) for m in (both.student_month, both.teacher_month))
-                notes.append(f"no cascade: it costs {spent} a month, the teacher alone {teacher}")
+                spent, before = (costs.money(m, cost.currency) for m in (both.student_month, both.teacher_month))
+                notes.append(f"no cascade: it costs {spent} a month, the teacher alone {before}")
     name = verdict(settings.margin, found, quality, routed, alone, both)
     return Decision(
         name, sentence(name, settings, found, quality, routed, alone), settings, found, quality, f1, slices,

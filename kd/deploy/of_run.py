@@ -44,18 +44,20 @@ def _of_split(run: str, config: dict[str, Any], split: str) -> Examples:
         )
     classes = np.asarray(names, dtype=object)
     probabilities = {"student": _softmax(student["logits"]), "teacher": _softmax(teacher["logits"])}
-    found = Examples(
+    answers = {who: classes[found.argmax(1)] for who, found in probabilities.items()}
+    confidence = {who: found.max(1) for who, found in probabilities.items()}
+    examples = Examples(
         f"run = {run}, {split}",
-        *(classes[probabilities[who].argmax(1)] for who in ("student", "teacher")),
-        classes[student["target"]],
-        student["index"],
-        names,
-        {who: p.max(1) for who, p in probabilities.items()},
-        probabilities,
+        **answers,
+        label=classes[student["target"]],
+        rows=student["index"],
+        classes=names,
+        confidence=confidence,
+        probabilities=probabilities,
     )
     if split == "test":
-        check(found)
-    return found
+        check(examples)
+    return examples
 
 
 def _kept(run: str, split: str) -> dict[str, np.ndarray] | None:
