@@ -66,8 +66,8 @@ def belongs(file: Path, entry: str | None = None, reference: str | None = None) 
     """What a file is checked by: its entry ``method``, the method of its name, or the closest pattern of references.
 
     ``reference``: the pattern that it names itself, in an entry of that name, where its method's functions do not take
-    what is in it: weights of a network, say. In the folder of somebody else a pattern that is the very name of the file goes before the method of that name: it
-    may be another method.
+    what is in it: weights of a network, say. In the folder of somebody else a pattern that is the very name of the file
+    goes before the method of that name: it may be another method.
     """
     from tests.losses import references
 
