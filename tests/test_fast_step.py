@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -234,3 +236,41 @@ def test_a_teacher_that_a_callback_moves_is_no_copy(tmp_path) -> None:
 @QUIET
 def test_a_plain_trainer_needs_no_validation_set(tmp_path) -> None:
     fit(distiller(), 1, tmp_path, limit_val_batches=1.0)
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_whether_its_teacher_is_optimised_or_not(kd, monkeypatch) -> None:
+    """A teacher of timm with batch norms and convolutions: one epoch, its numbers, and those of ``kd eval``."""
+    common = [
+        "data=fake",
+        "data.shape=[3,32,32]",
+        "model@student=timm",
+        "student.model.name=test_resnet",
+        "hardware=cpu",
+    ]
+    common += ["model@teacher=timm", "teacher.model.name=test_resnet", "teacher.allow_random=true", "recipe.epochs=1"]
+    folded, fold = [], Teacher._fold
+
+    def seen(self: Teacher, *arguments: Any) -> None:
+        fold(self, *arguments)
+        folded.append(self._folded is not None)
+
+    monkeypatch.setattr(Teacher, "_fold", seen)
+    records = {}
+    for choice in ("true", "false"):
+        said = kd("train", *common, "loss=[ce,kd]", f"teacher.optimize={choice}", f"hydra.run.dir=optimize_{choice}")
+        assert said.code == 0, said.err
+        records[choice] = json.loads(Path(f"optimize_{choice}/result.json").read_text())
+    assert folded == [True]
+    fast, given = records["true"], records["false"]
+    assert fast["config_hash"] == given["config_hash"]  # the same experiment
+    for role, part in (("student", "last"), ("student", "selected"), ("teacher", None)):
+        for split in ("val", "test"):
+            mine, theirs = (r[role][part][split] if part else r[role][split] for r in (fast, given))
+            assert mine == pytest.approx(theirs, abs=2e-4), (role, part, split)
+    assert fast["student"]["last"]["train"] == pytest.approx(given["student"]["last"]["train"], abs=2e-4)
+    assert kd("eval", "optimize_true", "split=test", "out=measured.json").code == 0
+    measured = json.loads(Path("measured.json").read_text())["metrics"]
+    recorded = fast["student"]["selected"]["test"]
+    assert measured == pytest.approx({name: recorded[name] for name in measured}, abs=1e-5)
+    assert "acc1" in measured
