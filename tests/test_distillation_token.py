@@ -1,4 +1,4 @@
-"""DeiT's distillation token: labels for the head of the class token, the teacher for that of the other, and their mean."""
+"""DeiT's distillation token: labels for one head, the teacher for the other, and their mean in evaluation."""
 
 from __future__ import annotations
 

@@ -123,12 +123,9 @@ def evaluate(
     with torch.no_grad():
         outputs = {name: made(few) for name, made in ((who, network), ("teacher", beside)) if made is not None}
     task.agree(outputs[who], outputs[who], data_of_who.num_classes, compared=False)
-    if few.of_teacher is not few and outputs.pop("teacher", None) is not None and who != "teacher":
-        beside, without = None, "the teacher has another tokenizer, and is measured alone (who=teacher)"
-    widths = {name: out.logits.shape[-1] if out.has_logits else None for name, out in outputs.items()}
-    if widths.get("teacher", widths[who]) != widths[who]:
-        beside, without = None, f"the teacher answers {widths['teacher']} outputs a row, the student {widths[who]}"
-    classes = data_of_who.num_classes if data_of_who.num_classes is not None else widths[who]
+    if beside is not None and (why := _incomparable(outputs, few)):
+        beside, without = None, why
+    classes = data_of_who.num_classes if data_of_who.num_classes is not None else _width(outputs[who])
     metrics, per_class = measure(task, classes, network, loader, device, beside, keep, f"the {who} ({source})", split)
     names = data.class_names or [str(number) for number in range(len(per_class))]
     return {
@@ -140,6 +137,21 @@ def evaluate(
         "per_class": dict(zip(names, per_class, strict=True)) if per_class else {},
         **({"without": without} if without else {}),
     }
+
+
+def _incomparable(outputs: Mapping[str, Any], few: Any) -> str:
+    """Tell why the teacher cannot be measured beside the student; "" where it can."""
+    if few.of_teacher is not few:
+        return "the teacher has another tokenizer, and is measured alone (who=teacher)"
+    widths = {name: _width(output) for name, output in outputs.items()}
+    if widths["teacher"] != widths["student"]:
+        return f"the teacher answers {widths['teacher']} outputs a row, the student {widths['student']}"
+    return ""
+
+
+def _width(output: Any) -> int | None:
+    """Return the number of outputs a row, None for a network without logits."""
+    return output.logits.shape[-1] if output.has_logits else None
 
 
 def student_of(

@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside the teacher of a config: what data of language models needs where it is another one."""
+"""The tokenizer that lies beside the teacher of a config: needed where it is another one than the data's."""
 
 from __future__ import annotations
 
