@@ -191,8 +191,8 @@ class Prepared(Optimised):
         """
         kinds = {term.needs_teacher_logits for _, term in self.objective.items() if term.needs_student_logits}
         self._two_heads = hasattr(self.student, "set_distilled_training") and len(kinds) == 2
-        if hasattr(self.student, "set_distilled_training"):
-            self.student.set_distilled_training(self._two_heads)
+        if (switch := getattr(self.student, "set_distilled_training", None)) is not None:
+            switch(self._two_heads)
 
     def _unfuse(self, name: str, term: Term, root: nn.Module | None) -> None:
         """Let the tapped attention make its maps, and say that it is slower for it."""
