@@ -70,7 +70,7 @@ def clipped_policy_gradient(
     return per_row.sum() / max(1, per_row.numel())
 
 
-def rows_apart(values: Tensor, samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _rows_apart(values: Tensor, samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Rows of several samples one sample a line, padded with 0 on the right, and which places are rows.
 
     ``values`` (rows,); ``samples`` (rows,) int64 in rising order: whose row each is, of ``count`` samples. Returns
@@ -109,7 +109,7 @@ class MiniLLM(Term):
             for logits in (student.logits, teacher.logits)
         )
         samples = batch.extra["positions"] // batch.mask.shape[1]
-        rewards, mask = rows_apart(others - own, samples, len(batch.mask))
+        rewards, mask = _rows_apart(others - own, samples, len(batch.mask))
         advantages = minillm_advantages(rewards, mask, self.gamma, self.variant)[mask]
         one = torch.ones_like(own)
         return value + clipped_policy_gradient(student.logits, sampled, advantages, own, one, self.clip)
