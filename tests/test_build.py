@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from typing import Any
 
 import lightning
 import pytest
@@ -292,24 +293,30 @@ class Bare(Foreign):
     test_dataloader = val_dataloader = train_dataloader
 
 
+def elsewhere(target: str) -> Any:
+    """The data module of a config without a teacher."""
+    teacher = {"model": None, "checkpoint": None}
+    return build.datamodule({"data": {"_target_": target}, "teacher": teacher})
+
+
 def test_a_data_module_from_elsewhere_is_told_all_that_it_lacks() -> None:
     with pytest.raises(KdError) as refused:
-        build.datamodule({"data": {"_target_": "tests.test_build.Foreign"}})
+        elsewhere("tests.test_build.Foreign")
     said = str(refused.value)
     assert "\n" not in said
     assert said.startswith("data._target_ = tests.test_build.Foreign lacks test_dataloader: ")
     for given in ("train_dataloader", "val_dataloader", "num_classes", "mean"):
         assert given not in said
     with pytest.raises(KdError) as refused:
-        build.datamodule({"data": {"_target_": "lightning.LightningDataModule"}})
+        elsewhere("lightning.LightningDataModule")
     assert "LightningDataModule lacks train_dataloader, val_dataloader, test_dataloader: " in str(refused.value)
     with pytest.raises(KdError, match=r"data\._target_ = torch\.nn\.Flatten makes a Flatten, not a lightning\.L"):
-        build.datamodule({"data": {"_target_": "torch.nn.Flatten"}})
+        elsewhere("torch.nn.Flatten")
 
 
 def test_batches_that_are_none_are_told_what_they_may_be() -> None:
     with pytest.raises(KdError) as refused:
-        build.datamodule({"data": {"_target_": "tests.test_build.Bare"}})
+        elsewhere("tests.test_build.Bare")
     said = str(refused.value)
     assert "\n" not in said
     for word in ("data._target_ = tests.test_build.Bare gives batches of type list: ", "Batch(inputs, targets, index)"):
@@ -318,7 +325,7 @@ def test_batches_that_are_none_are_told_what_they_may_be() -> None:
 
 def test_a_data_module_from_elsewhere_trains(kd, tmp_path) -> None:
     """What it does not say is found out, or left open; a split may be made when it is asked for."""
-    data = build.datamodule({"data": {"_target_": "tests.test_build.Whole"}})
+    data = elsewhere("tests.test_build.Whole")
     assert data.sizes == {"train": 8, "val": 8, "test": 6, "labelled": 8}
     assert (data.num_classes, data.input_shape, data.mean, data.mixup) == (10, (1, 8, 8), [], None)
     assert data.class_names == [str(number) for number in range(10)]
