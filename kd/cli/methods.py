@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,20 +22,32 @@ from kd.errors import KdError, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-GOLDEN = PACKAGE.parent / "tests" / "golden"  # in a checkout only
+GOLDEN = PACKAGE.parent / "tests" / "golden"  # in a checkout only, as the next
+STEPS = PACKAGE.parent / "experiments" / "benchmarks" / "methods.csv"
 CASE = r"\d+|[-_][A-Za-z]?\d*"  # what may follow the name of a method in that of a golden file: kd_2, at-b
 MARKS = ("<!-- kd methods --markdown -->\n", "<!-- end of kd methods -->")
 
+KINDS = {  # folders of kd.losses, and what their methods compare
+    "logits": "Answers: images, sentences, tokens, pixels",
+    "tokens": "Answers of language models",
+    "features": "Features of images",
+    "relations": "Relations between samples",
+    "dense": "Maps",
+    "hidden": "Hidden states and attention of encoders and decoders",
+    "other": "Of your own",
+}
+
 USAGE = """kd methods [NAME] [--markdown] [--write FILE] [--config-dir DIR]
 
-Lists the loss terms of conf/loss, and of your own folder: what each reads, its default weight, whether its value and
-gradient are checked against numbers of a reference implementation (in a checkout), and the paper.
+Lists the loss terms of conf/loss, and of your own folder: what each reads, its default weight, what its training step
+costs relative to kd's, whether its value and gradient are checked against numbers of a reference implementation (both
+in a checkout), and the paper.
 
   kd methods                         all
   kd methods at                      formula, settings, and how paper and code differ
   kd methods --config-dir myconf     with those of myconf/loss
-  kd methods --markdown              the same list as a Markdown table
-  kd methods --write README.md       the Markdown table, put between its two marks in a file"""
+  kd methods --markdown              the same list as Markdown tables, one for each kind
+  kd methods --write docs/methods.md the Markdown tables, put between their two marks in a file"""
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,12 @@ class Method:
         return ", ".join(word for word, true in found.items() if true)
 
     @property
+    def kind(self) -> str:
+        """The folder of ``kd.losses`` that it lies in, ``other`` for one of your own."""
+        parts = self.target.split(".")
+        return parts[2] if parts[:2] == ["kd", "losses"] and len(parts) > 4 else "other"
+
+    @property
     def golden(self) -> bool | None:
         """Whether there are reference numbers; None outside a checkout."""
         if not GOLDEN.is_dir():
@@ -149,10 +168,15 @@ def table(methods: Sequence[Method]) -> str:
 
 
 def markdown(methods: Sequence[Method]) -> str:
-    """The list as a Markdown table."""
-    head, *rows = _rows(methods)
-    lines = [head, ["---"] * len(head), *([f"`{row[0]}`", *row[1:]] for row in rows)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '‖') for cell in line)} |" for line in lines)
+    """The list as Markdown tables, one for each kind, in the order of :data:`KINDS`."""
+    parts = []
+    for kind, title in KINDS.items():
+        if not (some := [m for m in methods if m.kind == kind]):
+            continue
+        head, *rows = _rows(some)
+        lines = [head, ["---"] * len(head), *([f"`{row[0]}`", *row[1:]] for row in rows)]
+        parts += [f"## {title}", "\n".join(f"| {' | '.join(c.replace('|', '‖') for c in line)} |" for line in lines)]
+    return "\n\n".join(parts)
 
 
 def page(method: Method) -> str:
@@ -181,14 +205,24 @@ def year(text: str) -> str:
 
 
 def _rows(methods: Sequence[Method]) -> list[list[str]]:
-    golden = any(m.golden is not None for m in methods)
-    columns = ["name", "what", "reads", "weight", *(["golden"] if golden else []), "paper"]
+    golden, steps = any(m.golden is not None for m in methods), _steps()
+    columns = ["name", "what", "reads", "weight"]
+    columns += [*(["step"] if steps else []), *(["golden"] if golden else []), "paper"]
     rows = []
     for m in methods:
-        checked = [("yes" if m.golden else "no")] if golden else []
+        checked = [steps.get(m.name) or "-"] if steps else []
+        checked += [("yes" if m.golden else "no")] if golden else []
         rows.append([m.name, m.what, m.reads, f"{m.weight:g}" if isinstance(m.weight, (int, float)) else str(m.weight),
                      *checked, m.paper])  # fmt: skip
     return [columns, *rows]
+
+
+def _steps() -> dict[str, str]:
+    """What a training step with each term costs relative to kd's, as it was measured; empty outside a checkout."""
+    if not STEPS.is_file():
+        return {}
+    with STEPS.open(encoding="utf-8", newline="") as file:
+        return {row["name"]: row["ratio"] for row in csv.DictReader(file)}
 
 
 def _indented(parts: Sequence[str]) -> list[str]:
