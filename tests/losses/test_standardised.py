@@ -102,5 +102,5 @@ def test_what_cannot_be_standardised_is_refused(sides) -> None:
     with pytest.raises(KdError, match=r"loss\.kd\.standardise = 3 is not allowed: it must be true or false"):
         checked(["loss=[kd]", "loss.kd.standardise=3", "model@teacher=mlp", "teacher.allow_random=true"])
     few = Output(topk=TopK(torch.tensor([[0]]), torch.tensor([[-0.1]]), 5))
-    with pytest.raises(ValueError, match="needs all logits of the teacher"):
+    with pytest.raises(KdError, match="needs all logits of the teacher"):
         Objective({"kd": KnowledgeDistillation()}, standardise=["kd"])(Output(sides[0][:1]), few, Batch(torch.zeros(1)))
