@@ -190,8 +190,9 @@ class Prepared(Optimised):
         answer in evaluation, as timm makes it. Where all terms are of one kind, their mean is trained as well.
         """
         kinds = {term.needs_teacher_logits for _, term in self.objective.items() if term.needs_student_logits}
-        self._two_heads = hasattr(self.student, "set_distilled_training") and len(kinds) == 2
-        if (switch := getattr(self.student, "set_distilled_training", None)) is not None:
+        switch: Any = getattr(self.student, "set_distilled_training", None)
+        self._two_heads = switch is not None and len(kinds) == 2
+        if switch is not None:
             switch(self._two_heads)
 
     def _unfuse(self, name: str, term: Term, root: nn.Module | None) -> None:
