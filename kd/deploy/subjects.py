@@ -76,7 +76,7 @@ class Subject:
 
 
 def subject(source: str, beside: str | None = None, pretrained: bool = False) -> Subject:
-    """Make what a source names: a run, a weights file, ``timm:NAME``, ``hf:NAME``, or ``teacher``, of the run ``beside``.
+    """Make what a source names: a run, a weights file, ``timm:NAME``, ``hf:NAME``; ``teacher``: that of ``beside``.
 
     ``pretrained``: of timm and transformers, whether the weights are fetched; random ones cost the same. ``KdError``
     where there is no such network.
