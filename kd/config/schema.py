@@ -17,7 +17,7 @@ class Surgery:
     layers: Any = None  # how many of its layers, or which: [0, 2, 4]
     keep: str | None = None  # which, of a number: uniform (null: the same), every_other, first, last, ends
     hidden: int | None = None  # width of the hidden states, whole heads; the units with the largest weights stay
-    heads: int | None = None  # of attention, at the same width, where the configuration has a head_dim (Llama, not BERT)
+    heads: int | None = None  # of attention, at the same width, where there is a head_dim (Llama, not BERT)
     intermediate: int | None = None  # width of the feed-forward layers
     embeddings: str | None = None  # copied (null: the same), tied (the output projection is the same matrix), random
     initialise: bool | None = None  # false: the shape alone, all weights random
