@@ -68,10 +68,10 @@ def main(argv: Sequence[str]) -> int:
         raise KdError("device = cuda is not allowed: there is no CUDA device here")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if own["device"] == "auto" else own["device"]
     plan = Plan(
-        own["backends"] or backends.installed(),
-        *(own[key] for key in ("batch_sizes", "rounds", "length", "new_tokens")),
-        own["threads"] or torch.get_num_threads(),
-        *(device, own["memory"], own["seed"]),
+        backends=own["backends"] or backends.installed(),
+        threads=own["threads"] or torch.get_num_threads(),
+        device=device,
+        **{key: own[key] for key in ("batch_sizes", "rounds", "length", "new_tokens", "memory", "seed")},
     )
     sources = {"student" if own["against"] else "network": [own["source"], None, own["pretrained"]]}
     if own["against"]:

@@ -99,7 +99,8 @@ def _number(text: str) -> Any:
 
 
 def _print(made: Any) -> None:
-    table = Table(title=str(made.folder))
+    print(made.folder)
+    table = Table()
     table.add_column("file")
     table.add_column("bytes", justify="right")
     if made.accuracy:

@@ -67,8 +67,7 @@ def hf(given: Student, module: FromRaw, example: Raw, folder: Path, opset: int |
     if library_network(given.network) is None:
         kind = type(given.network).__name__
         raise KdError(f"format = hf is not possible: the student is a {kind}, none of transformers (try onnx)")
-    inner = merged(given.network)
-    inner = copy.deepcopy(inner) if inner is given.network else inner
+    inner: Any = copy.deepcopy(merged(given.network))
     if given.class_names and len(given.class_names) == inner.config.num_labels:
         inner.config.id2label = dict(enumerate(given.class_names))
         inner.config.label2id = {name: number for number, name in enumerate(given.class_names)}
@@ -76,7 +75,7 @@ def hf(given: Student, module: FromRaw, example: Raw, folder: Path, opset: int |
     loaded = copy.deepcopy(module)
     read = AUTO[given.task.architecture or ""].from_pretrained(folder, dtype=torch.float32).eval()
     if hasattr(given.network, "pooling"):  # the encoder alone is of the library, its pooling is in the model card
-        loaded.network.encoder = read  # type: ignore[assignment]
+        loaded.network.encoder = read
     else:
         loaded.network = read
     return _by_torch(loaded)

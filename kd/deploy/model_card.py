@@ -46,7 +46,7 @@ def _environment() -> jinja2.Environment:
 def script(given: Student, file: str) -> str:
     """Return a script that runs the ONNX file ``file`` without torch, transformers and kd."""
     kind = "images" if given.images else "texts" if given.tokenizer is not None else "vectors"
-    shape = given.facts.get("input_shape") or ()
+    shape: tuple[int, ...] = tuple(given.facts.get("input_shape") or ())
     return (
         _environment()
         .get_template("run_onnx.py.j2")

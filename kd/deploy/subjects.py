@@ -182,7 +182,8 @@ def _timm(name: str, pretrained: bool) -> Subject:
     from kd.models.timm_model import timm_model  # start-up: timm
 
     try:
-        shape = tuple(timm.get_pretrained_cfg(name).input_size) if timm.is_model(name) else (3, 224, 224)
+        known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        shape = (3, 224, 224) if known is None else known.input_size
         network = timm_model(name, pretrained, input_shape=shape)
     except ValueError as error:
         raise KdError(f"timm:{name}: {error}") from error
