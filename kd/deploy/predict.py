@@ -221,7 +221,8 @@ def _of_images(facts: Mapping[str, Any], config: Mapping[str, Any]) -> Callable[
         raise KdError(f"the run's inputs have the shape {shape}: kd predict reads images of 1 or 3 channels, and texts")
     square = eval_transform(shape[1], config["data"].get("crop_pct") or 1.0)
     steps = [square] if shape[1] == shape[2] else [v2.Resize(shape[1:]), v2.PILToTensor()]
-    transform = v2.Compose([*steps, v2.Grayscale(1)] if shape[0] == 1 else steps)
+    # grey first, by PIL, which keeps levels that are grey already; of tensors torchvision's weights lose one
+    transform = v2.Compose([v2.Grayscale(1), *steps] if shape[0] == 1 else steps)
     scale, shift = affine(facts.get("mean") or [0.0], facts.get("std") or [1.0])
 
     def one(item: Any) -> Tensor:

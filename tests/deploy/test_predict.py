@@ -16,6 +16,7 @@ from PIL import Image
 
 import kd
 from kd.cli.main import main
+from kd.deploy.predict import _of_images
 from kd.errors import KdError
 from kd.run.evaluate import evaluate, run_config
 
@@ -74,6 +75,14 @@ def test_images_are_answered_as_in_the_run(images: Path, capsys: pytest.CaptureF
         assert one.probability == max(one.probabilities.values())
     with Image.open(files[0]) as opened:
         assert predictor.predict([opened.copy()])[0].probability == pytest.approx(found[0].probability)
+
+
+def test_a_grey_image_keeps_its_levels(tmp_path: Path) -> None:
+    levels = np.arange(256, dtype="uint8").reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    facts = {"input_shape": [1, 16, 16], "mean": [0.0], "std": [1.0]}
+    (found,) = _of_images(facts, {"data": {}})([tmp_path / "grey.png"])
+    torch.testing.assert_close(found[0] * 255, torch.from_numpy(levels).float())
 
 
 def test_the_command_writes_rows_in_order(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
