@@ -420,7 +420,7 @@ def test_answers_that_do_not_come_are_given_up_after_an_interruption(number, err
     assert second["wasted"] == pytest.approx(15e-6)  # as long as the one answer before
     released.set()
     assert ask("a", "b", "c", **prices).cost == pytest.approx(60e-6)
-    assert server.asked() == ["a", "b", "b", "c"]
+    assert sorted(server.asked()) == ["a", "b", "b", "c"]  # b and c at once, in any order
     assert [row["completion"] for row in lines(tmp_path)] == ["re: a", "re: b", "re: c"]
 
 

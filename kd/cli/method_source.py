@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Module:
         return next((n.module or "" for n in froms if name in [a.asname or a.name for a in n.names]), "")
 
 
+@cache  # the base classes are those of all
 def source(module: str) -> Module | None:
     """The source of a module, found without importing it."""
     spec = find(module) if module else None
