@@ -49,7 +49,8 @@ def test_a_term_gives_on_two_processes_what_it_gives_on_one(found: dict[str, Any
         torch.testing.assert_close(sum(p["total"] for p in parts) / 2, alone["total"], rtol=1e-6, atol=1e-9)
         for key, expected in alone["gradients"].items():
             mean = sum(p["gradients"][key] for p in parts) / 2
-            torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+            small = 1e-8 * max(1.0, float(expected.abs().max()))  # where terms of that size cancel
+            torch.testing.assert_close(mean, expected, rtol=1e-6, atol=small, msg=lambda m, k=key: f"{k}: {m}")
     for key, expected in one["buffers"].items():
         for part in (first, second):
             torch.testing.assert_close(part["buffers"][key], expected, rtol=1e-9, atol=1e-12)
