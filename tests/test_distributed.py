@@ -446,7 +446,7 @@ def test_slurm_and_a_failure_of_the_second_task(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
     assert result["error"].startswith("process 1: in loss.bad: ValueError: this term breaks (ranks.py:")
-    assert "kd: process 1: this term breaks" in said[0]
+    assert "kd: process 1: in loss.bad: ValueError: this term breaks" in said[0]
     assert "ValueError: this term breaks" in said[1]
 
 
