@@ -44,8 +44,7 @@ def at_with_epsilon(case: Case) -> Tensor:
 CASES: dict[str, Callable[[Case], Tensor]] = {
     "kd_deit_soft": kd_over_classes,  # DeiT divides by rows × classes
 }
-LEFT_OUT: dict[str, str] = {
-}
+LEFT_OUT: dict[str, str] = {}
 
 # what other implementations return: equal to the reference value, or this
 EQUAL = {
