@@ -124,7 +124,6 @@ def test_a_network_that_cannot_is_one_sentence(network: list[str], sentence: str
 
 
 def test_low_rank_matrices_and_sentence_embeddings_have_it_as_well() -> None:
-    pytest.importorskip("peft")
     lora = transformers_model(config=LLAMA, architecture="causal_lm", lora={"r": 2})
     embedding = transformers_model(config=BERT, architecture="embedding")
     for network in (lora, embedding):

@@ -128,7 +128,6 @@ def test_a_student_teaches_the_next_one(tmp_path: Path, capsys: pytest.CaptureFi
 def test_low_rank_matrices_are_trained_and_added_for_those_who_load_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("peft")
     where = tmp_path / "run"
     inside = ",".join(f"{key}: {value}" for key, value in BERT.items())
     given = [a for a in arguments("text_classification", where) if "surgery" not in a and "teacher" not in a]

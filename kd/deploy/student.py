@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-class FromRaw(nn.Module):
+class FromRaw(nn.Module, ABC):
     """A student from raw inputs, tensors by their names, to its answers (samples, …).
 
     ``names``: of the inputs of ``forward``, in order. :meth:`raw` makes them of a batch's inputs as the data module
@@ -138,9 +139,9 @@ class FromRaw(nn.Module):
         """Further arguments of the network."""
         return {}
 
+    @abstractmethod
     def raw(self, inputs: Any) -> Raw:
         """Make raw inputs of a batch's."""
-        raise NotImplementedError
 
 
 class Pixels(FromRaw):
