@@ -10,7 +10,7 @@ from typing import Any
 
 from kd.config.rules import Rule, number, refusals, refuse, shown, whole
 from kd.deploy.cost import Cost, Prices, Volume
-from kd.errors import KdError, did_you_mean, yaml_problem
+from kd.errors import KdError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 FOLDER = (_PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf") / "cost"
@@ -51,7 +51,9 @@ def read(source: str, overrides: Sequence[str] = ()) -> Cost:
 
     ``KdError`` names each key that is unknown or missing, and each value that is not allowed.
     """
-    node, where = _mapping(_located(source)), f"cost = {source}: "
+    from kd.records import yaml_text  # start-up: yaml
+
+    node, where = yaml_text.mapping(_located(source)), f"cost = {source}: "
     for override in overrides:
         _set(node, override)
     names = [*(one.name for one in fields(Cost))]
@@ -81,25 +83,6 @@ def _located(source: str) -> Path:
         return Path(source)
     known = f"a name of conf/cost ({', '.join(names())}) or a YAML file"
     raise KdError(f"cost = {source} is not allowed: it must be {known}{did_you_mean(source, names())}")
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    import yaml
-
-    from kd.records import yaml_text  # start-up: as yaml
-
-    try:
-        node = yaml_text.load(file.read_text(encoding="utf-8"))
-    except KdError as error:
-        raise KdError(f"{file} {error}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise KdError(f"{file} cannot be read{line}: {yaml_problem(error.problem)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise KdError(f"{file} cannot be read: it is not valid YAML") from None
-    if not isinstance(node, dict):
-        raise KdError(f"{file} is not a mapping of keys to values")
-    return {str(key): value for key, value in node.items()}
 
 
 def _set(node: dict[str, Any], override: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from torch import Tensor
 from kd.data.images.files import decode, eval_transform
 from kd.data.images.loader import affine, normalise
 from kd.deploy.inputs import chunks
+from kd.deploy.student import WEIGHTS, Student, recorded, student
 from kd.errors import KdError, did_you_mean
 from kd.losses.base import Batch
-from kd.records.weight_files import LAST, SELECTED
-from kd.run import build, integrity, networks
-from kd.run.evaluate import run_config, student_of
+from kd.run import networks
+from kd.tasks.base import Want
 
-WEIGHTS = {"selected": SELECTED, "last": LAST}
 TEXTS = ("sequence_classification", "sequence_regression")
 
 
@@ -122,76 +120,43 @@ def load(run: str | Path, who: str = "student", weights: str = "selected") -> Pr
         if value not in allowed:
             near = did_you_mean(value, allowed)
             raise KdError(f"{key} = {value} is not allowed: it must be {' or '.join(allowed)}{near}")
-    config = run_config(run)
-    file = Path(run) / WEIGHTS[weights]
-    if not file.is_file():
-        raise KdError(f"run = {run} holds no {file.name}: it ended before its first validation, or is running")
-    task = build.task(config)
+    given = student(run, weights)
+    config, task = given.config, given.task
     reads_texts = task.architecture in TEXTS
     if task.architecture is not None and not reads_texts:
         kind = task.architecture
         raise KdError(f"run = {run} is of a {kind} network, which answers no classes (kd generate model={run})")
     if config["data"].get("encoder"):
         raise KdError(f"run = {run} was trained on features of data.encoder: kd predict reads texts and images")
-    about = integrity.read_weights(file)[1]
-    known = about.get("data") or {}
-    tokenizer = _tokenizer(Path(run) / weights) if reads_texts else None
-    data = _recorded(known, tokenizer)
-    if about.get("heads") and who == "student":
-        data = build.datamodule(config)
-        data.setup("test")
-    cuda = torch.cuda.is_available() and config["hardware"]["accelerator"] != "cpu"
-    device = torch.device("cuda" if cuda else "cpu")
-    network = _network(config, data, task, who, file, device)
-    pairs = bool(reads_texts and config["data"].get("text_pair"))
-    columns = tuple(config["data"].get(key) or key for key in ("text", "text_pair")[: 1 + pairs]) if reads_texts else ()
-    facts = {**known, "regression": task.regression, "reads_texts": reads_texts, "pairs": pairs, "columns": columns}
+    columns = tuple(config["data"].get(key) or key for key in ("text", "text_pair")[: 1 + given.pairs])
+    facts = {"regression": task.regression, "reads_texts": reads_texts, "pairs": given.pairs, "columns": columns}
+    facts["class_names"] = given.class_names
+    answer = _answer(given, who)
     if reads_texts:
-        return Predictor(network, _of_texts(tokenizer, config["data"].get("max_length"), pairs), facts)
-    return Predictor(network, _of_images(known, config), facts)
+        return Predictor(answer, _of_texts(given.tokenizer, config["data"].get("max_length"), given.pairs), facts)
+    return Predictor(answer, _of_images(given.facts, config), facts)
 
 
-def _network(
-    config: Mapping[str, Any], data: Any, task: Any, who: str, file: Path, device: torch.device
-) -> Callable[[Any], Tensor]:
-    """Return what answers prepared inputs with logits."""
+def _answer(given: Student, who: str) -> Callable[[Any], Tensor]:
+    """Return what answers prepared inputs with logits, on a GPU where there is one and the run was not on the CPU."""
+    cuda = torch.cuda.is_available() and given.config["hardware"]["accelerator"] != "cpu"
+    device = torch.device("cuda" if cuda else "cpu")
     if who == "teacher":
-        teacher = networks.teacher(config, data, task)
+        teacher = networks.teacher(given.config, recorded(given.facts, given.tokenizer), given.task)
         if teacher is None or not teacher.live:
-            raise KdError(f"run = {file.parent} has no teacher that answers new inputs")
-        live = teacher.to(device).measured
-        made: Callable[[Batch], Any] = live
+            raise KdError(f"run = {given.run} has no teacher that answers new inputs")
+        measured = teacher.to(device).measured
     else:
-        made = student_of(dict(config), data, task, file, True, (device, torch.float32))
+        network = given.network.to(device)
 
     @torch.inference_mode()
     def answer(inputs: Any) -> Tensor:
         batch = Batch(inputs, None).to(device)
-        logits: Tensor = made(batch).logits
-        return logits
+        if who == "teacher":
+            return measured(batch).logits
+        return given.task.answer(network, batch.inputs, batch, Want()).logits
 
     return answer
-
-
-def _recorded(facts: Mapping[str, Any], tokenizer: Any) -> SimpleNamespace:
-    """Return what networks ask of a data module, as it stands beside the weights."""
-    names = ("num_classes", "mean", "std")
-    return SimpleNamespace(
-        **{name: facts.get(name) for name in names},
-        class_names=list(facts.get("class_names") or []),
-        input_shape=tuple(facts.get("input_shape") or ()),
-        split_facts=dict(facts.get("split") or {}),
-        tokenizer=tokenizer,
-        tokenizer_digest=facts.get("tokenizer"),
-    )
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # of texts alone
-
-    if not (folder / "tokenizer_config.json").is_file():
-        raise KdError(f"{folder} holds no tokenizer: the run ended before its first validation")
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _of_texts(tokenizer: Any, longest: int | None, pairs: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kd.data.images.loader import affine
 from kd.errors import KdError
 from kd.records.weight_files import LAST, SELECTED
-from kd.run import build, described, integrity, networks, weights
-from kd.run.evaluate import run_config
+from kd.run import build, described, integrity
+from kd.run.evaluate import run_config, student_network
 from kd.tasks.base import Task
 
 WEIGHTS = {"selected": SELECTED, "last": LAST}
@@ -80,25 +80,30 @@ def student(run: str | Path, which: str = "selected", overrides: Sequence[str] =
     facts = about.get("data") or {}
     tokenizer = _tokenizer(Path(run) / which) if task.architecture is not None else None
     node = config["student"]["model"]
+    data: Any = recorded(facts, tokenizer)
     if about.get("heads"):
-        data = build.datamodule(config)
-        start = {**config["student"], "checkpoint": None, "epoch": None}
-        network = build.distiller({**config, "student": start}, data).trained
-        weights.load(network, state, file, "student")
-        node = None
-    else:
-        if node is None or (tokenizer is not None and about.get("model")):  # the file says what became of it
-            node = described.network(about.get("model"), str(file))
-        data = SimpleNamespace(
-            num_classes=facts.get("num_classes"),
-            input_shape=tuple(facts.get("input_shape") or ()),
-            tokenizer=tokenizer,
-            tokenizer_digest=facts.get("tokenizer"),
-        )
-        spec = {**node, "pretrained": False} if node.get("pretrained") else node  # its weights are in the file
-        network = networks.trained(spec, "student.model", data, networks.of_text(data, task), (state, about, file))
+        node, data = None, build.datamodule(config)
+    elif node is None or (tokenizer is not None and about.get("model")):  # the file says what became of it
+        node = described.network(about.get("model"), str(file), () if node is None else (node["_target_"],))
+    if node is not None and node.get("pretrained"):
+        node = {**node, "pretrained": False}  # its weights are in the file
+    network = student_network(config, data, task, node, (state, about, file))
     network.float().eval().requires_grad_(False)
     return Student(Path(run), file, config, node, network, task, facts, tokenizer)
+
+
+def recorded(facts: Mapping[str, Any], tokenizer: Any) -> SimpleNamespace:
+    """Return what networks ask of a data module, as it stands beside the weights."""
+    return SimpleNamespace(
+        num_classes=facts.get("num_classes"),
+        mean=facts.get("mean"),
+        std=facts.get("std"),
+        class_names=list(facts.get("class_names") or []),
+        input_shape=tuple(facts.get("input_shape") or ()),
+        split_facts=dict(facts.get("split") or {}),
+        tokenizer=tokenizer,
+        tokenizer_digest=facts.get("tokenizer"),
+    )
 
 
 def _tokenizer(folder: Path) -> Any:

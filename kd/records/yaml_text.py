@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kd.errors import KdError
+from kd.errors import KdError, yaml_problem
 
 MOST = 100_000
 """Values that a file may hold, those behind an alias (``*name``) counted wherever it stands."""
@@ -31,6 +32,22 @@ def load(text: str, loader: Any = yaml.SafeLoader) -> Any:
         raise KdError(f"cannot be read: {str(error).splitlines()[0]}") from None
     finally:
         reader.dispose()
+
+
+def mapping(file: Path, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
+    """Read the mapping in a YAML file. ``KdError`` if it is none, naming the file and, where it is known, the line."""
+    try:
+        node = load(file.read_text(encoding="utf-8"), loader)
+    except KdError as error:
+        raise KdError(f"{file} {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise KdError(f"{file} cannot be read{line}: {yaml_problem(error.problem)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise KdError(f"{file} cannot be read: it is not valid YAML") from None
+    if not isinstance(node, dict):
+        raise KdError(f"{file} is not a mapping of keys to values")
+    return {str(key): value for key, value in node.items()}
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:

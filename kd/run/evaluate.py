@@ -119,7 +119,7 @@ def evaluate(
         network, beside = beside, None
         loader, few = (batch.of_teacher for batch in loader), few.of_teacher
     else:
-        network = answers(student_of(config, data, task, source, weights_file is not None, (device, dtype)))
+        network = answers(_student(config, data, task, source, weights_file is not None, (device, dtype)))
     with torch.no_grad():
         outputs = {name: made(few) for name, made in ((who, network), ("teacher", beside)) if made is not None}
     task.agree(outputs[who], outputs[who], data_of_who.num_classes, compared=False)
@@ -154,14 +154,14 @@ def _width(output: Any) -> int | None:
     return output.logits.shape[-1] if output.has_logits else None
 
 
-def student_of(
+def _student(
     config: dict[str, Any], data: Any, task: Any, source: Any, of_the_run: bool, like: tuple[Any, Any]
 ) -> Callable[[Any], Any]:
     """Make the student with its weights, as a function of batches; with the heads that its run's terms left on it."""
     import torch
 
     from kd.distill.teacher import InputMap  # start-up: torch, as all of these
-    from kd.run import build, described, networks, weights  # start-up
+    from kd.run import described  # start-up
     from kd.run.data_facts import same_data  # start-up
     from kd.tasks.base import Want  # start-up
 
@@ -171,20 +171,33 @@ def student_of(
     same_data(recorded, data, str(source))
     if list(recorded.get("input_shape", data.input_shape)) != list(data.input_shape):
         raise KdError(f"{source} was trained on images of shape {recorded['input_shape']}, not {data.input_shape}")
-    if about.get("heads"):
-        start = {**config["student"], "checkpoint": None, "epoch": None}
-        network = build.distiller({**config, "student": start}, data).trained
-        weights.load(network, state, source, "student")
-    else:
-        node, more = config["student"]["model"], networks.of_text(data, task)
-        if node is None:  # it was made from its teacher: the file says what came out
-            node = described.network(about.get("model"), str(source))
-        network = networks.trained(node, "student.model", data, more, (state, about, source))
+    node = config["student"]["model"]
+    if node is None and not about.get("heads"):  # it was made from its teacher: the file says what came out
+        node = described.network(about.get("model"), str(source))
+    network = student_network(config, data, task, node, (state, about, source))
     network.to(device=device, dtype=dtype).eval()
     own = [recorded.get(name) or None for name in ("mean", "std")]
     prepare = InputMap(data.mean, data.std, *own) if data.mean else torch.nn.Identity()
     prepare.to(device=device, dtype=dtype)
     return lambda batch: task.answer(network, prepare(batch.inputs), batch, Want())
+
+
+def student_network(
+    config: Mapping[str, Any], data: Any, task: Any, node: Any, file: tuple[dict[str, Any], Mapping[str, Any], Any]
+) -> Any:
+    """Make the network of a student's weights ``file``, see :func:`kd.run.networks.trained`, with heads of its terms.
+
+    ``node``: what makes it, where no term leaves a head; with one it is made as in its run.
+    """
+    from kd.run import build, networks, weights  # start-up: torch
+
+    state, about, source = file
+    if not about.get("heads"):
+        return networks.trained(node, "student.model", data, networks.of_text(data, task), file)
+    start = {**config["student"], "checkpoint": None, "epoch": None}
+    network = build.distiller({**config, "student": start}, data).trained
+    weights.load(network, state, source, "student")
+    return network
 
 
 def _made_again(config: Mapping[str, Any], data: Any, task: Any, run: str | Path | None) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from kd.errors import KdError, did_you_mean, yaml_problem
+from kd.errors import KdError, did_you_mean
 from kd.records import yaml_text
 from kd.studies import checks, references
 from kd.studies.checks import listed, make, named, typed
@@ -208,15 +208,4 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def read(file: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file. ``KdError`` if it is none, or lists a key twice."""
-    try:
-        node = yaml_text.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except KdError as error:
-        raise KdError(f"{file} {error}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise KdError(f"{file} cannot be read{line}: {yaml_problem(error.problem)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise KdError(f"{file} cannot be read: it is not valid YAML") from None
-    if not isinstance(node, dict):
-        raise KdError(f"{file} is not a mapping of keys to values")
-    return {str(key): value for key, value in node.items()}
+    return yaml_text.mapping(file, _UniqueKeyLoader)

@@ -29,8 +29,6 @@ from kd.run import networks
 from kd.tasks.classification import Classification
 from kd.tasks.tokens import CausalLM
 
-pytest.importorskip("onnxscript")
-
 BLOCKED = "import runpy, sys; sys.modules.update(dict.fromkeys(('torch', 'kd', 'transformers', 'torchvision'))); "
 BLOCKED += "file, *sys.argv[1:] = sys.argv[1:]; sys.argv[0] = file; runpy.run_path(file, run_name='__main__')"
 

@@ -431,7 +431,8 @@ def test_errors_are_one_sentence(call: Callable[[], Any], sentence: str) -> None
 
 
 def bert(layers: int, width: int, heads: int = 2, **changes: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 12}
     sizes |= {"vocab_size": 20, "max_position_embeddings": 8, "num_labels": 3}
     sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -525,7 +526,8 @@ def test_merged_heads_may_differ_in_number(name: str) -> None:
 
 
 def test_rotary_positions_are_refused_where_scores_are_made() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 20}
 
     def llama(width: int) -> nn.Module:

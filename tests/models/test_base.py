@@ -35,7 +35,8 @@ def test_timm(name: str, expected: list[str], of: Layout) -> None:
 
 
 def test_transformers_begin_with_the_embeddings() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
     with torch.device("meta"):
         model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))

@@ -6,18 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd.losses.adapters import Convert, check_maps, width_of
-from kd.losses.base import UNLABELLED, Batch, Output, Setup, check_choice, check_temperature
-from kd.losses.feature_term import FeatureTerm, full_precision
-from kd.losses.features.cat_kd import class_activation_maps
-from kd.losses.layouts import Tapped
+from kd.losses.base import UNLABELLED, Batch, Output, check_choice, check_temperature
+from kd.losses.feature_term import full_precision
+from kd.losses.features._class_maps import ClassMaps
 from kd.losses.logits._divergences import check_factor, kl, log_probabilities
 from kd.losses.logits._target import labels_of, mean_over_labelled
 from kd.losses.logits.dkd import decoupled_kl_divergence
 from kd.losses.logits.nkd import normalised_cross_entropy
-from kd.losses.networks import frozen_copy, linear_classifier
 
 __all__ = ["region_logits", "scaled_decoupled_loss"]
 
@@ -57,7 +54,7 @@ def scaled_decoupled_loss(
     return loss(student, teacher, of_regions.flatten()) + share * loss(student, teacher, again)
 
 
-class ScaledDecoupled(FeatureTerm):
+class ScaledDecoupled(ClassMaps):
     """:func:`scaled_decoupled_loss` of the last maps; both networks have one linear layer behind pooling.
 
     ``base``: the loss of a region's logits, ``"kd"``, ``"dkd"`` or ``"nkd"``; ``alpha`` and ``beta`` are DKD's,
@@ -85,32 +82,12 @@ class ScaledDecoupled(FeatureTerm):
         self.temperature = check_temperature(temperature)
         self.alpha, self.beta = check_factor("alpha", alpha), check_factor("beta", beta)
         self.gamma = check_factor("gamma", gamma)
-        self.head: nn.Module | None = None
-        self._own: list[nn.Linear] = []  # the student's classifier, which is no part of the term
-
-    def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps; of each the regions are the same shares of the image."""
-        check_maps(self.method, student, teacher)
-        return Convert(student.layout, "NCHW"), Convert(teacher.layout, "NCHW")
-
-    def prepare(self, setup: Setup) -> None:
-        """Find the student's classifier, copy the teacher's, frozen."""
-        super().prepare(setup)
-        pairs = self.tapped(setup)
-        if len(pairs) != 1:
-            raise ValueError(f"{self.method} reads one tap on each side, there are {len(pairs)}: name the last map")
-        own, other = (linear_classifier(self.method, setup.networks, tap.side, width_of(tap)) for tap in pairs[0])
-        self._own, self.head = [own], frozen_copy(other)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the labelled samples and their regions."""
-        ((feature, goal),) = self.compared(student, teacher)
-        own, other = self._own[0], self.head
-        assert isinstance(other, nn.Linear)
-        with full_precision(feature):
-            of_student = region_logits(class_activation_maps(feature, own.weight, own.bias), self.grids)
-            with torch.no_grad():
-                of_teacher = region_logits(class_activation_maps(goal, other.weight, other.bias), self.grids)
+        maps = self.class_maps(student, teacher)
+        with full_precision(maps[0]):
+            of_student, of_teacher = (region_logits(found, self.grids) for found in maps)
             return scaled_decoupled_loss(of_student, of_teacher, batch.targets, self.of_region)
 
     def of_region(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:

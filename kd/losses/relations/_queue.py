@@ -1,11 +1,15 @@
-"""A queue of the teacher's features of past batches."""
+"""Queues of the teacher's features of past batches, and the terms that keep one for each tap."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kd.losses.base import Setup
+from kd.losses.adapters import width_of
+from kd.losses.base import Setup, check_temperature
+from kd.losses.feature_term import FeatureTerm
 
 
 class Queue(nn.Module):
@@ -29,12 +33,37 @@ class Queue(nn.Module):
         return whole
 
 
-def check_queue(method: str, size: int, setup: Setup) -> int:
-    """The size, or ``ValueError`` where the training set is smaller."""
+class QueueTerm(FeatureTerm):
+    """Features beside a queue of the teacher's for each pair of taps. ``queue``: how many features are kept."""
+
+    over = "batch"
+
+    def __init__(
+        self,
+        student_taps: Sequence[str | int] | None,
+        teacher_taps: Sequence[str | int] | None,
+        queue: int,
+        temperature: float,
+    ) -> None:
+        super().__init__(student_taps, teacher_taps)
+        if queue < 1:
+            raise ValueError(f"queue = {queue} is not allowed: it must be 1 or more")
+        self.queue, self.temperature = queue, check_temperature(temperature)
+        self.queues = nn.ModuleList()
+
+    def prepare(self, setup: Setup) -> None:
+        """Build the projectors and the queues. ``ValueError`` where a queue is larger than the training set."""
+        super().prepare(setup)
+        _check_size(self.method, self.queue, setup)
+        features = self.pairs(setup.student, setup.teacher)
+        made = (Queue(self.queue, width_of(teacher)) for _, teacher in self.tapped(setup))
+        self.queues = nn.ModuleList(queue.to(s) for queue, (s, _) in zip(made, features, strict=True))
+
+
+def _check_size(method: str, size: int, setup: Setup) -> None:
+    """``ValueError`` where the training set is smaller."""
     if setup.train_index is not None and size > len(setup.train_index):
-        samples = len(setup.train_index)
         raise ValueError(
             f"queue = {size} is not allowed: {method} would keep more samples than the training set has, so it must "
-            f"be at most {samples}"
+            f"be at most {len(setup.train_index)}"
         )
-    return size

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.adapters import as_vectors, width_of
-from kd.losses.base import Batch, Output, Setup, at_least_float32, check_same_shape, check_temperature
-from kd.losses.feature_term import FeatureTerm, full_precision
+from kd.losses.base import Batch, Output, at_least_float32, check_same_shape
+from kd.losses.feature_term import full_precision
 from kd.losses.layouts import Tapped
-from kd.losses.relations._queue import Queue, check_queue
+from kd.losses.relations._queue import QueueTerm
 
 __all__ = ["queue_similarity"]
 
@@ -31,14 +31,12 @@ def queue_similarity(
     return (log_t.exp() * (log_t - log_s)).sum(1).mean()
 
 
-class QueueSimilarity(FeatureTerm):
+class QueueSimilarity(QueueTerm):
     """:func:`queue_similarity` of pooled features, the student's through a linear layer, summed over the taps.
 
     Needs no labels and no classifiers: made for pretraining from a foundation model. ``queue``: how many features of
     past batches are kept.
     """
-
-    over = "batch"
 
     def __init__(
         self,
@@ -47,24 +45,12 @@ class QueueSimilarity(FeatureTerm):
         queue: int = 8192,
         temperature: float = 0.07,
     ) -> None:
-        super().__init__(student_taps, teacher_taps)
-        if queue < 1:
-            raise ValueError(f"queue = {queue} is not allowed: it must be 1 or more")
-        self.queue, self.temperature = queue, check_temperature(temperature)
-        self.queues = nn.ModuleList()
+        super().__init__(student_taps, teacher_taps, queue, temperature)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
         """Pooled, the student's of the teacher's width."""
         own, other = as_vectors(self.method, student, teacher)
         return nn.Sequential(own, nn.Linear(width_of(student), width_of(teacher))), other
-
-    def prepare(self, setup: Setup) -> None:
-        """Build the projectors and the queues. ``ValueError`` where a queue is larger than the training set."""
-        super().prepare(setup)
-        size = check_queue(self.method, self.queue, setup)
-        features = self.pairs(setup.student, setup.teacher)
-        made = (Queue(size, width_of(teacher)) for _, teacher in self.tapped(setup))
-        self.queues = nn.ModuleList(queue.to(s) for queue, (s, _) in zip(made, features, strict=True))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The sum over the taps."""

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.adapters import Convert, Pool, check_maps, width_of
-from kd.losses.base import Batch, Output, Setup, at_least_float32, check_same_shape, check_temperature
-from kd.losses.feature_term import FeatureTerm, full_precision
+from kd.losses.base import Batch, Output, at_least_float32, check_same_shape, check_temperature
+from kd.losses.feature_term import full_precision
 from kd.losses.layouts import Layout, Tapped
-from kd.losses.relations._queue import Queue, check_queue
+from kd.losses.relations._queue import QueueTerm
 from kd.losses.relations.lightly_v1 import queue_similarity
 
 __all__ = ["token_similarity"]
@@ -31,14 +31,12 @@ def token_similarity(student_tokens: Tensor, teacher_tokens: Tensor, temperature
     return (log_t.exp() * (log_t - log_s)).sum(2).mean()
 
 
-class TokenSimilarity(FeatureTerm):
+class TokenSimilarity(QueueTerm):
     """:func:`token_similarity` of patches and :func:`queue_similarity` of their means.
 
     Maps and tokens without the prefix; the student's, resampled to the teacher's grid, go through a linear layer.
     ``w_local``: factor of the tokens' part. ``queue``: how many features of past batches are kept.
     """
-
-    over = "batch"
 
     def __init__(
         self,
@@ -49,28 +47,16 @@ class TokenSimilarity(FeatureTerm):
         temperature_local: float = 0.07,
         w_local: float = 1.0,
     ) -> None:
-        super().__init__(student_taps, teacher_taps)
-        if queue < 1:
-            raise ValueError(f"queue = {queue} is not allowed: it must be 1 or more")
+        super().__init__(student_taps, teacher_taps, queue, temperature)
         if w_local < 0:
             raise ValueError(f"w_local = {w_local} is not allowed: it must be 0 or more")
-        self.queue, self.temperature, self.w_local = queue, check_temperature(temperature), w_local
-        self.temperature_local = check_temperature(temperature_local)
-        self.queues = nn.ModuleList()
+        self.w_local, self.temperature_local = w_local, check_temperature(temperature_local)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
         """Tokens on the teacher's grid, the student's of the teacher's width."""
         _, other = check_maps(self.method, student, teacher)
         linear = nn.Linear(width_of(student), width_of(teacher))
         return nn.Sequential(Convert(student.layout, "tokens", other.grid), linear), Convert(teacher.layout, "tokens")
-
-    def prepare(self, setup: Setup) -> None:
-        """Build the projectors and the queues. ``ValueError`` where a queue is larger than the training set."""
-        super().prepare(setup)
-        size = check_queue(self.method, self.queue, setup)
-        features = self.pairs(setup.student, setup.teacher)
-        made = (Queue(size, width_of(teacher)) for _, teacher in self.tapped(setup))
-        self.queues = nn.ModuleList(queue.to(s) for queue, (s, _) in zip(made, features, strict=True))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The sum over the taps."""
