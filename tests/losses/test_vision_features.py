@@ -21,6 +21,7 @@ from kd.losses import functional as f
 from kd.losses.base import UNLABELLED, Batch, Output, Setup, Term
 from kd.losses.dense.cwd import ChannelWiseDivergence
 from kd.losses.dense.mgd import Generation
+from kd.losses.features._class_maps import class_activation_maps
 from kd.losses.features.cat_kd import ClassAttentionTransfer
 from kd.losses.features.fsp import FlowOfSolution
 from kd.losses.features.ofd import OverhaulDistillation
@@ -297,7 +298,7 @@ def test_class_activation_maps_average_to_the_logits() -> None:
     maps: list[Tensor] = []
     net.layer3.register_forward_hook(lambda m, a, output: maps.append(output))
     logits = net(data.inputs)
-    cams = f.class_activation_maps(maps[0], net.fc.weight, net.fc.bias)
+    cams = class_activation_maps(maps[0], net.fc.weight, net.fc.bias)
     torch.testing.assert_close(cams.mean((2, 3)), logits)
     student = conv()
     made = prepared(student, wider(), ClassAttentionTransfer())

@@ -29,7 +29,7 @@ def test_a_sweep_by_glob(kd, tmp_path) -> None:
 def test_a_typo_in_a_sweep_stops_before_the_first_job(kd, tmp_path) -> None:
     said = kd("train", "-m", "loss=[ce],[ce,kdd]", "seed=0,1")
     assert said.code == 1
-    assert "loss=kdd does not exist (near: kd, pkd)" in said.err
+    assert "loss=kdd does not exist (near: kd, " in said.err
     assert not list(tmp_path.iterdir())
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kd.losses.base import Batch, Output, at_least_float32, check_choice
 from kd.losses.feature_term import full_precision
-from kd.losses.features._class_maps import ClassMaps, class_activation_maps
+from kd.losses.features._class_maps import ClassMaps
 
-__all__ = ["class_activation_maps", "class_attention_transfer"]
+__all__ = ["class_attention_transfer"]
 
 VARIANTS = ("code", "paper")
 
