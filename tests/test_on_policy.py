@@ -156,3 +156,29 @@ def test_a_run_and_its_resume_are_the_same(tmp_path: Path, capsys: pytest.Captur
     ended = [json.loads((place / "result.json").read_text())["student"]["last"] for place in (whole, cut)]
     assert ended[0]["digest"] == ended[1]["digest"]
     assert 0 < ended[0]["train"]["own_text"] < 1
+
+
+@pytest.mark.slow
+def test_answers_on_the_disk_are_those_of_the_data_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The live teacher answers what the student wrote: the run is that without answers on the disk."""
+    (tmp_path / "book.txt").write_text("".join(f"line {n} is {n % 7} words and {n % 5} more\n" for n in range(120)))
+    more = ["distiller=on_policy", "distiller.max_new_tokens=4", "distiller.share=0.5", "distiller.prompt_length=3"]
+    more += [
+        f"data.train={tmp_path / 'book.txt'}",
+        "data.length=16",
+        "data.tokenizer.vocabulary=300",
+        "data.cache=null",
+    ]
+    more += ["data.test_fraction=0.2", "loss=[rkl]"]
+    kept = f"teacher.answers={{_target_: kd.distill.cache.CachedAnswers, what: hidden, folder: {tmp_path}/answers}}"
+    records = []
+    for place, further in ((tmp_path / "live", []), (tmp_path / "kept", [kept])):
+        given = [a for a in arguments("causal_lm", place) if not a.startswith(("~data", "+data", "loss="))]
+        given = [a.replace("vocab_size: 40", "vocab_size: 300") for a in given]
+        said = run(capsys, *given, "data=lm", *more, *further)
+        assert ("answers of the teacher" in said) == bool(further)
+        records.append(json.loads((place / "result.json").read_text())["student"]["last"])
+    live, cached = (record["train"] for record in records)
+    assert 0 < live["own_text"] == cached["own_text"] < 1
+    assert cached["rkl"] == pytest.approx(live["rkl"], rel=1e-4)
+    assert records[1]["val"]["nll"] == pytest.approx(records[0]["val"]["nll"], rel=1e-4)

@@ -153,13 +153,16 @@ class CachedAnswers(Answers):
     # ------------------------------------------------------------------ answers
 
     def answer(self, batch: Batch, want: Want) -> Output:
-        """The kept output for a batch of training; before :meth:`begin` the live teacher's, cut to what is kept."""
+        """Return what is kept for a batch of training.
+
+        Before :meth:`begin`, and for a batch that is not of the data, it is the live teacher's output, cut to the same.
+        """
         if want.input_gradient:
             raise KdError("teacher.answers keeps no graph, and a term reads the gradient of the inputs: set it to null")
         if not want.logits:
             return Output()
-        if self.rows is None:
-            return self._dry(batch)
+        if self.rows is None or batch.index is None:  # text that the student wrote is no sample of the data
+            return self._of_living(batch)
         index, view, device = cache_key.index_of(batch), self._view(batch, self.rows.views), batch.device
         held = self.held if self.held is not None and self.held.device == device == index.device else None
         arrays = held.read(index, view) if held is not None else self.rows.read(index.cpu().numpy(), view)
@@ -180,7 +183,7 @@ class CachedAnswers(Answers):
         return int(batch.extra["view"])
 
     @torch.no_grad()
-    def _dry(self, batch: Batch) -> Output:
+    def _of_living(self, batch: Batch) -> Output:
         """In the form of the kept answers, so that the terms see what they will see."""
         if self._digest is None:
             self._digest = cache_key.digest_of_teacher(self._living())  # before its weights are sharded or folded

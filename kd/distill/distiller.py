@@ -82,9 +82,12 @@ class Distiller(Prepared):
     ``own_optimizers``; see :mod:`kd.distill.optimisation`.
 
     ``supplies_teacher``: whether a subclass makes its own teacher, so that terms which need one are satisfied.
+    ``composes_unindexed``: whether a batch that :meth:`compose` changes has no ``index``, so that answers on the disk
+    are read for the others alone.
     """
 
     supplies_teacher = False
+    composes_unindexed = False
 
     def __init__(
         self,

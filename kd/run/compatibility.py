@@ -14,6 +14,7 @@ from kd.distill.distiller import Distiller
 from kd.distill.teacher import Teacher
 from kd.errors import KdError
 from kd.parallel import group
+from kd.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def _entries(data: Any) -> str:
 
 def _cache(module: Distiller, data: Any) -> None:
     key, undo = "teacher.cache = true", "teacher.cache=null"
-    if not isinstance(module.teacher, Teacher):
+    on_disk = not isinstance(module.teacher, Teacher)
+    if on_disk:
         key, undo = "teacher.answers", "teacher.answers=null"
     tapping = [name for name, term in module.objective.items() if term.teacher_taps is None or len(term.teacher_taps)]
     if tapping:
@@ -61,7 +63,7 @@ def _cache(module: Distiller, data: Any) -> None:
     for what, names in asked.items():
         if names:
             raise KdError(f"{key} keeps no {what}, and a term reads them ({names[0]}): set {undo}")
-    if type(module).compose is not Distiller.compose:
+    if type(module).compose is not Distiller.compose and not (on_disk and module.composes_unindexed):
         raise KdError(
             f"{key} keeps answers to the samples as they are, {type(module).__name__} composes others: set {undo}"
         )
@@ -112,6 +114,15 @@ def check_accumulation(recipe: Mapping[str, Any], protocol: Mapping[str, Any], d
             f"protocol.val_every_steps = {every} is not allowed with recipe.accumulate = {accumulate} and "
             f"{'an unknown number of' if batches is None else batches} batches an epoch: the last step of an epoch "
             "would be of fewer batches, use protocol.val_every"
+        )
+
+
+def check_predictions(protocol: Mapping[str, Any], task: Task) -> None:
+    """Refuse to keep the answers of a task whose rows are no samples: they are kept by the index of each sample."""
+    if protocol["keep_predictions"] and task.row != "sample":
+        raise KdError(
+            f"protocol.keep_predictions = true is not allowed with {type(task).__name__}: a row is a {task.row}, and "
+            "answers are kept by sample"
         )
 
 

@@ -44,11 +44,14 @@ class OnPolicy(Distiller):
     after a validation whose loss is no longer below the one at the last growth plus ``epsilon`` (DistiLLM: share 0,
     grow 0.1, epsilon 0.1, replay 1000); 0: it stays.
 
-    Sampled tokens are rows without a label, so that terms which read labels are 0 on them. The student is a network of
-    transformers, in eval mode while it writes. ``KdError`` for another one, and for a sample without a prompt. Beside
-    the losses it logs ``own_text`` (whether the step was on the student's text) and ``generation`` (the share of the
-    step's time so far that went into sampling).
+    Sampled tokens are rows without a label, so that terms which read labels are 0 on them, and have no index.
+    With ``teacher.answers`` the data's own batches are read from the disk, and the live teacher answers the student's
+    text alone. The student is a network of transformers, in eval mode while it writes. ``KdError`` for another one, and
+    for a sample without a prompt. Beside the losses it logs ``own_text`` (whether the step was on the student's text)
+    and ``generation`` (the share of the step's time so far that went into sampling).
     """
+
+    composes_unindexed = True
 
     def __init__(
         self,
@@ -159,7 +162,7 @@ class OnPolicy(Distiller):
         mask = places < lengths
         targets = torch.where(mask & (places >= begins), ids, UNLABELLED)
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
-        return Batch(inputs, targets, batch.index, mask, {}, {"own_text": torch.ones((), device=ids.device)})
+        return Batch(inputs, targets, None, mask, {}, {"own_text": torch.ones((), device=ids.device)})
 
     # ------------------------------------------------------------------ a step
 
