@@ -126,6 +126,16 @@ def test_log_probabilities_and_answers_that_were_cut_off(ask, server, tmp_path) 
     assert (summary.truncated, summary.without_logprobs) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("told", "written", "cut"),
+    [("stop", "stop", 0), ("length", "length", 1), ("eos_token", "stop", 0), ("model_length", "length", 1)],
+)
+def test_why_a_completion_ended_is_written_in_the_words_of_openai(ask, server, tmp_path, told, written, cut) -> None:
+    server.script["a"] = [sends(choice(finish_reason=told))]
+    assert ask("a").truncated == cut
+    assert lines(tmp_path)[0]["finish_reason"] == written
+
+
 def test_a_server_that_counts_no_tokens(ask, server, tmp_path) -> None:
     server.otherwise = lambda body: sends(answer("four letters", usage=None))
     summary = ask("12345678")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from kd.cli.main import main
 from kd.config.composition import CONF
 from kd.distill.distiller import Distiller
-from tests.tiny_language import BERT, LLAMA, Texts
+from tests.tiny_language import BERT, LLAMA, VOCABULARY, Texts
 
 KINDS = {
     "causal_lm": (LLAMA, transformers.AutoModelForCausalLM, ["loss=[ce,kd]"]),
@@ -67,8 +67,10 @@ def test_the_small_bert_of_the_package() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_and_what_transformers_loads_of_it(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = tmp_path / "run"
-    run(capsys, *arguments(kind, where))
+    said = run(capsys, *arguments(kind, where))
     record = json.loads((where / "result.json").read_text())
+    outputs = {"text_classification": "; 3 classes, ?/", "embedding": " factor); ? (0"}
+    assert outputs.get(kind, f"; vocabulary of {VOCABULARY}, ?/") in said
     main_metric = record["metrics"][0]["name"]
     assert record["protocol"]["monitor"] == f"val/{main_metric}"
     assert record["student"]["parameters"] < record["teacher"]["parameters"]

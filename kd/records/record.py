@@ -24,13 +24,15 @@ NOT_THE_EXPERIMENT = ("seed", "name", "tags", "notes", "paths", "logger", "hardw
 
 PLACES_OF_DATA = ("root", "download")
 RESULTS_OF_HARDWARE = ("precision", "trainer")
+KEPT_ANSWERS = "kd.distill.cache.CachedAnswers"
+PLACES_OF_ANSWERS = ("folder", "path", "verify")  # of its options, those that say where answers lie
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """Twelve hex digits that runs of the same experiment share.
 
-    Left out: seeds, names, paths, loggers, and of the hardware all that does not change the result. A teacher's run
-    directory counts by the hash of its own experiment.
+    Left out: seeds, names, paths, loggers, where the teacher's answers are kept, and of the hardware all that does not
+    change the result. A teacher's run directory counts by the hash of its own experiment.
     """
     kept = {k: v for k, v in config.items() if k not in NOT_THE_EXPERIMENT}
     kept["data"] = {k: v for k, v in config["data"].items() if k not in (*PLACES_OF_DATA, "seed", "split_seed")}
@@ -44,6 +46,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
             kept.pop(key, None)
     for key in ("cache", "optimize", "trust"):  # the same answers, sooner, or from a file that is allowed to name code
         kept["teacher"].pop(key, None)
+    kept["teacher"]["answers"] = _answers(config["teacher"])
     text = json.dumps(_without_nulls(kept), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -99,6 +102,18 @@ def _experiment_of(checkpoint: Any) -> Any:
             raise KdError(f"{checkpoint} has no network: that run never began")
         return found
     return checkpoint
+
+
+def _answers(teacher: Mapping[str, Any]) -> Any:
+    """Return ``teacher.answers`` without where they lie; with no network beside them, what lies there is the teacher.
+
+    Answers of a class of the user's own stay as they are: what its options mean is not known.
+    """
+    node = teacher.get("answers")
+    if not isinstance(node, Mapping) or node.get("_target_") != KEPT_ANSWERS:
+        return node
+    alone = teacher.get("model") is None and teacher["checkpoint"] is None
+    return {k: v for k, v in node.items() if k not in PLACES_OF_ANSWERS or (alone and k == "path")}
 
 
 def commit(directory: str | Path = ".") -> str | None:

@@ -16,6 +16,11 @@ from kd.run.ledger import BYTES_OF_A_TOKEN, Usage
 LONGEST = 20_000  # characters of a server's words
 SHOWN = 300  # of them in a sentence
 MOST_TOKENS = 10**9  # of one request
+ENDS = {
+    "eos_token": "stop",
+    "stop_sequence": "stop",
+    "model_length": "length",
+}  # TGI's and Mistral's words for OpenAI's
 
 
 class Malformed(ValueError):
@@ -51,7 +56,7 @@ def completion(body: bytes, model: str, size: int, logprobs: int, media: str | N
     except (Malformed, Declined) as error:
         error.usage = usage
         raise
-    reason, told = choice.get("finish_reason"), answer.get("model")
+    reason, told = _reason(choice), answer.get("model")
     if not isinstance(reason, (str, type(None))):
         raise Malformed(f"finish_reason is {_short(reason)}")
     counted = usage or Usage(estimate(size), estimate(len(text.encode())))
@@ -91,12 +96,12 @@ def _text(choice: Mapping[str, Any]) -> str:
     message = choice.get("message")
     if not isinstance(message, Mapping):
         raise OtherForm(f"the choice has no message: {_short(choice)}")
-    if choice.get("finish_reason") == "content_filter":
+    if _reason(choice) == "content_filter":
         raise Declined("the server's content filter stopped the answer")
     if isinstance(message.get("refusal"), str) and message["refusal"]:
         raise Declined(f"the model refused: {_short(message['refusal'])}")
     text = message.get("content")
-    if not text and choice.get("finish_reason") == "length":
+    if not text and _reason(choice) == "length":
         raise Declined("max_new_tokens are used up before the answer begins")
     if not isinstance(text, str):
         raise OtherForm(f"the content of the message is {_short(json.dumps(text))}")
@@ -105,6 +110,12 @@ def _text(choice: Mapping[str, Any]) -> str:
     if not _is_unicode(text):
         raise Malformed("the content of the message is not valid Unicode")
     return text
+
+
+def _reason(choice: Mapping[str, Any]) -> Any:
+    """Return why an answer ended: ``stop``, ``length``, another word of the server, or no word at all."""
+    told = choice.get("finish_reason")
+    return ENDS.get(told, told) if isinstance(told, str) else told
 
 
 def _usage(given: Any) -> Usage | None:

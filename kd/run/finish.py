@@ -152,7 +152,7 @@ def _split(metrics: Any) -> dict[str, float]:
 # ---------------------------------------------------------------------- what is printed
 
 
-def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], data: Any) -> str:
+def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], data: Any, task: Task) -> str:
     """Write one line: what learns what from whom."""
     roles = [f"{role} {size['parameters']:,} parameters" for role, size in measured.items()]
     weights = {name: node.get("weight", 1) for name, node in config["loss"].items()}
@@ -160,7 +160,7 @@ def opening_line(config: dict[str, Any], measured: dict[str, dict[str, int]], da
     terms += "" if set(weights.values()) == {1} else " (each is shown without its factor)"
     count = {k: "?" if v is None else v for k, v in data.sizes.items()}
     few = f" ({count['labelled']} labelled)" if count["labelled"] != count["train"] else ""
-    classes = f"{data.num_classes} classes, " if data.num_classes else ""
+    classes = f"{task.outputs.format(data.num_classes)}, " if data.num_classes else ""
     return (
         f"{config['name']}: {', '.join(roles)}; loss {terms}; {classes}"
         f"{count['train']}{few}/{count['val']}/{count['test']} train/val/test; seed {config['seed']}"

@@ -97,7 +97,7 @@ def carry_out(
         tokenizer = getattr(data, "tokenizer", None)
         library_files.open_folders(run_dir, module.deployed, tokenizer, data.class_names)
     hardware.compile_networks(config, module)
-    log.info("%s", finish.opening_line(config, measured, data))
+    log.info("%s", finish.opening_line(config, measured, data, module.task))
     if first and (copies := data.copies_in_test() if hasattr(data, "copies_in_test") else 0):
         what = "images" if data.mean else "rows"
         log.warning("%d of %d test %s are copies of training %s", copies, data.sizes["test"], what, what)

@@ -48,7 +48,7 @@ class Task(ABC):
     ``unit``: what the rows are called where training logs how many it goes through in a second; "": it does not.
     ``distribution``: whether the softmax of a row's logits means something, so that its top-k says most of it.
     ``regression``: whether a network answers with numbers to regress on. ``across_tokenizers``: the metric that
-    compares networks of two tokenizers.
+    compares networks of two tokenizers. ``outputs``: how the number of outputs of a row is written.
     """
 
     metrics: Sequence[Metric]
@@ -57,6 +57,7 @@ class Task(ABC):
     distribution: bool = True
     regression: bool = False
     across_tokenizers: str | None = None
+    outputs: str = "{} classes"
     counts: Sequence[str] = ()
     summary: Sequence[str] = ()
     needs_logits: bool = True

@@ -36,6 +36,7 @@ class Tokens(Task):
     beside a teacher agreement and KL to it, over all rows.
     """
 
+    row = "token"
     unit = "tokens"
     shift = False  # whether the target of a position is the token of the next one
     metrics = (
@@ -48,6 +49,7 @@ class Tokens(Task):
     )
     summary = ("nll", "perplexity", "bpb", "acc1", "agreement")
     across_tokenizers = "bpb"
+    outputs = "vocabulary of {:,}"
 
     def __init__(self, rows: str = "supervised") -> None:
         self.chosen = check_choice("rows", rows, ROWS)

@@ -30,6 +30,27 @@ def test_the_same_experiment_of_another_teacher_seed_is_another_run(tmp_path: Pa
         refuse_another(tmp_path / "run", configs[0], configs[1])
 
 
+def test_where_answers_are_kept_is_no_part_of_the_experiment() -> None:
+    kept = "_target_: kd.distill.cache.CachedAnswers"
+
+    def hashed(inside: str, *more: str) -> str:
+        return record.config_hash(checked(["loss=[ce,kd]", f"teacher.answers={{{inside}}}", *more]))
+
+    network = "model@teacher=mlp_teacher"
+    places = ("folder: elsewhere", "path: elsewhere", "verify: true", "folder: a, path: b, verify: true")
+    assert {hashed(f"{kept}, {place}", network) for place in places} == {hashed(kept, network)}
+    for other in ("k: 8", "what: logits", "temperatures: [2]", "shard_samples: 9"):
+        assert hashed(f"{kept}, {other}", network) != hashed(kept, network)
+    alone = [hashed(f"{kept}, path: {place}, folder: {place}") for place in "ab"]  # what lies there is the teacher
+    assert alone[0] != alone[1]
+    assert hashed(f"{kept}, path: a, verify: true") == alone[0]
+    own = checked(["loss=[ce,kd]", network])  # whatever its options mean
+    own["teacher"]["answers"] = {"_target_": "own.Answers", "path": "a"}
+    assert record.config_hash(own) != record.config_hash(
+        {**own, "teacher": {**own["teacher"], "answers": {"_target_": "own.Answers", "path": "b"}}}
+    )
+
+
 def test_a_teacher_that_never_began(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"schema": 1, "status": "failed"}')
     with pytest.raises(KdError, match="that run never began"):
