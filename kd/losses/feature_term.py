@@ -61,12 +61,25 @@ class FeatureTerm(Term):
             self.over = "batch"
 
     def compared(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
-        """The adapted features of each pair, in float32 or better. ``ValueError`` before :meth:`prepare`."""
+        """The adapted features of each pair, in float32 or better.
+
+        ``ValueError`` before :meth:`prepare`, and in training for one sample where vectors go through batch norm.
+        """
         pairs = self.pairs(student, teacher)
         if not self.adapters:
             raise ValueError("the adapters are missing: call prepare(setup) before the first batch")
+        if self.training and len(pairs[0][0]) == 1 and self._normalises_vectors([s for s, _ in pairs]):
+            raise ValueError(
+                f"{self.method} needs two samples or more in a batch, for batch norm of vectors: set "
+                "data.drop_last=true"
+            )
         both = zip(self.adapters, self.goals, pairs, strict=True)
         return [(at_least_float32(adapter(s)), at_least_float32(goal(t))) for adapter, goal, (s, t) in both]
+
+    def _normalises_vectors(self, features: Sequence[Tensor]) -> bool:
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
+        of_one_place = any(f.ndim == 2 or f.shape[2:].numel() == 1 for f in features)
+        return any(isinstance(norm, nn.BatchNorm1d) or of_one_place for norm in norms)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The sum over the pairs."""

@@ -169,18 +169,6 @@ def test_terms_are_their_functions() -> None:
     torch.testing.assert_close(found, permuted_kl_divergence(student.logits, teacher.logits, 2.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_far_apart(dtype: torch.dtype) -> None:
-    student = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)
-    teacher = torch.tensor([[-1e4, 0.0, 1e4], [1e4, -1e4, 0.0]], dtype=dtype)
-    loss = confidence_weighted_cross_entropy(student, teacher, torch.tensor([2, 0]))
-    loss = loss + permuted_kl_divergence(student, teacher)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert loss.isfinite()
-    assert student.grad.isfinite().all()
-
-
 def test_finite_differences() -> None:
     teacher, targets = logits(3, 4), torch.tensor([1, UNLABELLED, 3])
     for loss in (

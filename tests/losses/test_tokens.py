@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kd.losses import functional as f
 from kd.losses.base import UNLABELLED, Batch, Output, Setup, Term, TopK
-from kd.losses.tokens._topk import soften_topk, teacher_topk
+from kd.losses.tokens._topk import soften_topk
 from kd.losses.tokens.gold import Gold
 from kd.losses.tokens.hinge_ranking import HingeRanking
 from kd.losses.tokens.minillm import MiniLLM
@@ -130,31 +130,6 @@ def test_a_divergence_is_positive_and_its_gradient_that_of_differences(name: str
     assert DIVERGENCES[name](student, teacher, 2.0) > 0
     if name != "akl":  # its weights move with the student, and have no gradient
         assert torch.autograd.gradcheck(lambda z: DIVERGENCES[name](z, teacher, 2.0), student)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_half_precision_logits_far_apart_are_finite(dtype: torch.dtype, temperature: float) -> None:
-    student = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]], dtype=dtype)
-    teacher = torch.tensor([[-1e4, 0.0, 1e4], [1e4, -1e4, 0.0]], dtype=dtype)
-    targets = torch.tensor([2, 1])
-    losses = {name: lambda z, g=g: g(z, teacher, temperature) for name, g in DIVERGENCES.items()}
-    losses["mft"] = lambda z: f.corrected_kl_divergence(z, teacher, targets, temperature)
-    log_probs, ids = teacher_topk(Output(teacher), 2, temperature)
-    for form in FORMS:
-        losses[form] = lambda z, form=form: f.topk_kl_divergence(z, log_probs, ids, temperature, form)
-    losses["hinge"] = lambda z: f.hinge_ranking(z, *teacher_topk(Output(teacher), 2, 1.0))
-    losses["logistic"] = lambda z: f.logistic_ranking(z, *teacher_topk(Output(teacher), 2, 1.0))
-    one = torch.ones(2, dtype=torch.int64)
-    losses["uld"] = lambda z: f.uld_loss(z, one, teacher, one)
-    losses["gold"] = lambda z: f.gold_loss(z, one, targets, one, teacher, one, targets, one)
-    for name, loss in losses.items():
-        logits = student.clone().requires_grad_()
-        value = loss(logits)
-        value.backward()
-        assert value.dtype == torch.float32, name
-        assert value.isfinite(), name
-        assert logits.grad.isfinite().all(), name
 
 
 def test_ends_of_the_js_divergence() -> None:

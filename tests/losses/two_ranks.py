@@ -34,10 +34,11 @@ def names() -> list[str]:
     return sorted(file.stem for file in CONF.glob("*.yaml"))
 
 
-def term(name: str) -> Term:
-    """A term with the settings of its YAML; one that must be told how many heads there are is."""
+def term(name: str, settings: dict[str, Any] | None = None) -> Term:
+    """A term with the settings of its YAML, and those of ``settings`` that it has; with as many heads as there are."""
     (node,) = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")).values()  # type: ignore[union-attr]
-    node |= {key: value for key, value in {**HEADS, **BANKS}.items() if key in node} | PADDING.get(name, {})
+    given = {**HEADS, **BANKS, **(PADDING.get(name, {}) if settings is None else settings)}
+    node |= {key: value for key, value in given.items() if key in node}
     built: Term = make({k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}, f"loss.{name}")
     for side in ("student", "teacher"):
         taps = getattr(built, f"{side}_taps")

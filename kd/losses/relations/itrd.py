@@ -21,8 +21,11 @@ def correlation_information(student_feature: Tensor, teacher_feature: Tensor, al
     """Base-2 logarithm of Σ_d |c_d − 1|^(2 ``alpha``), c_d the correlation over the batch; both (B, D) (Eq. 6).
 
     Both are standardised with the unbiased deviation and c is divided by B, in the code: c is (B − 1) / B at best.
+    ``ValueError`` for a batch of one, which has no deviation.
     """
     check_same_shape("features", student_feature, teacher_feature)
+    if len(student_feature) == 1:
+        raise ValueError("itrd correlates over the samples of a batch, and there is one: set data.drop_last=true")
     student, teacher = (_standardised(at_least_float32(f)) for f in (student_feature, teacher_feature))
     correlation = (student * teacher).mean(0)
     total = (correlation - 1).square().pow(alpha).sum()
@@ -41,7 +44,10 @@ def mutual_information(student_feature: Tensor, teacher_feature: Tensor) -> Tens
 
 
 def _standardised(feature: Tensor) -> Tensor:
-    return (feature - feature.mean(0)) / feature.std(0).clamp(min=1e-12)
+    """Standardised over the batch; a column that varies by rounding alone is 0, without a gradient of 10⁹."""
+    deviation = feature.std(0)
+    flat = deviation.detach() <= 1e-6 * feature.detach().abs().amax(0)
+    return (feature - feature.mean(0)) / torch.where(flat, 1.0, deviation)
 
 
 class InformationTheoretic(FeatureTerm):
