@@ -147,7 +147,7 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.4f}")
     if len(result["per_class"]) <= 20:
         for name, value in result["per_class"].items():
-            table.add_row(f"accuracy of class {name}", f"{value:.4f}")
+            table.add_row(f"{result['by_class']} of class {name}", f"{value:.4f}")
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110).print(table)
     if "without" in result:
         print(f"no agreement and KL: {result['without']}")

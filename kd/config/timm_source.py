@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from kd.config.signature import folder
 
-TARGETS = ("kd.models.timm_model.timm_model", "timm.create_model")
+TARGETS = ("kd.models.timm_model.timm_model", "kd.models.timm_unet.timm_unet", "timm.create_model")
 """The targets whose further arguments go to a network of timm."""
 
 

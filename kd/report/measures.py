@@ -108,7 +108,7 @@ class Measure:
             return ""
         number = int(found[1])
         name = f" ({self.classes[number]})" if number < len(self.classes) else ""
-        return f"accuracy of class {number}{name}"
+        return f"{self.metrics[0].by_class} of class {number}{name}"
 
     @property
     def epoch(self) -> str:

@@ -91,6 +91,8 @@ def evaluate(
     data.setup("test")
     without = unkept_teacher(config, run)
     task = build.task(config)
+    if keep is not None and task.row != "sample":
+        raise KdError(f"answers are kept by sample, and a row of task = {config['task']['_target_']} is a {task.row}")
     teacher = _made_again(config, data, task, run) if without else networks.teacher(config, data, task)
     without = "" if teacher is not None else without
     if without and who == "teacher":
@@ -135,6 +137,7 @@ def evaluate(
         "rows": data.sizes[split],
         "metrics": metrics,
         "per_class": dict(zip(names, per_class, strict=True)) if per_class else {},
+        "by_class": task.metrics[0].by_class,
         **({"without": without} if without else {}),
     }
 

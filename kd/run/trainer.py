@@ -71,6 +71,7 @@ def carry_out(
     recipe, validated = settings(config), complete_protocol(config)
     protocol = selection(validated, module)
     compatibility.check_accumulation(recipe, validated, data)
+    compatibility.check_predictions(validated, module.task)
     model = networks.description(module.student, config["student"]["model"])
     about = {"model": model, "data": facts(data), "seed": config["seed"]}
     about |= {"heads": module.heads} if module.heads else {}

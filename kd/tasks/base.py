@@ -41,6 +41,7 @@ class Meter(nn.Module, ABC):
 class Task(ABC):
     """A task. ``metrics``: the first one selects the checkpoint and is "the" number in tables.
 
+    ``row``: what a row is, a ``sample``, a ``token`` or a ``pixel``.
     ``counts``: names of what :meth:`count` returns, logged in training as means over the labelled rows.
     ``summary``: the metrics that the last lines of a run show; empty: all. ``needs_logits``: whether the metrics are
     made of the logits, so that they say nothing where no term trains them. ``architecture``: which of a library's
@@ -52,6 +53,7 @@ class Task(ABC):
     """
 
     metrics: Sequence[Metric]
+    row: str = "sample"
     architecture: str | None = None
     unit: str = ""
     distribution: bool = True

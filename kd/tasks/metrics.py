@@ -14,7 +14,7 @@ class Metric:
     ``title``: in tables. ``better``: which direction is. ``share``: whether it lies in 0 to 1 and is shown in percent;
     ``unit`` and ``digits`` behind the point otherwise. ``beside_teacher``: whether it compares with a teacher's output,
     so that a network alone does not have it. ``counted``: whether 1 minus it is the share of wrong rows, so that errors
-    can be counted.
+    can be counted. ``by_class``: what the main metric of a single class is called.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Metric:
     digits: int = 3
     beside_teacher: bool = False
     counted: bool = False
+    by_class: str = "accuracy"
 
     def describe(self) -> dict[str, Any]:
         """Return the description that is written into ``result.json``."""

@@ -107,7 +107,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         if self.num_classes < 2:
             raise KdError(f"the data has {self.num_classes} class ({', '.join(self.class_names)}): it needs 2 or more")
         every = [part for part in (source.train, source.val, source.test) if part is not None]
-        labels = b"".join(part.targets.numpy().tobytes() for part in every) + "|".join(self.class_names).encode()
+        labels = b"".join(part.label_bytes() for part in every) + "|".join(self.class_names).encode()
         self.digest = hashlib.sha256(labels).hexdigest()[:12]
         self.content = content.digest([content_of(part) for part in every], labels)
         train, val, test = self._split(source)

@@ -30,7 +30,7 @@ def list_images(folder: Path) -> tuple[list[str], list[Path], Tensor, list[int]]
     targets: list[int] = []
     sizes: list[int] = []
     for label, name in enumerate(names):
-        found = sorted(_images(os.path.join(folder, name)), key=lambda image: image[0].split(os.sep))
+        found = sorted(list_files(os.path.join(folder, name)), key=lambda image: image[0].split(os.sep))
         files += [Path(path) for path, _ in found]
         sizes += [size for _, size in found]
         targets += [label] * len(found)
@@ -39,12 +39,12 @@ def list_images(folder: Path) -> tuple[list[str], list[Path], Tensor, list[int]]
     return names, files, torch.tensor(targets, dtype=torch.int64), sizes
 
 
-def _images(folder: str) -> Iterator[tuple[str, int]]:
+def list_files(folder: str | Path) -> Iterator[tuple[str, int]]:
     """Path and bytes of every image below a folder; one call to the system a file."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                yield from _images(entry.path)
+                yield from list_files(entry.path)
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
                 yield entry.path, entry.stat().st_size
 
@@ -105,7 +105,11 @@ class Files(Dataset[tuple[Tensor, int]]):
         row, seed = item
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return decode(self.paths[row], self.transform), row
+            return self.read(row), row
+
+    def read(self, row: int) -> Tensor:
+        """Decode one file."""
+        return decode(self.paths[row], self.transform)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -132,6 +136,10 @@ class FileLoader(Loader):
         self.num_workers = num_workers
         self.scale, self.shift = affine(mean, std)
 
+    def batch(self, pixels: Tensor, rows: Tensor) -> Batch:
+        """Make a batch of what the workers have decoded, (B, C, H, W) uint8."""
+        return Batch(normalise(pixels, self.scale, self.shift), self.targets[rows], self.index[rows])
+
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         """Decode in the workers, normalise here: bytes travel between processes, not floats."""
         random = generator(self.seed, self.view, "files")
@@ -141,8 +149,9 @@ class FileLoader(Loader):
         # its own generator: a DataLoader draws a number from the global one otherwise
         loader = DataLoader(self.files, batch_sampler=items, num_workers=self.num_workers, generator=random)
         try:
-            for images, rows in loader:
-                inputs = normalise(images, self.scale, self.shift)
-                yield Batch(inputs, self.targets[rows], self.index[rows], extra=dict(extra))
+            for pixels, rows in loader:
+                batch = self.batch(pixels, rows)
+                batch.extra.update(extra)
+                yield batch
         except KdError as error:  # from a worker it comes with the worker's traceback in its text
             raise KdError(str(error).strip().splitlines()[-1].removeprefix("kd.errors.KdError: ")) from None

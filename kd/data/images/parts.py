@@ -18,8 +18,17 @@ class Samples(NamedTuple):
     """One array or folder as it lies on disk: its positions are the ``index`` of a batch."""
 
     inputs: Tensor | list[Path]  # (n, C, H, W) uint8, or image files
-    targets: Tensor  # (n,) int64
+    targets: Tensor  # (n,) int64; of images with a class at each pixel 0
     content: Content | None = None  # of files; null: the array
+    masks: Tensor | FileContent | None = (
+        None  # a class at each pixel: (n, H, W) uint8, or files; null: an image has one
+    )
+
+    def label_bytes(self) -> bytes:
+        """Give what the digest of a set knows of its labels."""
+        if self.masks is None:
+            return self.targets.numpy().tobytes()
+        return self.masks.numpy().tobytes() if isinstance(self.masks, Tensor) else b"".join(self.masks.parts())
 
 
 class Source(NamedTuple):
@@ -32,12 +41,16 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One split: the rows ``index`` (n,) int64 of ``inputs``, with ``targets`` (n,) that may be UNLABELLED."""
+    """One split: the rows ``index`` (n,) int64 of ``inputs``, with ``targets`` (n,) that may be UNLABELLED.
+
+    ``masks``: of all ``inputs``, where there is a class at each pixel.
+    """
 
     inputs: Tensor | list[Path]
     targets: Tensor
     index: Tensor
     content: Content
+    masks: Tensor | FileContent | None = None
 
     def take(self, rows: Tensor) -> Part:
         """The part made of these rows."""
@@ -58,7 +71,8 @@ def folder_of(root: str | None) -> Path:
 
 def whole(samples: Samples) -> Part:
     """Make a part of all samples."""
-    return Part(samples.inputs, samples.targets, torch.arange(len(samples.targets)), content_of(samples))
+    index = torch.arange(len(samples.targets))
+    return Part(samples.inputs, samples.targets, index, content_of(samples), samples.masks)
 
 
 def content_of(samples: Samples) -> Content:
