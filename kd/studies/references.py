@@ -11,7 +11,9 @@ from pathlib import Path
 from kd.errors import KdError
 from kd.studies.study import Row, Study
 
-PLACEHOLDER = re.compile(r"(?<!\$)\{([A-Za-z0-9_.-]+)(?:@(\d+))?\}")  # ${…} is Hydra's
+PLACEHOLDER = re.compile(  # row, its seed, a folder or file inside of its run: {teacher@0}/last; ${…} is Hydra's
+    r"(?<!\$)\{([A-Za-z0-9_.-]+)(?:@(\d+))?\}((?:/[A-Za-z0-9_.-]+)*)"
+)
 SEED = "seed"  # {seed} in an override: the seed of the run
 
 
@@ -70,15 +72,17 @@ def run_of(study: Study, row: Row, name: str, seed: int, exact: bool) -> int:
 def resolve_overrides(study: Study, row: Row, seed: int, directory: Path) -> tuple[str, ...]:
     """Return the overrides of one run, ``{…}`` replaced by quoted run directories below ``directory`` and the seed.
 
+    A path inside of a run is quoted with it: ``student.model.name={teacher}/last``, a folder for ``from_pretrained``.
+
     The weights that are read are those that are reported: of a study that reports the last epoch, the last ones.
     """
 
     def value(found: re.Match[str]) -> str:
         if found[1] == SEED:
-            return str(seed)
+            return f"{seed}{found[3]}"
         exact = found[2] is not None
         number = run_of(study, row, found[1], int(found[2]) if exact else seed, exact)
-        path = str(directory / found[1] / f"seed{number}").replace("'", r"\'")
+        path = f"{directory / found[1] / f'seed{number}'}{found[3]}".replace("'", r"\'")
         return f"'{path}'"
 
     own = [PLACEHOLDER.sub(value, override) for override in row.overrides]

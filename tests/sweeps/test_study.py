@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kd.cli import study as verb
 from kd.cli.main import main
@@ -106,6 +107,11 @@ def test_placeholders_become_quoted_run_directories(tmp_path: Path) -> None:
     assert references.resolve_overrides(study, chosen, 0, Path("/runs/it's"))[0] == "teacher.epoch=selected"
     assert len(references.resolve_overrides(study, chosen, 0, Path("/runs/it's"))) == 4
     assert list(references.runs_read(study, study.rows["b"], 0)) == [("a", 0), ("a", 1)]
+    inside = replace(study.rows["b"], overrides=("student.model.name={a}/last", "data.train=s{seed}/train.csv"))
+    texts = references.resolve_overrides(study, inside, 0, Path("/runs/its"))
+    assert texts == ("student.model.name='/runs/its/a/seed0/last'", "data.train=s0/train.csv")
+    name = OverridesParser.create().parse_override(texts[0]).value()
+    assert str(getattr(name, "text", name)) == "/runs/its/a/seed0/last", "Hydra reads it as one path"
 
 
 MAP = {"kind": "map", "x": "temperature", "measure": "test/acc1"}
