@@ -20,7 +20,7 @@ BELOW = {
     "sweeps": ("run", "setups", "report", "tracking"),
     "report": ("studies",),
     "studies": ("tasks",),  # of the tasks the descriptions of metrics, without torch
-    "deploy": ("run",),
+    "deploy": ("run", "report"),
     "run": ("setups", "distill", "tracking", "parallel"),
     "setups": ("distill",),
     "distill": ("tasks", "data", "models", "parallel"),
@@ -35,6 +35,7 @@ NO_TORCH = ("errors", "config", "records", "cli", "studies", "report", "parallel
 BUT_TORCH = {"kd.parallel.group"}  # what is done once torch is there
 NO_TORCH_EITHER = ("kd.run.train", "kd.run.log", "kd.run.evaluate", "kd.run.resume", "kd.tracking.summary")
 NO_TORCH_EITHER += ("kd.deploy.decision", "kd.deploy.sources", "kd.deploy.plan", "kd.deploy.cost_file")
+NO_TORCH_EITHER += ("kd.deploy.bench_file", "kd.deploy.page.write")
 NO_TORCH_EITHER += ("kd.tracking.wandb_run", "kd.tracking.wandb_sync", "kd.tracking.wandb_report")
 HEAVY = {"torch", "lightning", "torchvision", "timm", "transformers", "wandb", "torchmetrics", "optuna"}
 HYDRA = ("cli", "sweeps", "deploy", "run", "config")  # the rooms that may import hydra and omegaconf

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kd.config.rules import FLAG, list_of, number, one_of, refusals, refuse, whole
+from kd.deploy import bench_file
+from kd.deploy.bench_file import Bench, Plan, Speed, Writing
 from kd.errors import KdError, did_you_mean
-from kd.records import record
 
 BACKENDS = ("eager", "compiled", "bf16", "onnx", "int8", "openvino")
 OWN: dict[str, Any] = {"run": None, "checkpoint": None, "against": None, "backends": None, "batch_sizes": [1, 8, 32]}
@@ -61,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from kd.deploy import backends  # start-up: torch, as all of these
-    from kd.deploy.bench import Plan, bench  # start-up
+    from kd.deploy.bench import bench  # start-up
     from kd.deploy.subjects import subject  # start-up
 
     if own["device"] == "cuda" and not torch.cuda.is_available():
@@ -78,10 +77,9 @@ def main(argv: Sequence[str]) -> int:
         name = "teacher" if own["against"] == "teacher" else "against"
         sources[name] = [own["against"], own["source"], own["pretrained"]]
     found = bench({name: subject(*source) for name, source in sources.items()}, sources, plan)
-    _print(found, {name: source[0] for name, source in sources.items()})
+    _print(found)
     if own["out"]:
-        content = {"sources": {name: source[0] for name, source in sources.items()}, **asdict(found)}
-        record.write_text(Path(own["out"]), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        bench_file.write(Path(own["out"]), found)
     return 0
 
 
@@ -124,12 +122,12 @@ def _check(own: Mapping[str, Any]) -> None:
         raise KdError(f"out = {own['out']} cannot be written: its folder does not exist")
 
 
-def _print(found: Any, sources: Mapping[str, str]) -> None:
+def _print(found: Bench) -> None:
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 118)
     where = found.machine
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     print(f"{where['device']}, {where['threads']} of {where['cores']} cores; {versions}")
-    console.print(_sizes(found, sources))
+    console.print(_sizes(found))
     console.print(_speeds(found))
     if found.writing is not None:
         for name, rate in found.writing.tokens_per_second.items():
@@ -141,7 +139,7 @@ def _print(found: Any, sources: Mapping[str, str]) -> None:
         print(f"{name} is left out: {reason}")
 
 
-def _speeds(found: Any) -> Table:
+def _speeds(found: Bench) -> Table:
     names = list(found.sizes)
     table = Table(title="latency and throughput")
     for title in ("backend", "batch"):
@@ -160,32 +158,22 @@ def _speeds(found: Any) -> Table:
     return table
 
 
-def _sizes(found: Any, sources: Mapping[str, str]) -> Table:
+def _sizes(found: Bench) -> Table:
+    sources = found.sources
     table = Table(title="size (1 MAC = 2 FLOPs, of one sample)")
     table.add_column("")
     for name in found.sizes:
         table.add_column(f"{name}: {sources[name]}" if sources[name] != name else name, justify="right")
     if len(found.sizes) == 2:
         table.add_column("ratio", justify="right")
-    titles = {
-        "parameters": "parameters",
-        "added": "of them, heads added for inference",
-        "adapters": "adapters, of the training alone",
-        "file_bytes": "weights file, bytes",
-        "weight_bytes": "weights in memory, bytes",
-        "macs": "MACs",
-        "peak_bytes": f"peak memory of a batch of {max(found.plan.batch_sizes)}, bytes",
-    }
-    for key, title in titles.items():
-        values = [getattr(size, key) for size in found.sizes.values()]
-        if any(values):
-            both = len(values) == 2 and all(values)
-            ratio = [f"{values[0] / values[1]:.4g}" if both else ""] if len(values) == 2 else []
-            table.add_row(title, *("" if value is None else f"{value:,}" for value in values), *ratio)
+    for title, values in found.size_rows():
+        both = len(values) == 2 and values[0] and values[1]
+        ratio = [f"{values[0] / values[1]:.4g}" if both else ""] if len(values) == 2 else []  # type: ignore[operator]
+        table.add_row(title, *("" if value is None else f"{value:,}" for value in values), *ratio)
     return table
 
 
-def _ratio(part: Any) -> str:
-    if part.ratio is None:
+def _ratio(part: Speed | Writing) -> str:
+    if part.ratio is None or part.interval is None:
         return ""
     return f"{part.ratio:.3g} [{part.interval[0]:.3g}, {part.interval[1]:.3g}]"

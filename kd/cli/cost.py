@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kd.deploy.cost import Costs, compare, money
+from kd.cli.printed import printed
+from kd.deploy.cost import Costs, compare, money, of_sensitivity, sentence
 from kd.deploy.cost_file import names, read
 from kd.errors import KdError
 from kd.records import record
@@ -75,33 +76,4 @@ def show(costs: Costs, console: Console) -> None:
         table.add_row(name, *(money(each, costs.currency) for each in amounts))
     console.print(table)
     if costs.sensitivity:
-        console.print(_sensitivity(costs))
-
-
-def sentence(costs: Costs) -> str:
-    """Say what is saved a year, and when the training has paid for itself."""
-    saved = money(abs(costs.saving_year), costs.currency)
-    if costs.saving_month <= 0:
-        return f"The student saves nothing: it costs {saved} more a year than the teacher."
-    text = f"The student saves {saved} a year"
-    if not costs.training:
-        return f"{text}; training costs nothing here (training.NAME=AMOUNT)."
-    text += f"; the training, {money(costs.training, costs.currency)}, has paid for itself"
-    return (
-        f"{text} after {costs.break_even_months:,.1f} months{f', on {costs.break_even}' if costs.break_even else ''}."
-    )
-
-
-def _sensitivity(costs: Costs) -> Table:
-    title = "saved a year, months to break-even" if costs.training else "saved a year"
-    table = Table(title=f"If one input were half or double: {title}")
-    table.add_column("input")
-    for name in ("now", "half", "double", *(("half", "double") if costs.training else ())):
-        table.add_column(name, justify="right")
-    for half, double in zip(costs.sensitivity[::2], costs.sensitivity[1::2], strict=True):
-        shown = [money(row.saving_year, costs.currency) for row in (half, double)]
-        if costs.training:
-            months = (row.break_even_months for row in (half, double))
-            shown += ["never" if each is None else f"{each:,.1f}" for each in months]
-        table.add_row(half.key, f"{half.value:,.10g}", *shown)
-    return table
+        console.print(printed(of_sensitivity(costs)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -25,8 +26,9 @@ RULES = {
     "show": whole(0),
     "seed": whole(0),
 }
-OTHERS = ("predictions", "slices", "out", "write")
-EVERY = ("margin", "target", "slices", "cost", "show", "seed", "out")
+OTHERS = ("predictions", "slices", "out", "write", "page", "bench")
+EVERY = ("margin", "target", "slices", "cost", "prices", "show", "seed", "out", "page", "bench")
+PRICES = ("volume.", "student.", "teacher.", "training.", "currency", "start")  # keys of kd cost begin so
 FORMS = {  # what is decided on → the keys that it takes
     "predictions": ("predictions", *COLUMNS, "encoding", "validation", *EVERY),
     "run": ("run", "write", *EVERY),
@@ -34,7 +36,7 @@ FORMS = {  # what is decided on → the keys that it takes
 }
 
 USAGE = """kd decide FILE [label=COLUMN] [teacher=COLUMN] [student=COLUMN] [KEY=VALUE ...]
-kd decide run=RUN [KEY=VALUE ...]
+kd decide RUN [KEY=VALUE ...]
 kd decide examples=N [difference=D] [margin=M]
 
 Can the student replace its teacher? One sentence, then what it rests on. FILE (csv, tsv, jsonl, parquet) has an
@@ -43,7 +45,8 @@ two disagree.
 
   kd decide predictions.csv label=intent teacher=gpt student=bert
   kd decide predictions.csv student_confidence=p slices=[class,length,source] text=question cost=customer_service
-  kd decide run=RUN                            a run's test split, thresholds chosen on its validation split
+  kd decide RUN                                a run's test split, thresholds chosen on its validation split
+  kd decide RUN page=decision.html bench=bench.json cost=customer_service      all of it as one page
   kd decide examples=200 difference=-0.03      before labelling: what can so many examples show?
 
   label=label teacher=teacher student=student  the columns (these names by default)
@@ -55,7 +58,10 @@ two disagree.
   validation=0.5|FILE|COLUMN                   where temperature and threshold are chosen: a share of the rows, another
                                                file, or a column of val and test
   target=ACCURACY                              of the cascade, instead of the teacher's less the margin
-  cost=NAME|FILE.yaml                          as kd cost takes it: what is saved, and what the cascade costs
+  cost=NAME|FILE.yaml                          as kd cost takes it, with its keys (volume.requests=20000): what is
+                                               saved, and what the cascade costs
+  page=FILE.html                               one page that opens offline, with figures, texts and images
+  bench=FILE.json                              speed and size for the page: kd bench RUN against=teacher out=FILE.json
   show=10 seed=0 encoding=utf-8                disagreements that are listed
   out=FILE.json                                all numbers; write=FILE.csv: the examples of a run as such a file"""
 
@@ -70,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
     from kd.cli import decide_tables  # start-up: numpy, as all of these
     from kd.cli.cost import checked_out  # start-up
-    from kd.deploy import cost_file, sources  # start-up
+    from kd.deploy import bench_file, cost_file, sources  # start-up
     from kd.deploy.decision import decide  # start-up
     from kd.deploy.plan import plan  # start-up
     from kd.records import record  # start-up
@@ -82,17 +88,37 @@ def main(argv: Sequence[str]) -> int:
         decide_tables.show_plan(planned, console)
         found: Any = [asdict(one) for one in planned]
     else:
-        cost = cost_file.read(given["cost"]) if "cost" in given else None
+        cost = cost_file.read(given["cost"], given.get("prices", ())) if "cost" in given else None
+        bench = bench_file.read(given["bench"]) if "bench" in given else None
         examples, validation = sources.examples(given)
+        if "page" in given:
+            given.setdefault("slices", sources.all_slices(examples))
         settings = Settings(**{k: given[k] for k in ("margin", "target", "slices", "show", "seed") if k in given})
         decision = decide(examples, settings, validation, cost)
         decide_tables.show(decision, console)
         found = asdict(decision)
         if "write" in given:
             record.write_text(Path(given["write"]), sources.table(examples))
+        if "page" in given:
+            _write_page(given, decision, len(examples), bench, shlex.join(["kd", "decide", *argv]))
     if out is not None:
         record.write_text(out, json.dumps(_finite(found), indent=2, ensure_ascii=False) + "\n")
     return 0
+
+
+def _write_page(given: dict[str, Any], decision: Any, rows: int, bench: Any, command: str) -> None:
+    from kd.deploy.page import facts  # start-up: matplotlib, as the next
+    from kd.deploy.page.write import write  # start-up
+
+    if "run" in given:
+        from kd.deploy.samples import pictures  # start-up: torch
+
+        shown = pictures(given["run"], "test", [d.row for d in decision.disagreements if d.text is None])
+        about = facts.of_run(given["run"], command, bench, shown)
+    else:
+        about = facts.of_table(given["predictions"], rows, command, bench)
+    write(Path(given["page"]), decision, about)
+    print(given["page"])
 
 
 def parsed(argv: Sequence[str]) -> dict[str, Any]:
@@ -100,8 +126,11 @@ def parsed(argv: Sequence[str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for argument in argv:
         key, equals, value = argument.partition("=")
-        if not equals or Path(argument).is_file():
-            key, value = "predictions", argument
+        if not equals or Path(argument).exists():
+            key, value = ("run" if Path(argument).is_dir() else "predictions"), argument
+        if key.startswith(PRICES):
+            given.setdefault("prices", []).append(argument)
+            continue
         if key not in (*RULES, *OTHERS):
             near = did_you_mean(key, (*RULES, *OTHERS))
             raise KdError(f"{argument} is not understood: kd decide has no {key}{near}; kd decide --help lists them")
@@ -111,22 +140,39 @@ def parsed(argv: Sequence[str]) -> dict[str, Any]:
             [v.strip() for v in value.strip("[]").split(",") if v.strip()] if key == "slices" else _read(key, value)
         )
     refuse(refusals("", given, RULES))
+    _check_form(given)
+    _check_files(given)
+    return given
+
+
+def _check_form(given: dict[str, Any]) -> None:
+    """``KdError`` for keys that do not belong to what is decided on, or to one another."""
     forms = [form for form in FORMS if form in given]
     if len(forms) != 1:
         both = f"given: {' and '.join(forms)}" if forms else "none is given"
         raise KdError(f"kd decide takes a file of predictions, run=RUN, or examples=N; {both}")
     refuse([f"{key}=… has no use with {forms[0]}=…" for key in given if key not in FORMS[forms[0]]])
-    if "length" in given.get("slices", ()) and "text" not in given:
+    if "length" in given.get("slices", ()) and forms[0] == "predictions" and "text" not in given:
         raise KdError("slices = length needs text=COLUMN, of which it is the length")
-    if forms[0] == "run" and (others := [name for name in given.get("slices", ()) if name != "class"]):
+    known = ("class", "length")
+    if forms[0] == "run" and (others := [name for name in given.get("slices", ()) if name not in known]):
         raise KdError(
-            f"slices = {others[0]} is not known of a run: it must be class (others: write=FILE.csv, and add it)"
+            f"slices = {others[0]} is not known of a run: it must be class or length (others: write=FILE.csv, and add "
+            "them)"
         )
-    if "write" in given and not (given["write"].endswith(".csv") and Path(given["write"]).resolve().parent.is_dir()):
-        raise KdError(
-            f"write = {given['write']} is not allowed: it must be a name that ends in .csv, in a folder that exists"
-        )
-    return given
+    for needing, needed in (("prices", "cost"), ("bench", "page")):
+        if needing in given and needed not in given:
+            key = given["prices"][0].partition("=")[0] if needing == "prices" else needing
+            raise KdError(f"{key}=… has no use without {needed}=…")
+
+
+def _check_files(given: dict[str, Any]) -> None:
+    """``KdError`` for a name of another kind, or in a folder that does not exist, before anything is measured."""
+    for key, ending in (("write", ".csv"), ("page", ".html")):
+        if key in given and not (given[key].endswith(ending) and Path(given[key]).resolve().parent.is_dir()):
+            raise KdError(
+                f"{key} = {given[key]} is not allowed: it must be a name that ends in {ending}, in a folder that exists"
+            )
 
 
 def _read(key: str, value: str) -> Any:

@@ -11,7 +11,6 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd.deploy import backends, peak_memory
+from kd.deploy.bench_file import Bench, Plan, Size, Speed, Writing
 from kd.deploy.subjects import Subject
 from kd.errors import KdError
 
@@ -28,74 +28,6 @@ STABLE = 0.05  # change of the median from one group of passes to the next at wh
 GROUP, GROUPS = 5, 20  # passes of a group, groups at most
 LEVEL, RESAMPLES = 0.95, 2000
 PERCENTILES = (50, 95, 99)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured: ``backends``, ``batch_sizes``, ``rounds`` of each; ``length``: tokens of a text.
-
-    ``new_tokens``: written by generators; ``memory``: whether a fresh process measures the peak; ``device``: cpu, cuda.
-    """
-
-    backends: Sequence[str]
-    batch_sizes: Sequence[int] = (1, 8, 32)
-    rounds: int = 50
-    length: int = 128
-    new_tokens: int = 32
-    threads: int = 1
-    device: str = "cpu"
-    memory: bool = True
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of one network: parameters, those of heads added at inference and of adapters of the training, bytes, MACs."""
-
-    parameters: int
-    added: int
-    adapters: int
-    file_bytes: int | None
-    weight_bytes: int
-    macs: int
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of networks in one backend at one batch size: milliseconds a pass by percentile, samples a second, the ratio.
-
-    ``ratio``: of the first to the second, the median over rounds; ``interval``: 95 %, by the bootstrap over rounds.
-    """
-
-    backend: str
-    batch_size: int
-    milliseconds: Mapping[str, Mapping[str, float]]
-    throughput: Mapping[str, float]
-    ratio: float | None = None
-    interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Writing:
-    """Of generators: tokens a second and milliseconds to the first token, by network, and the ratio of the time."""
-
-    tokens_per_second: Mapping[str, float]
-    first_token_ms: Mapping[str, float]
-    ratio: float | None = None
-    interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """All that was measured, on which machine, and which backends could not be had, with the reason."""
-
-    machine: Mapping[str, Any]
-    plan: Plan
-    sizes: Mapping[str, Size]
-    speeds: list[Speed]
-    writing: Writing | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def bench(subjects: Mapping[str, Subject], sources: Mapping[str, list[Any]], plan: Plan) -> Bench:
@@ -120,7 +52,8 @@ def bench(subjects: Mapping[str, Subject], sources: Mapping[str, list[Any]], pla
         writing = _writing(generators, plan, device) if generators else None
     finally:
         torch.set_num_threads(threads)
-    return Bench(machine(plan), plan, sizes, speeds, writing, left_out)
+    names = {name: str(source[0]) for name, source in sources.items() if source}
+    return Bench(names, machine(plan), plan, sizes, speeds, writing, left_out)
 
 
 def _size(subject: Subject, source: list[Any], plan: Plan, device: torch.device) -> Size:

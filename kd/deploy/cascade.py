@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd.deploy.quality import LEVEL, Quality, compare, interval
+from kd.deploy.quality import LEVEL, Quality, compare, interval, wilson
 
 STEPS = 20  # thresholds that are tried: at these quantiles of the student's confidence on validation
 
@@ -30,7 +30,8 @@ class Cascade:
     ``target``: the accuracy wanted, None: not inferior to the teacher by the margin. ``threshold``: None where none
     was shown to meet it; then ``chosen`` and ``quality`` (cascade against teacher, on test) are None as well.
     ``curve``: accuracy against the share that goes to the teacher, on test, from the student alone on. ``meets``:
-    whether the target is met on test as well, at its one-sided limit of 95 %.
+    whether the target is met on test as well, at its one-sided limit of 95 %. ``student``, ``teacher``: accuracy of
+    each alone on test.
     """
 
     fitted: int
@@ -41,6 +42,8 @@ class Cascade:
     chosen: Point | None
     quality: Quality | None
     meets: bool
+    student: float
+    teacher: float
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def cascade(validation: Answers, test: Answers, margin: float, target: float | N
         None if chosen is None else test.point(chosen),
         quality,
         chosen is not None and meets(test, chosen, margin, target),
+        float(test.student.mean()),
+        float(test.teacher.mean()),
     )
 
 
@@ -107,10 +112,8 @@ def choose(validation: Answers, tried: list[float], margin: float, target: float
 
 def meets(answers: Answers, threshold: float, margin: float, target: float | None) -> bool:
     """Tell whether the cascade meets the target at its one-sided limit of 95 %: Tango's, of an accuracy Wilson's."""
-    from statsmodels.stats.proportion import proportion_confint
-
     right, n = answers.routed(threshold), len(answers.student)
     if target is not None:
-        return bool(proportion_confint(right.sum(), n, alpha=2 * (1 - LEVEL), method="wilson")[0] >= target)
+        return wilson(int(right.sum()), n, 2 * LEVEL - 1)[0] >= target
     gained, lost = int((right & ~answers.teacher).sum()), int((answers.teacher & ~right).sum())
     return interval(gained, lost, n, 2 * LEVEL - 1)[0] > -margin

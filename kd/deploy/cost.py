@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 
+from kd.deploy.text_table import Table
+
 MILLION = 1e6
 HOURS = 730  # of a month: 8,760 hours a year ÷ 12
 DAYS = 365.25 / 12  # of a month
@@ -158,3 +160,31 @@ def money(amount: float, currency: str) -> str:
     size = abs(amount)
     digits = f"{amount:,.0f}" if size >= 99.995 else f"{amount:,.2f}" if size >= 1 or not size else f"{amount:.4g}"
     return f"{digits} {currency}"
+
+
+def sentence(costs: Costs) -> str:
+    """Say what is saved a year, and when the training has paid for itself."""
+    saved = money(abs(costs.saving_year), costs.currency)
+    if costs.saving_month <= 0:
+        return f"The student saves nothing: it costs {saved} more a year than the teacher."
+    text = f"The student saves {saved} a year"
+    if not costs.training:
+        return f"{text}; training costs nothing here (training.NAME=AMOUNT)."
+    text += f"; the training, {money(costs.training, costs.currency)}, has paid for itself"
+    return (
+        f"{text} after {costs.break_even_months:,.1f} months{f', on {costs.break_even}' if costs.break_even else ''}."
+    )
+
+
+def of_sensitivity(costs: Costs) -> Table:
+    """Write what is saved, and when the training has paid for itself, if one input were half or double."""
+    title = "saved a year, months to break-even" if costs.training else "saved a year"
+    rows = []
+    for half, double in zip(costs.sensitivity[::2], costs.sensitivity[1::2], strict=True):
+        shown = [money(row.saving_year, costs.currency) for row in (half, double)]
+        if costs.training:
+            months = (row.break_even_months for row in (half, double))
+            shown += ["never" if each is None else f"{each:,.1f}" for each in months]
+        rows.append((half.key, f"{half.value:,.10g}", *shown))
+    head = ("input", "now", "half", "double", *(("half", "double") if costs.training else ()))
+    return Table(f"If one input were half or double: {title}", head, rows)

@@ -186,6 +186,16 @@ def sentence(
     return f"{start}: {seen}, {worst}, {best}, on both sides of {margin}: {needed} (power 80 %)."
 
 
+def losing(decision: Decision) -> list[str]:
+    """Say which slices lose for certain, corrected for their number: a sentence each, three at most."""
+    worse = [s for s in decision.slices if s.corrected < CERTAIN and s.difference < 0]
+    return [
+        f"But {part.column} = {part.value} loses {-100 * part.difference:.1f} points on {part.n} examples "
+        f"(p = {part.corrected:.2g}, corrected for {len(decision.slices)} slices)."
+        for part in worse[:3]
+    ]
+
+
 def _points(difference: float) -> str:
     """Write a difference of shares as ``1.2 points below``."""
     shown = f"{abs(100 * difference):.1f}"

@@ -23,6 +23,7 @@ from kd.errors import KdError, named
 from kd.losses.base import Batch, Output
 from kd.records import record
 from kd.run import build
+from kd.tasks.base import Want
 
 COMPARED = 64  # samples whose answers are compared, at least, where the test split has as many
 CALIBRATION = 256  # training samples that static quantisation reads
@@ -162,13 +163,16 @@ def _singles(raw: Raw) -> Iterator[Raw]:
 def measured(given: Student, module: FromRaw, data: Any, answer: Answer) -> float:
     """Return the task's main metric on the test split, through the run's own data and metrics.
 
-    ``KdError`` for a task whose rows are no samples.
+    ``KdError`` for a task of tokens or embeddings.
     """
-    if given.answers not in ("classes", "number"):
+    if given.answers not in ("classes", "mask", "number"):
         raise KdError(f"quantize needs a task of classes or numbers, as its accuracy is measured: not {given.answers}")
 
+    def exported(inputs: Any) -> torch.Tensor:
+        return torch.from_numpy(answer(module.raw(inputs)))
+
     def network(batch: Batch) -> Output:
-        return Output(torch.from_numpy(answer(module.raw(batch.inputs))))
+        return given.task.answer(exported, batch.inputs, batch, Want())  # type: ignore[arg-type]
 
     who = "the exported student"
     found, _ = measure(given.task, data.num_classes, network, data.test_dataloader(), torch.device("cpu"), who=who)
@@ -181,9 +185,8 @@ def preprocessing(given: Student, module: FromRaw, inside: bool) -> dict[str, An
     if given.images:
         channels, height, width = given.facts["input_shape"]
         edge = round(height / (given.config["data"].get("crop_pct") or 1.0))
-        square = (
-            {"shorter_edge": edge, "interpolation": "bicubic"} if height == width else {"interpolation": "bilinear"}
-        )
+        cropped = height == width and given.answers != "mask"
+        square = {"shorter_edge": edge, "interpolation": "bicubic"} if cropped else {"interpolation": "bilinear"}
         found |= {"mode": "L" if channels == 1 else "RGB", "shape": [channels, height, width], **square}
         found |= {"mean": given.facts["mean"], "std": given.facts["std"], "normalised_by_the_model": inside}
     elif given.tokenizer is not None:

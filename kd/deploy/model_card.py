@@ -53,7 +53,7 @@ def script(given: Student, file: str) -> str:
         .render(
             kind=kind,
             file=file,
-            square=kind == "images" and shape[1] == shape[2],
+            square=kind == "images" and shape[1] == shape[2] and given.answers != "mask",
             pairs=given.pairs,
             answers=given.answers,
             causal=given.task.architecture == "causal_lm",
@@ -111,7 +111,7 @@ def _data(given: Student) -> str:
 
 def _front(given: Student, options: Options, main: Metric, value: float | None, data: str) -> str:
     """Write the fields that the Hugging Face hub reads; what is not known, as the licence, is left out."""
-    task = HUB_TASKS[given.task.architecture]
+    task = "image-segmentation" if given.answers == "mask" else HUB_TASKS[given.task.architecture]
     train = given.config["data"].get("train")
     metric = HUB_METRICS.get(main.name, main.name)
     fields: dict[str, Any] = {

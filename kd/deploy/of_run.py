@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kd.deploy import samples
 from kd.deploy.examples import Examples, check
 from kd.errors import KdError
 from kd.records import record
@@ -15,14 +17,19 @@ from kd.run.evaluate import evaluate, run_config
 
 
 def examples_of_run(run: str) -> tuple[Examples, Examples]:
-    """Return the examples of validation and of test, with the probabilities of both networks.
+    """Return the examples of validation and of test, with the probabilities of both networks, and test's texts.
 
     The student's answers are read where the run kept them (``protocol.keep_predictions``), else it is measured, as the
     teacher is. ``KdError`` for runs of another task than classification, and where the teacher cannot be had.
     """
     config = run_config(run)
+    if not any(config["teacher"].get(key) for key in ("model", "checkpoint", "answers")):
+        raise KdError(f"run = {run} has no teacher: there is nothing that its student could replace")
     val, test = (_of_split(run, config, split) for split in ("val", "test"))
-    return val, test
+    texts = samples.texts(run, "test")
+    if not texts:
+        return val, test
+    return val, replace(test, text=np.asarray([texts[int(row)] for row in test.rows], dtype=object))
 
 
 def _of_split(run: str, config: dict[str, Any], split: str) -> Examples:

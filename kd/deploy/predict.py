@@ -126,6 +126,11 @@ def load(run: str | Path, who: str = "student", weights: str = "selected") -> Pr
     if task.architecture is not None and not reads_texts:
         kind = task.architecture
         raise KdError(f"run = {run} is of a {kind} network, which answers no classes (kd generate model={run})")
+    if given.answers == "mask":
+        raise KdError(
+            f"run = {run} answers masks, and kd predict writes a class or a number: kd export {run} format=onnx makes "
+            "run_onnx.py, which writes the mask of an image"
+        )
     if config["data"].get("encoder"):
         raise KdError(f"run = {run} was trained on features of data.encoder: kd predict reads texts and images")
     columns = tuple(config["data"].get(key) or key for key in ("text", "text_pair")[: 1 + given.pairs])

@@ -23,6 +23,7 @@ class Quality:
     """Accuracy of student and teacher on the same ``n`` examples, and what they show.
 
     ``student``, ``teacher``: shares right, None where only the examples that they disagree on have labels.
+    ``retention``: student ÷ teacher, with its interval by the paired bootstrap; None where a share is not known, or 0.
     ``interval``: of the difference, 95 %, two-sided; ``lower``, ``upper``: one-sided limits of 95 %, all by Tango's
     score. ``bootstrap``: the paired bootstrap's interval, percentiles. ``mcnemar``: exact p that there is no
     difference. ``non_inferior``: p that the student is worse by ``margin`` or more, of the score test, so that it is
@@ -49,6 +50,8 @@ class Quality:
     shown_margin: float
     needed: int
     needed_as_measured: int | None
+    retention: float | None = None
+    retention_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def compare(student: np.ndarray, teacher: np.ndarray, margin: float, labelled: b
     lower, upper = interval(gained, lost, n, 2 * LEVEL - 1)
     needed = examples_needed(expected, margin)
     assert needed is not None  # for a margin above 0
+    kept = _retention(student, teacher, seed) if labelled and teacher.any() else (None, None)
     return Quality(
         n,
         float(student.mean()) if labelled else None,
@@ -110,7 +114,25 @@ def compare(student: np.ndarray, teacher: np.ndarray, margin: float, labelled: b
         shown_margin(n, expected),
         needed,
         examples_needed(expected, margin, difference),
+        *kept,
     )
+
+
+def wilson(right: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Return Wilson's interval of a share, ``right`` of ``n``; its lower end alone is a limit of (1 + level) ÷ 2."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(right, n, alpha=1 - level, method="wilson")
+    return float(low), float(high)
+
+
+def _retention(student: np.ndarray, teacher: np.ndarray, seed: int) -> tuple[float, tuple[float, float]]:
+    """Return the student's accuracy ÷ the teacher's, and its 95 % interval over resampled examples; percentiles."""
+    found = [
+        (w @ student.astype(float)) / np.maximum(w @ teacher.astype(float), 1)
+        for w in _weights(len(student), seed, RESAMPLES)
+    ]
+    return float(student.mean() / teacher.mean()), _percentiles(np.concatenate(found))
 
 
 def score(gained: int, lost: int, n: int, difference: float) -> float:

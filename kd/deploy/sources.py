@@ -28,6 +28,8 @@ def examples(given: Mapping[str, Any]) -> tuple[Examples, Examples | float | Non
         from kd.deploy.of_run import examples_of_run  # start-up: it measures with torch
 
         validation, test = examples_of_run(given["run"])
+        if "length" in given.get("slices", ()) and test.text is None:
+            raise KdError(f"slices = length is not known of run = {given['run']}: its samples are no texts")
         return test, validation
     path, where = given["predictions"], given.get("validation")
     chosen = {one.name: given[one.name] for one in fields(Columns) if one.name in given}
@@ -55,6 +57,11 @@ def _by_column(found: Examples, name: str) -> tuple[Examples, Examples]:
     if val.all() or not val.any():
         raise KdError(f"validation = {name} holds {values[0]} alone: both val and test are needed")
     return found.part(~val), found.part(val)
+
+
+def all_slices(found: Examples) -> list[str]:
+    """Return the slices that there are without naming a column: by class, and by length of texts."""
+    return [*(["class"] if found.labelled else []), *(["length"] if found.labelled and found.text is not None else [])]
 
 
 def table(found: Examples) -> str:

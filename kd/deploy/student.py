@@ -19,6 +19,7 @@ from kd.records.weight_files import LAST, SELECTED
 from kd.run import build, described, integrity
 from kd.run.evaluate import run_config, student_network
 from kd.tasks.base import Task
+from kd.tasks.segmentation import Segmentation
 
 WEIGHTS = {"selected": SELECTED, "last": LAST}
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")  # what a network of texts is given, in this order
@@ -53,7 +54,9 @@ class Student:
 
     @property
     def answers(self) -> str:
-        """What an output row is: ``classes``, a ``number``, an ``embedding``, or logits of ``tokens``."""
+        """What an output row is: ``classes``, a ``mask``, a ``number``, an ``embedding``, or logits of ``tokens``."""
+        if self.task.row == "pixel":
+            return "mask"
         if self.task.regression:
             return "number"
         kinds = {"masked_lm": "tokens", "causal_lm": "tokens", "embedding": "embedding"}
@@ -170,6 +173,19 @@ class Pixels(FromRaw):
         return {"images": ((inputs - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8).numpy()}
 
 
+class Maps(Pixels):
+    """From ``images`` (B, C, H, W) uint8 to logits of the classes at each of their pixels, (B, classes, H, W)."""
+
+    def __init__(self, given: Student) -> None:
+        super().__init__(given)
+        assert isinstance(given.task, Segmentation)
+        self._maps, self.size = given.task.maps, tuple(given.facts["input_shape"][1:])
+
+    def logits(self, answer: Any) -> Tensor:
+        """The maps, at the resolution of the images."""
+        return self._maps(super().logits(answer), self.size)
+
+
 class Vectors(FromRaw):
     """From ``inputs`` (B, …) float32, as they are."""
 
@@ -211,5 +227,6 @@ def from_raw(given: Student, inputs: Any) -> FromRaw:
     if isinstance(inputs, Mapping):
         made: FromRaw = Tokens(given, inputs)
     else:
-        made = Pixels(given) if given.images else Vectors(given)
+        kind = Maps if isinstance(given.task, Segmentation) else Pixels
+        made = kind(given) if given.images else Vectors(given)
     return made.eval()

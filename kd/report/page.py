@@ -52,21 +52,24 @@ class Section:
     points: list[str] = field(default_factory=list)
 
 
+HOW: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+
+
 def render(context: Mapping[str, Any]) -> dict[str, str]:
     """Return ``{"md": …, "html": …}`` of name, question, paper, claim, verdict and sections."""
-    loader = jinja2.PackageLoader("kd.report", "")
-    how: dict[str, Any] = {
-        "loader": loader,
-        "trim_blocks": True,
-        "lstrip_blocks": True,
-        "undefined": jinja2.StrictUndefined,
-    }
-    page = jinja2.Environment(autoescape=True, **how)
-    page.filters |= {"spread": spread, "unbroken": unbroken}
-    html = page.get_template("report.html.j2").render(context)
-    plain = jinja2.Environment(autoescape=False, keep_trailing_newline=True, **how)
+    plain = jinja2.Environment(
+        loader=jinja2.PackageLoader("kd.report", ""), autoescape=False, keep_trailing_newline=True, **HOW
+    )
     plain.filters["markdown"] = markdown
-    return {"html": html, "md": plain.get_template("report.md.j2").render(context)}
+    return {"html": html("report", context), "md": plain.get_template("report.md.j2").render(context)}
+
+
+def html(name: str, context: Mapping[str, Any], package: str = "kd.report") -> str:
+    """Render ``NAME.html.j2`` of a package, which may extend ``base.html.j2`` of this one; all text is escaped."""
+    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(where, "") for where in dict.fromkeys((package, "kd.report"))])
+    page = jinja2.Environment(loader=loader, autoescape=True, **HOW)
+    page.filters |= {"spread": spread, "unbroken": unbroken}
+    return page.get_template(f"{name}.html.j2").render(context)
 
 
 def spread(cell: str) -> str | Markup:
