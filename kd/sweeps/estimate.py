@@ -12,7 +12,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +37,8 @@ from kd.sweeps.refusals import refuse_duplicates, refuse_unbuildable
 WARM, ENOUGH = 3, 1.5  # steps that are not counted, seconds of counted ones
 EPOCH = re.compile(r"^(\S+ \S+) INFO epoch \d+/\d+ ", re.MULTILINE)  # in train.log, when one has ended
 OTHER_SEEDS, NO_GPU = "its other seeds", "– (there is no GPU here to time it on)"
+TO_COME = "– (it reads a folder of a run that is to come)"
+UNTIMED = (NO_GPU, TO_COME)
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
     print_table(f"{study.name}: {sum(len(x.missing) for x in lines)} of {len(jobs)} runs are missing", head, rows)
     seconds = {job.name: x.seconds for x in lines for job in x.missing if not math.isnan(x.seconds)}
     alone, together = sum(seconds.values()), makespan(jobs, seconds, len(slots))
-    stepped = any(x.missing and x.how not in (OTHER_SEEDS, NO_GPU) for x in lines)
+    stepped = any(x.missing and x.how not in (OTHER_SEEDS, *UNTIMED) for x in lines)
     more = "; where steps were timed, validation and test come on top" if stepped else ""
-    more += f"; {untimed} runs are not counted" if (untimed := sum(x.how == NO_GPU for x in lines)) else ""
+    untimed = sum(len(x.missing) for x in lines if x.how in UNTIMED)
+    more += f"; {untimed} runs are not counted" if untimed else ""
     print(f"{duration(alone)} one after another, about {duration(together)} with {len(slots)} at once{more}")
     if problems:
         raise KdError("\n".join([f"{len(problems)} rows cannot be trained:", *problems]))
@@ -124,6 +127,8 @@ def _timed(line: Line, directory: Path, configs: Mapping[str, Mapping[str, Any]]
     if configs[line.missing[0].name]["hardware"]["accelerator"] in ("gpu", "cuda") and not gpus():  # a login node
         return replace(line, seconds=math.nan, how=NO_GPU)
     config = _without_missing(dict(configs[line.missing[0].name]), directory, configs)
+    if any(Path(text).is_relative_to(directory) and not Path(text).exists() for text in _texts(config)):
+        return replace(line, seconds=math.nan, how=TO_COME)
     steps, seconds, start = clock(config)
     length = config["recipe"].get("steps") or config["recipe"]["epochs"] * steps
     how = f"{steps} steps an epoch, {1000 * seconds:.1f} ms each"
@@ -193,6 +198,14 @@ def _without_missing(
     return {**config, "student": student, "teacher": teacher}
 
 
+def _texts(node: Any) -> Iterator[str]:
+    """Yield every text in a config, at any depth."""
+    if isinstance(node, str):
+        yield node
+    for part in node.values() if isinstance(node, Mapping) else node if isinstance(node, (list, tuple)) else ():
+        yield from _texts(part)
+
+
 def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]:
     """Steps of an epoch, seconds of one, and seconds until the first; nothing is kept.
 
@@ -253,7 +266,7 @@ def _after(study: Study, row: str) -> str:
 
 
 def _times(line: Line) -> tuple[str, str, str]:
-    if not line.missing or line.how == NO_GPU:
+    if not line.missing or line.how in UNTIMED:
         return "–", "–", line.how if line.missing else "–"
     return duration(line.seconds), duration(line.seconds * len(line.missing)), line.how
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from kd.records.manifest import Job
+from kd.records.state import state_of
 from kd.sweeps import estimate
 
 
@@ -59,6 +61,25 @@ def test_rows_that_cost_the_same_are_timed_once(engine, monkeypatch) -> None:
     others = ["recipe.batch_size=32", "student.model.hidden=[3]", "data.drop_classes=[3]", "loss=[kd]"]
     assert [times(other) for other in [*others, "hardware=ddp_cpu"]] == [2, 3, 4, 5, 6]
     assert asked[0][1] == 2
+
+
+def test_a_row_that_reads_a_folder_of_a_missing_run_is_not_timed(engine, tmp_path: Path) -> None:
+    folder = tmp_path / "first" / "seed0" / "last"
+    job = Job("second/seed0", "second", (f"notes={folder}",), ("first/seed0",))
+    line = estimate.Line("second", [job], [state_of(tmp_path / job.name)])
+    configs = {job.name: engine.compose(job)}
+    times = []
+
+    def clock(config: dict) -> tuple[int, float, float]:
+        times.append(config)
+        return 3, 0.1, 1.0
+
+    found = estimate._timed(line, tmp_path, configs, clock)
+    assert (found.how, math.isnan(found.seconds), times) == (estimate.TO_COME, True, [])
+    folder.mkdir(parents=True)
+    found = estimate._timed(line, tmp_path, configs, clock)
+    assert len(times) == 1
+    assert found.seconds > 1
 
 
 def test_a_step_of_several_processes_is_the_part_of_one(engine) -> None:
