@@ -45,6 +45,8 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
         config[section]["checkpoint"] = _absolute(config[section]["checkpoint"])
         if config[section].get("epoch") == "selected":  # the same weights, so the same experiment
             config[section]["epoch"] = None
+    if config["student"].get("new_head") is False:
+        config["student"]["new_head"] = None
     if "root" in config["data"]:
         config["data"]["root"] = _absolute(config["data"]["root"])
     return config

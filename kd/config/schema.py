@@ -31,6 +31,7 @@ class Student:
     surgery: Surgery = field(default_factory=Surgery)
     checkpoint: str | None = None  # weights to start from; null: random
     epoch: str | None = None  # of a run directory: selected (by validation; null: the same) or last
+    new_head: bool | None = None  # true: all of the checkpoint but its classifier, which is new, for other classes
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Recipe:
     warmup_start: float | None = None  # share of the rate to begin with; null: 0
     no_decay: str | None = None  # norm_and_bias: no weight decay for norms, biases, embeddings, tokens
     layer_decay: float | None = None  # factor of the rate from a layer to the one before it
+    body_lr: Any = None  # of all of the student but its classifier: a rate, or xFACTOR of the optimiser's
+    frozen_body: int | None = None  # for so many epochs (or steps) the student's classifier alone is trained
     groups: Any = None  # [{pattern: glob or regex, lr: rate or xFACTOR, weight_decay: …}]; a parameter's first match
     ema: Any = None  # {decay: 0.999, warmup: true}: the average of the student is what is measured and kept
     networks: Any = None  # {NAME: {optimizer: …, scheduler: …}} of a set-up's network with an optimiser of its own
@@ -162,3 +165,6 @@ OmegaConf.register_new_resolver(
     "kd.digest", lambda value: hashlib.sha256("\n".join(map(str, value)).encode()).hexdigest()[:8], replace=True
 )
 OmegaConf.register_new_resolver("kd.or", lambda value, default: default if value is None else value, replace=True)
+OmegaConf.register_new_resolver(
+    "kd.if", lambda value, wanted, then, otherwise: then if value == wanted else otherwise, replace=True
+)

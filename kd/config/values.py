@@ -63,6 +63,8 @@ def of_a_training(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _of_the_student(config: Mapping[str, Any]) -> Iterator[str]:
     model, surgery = config["student"]["model"], config["student"].get("surgery") or {}
+    if config["student"].get("new_head") and config["student"]["checkpoint"] is None:
+        yield "student.new_head = true needs student.checkpoint: the weights whose classifier is left out"
     cut = [key for key, value in surgery.items() if value is not None]
     if model is None and not cut:
         yield (

@@ -20,10 +20,18 @@ class Classifier(NamedTuple):
 
 
 def classifier(network: nn.Module) -> Classifier:
-    """The layer that makes the logits: name and module, so that it can be tapped as ``NAME:input``.
+    """The layer that makes the logits, of two the first: its name, so that it can be tapped (``NAME:input``), and it.
 
-    timm says which (``get_classifier``; of two heads the first); otherwise the last linear layer in ``fc``, ``head``,
-    ``heads``, ``classifier`` or ``score``, or of the whole network.
+    Raises ``ValueError`` when there is none.
+    """
+    return classifiers(network)[0]
+
+
+def classifiers(network: nn.Module) -> list[Classifier]:
+    """The layers that make the logits: two where a distillation token has its own.
+
+    timm says which (``get_classifier``); otherwise the last linear layer in ``fc``, ``head``, ``heads``,
+    ``classifier`` or ``score``, or of the whole network.
 
     Raises ``ValueError`` when there is none.
     """
@@ -31,14 +39,15 @@ def classifier(network: nn.Module) -> Classifier:
     ask: Any = getattr(network, "get_classifier", None)
     if callable(ask):
         said = ask()
-        said = said[0] if isinstance(said, (tuple, list, nn.ModuleList)) else said
-        if isinstance(said, nn.Module) and not isinstance(said, nn.Identity) and id(said) in known:
-            return Classifier(known[id(said)], said)
+        several = said if isinstance(said, (tuple, list, nn.ModuleList)) else [said]
+        heads = [m for m in several if isinstance(m, nn.Module) and not isinstance(m, nn.Identity) and id(m) in known]
+        if heads:
+            return [Classifier(known[id(head)], head) for head in heads]
     parts = [getattr(network, name, None) for name in CLASSIFIERS]
     for part in [*(part for part in parts if isinstance(part, nn.Module)), network]:
         linear = [m for m in part.modules() if isinstance(m, nn.Linear) and id(m) in known]
         if linear:
-            return Classifier(known[id(linear[-1])], linear[-1])
+            return [Classifier(known[id(linear[-1])], linear[-1])]
     raise ValueError(f"{type(network).__name__} has no classifier: it has no linear layer behind its features")
 
 

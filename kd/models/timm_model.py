@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
+from timm.models import PretrainedCfg
 from torch import nn
 
+from kd.config.hub import online
 from kd.errors import did_you_mean
 
 
@@ -37,11 +42,36 @@ def timm_model(
         arguments.setdefault("img_size", size[0] if size[0] == size[1] else tuple(size))
     if not (pretrained or on_hub):
         return timm.create_model(name, **arguments)
+    if name.partition(":")[0] != "local-dir" and not online():  # the libraries would try for minutes
+        file = _cached(name, config)
+        if file is None:
+            raise ValueError(_unreachable(name, config, "the Hugging Face hub cannot be reached"))
+        arguments |= {} if on_hub else {"pretrained_cfg_overlay": {"file": file}}
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
-            f"the pretrained weights of {name} cannot be had ({reason}): "
-            "give a file as teacher.checkpoint=FILE or student.checkpoint=FILE with pretrained=false, or be online"
-        ) from error
+        raise ValueError(_unreachable(name, config, reason)) from error
+
+
+def _unreachable(name: str, config: PretrainedCfg | None, reason: str) -> str:
+    """Say that pretrained weights cannot be had, which file they are, and how to give it."""
+    hub = getattr(config, "hf_hub_id", None)
+    place = f" model.safetensors of https://huggingface.co/{hub}" if hub else ""
+    return (
+        f"the pretrained weights of {name} cannot be had ({reason}): give a file,{place or ' theirs'}, as "
+        "student.checkpoint=FILE (with student.new_head=true for other classes) or teacher.checkpoint=FILE, with "
+        "pretrained=false, or be online"
+    )
+
+
+def _cached(name: str, config: PretrainedCfg | None) -> str | None:
+    """Return the file of pretrained weights that an earlier download left; None: there is none."""
+    hub = name.partition(":")[2] if config is None else config.hf_hub_id
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        found = None if hub is None else try_to_load_from_cache(hub, file)
+        if isinstance(found, str):
+            return found
+    url = getattr(config, "url", None)
+    there = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2] if url else None
+    return str(there) if there is not None and there.is_file() else None

@@ -124,12 +124,18 @@ def absent(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -
 
 def network(path: str) -> Any:
     """Read the network that a safetensors file names, a node with a ``_target_``; None where it names none."""
+    return about(path).get("model")
+
+
+def about(path: str, epoch: str | None = None) -> dict[str, Any]:
+    """Read what a safetensors file of a run says of itself: model, data, seed; {} of other files, or where none is."""
     try:
-        with locate(path).open("rb") as content:
+        with locate(path, epoch).open("rb") as content:
             metadata = json.loads(content.read(int.from_bytes(content.read(8), "little")))["__metadata__"]
-        return json.loads(metadata["kd"])["model"]
+        found = json.loads(metadata["kd"])
+        return found if isinstance(found, dict) else {}
     except (KdError, OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError, RecursionError):
-        return None
+        return {}
 
 
 def _fingerprint_at(path: str, epoch: str | None) -> str | None:

@@ -17,6 +17,7 @@ from torch import nn
 from kd.config import hardware
 from kd.config.instantiate import found, make
 from kd.config.keys import OBJECTIVE_KEYS
+from kd.config.recipe import always_frozen, settings
 from kd.data.base import AdaptedData
 from kd.data.images.base import DataModule
 from kd.data.text.base import TextModule
@@ -26,7 +27,8 @@ from kd.errors import KdError, did_you_mean, framed
 from kd.losses.base import Term
 from kd.parallel import group
 from kd.records import weight_files
-from kd.run import compatibility, networks, optim, weights
+from kd.run import compatibility, input_statistics, networks, optim, weights
+from kd.run.frozen_body import freeze
 from kd.run.hardware import checkpoint_gradients
 from kd.run.teacher_tokenizer import KEY, with_teacher_tokenizer
 from kd.tasks.base import Task
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 
 def datamodule(config: Mapping[str, Any]) -> Any:
     """Make the data module, set up for all splits. Of several processes one a node downloads."""
-    node = with_teacher_tokenizer(config)
+    node = with_teacher_tokenizer({**config, "data": input_statistics.completed(config)})
     own = node.pop(KEY, None)  # an object, perhaps, which no config can hold
     data = make(node, "data", **({} if own is None else {KEY: own}))
     if not isinstance(data, LightningDataModule):
@@ -128,6 +130,8 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     cut = config["student"].get("surgery")
     teacher = networks.teacher(config, data, built_task) if cut else None
     net = networks.student(config, data, built_task, teacher)
+    if always_frozen(settings(config)):
+        freeze(net)
     peers = {
         name: networks.network(
             node, f"networks.{name}", data.num_classes, data.input_shape, **networks.of_text(data, built_task)

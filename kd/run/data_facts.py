@@ -39,20 +39,22 @@ def _restriction(data: Any) -> Any:
     return getattr(data, "restriction", None)
 
 
-def same_data(recorded: Mapping[str, Any], data: Any, source: str) -> None:
+def same_data(recorded: Mapping[str, Any], data: Any, source: str, advice: str | None = "") -> None:
     """Refuse weights (``source``, with the facts recorded beside them) of other classes or of another split.
 
-    Weights of the same set must not have been trained on this run's test images, nor silently on its val.
+    Weights of the same set must not have been trained on this run's test images, nor silently on its val. ``advice``:
+    what to do about other classes; None: they may be others.
     """
     theirs, ours = recorded.get("class_names") or None, list(data.class_names)
-    if data.num_classes is None:
+    if data.num_classes is None or advice is None:
         theirs = None
+    advice = f"; {advice}" if advice else ""
     if theirs is not None and len(theirs) != len(ours):
-        raise KdError(f"{source} was trained on {len(theirs)} classes, the data has {len(ours)}")
+        raise KdError(f"{source} was trained on {len(theirs)} classes, the data has {len(ours)}{advice}")
     if theirs is not None and theirs != ours:
         first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
         differ = f"class {first} is called {theirs[first]!r} there, {ours[first]!r} in the data"
-        raise KdError(f"{source} was trained on other classes: {differ}")
+        raise KdError(f"{source} was trained on other classes: {differ}{advice}")
     known = [None, getattr(data, "tokenizer_digest", recorded.get("tokenizer"))]
     known += [cut.digest] if (cut := _restriction(data)) else []  # of the whole one: its networks are cut
     if recorded.get("tokenizer") not in known:

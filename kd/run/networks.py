@@ -17,7 +17,7 @@ from kd.distill.answers import Answers
 from kd.distill.teacher import InputMap, Teacher
 from kd.errors import KdError
 from kd.records import weight_files
-from kd.run import described, integrity, library_networks, weights
+from kd.run import described, integrity, library_networks, starting_weights
 from kd.run.data_facts import same_data
 from kd.tasks.base import Task
 
@@ -99,18 +99,20 @@ def trained(
     more: Mapping[str, Any],
     file: tuple[dict[str, Tensor], Mapping[str, Any], Any],
     input_shape: tuple[int, ...] | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """Make a network with the weights of a ``file``: its state dict, what it says of itself, its name; see `network`.
 
+    ``new_head``: but for its classifier, which is random, see :func:`kd.run.starting_weights.put`.
     One that was trained with the whole tokenizer, which the data restricts, is cut to the kept tokens afterwards.
     """
     state, about, source = file
     whole = more.get("restriction") is not None and about.get("data", {}).get("tokenizer") != data.tokenizer_digest
     given = {**more, "restriction": None} if whole else more
     recorded = about.get("data", {}).get("num_classes")  # where the data of this run does not tell
-    classes = recorded if data.num_classes is None else data.num_classes
+    classes = recorded if data.num_classes is None and not new_head else data.num_classes
     net = network(spec, path, classes, input_shape or data.input_shape, **given)
-    weights.load(net, state, source, path.partition(".")[0])
+    starting_weights.put(net, state, about, source, path.partition(".")[0], new_head)
     if whole:
         library_networks.restrict(net, data.restriction, str(source))
     return net
@@ -119,27 +121,35 @@ def trained(
 def student(config: Mapping[str, Any], data: Any, task: Task, teacher: Answers | None = None) -> nn.Module:
     """Make the student, from scratch, from its teacher (``student.surgery``), or from ``student.checkpoint``."""
     section = config["student"]
-    checkpoint, more = section["checkpoint"], of_text(data, task)
+    checkpoint, more, new_head = section["checkpoint"], of_text(data, task), bool(section.get("new_head"))
     if section.get("surgery"):
         net = library_networks.cut_from(teacher, section["surgery"])
     elif checkpoint is None:
         net = network(section["model"], "student.model", data.num_classes, data.input_shape, **more)
     if checkpoint is not None:
         state, about = integrity.read_weights(checkpoint, section.get("epoch"))
-        same_data(about.get("data", {}), data, f"student.checkpoint = {checkpoint}")
-        _refuse_heads(about, f"student.checkpoint = {checkpoint}")
+        source = f"student.checkpoint = {checkpoint}"
+        same_data(about.get("data", {}), data, source, None if new_head else starting_weights.NEW_HEAD["student"])
+        _refuse_heads(about, source)
         if section.get("surgery"):
-            weights.load(net, state, checkpoint, "student")
+            starting_weights.put(net, state, about, checkpoint, "student", new_head)
         else:
-            net = trained(section["model"], "student.model", data, more, (state, about, checkpoint))
-    elif data.mean and (section["model"] or {}).get("pretrained"):
-        own = getattr(net, "pretrained_cfg", None) or {}
-        if any(list(own.get(k) or getattr(data, k)) != list(getattr(data, k)) for k in ("mean", "std")):
-            log.warning(
-                "the student was pretrained on inputs of mean %s, std %s, the data has %s, %s: set data.mean, data.std",
-                *(own.get("mean"), own.get("std"), data.mean, data.std),
-            )
+            net = trained(section["model"], "student.model", data, more, (state, about, checkpoint), None, new_head)
+    pretrained = checkpoint is None and (section["model"] or {}).get("pretrained")
+    if pretrained and (getattr(net, "pretrained_cfg", None) or {}).get("num_classes") not in (None, data.num_classes):
+        starting_weights.renew_heads(net)
+    if data.mean and (pretrained or (checkpoint is not None and not about.get("data"))):
+        _warn_of_other_statistics(getattr(net, "pretrained_cfg", None) or {}, data)
     return net
+
+
+def _warn_of_other_statistics(own: Mapping[str, Any], data: Any) -> None:
+    """Say where the weights that a student begins with were trained on inputs of another mean or spread."""
+    if any(list(own.get(key) or getattr(data, key)) != list(getattr(data, key)) for key in ("mean", "std")):
+        log.warning(
+            "the student was pretrained on inputs of mean %s, std %s, the data has %s, %s: set data.mean, data.std",
+            *(own.get("mean"), own.get("std"), data.mean, data.std),
+        )
 
 
 def description(network: nn.Module, node: Any) -> Any:
@@ -237,7 +247,7 @@ def _member(
             about["model"], f"teacher.checkpoint = {checkpoint}", named, bool(section.get("trust"))
         )
     recorded = about.get("data", {})
-    same_data(recorded, data, f"teacher.checkpoint = {checkpoint}")
+    same_data(recorded, data, f"teacher.checkpoint = {checkpoint}", starting_weights.NEW_HEAD["teacher"])
     _refuse_heads(about, f"teacher.checkpoint = {checkpoint}")
     shape = tuple(recorded.get("input_shape", data.input_shape)) if spec is not model else data.input_shape
     if state is not None:

@@ -19,6 +19,7 @@ from kd.config.instantiate import first_line, make
 from kd.config.recipe import factor, settings
 from kd.distill.optimisation import OwnRecipe, WarmUp
 from kd.errors import KdError, did_you_mean
+from kd.run.frozen_body import body_parameters
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +37,11 @@ def arguments(config: Mapping[str, Any], own_optimizers: Sequence[str]) -> dict[
     }
     if recipe["warmup"] is not None:
         given["warmup"] = WarmUp(recipe["warmup"], recipe["steps"] is not None, recipe["warmup_start"] or 0.0)
-    if any(recipe[key] is not None for key in ("no_decay", "layer_decay", "groups")):
+    if any(recipe[key] is not None for key in ("no_decay", "layer_decay", "groups", "body_lr")):
         own = {name: (node.get("optimizer") or {}).get("lr") for name, node in (recipe["networks"] or {}).items()}
         rates = {"": recipe["optimizer"].get("lr"), **{name: rate for name, rate in own.items() if rate is not None}}
-        given["groups"] = Groups(recipe["no_decay"] is not None, recipe["layer_decay"], recipe["groups"] or (), rates)
+        rules = recipe["groups"] or ()
+        given["groups"] = Groups(recipe["no_decay"] is not None, recipe["layer_decay"], rules, rates, recipe["body_lr"])
     if recipe["networks"]:
         _refuse_others(recipe["networks"], own_optimizers)
         given["own_recipes"] = {name: _own(name, node) for name, node in recipe["networks"].items()}
@@ -84,7 +86,8 @@ class Groups:
     layers; terms are no layers); ``rules``: the first one that matches a parameter's name sets its ``lr`` (a rate, or
     ``x0.1``, a factor of what it would be) and ``weight_decay``. Names are those of the student, and those of another
     network begin with its own (``objective.``, ``peer.``); a pattern is a glob, or a regular expression of the whole
-    name. ``rates``: of the optimisers, "" the common one, else by the network that has it.
+    name. ``rates``: of the optimisers, "" the common one, else by the network that has it. ``body``: the rate of what
+    is not the student's classifier, or ``x0.1``, a factor of the optimiser's.
     """
 
     def __init__(
@@ -93,8 +96,10 @@ class Groups:
         layer_decay: float | None = None,
         rules: Sequence[Mapping[str, Any]] = (),
         rates: Mapping[str, float | None] | None = None,
+        body: float | str | None = None,
     ) -> None:
         self.no_decay, self.layer_decay, self.rules, self.rates = no_decay, layer_decay, rules, rates or {}
+        self.body = body
 
     def __call__(self, networks: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
         """Group the parameters that want a gradient; groups without a key of their own have the optimiser's."""
@@ -129,6 +134,9 @@ class Groups:
             prefix = "" if network_name == "student" else f"{network_name}."
             base = self.rates.get(network_name, self.rates.get(""))
             shares, undecayed = self._shares(network_name, network)
+            if self.body is not None and network_name == "student":
+                times = self._share_of_body(base)
+                shares |= {id(p): shares.get(id(p), 1.0) * times for p in body_parameters(network, "recipe.body_lr")}
             for name, parameter in network.named_parameters():
                 if parameter.requires_grad:
                     decay = 0.0 if id(parameter) in undecayed else None
@@ -150,6 +158,14 @@ class Groups:
         bare = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
         return shares, bare if self.no_decay else set()
 
+    def _share_of_body(self, base: float | None) -> float:
+        if (times := factor(self.body)) is not None:
+            return times
+        assert isinstance(self.body, (int, float))
+        if not base:
+            raise KdError(f"recipe.body_lr = {self.body} needs recipe.optimizer.lr: the rate of the classifier")
+        return self.body / base
+
     def _by_rule(
         self, name: str, base: float | None, share: float, decay: float | None
     ) -> tuple[float | None, float | None]:
@@ -163,7 +179,7 @@ class Groups:
         if share == 1:
             return None, decay
         if base is None:
-            raise KdError("recipe.optimizer.lr has no value, and recipe.layer_decay or recipe.groups multiplies it")
+            raise KdError("recipe.optimizer.lr has no value, and recipe.layer_decay, body_lr or groups multiplies it")
         return base * share, decay
 
 

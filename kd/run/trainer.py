@@ -22,6 +22,7 @@ from kd.run import build, callbacks, compatibility, cost, finish, hardware, libr
 from kd.run.average import AverageStudent
 from kd.run.data_facts import facts
 from kd.run.ending import Ending
+from kd.run.frozen_body import FrozenBody
 from kd.tracking import loggers
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def carry_out(
     hooks = [
         *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None, resumable, bar),
         *([AverageStudent(**recipe["ema"])] if recipe["ema"] else []),
+        *([FrozenBody(frozen, recipe["steps"] is not None)] if (frozen := recipe["frozen_body"]) else []),
         *([stopper] if stopper else []),
         *own_hooks,
     ]
@@ -126,6 +128,8 @@ def carry_out(
         "processes": group.world_size(),
     }
     outcome["student"]["last"]["digest"] = last
+    if begun := getattr(module.student, "started_from", None):
+        outcome["student"]["started_from"] = begun
     if ending.stopped:
         log.info("stopped at epoch %d, step %d: %s", *_place(ending.stopped), ending.stopped["why"])
     both: dict[str, Any] = {"student": module.deployed, "teacher": module.teacher}

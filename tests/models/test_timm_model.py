@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from kd.models.timm_model import timm_model
@@ -47,7 +49,26 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError("cannot reach the hub.\nmore")  # huggingface_hub's LocalEntryNotFoundError is one
 
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr("kd.models.timm_model.online", lambda: True)
     sentence = r"weights of vit_tiny_patch16_224 cannot be had \(cannot reach the hub\): give .*teacher.checkpoint=FILE"
     with pytest.raises(ValueError, match=sentence):
         timm_model("vit_tiny_patch16_224", pretrained=True, num_classes=10, input_shape=SHAPE)
     assert calls == [{"pretrained": True, "in_chans": 1, "num_classes": 10}]  # no img_size: the weights have a size
+
+
+def test_without_the_hub_nothing_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The sentence names the file; one that an earlier download has left is read."""
+    monkeypatch.setattr("kd.models.timm_model.online", lambda: False)
+    monkeypatch.setattr("kd.models.timm_model.try_to_load_from_cache", lambda hub, file: None)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    sentence = (
+        r"hub cannot be reached\): give a file, model\.safetensors of https://huggingface\.co/timm/test_resnet\S+, as "
+    )
+    with pytest.raises(ValueError, match=sentence):
+        timm_model("test_resnet", pretrained=True, num_classes=10, input_shape=SHAPE)
+    kept = timm.create_model("test_resnet")
+    save_file(kept.state_dict(), tmp_path / "model.safetensors")
+    found = {"model.safetensors": str(tmp_path / "model.safetensors")}
+    monkeypatch.setattr("kd.models.timm_model.try_to_load_from_cache", lambda hub, file: found.get(file))
+    network = timm_model("test_resnet", pretrained=True, num_classes=10, input_shape=(3, 32, 32))
+    assert torch.equal(network.state_dict()["conv1.0.weight"], kept.state_dict()["conv1.0.weight"])

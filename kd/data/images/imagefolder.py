@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kd.errors import KdError
 
 log = logging.getLogger(__name__)
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training images, 0..1
 SMALL = 2000  # images; below it `in_memory: auto` decodes once
 RULES = {
     "folder": Rule("the folder that holds train/CLASS/*.png, for example pets", bool),
@@ -41,6 +43,7 @@ class ImageFolder(DataModule):
     files training images get a random resized crop (``augment.scale``) and ``augment.flip``. "auto": below 2,000 images
     ``num_workers``: processes that decode files; 0: the training process
     ``test_fraction``: cut a test set from train/ where there is no test/; null: that is an error
+    ``mean``, ``std``: a value a channel, or one for all; null: ImageNet's
 
     What is cut (val, where there is no val/, and test) is chosen by a hash of each file's name and ``split_seed``: a
     class gets about its share, and a file that is renamed or added moves no other between train, val and test.
@@ -60,9 +63,11 @@ class ImageFolder(DataModule):
         in_memory: bool | str = "auto",
         num_workers: int = 0,
         test_fraction: float | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD, **common)
         refuse(refusals("data.", locals(), RULES))
         self.folder, self.image_size, self.crop_pct = str(folder), image_size, crop_pct
         self.in_memory, self.num_workers = in_memory, num_workers

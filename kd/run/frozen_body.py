@@ -1,0 +1,68 @@
+"""The student's body kept as it came, for the first epochs or for a whole run: its classifier alone is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from kd.errors import KdError
+from kd.losses.networks import classifiers
+
+
+class FrozenBody(Callback):
+    """Keeps all of the student but its classifier in eval mode and out of the optimiser's steps for so long.
+
+    ``length``: in epochs, or in steps of the optimiser (``in_steps``). Batch statistics do not move either. Gradients
+    of the body are dropped, not left uncomputed: DDP counts on those that wanted one at its start. A body that is
+    frozen for the whole run has none, see :func:`freeze`.
+    """
+
+    def __init__(self, length: int, in_steps: bool) -> None:
+        self.length, self.in_steps = length, in_steps
+        self._frozen = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        """Freeze before the first step, also of a run that goes on, and thaw before the step that is due."""
+        frozen = (module.steps_done if self.in_steps else trainer.current_epoch) < self.length
+        if frozen != self._frozen:
+            self._frozen = frozen
+            for part in body_modules(module.student):
+                part.training = not frozen
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        """Drop the gradients of the body: an optimiser passes over parameters without one, weight decay as well."""
+        if self._frozen:
+            for parameter in body_parameters(module.student):
+                parameter.grad = None
+
+
+def freeze(student: nn.Module) -> None:
+    """Let no gradient reach the body. ``KdError`` where nothing says which layer is the classifier."""
+    for parameter in body_parameters(student):
+        parameter.requires_grad_(False)
+
+
+def head_names(student: nn.Module, key: str) -> tuple[str, ...]:
+    """Name the layers that are the classifier. ``KdError`` with the option ``key`` where there is none."""
+    try:
+        return tuple(head.name for head in classifiers(student))
+    except ValueError as error:
+        raise KdError(f"{key} tells a student's body from its classifier: {error}") from None
+
+
+def body_parameters(student: nn.Module, key: str = "recipe.frozen_body") -> Iterator[nn.Parameter]:
+    """Yield the parameters that do not belong to the classifier."""
+    heads = {id(p) for name in head_names(student, key) for p in student.get_submodule(name).parameters()}
+    return (p for p in student.parameters() if id(p) not in heads)
+
+
+def body_modules(student: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that are neither the classifier nor around it: what is around may be dropout in front of it."""
+    heads = head_names(student, "recipe.frozen_body")
+    for name, module in student.named_modules():
+        if not any(f"{head}.".startswith(f"{name}." if name else "") or name.startswith(f"{head}.") for head in heads):
+            yield module
