@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kd.config.rules import FLAG, list_of, number, one_of, refusals, refuse, whole
-from kd.deploy import bench_file
-from kd.deploy.bench_file import Bench, Plan, Speed, Writing
 from kd.errors import KdError, did_you_mean
+from kd.records import bench_file
+from kd.records.bench_file import Bench, Plan, Speed, Writing
 
 BACKENDS = ("eager", "compiled", "bf16", "onnx", "int8", "openvino")
 OWN: dict[str, Any] = {"run": None, "checkpoint": None, "against": None, "backends": None, "batch_sizes": [1, 8, 32]}

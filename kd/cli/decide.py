@@ -61,7 +61,8 @@ two disagree.
   cost=NAME|FILE.yaml                          as kd cost takes it, with its keys (volume.requests=20000): what is
                                                saved, and what the cascade costs
   page=FILE.html                               one page that opens offline, with figures, texts and images
-  bench=FILE.json                              speed and size for the page: kd bench RUN against=teacher out=FILE.json
+  bench=FILE.json                              speed and size for the page: kd bench RUN against=teacher out=FILE.json;
+                                               of a run by default its bench.json
   show=10 seed=0 encoding=utf-8                disagreements that are listed
   out=FILE.json                                all numbers; write=FILE.csv: the examples of a run as such a file"""
 
@@ -76,10 +77,10 @@ def main(argv: Sequence[str]) -> int:
 
     from kd.cli import decide_tables  # start-up: numpy, as all of these
     from kd.cli.cost import checked_out  # start-up
-    from kd.deploy import bench_file, cost_file, sources  # start-up
+    from kd.deploy import cost_file, sources  # start-up
     from kd.deploy.decision import decide  # start-up
     from kd.deploy.plan import plan  # start-up
-    from kd.records import record  # start-up
+    from kd.records import bench_file, record  # start-up
 
     out = checked_out(given["out"]) if "out" in given else None
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 118)
@@ -89,6 +90,9 @@ def main(argv: Sequence[str]) -> int:
         found: Any = [asdict(one) for one in planned]
     else:
         cost = cost_file.read(given["cost"], given.get("prices", ())) if "cost" in given else None
+        kept = Path(given.get("run", "")) / bench_file.KEPT
+        if "page" in given and "run" in given and kept.is_file():
+            given.setdefault("bench", str(kept))
         bench = bench_file.read(given["bench"]) if "bench" in given else None
         examples, validation = sources.examples(given)
         if "page" in given:

@@ -20,9 +20,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd.deploy import backends, peak_memory
-from kd.deploy.bench_file import Bench, Plan, Size, Speed, Writing
 from kd.deploy.subjects import Subject
 from kd.errors import KdError
+from kd.records.bench_file import Bench, Plan, Size, Speed, Writing
 
 STABLE = 0.05  # change of the median from one group of passes to the next at which warm-up ends
 GROUP, GROUPS = 5, 20  # passes of a group, groups at most

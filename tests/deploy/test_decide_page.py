@@ -13,9 +13,10 @@ import pytest
 from scipy import stats
 
 from kd.config.compose import checked
-from kd.deploy import bench_file, quality, samples
-from kd.deploy.bench_file import Bench, Plan, Size, Speed
+from kd.deploy import quality, samples
 from kd.deploy.page.facts import Facts
+from kd.records import bench_file
+from kd.records.bench_file import Bench, Plan, Size, Speed
 
 CLASSES = np.array(["billing", "<script>alert(1)</script>", "returns & refunds"])
 TEXT = "<b>Where</b> is my parcel? <img src=x onerror=alert(1)>"
@@ -269,10 +270,10 @@ def test_a_run_shows_its_images(kd, tmp_path, teacher_run) -> None:
     student, teacher = result["student"]["parameters"], result["teacher"]["parameters"]
     assert f"smaller by {100 * (1 - student / teacher):.1f} % {student:,} of {teacher:,} parameters" in page.text
     assert "faster by not measured" in page.text
-    assert "kd bench run against=teacher out=bench.json" in page.text
+    assert "kd bench run against=teacher out=run/bench.json" in page.text
     assert "weights file, MB" in page.text
-    bench_file.write(tmp_path / "other.json", measured())
-    said = kd("decide", "run", "page=e.html", "bench=other.json")
+    bench_file.write(out / "bench.json", measured())  # that of a run is found there
+    said = kd("decide", "run", "page=e.html")
     assert said.code == 1
     assert "bench is of small and large with 66,000,000 and 110,000,000 parameters" in said.err
     said = kd("decide", str(teacher_run), "page=e.html")

@@ -9,20 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd.deploy.bench_file import Bench
 from kd.errors import KdError
-from kd.records import record, weight_files
-from kd.records.weight_files import SELECTED
-
-Pair = tuple[int | None, int | None]  # of student and teacher
-PARAMETERS = "parameters"
+from kd.records import record
+from kd.records import sizes as run_sizes
+from kd.records.bench_file import KEPT, Bench
+from kd.records.sizes import PARAMETERS, Pair
 
 
 @dataclass(frozen=True)
 class Facts:
     """What is known of the two networks.
 
-    ``source``: the run or the table of their answers; ``command``: what made the page; ``sizes``: title → numbers of
+    ``source``: the run or the table of their answers; ``command``: what made the page; ``bench_command``: what measures
+    their speed, which the page then reads by ``bench_key``; ``sizes``: title → numbers of
     student and teacher; ``pictures``: index of a sample → address of its image; ``points``: where it comes from.
     """
 
@@ -31,6 +30,7 @@ class Facts:
     bench_command: str
     sizes: Mapping[str, Pair] = field(default_factory=dict)
     bench: Bench | None = None
+    bench_key: str = ""
     pictures: Mapping[int, str] = field(default_factory=dict)
     points: Sequence[str] = ()
 
@@ -55,21 +55,14 @@ class Facts:
 def of_run(run: str, command: str, bench: Bench | None, pictures: Mapping[int, str]) -> Facts:
     """Find out what the record of a run says. ``KdError`` for a bench of other networks."""
     found = record.read(run)
-    student, teacher = found.get("student") or {}, found.get("teacher") or {}
-    sizes: dict[str, Pair] = {
-        title: (student[key], teacher.get(key))
-        for key, title in (("parameters", PARAMETERS), ("macs", "MACs"))
-        if key in student
-    }
-    sizes["weights file, bytes"] = (_bytes(Path(run) / SELECTED, None), _teacher_bytes(run))
+    sizes = run_sizes.of_run(run)
     if bench is not None:
-        if PARAMETERS in sizes:  # a run that did not end does not say
+        if None not in sizes[PARAMETERS]:  # a run that did not end does not say
             _refuse_other(run, sizes[PARAMETERS], bench)
         sizes = _of_bench(bench)
-    name = shlex.quote(run)
-    points = _of_record(run, found, teacher)
-    again = f"kd bench {name} against=teacher out=bench.json"
-    return Facts(f"run {run}", command, again, sizes, bench, pictures, [*points, *_of_machine(bench)])
+    again = shlex.join(["kd", "bench", run, "against=teacher", f"out={Path(run) / KEPT}"])
+    points = [*_of_record(run, found), *_of_machine(bench)]
+    return Facts(f"run {run}", command, again, sizes, bench, pictures=pictures, points=points)
 
 
 def of_table(path: str, rows: int, command: str, bench: Bench | None) -> Facts:
@@ -77,7 +70,8 @@ def of_table(path: str, rows: int, command: str, bench: Bench | None) -> Facts:
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     points = [f"Answers of both: {path}, {rows:,} rows that were decided on, sha256 {digest}.", *_of_machine(bench)]
     again = "kd bench STUDENT against=TEACHER out=bench.json"
-    return Facts(path, command, again, {} if bench is None else _of_bench(bench), bench, {}, points)
+    sizes = {} if bench is None else _of_bench(bench)
+    return Facts(path, command, again, sizes, bench, " bench=bench.json", points=points)
 
 
 def _of_bench(bench: Bench) -> dict[str, Pair]:
@@ -97,22 +91,8 @@ def _refuse_other(run: str, parameters: Pair, bench: Bench) -> None:
         )
 
 
-def _bytes(given: Any, epoch: str | None) -> int | None:
-    """Return the bytes of a file of weights, None where there is none."""
-    try:
-        return weight_files.locate(given, epoch).stat().st_size
-    except (KdError, OSError):
-        return None
-
-
-def _teacher_bytes(run: str) -> int | None:
-    """Add up the files of all teachers; None where one is no longer there."""
-    section = record.read_config(run)["teacher"]
-    found = [_bytes(path, section.get("epoch")) for path in weight_files.paths(section["checkpoint"])]
-    return sum(filter(None, found)) if found and all(found) else None
-
-
-def _of_record(run: str, found: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+def _of_record(run: str, found: Mapping[str, Any]) -> list[str]:
+    teacher = found.get("teacher") or {}
     data, versions = found.get("data") or {}, found.get("versions") or {}
     sizes = "/".join(f"{data.get('sizes', {}).get(split, '?')}" for split in ("train", "val", "test"))
     made = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure as Canvas
 
 from kd.deploy.cost import money
 from kd.deploy.decision import Decision
-from kd.deploy.page.facts import PARAMETERS, Facts
+from kd.deploy.page.facts import Facts
 from kd.deploy.quality import wilson
+from kd.records.sizes import PARAMETERS
 from kd.report import style
 from kd.report.style import SOFT, STUDENT, TEACHER, styled
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from kd.deploy.decision import CASCADE, KEEP, MORE, REPLACE, Decision, losing
-from kd.deploy.page import figures, sections
+from kd.deploy.page import figures, head, sections
 from kd.deploy.page.facts import Facts
 from kd.records import record
 from kd.report import style
@@ -28,10 +28,10 @@ def write(path: Path, decision: Decision, facts: Facts) -> None:
             "source": facts.source,
             "tone": TONES[decision.verdict],
             "word": word,
-            "reason": sections.signed(reason),
-            "losing": [sections.signed(text) for text in losing(decision)],
-            "tiles": sections.tiles(decision, facts),
-            "line": sections.line(decision, facts),
+            "reason": head.signed(reason),
+            "losing": [head.signed(text) for text in losing(decision)],
+            "tiles": head.tiles(decision, facts),
+            "line": head.line(decision, facts),
             "sections": sections.sections(decision, facts, drawn),
             "missing": sections.missing(decision, facts),
             "rules": RULES,

@@ -12,6 +12,8 @@ from typing import Any
 from kd.errors import KdError
 from kd.records import record
 
+KEPT = "bench.json"  # the file in a run's directory, where pages find it
+
 
 @dataclass(frozen=True)
 class Plan:
