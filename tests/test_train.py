@@ -333,7 +333,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(kd, tmp_path, monkeypatch, loss
 
     monkeypatch.setattr(CrossEntropy, "forward", poisoned)
     said = kd("train", "recipe.epochs=3", "hardware=cpu", "hydra.run.dir=run")
-    fails(said, "the loss is not finite: term ce at step 5 of epoch 2 (a lower recipe.optimizer.lr")
+    fails(said, "the loss is not finite: term ce at batch 5 of epoch 2 (a lower recipe.optimizer.lr")
     checkpoint = Path(said.err.split("last good checkpoint: ")[1].strip())
     assert checkpoint == (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve()
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 0

@@ -91,13 +91,13 @@ class AdaptedData(LightningDataModule):
         self._example = one
         shape = tuple(one.shape[1:]) if isinstance(one, Tensor) else ()
         self.num_classes: int | None = getattr(own, "num_classes", None)
-        self.input_shape: tuple[int, ...] = tuple(getattr(own, "input_shape", shape))
-        self.class_names = [str(c) for c in getattr(own, "class_names", range(self.num_classes or 0))]
-        self.mean, self.std = list(getattr(own, "mean", ())), list(getattr(own, "std", ()))
+        self.input_shape: tuple[int, ...] = tuple(getattr(own, "input_shape", None) or shape)
+        self.class_names = [str(c) for c in getattr(own, "class_names", None) or range(self.num_classes or 0)]
+        self.mean, self.std = (list(getattr(own, name, None) or ()) for name in ("mean", "std"))
         self.drop_last = bool(getattr(own, "drop_last", False))
-        self.mixup: float | None = getattr(own, "mixup", None)
+        self.mixup: float | None = getattr(own, "mixup", None) or None
         self.random_view: str | None = getattr(own, "random_view", name)  # whether views change is not known
-        self.split_facts: Mapping[str, Any] = getattr(own, "split_facts", {})
+        self.split_facts: Mapping[str, Any] = getattr(own, "split_facts", None) or {}
         self.train_index: Tensor | None = getattr(own, "train_index", None)
         self.train_targets: Tensor | None = getattr(own, "train_targets", None)
         self.content, self.seen = getattr(own, "content", None), getattr(own, "seen", None)
@@ -264,7 +264,9 @@ def as_batch(item: Any, name: str = "data") -> Batch:
         rest = dict(item)
         targets = next((rest.pop(key) for key in LABELS if key in rest), None)
         index = next((rest.pop(key) for key in INDEX if key in rest), None)
-        return Batch(rest, targets, index)
+        attended = rest.get("attention_mask")
+        mask = attended.bool() if isinstance(attended, Tensor) and attended.ndim == 2 else None
+        return Batch(rest, targets, index, mask)
     if isinstance(item, (tuple, list)) and 1 <= len(item) <= 3 and isinstance(item[0], (Tensor, Mapping)):
         return Batch(*item)
     raise KdError(

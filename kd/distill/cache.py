@@ -155,13 +155,13 @@ class CachedAnswers(Answers):
     def answer(self, batch: Batch, want: Want) -> Output:
         """Return what is kept for a batch of training.
 
-        Before :meth:`begin`, and for a batch that is not of the data, it is the live teacher's output, cut to the same.
+        Before :meth:`begin`, and for text of the student's own, it is the live teacher's output, cut to the same.
         """
         if want.input_gradient:
             raise KdError("teacher.answers keeps no graph, and a term reads the gradient of the inputs: set it to null")
         if not want.logits:
             return Output()
-        if self.rows is None or batch.index is None:  # text that the student wrote is no sample of the data
+        if self.rows is None or "own_text" in batch.extra:  # what the student wrote is no sample of the data
             return self._of_living(batch)
         index, view, device = cache_key.index_of(batch), self._view(batch, self.rows.views), batch.device
         held = self.held if self.held is not None and self.held.device == device == index.device else None

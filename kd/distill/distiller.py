@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,15 @@ from kd.data.base import as_batch, bad_inputs
 from kd.distill.answers import Answers
 from kd.distill.evaluation import measure
 from kd.distill.objective import Objective
-from kd.distill.optimisation import MakeGroups, MakeOptimizer, MakeScheduler, OwnRecipe, WarmUp, check_factory
+from kd.distill.optimisation import (
+    EVERY_PEER,
+    MakeGroups,
+    MakeOptimizer,
+    MakeScheduler,
+    OwnRecipe,
+    WarmUp,
+    check_factory,
+)
 from kd.distill.preparation import Prepared
 from kd.distill.step_buffer import StepBuffer, first_bad
 from kd.distill.teacher import Teacher
@@ -66,8 +75,9 @@ class Distiller(Prepared):
 
     ``teacher``: an :class:`~kd.distill.answers.Answers`, or a network, which is frozen. ``task``: None is image
     classification. ``num_classes``: None is as many as the student answers. ``optimizer``: called with the parameters;
-    None is AdamW, learning rate 1e-3, weight decay 0.01. ``scheduler``: called with the optimiser; None is a constant
-    rate.
+    None is AdamW, learning rate 1e-3, weight decay 0.01. ``scheduler``: called with the optimiser, every
+    ``scheduler_interval``, "epoch" or "step"; None is a constant rate. ``seed``: every epoch draws anew
+    from it, so that a resumed run draws the same; None: that of ``lightning.seed_everything``, else 0.
 
     :meth:`prepare` runs both networks once, resolves the taps and lets the terms build their adapters. The trainer's
     own training loader is used for it where it was not called before. Methods that own the loop subclass this and are
@@ -82,12 +92,14 @@ class Distiller(Prepared):
     ``own_optimizers``; see :mod:`kd.distill.optimisation`.
 
     ``supplies_teacher``: whether a subclass makes its own teacher, so that terms which need one are satisfied.
-    ``composes_unindexed``: whether a batch that :meth:`compose` changes has no ``index``, so that answers on the disk
-    are read for the others alone.
+    ``peers_answer``: whether the peers answer as the student does, so that they are measured at the end as well.
+    ``composes_own_text``: whether what :meth:`compose` changes is marked by ``extra["own_text"]``, so that answers on
+    the disk are read for the other batches.
     """
 
     supplies_teacher = False
-    composes_unindexed = False
+    peers_answer = False
+    composes_own_text = False
 
     def __init__(
         self,
@@ -99,7 +111,7 @@ class Distiller(Prepared):
         optimizer: MakeOptimizer | None = None,
         scheduler: MakeScheduler | None = None,
         scheduler_interval: str = "epoch",
-        seed: int = 0,
+        seed: int | None = None,
         log_every: int = 50,
         peers: Mapping[str, nn.Module] | None = None,
         gradient_clip: float | None = None,
@@ -116,7 +128,8 @@ class Distiller(Prepared):
         check_factory("scheduler", scheduler)
         if log_every < 1:
             raise ValueError(f"log_every = {log_every} is not allowed: it must be 1 or more")
-        self.objective, self.seed, self.log_every = objective, seed, log_every
+        self.objective, self.log_every = objective, log_every
+        self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.peers = nn.ModuleDict(dict(peers or {}))
         self._make_optimizer, self._make_scheduler = optimizer or DEFAULT_OPTIMIZER, scheduler
         self._interval = scheduler_interval
@@ -138,6 +151,8 @@ class Distiller(Prepared):
         self._want = Want(logits=True, features=True)
         self.gradient_clip, self.accumulate = gradient_clip, accumulate
         self.warmup, self.make_groups, self.own_recipes = warmup, groups, own_recipes or {}
+        if EVERY_PEER in self.own_optimizers:
+            self.own_optimizers = tuple(self.peers)
         self.automatic_optimization = not self.own_optimizers
         objective.check_teacher(teacher is not None or self.supplies_teacher)
 
@@ -146,6 +161,11 @@ class Distiller(Prepared):
     def compose(self, batch: Batch) -> Batch:
         """Change a training batch before the networks see it: views, generated samples, noise. Nothing by default."""
         return batch
+
+    @property
+    def composes(self) -> bool:
+        """Whether a set-up of its own changes batches: :meth:`compose` is not this class's."""
+        return type(self).compose is not Distiller.compose
 
     def losses(self, batch: Batch) -> Step:
         """Compute one step on a batch that has been through :meth:`compose` and ``task.rows``."""
@@ -238,9 +258,6 @@ class Distiller(Prepared):
             log.warning("the teacher %s", words)
 
     def _val_batches(self) -> Iterable[Batch] | None:
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            return data.val_dataloader()
         if not self.trainer.enable_validation:
             return None
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
@@ -337,7 +354,7 @@ class Distiller(Prepared):
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none yet"
         advice = " (a lower recipe.optimizer.lr or recipe.gradient_clip may help)"
         raise RunFailure(
-            f"the loss is not finite: term {', '.join(terms)} at step {batch_idx - steps + 2 + row} of epoch "
+            f"the loss is not finite: term {', '.join(terms)} at batch {batch_idx - steps + 2 + row} of epoch "
             f"{self.current_epoch + 1}{bad_inputs(self.trainer.train_dataloader) or advice}; "
             f"last good checkpoint: {checkpoint}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -83,7 +83,7 @@ class Evaluated(L.LightningModule):
         self.comparable = self.measures_teacher  # whether the two networks' rows and logits mean the same
         self.average: nn.Module | None = None  # of :attr:`trained` over the steps; see kd.run.average
         self._deployed: list[nn.Module] = []  # in a list: its modules belong to the student and the terms
-        self._teacher_outputs: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # index and logits of a batch
+        self._teacher_outputs: dict[tuple[str, int], tuple[float, Tensor]] = {}  # checksum and logits of a batch
         self._kept = 0
         self._teacher_sums: Tensor | None = None  # of its weights, as last seen
         self._teacher_changed = False
@@ -175,13 +175,15 @@ class Evaluated(L.LightningModule):
     def _answer_for(self, split: str, batch: Batch, batch_idx: int) -> Output:
         """The teacher's output for a batch: a frozen one answers the same samples once, while that fits."""
         assert self.teacher is not None
-        index, kept = batch.index, self._teacher_outputs.get((split, batch_idx))
-        if kept is not None and index is not None and not self.teacher_trained and torch.equal(kept[0], index):
+        if self.teacher_trained:
+            return self.teacher.measured(batch).to_float32()
+        checksum, kept = _checksum(batch), self._teacher_outputs.get((split, batch_idx))
+        if kept is not None and kept[0] == checksum:
             return Output(kept[1])
         output = self.teacher.measured(batch).to_float32()
         size = output.logits.numel()
-        if index is not None and not self.teacher_trained and self._kept + size <= KEPT:
-            self._teacher_outputs[split, batch_idx] = (index, output.logits)
+        if kept is not None or self._kept + size <= KEPT:
+            self._teacher_outputs[split, batch_idx] = (checksum, output.logits)
             self._kept += size if kept is None else 0
         return output
 
@@ -217,6 +219,14 @@ class Evaluated(L.LightningModule):
         if self.measures_teacher:
             per_class = self._teacher_meter.per_class()
             self.teacher_tested = {"test": self._teacher_meter.compute(False), **_per_class(per_class)}
+
+
+def _checksum(batch: Batch) -> float:
+    """Sum up the inputs of a batch, weighted by their places: other samples, or the same changed, have another one."""
+    own = batch.of_teacher
+    parts = list(own.inputs.values()) if isinstance(own.inputs, Mapping) else [own.inputs]
+    flat = [t.flatten().float() for t in (*parts, own.targets) if isinstance(t, Tensor) and t.numel()]
+    return float(torch.stack([t @ torch.linspace(1, 2, len(t), dtype=t.dtype, device=t.device) for t in flat]).sum())
 
 
 def _per_class(values: list[float]) -> dict[str, list[float]]:

@@ -20,6 +20,7 @@ MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 MakeGroups = Callable[[Mapping[str, nn.Module]], list[dict[str, Any]]]
 """Networks by name to the groups of what is trained in them."""
 
+EVERY_PEER = "*"  # in ``own_optimizers``: each of the further networks that a set-up is given
 SCHEDULED = "scheduled_lr"  # in a parameter group during warm-up, and so in checkpoints: the rate of the schedule alone
 
 
@@ -69,6 +70,7 @@ class Optimised(Evaluated, ABC):
 
     ``own_optimizers``: names of :meth:`networks` that get an optimiser and a schedule of their own, made by the same
     recipe or by ``own_recipes``; with any of them the module steps all optimisers itself, after one backward pass.
+    ``EVERY_PEER`` stands for all peers.
     """
 
     own_optimizers: Sequence[str] = ()
@@ -147,7 +149,7 @@ class Optimised(Evaluated, ABC):
         return math.ceil(batches / max(self.accumulate, self.trainer.accumulate_grad_batches))
 
     def place(self, batch_idx: int | None = None) -> tuple[float, float]:
-        """How far the training is: (fractional) epoch, of so many. Outside of a trainer (0, 1)."""
+        """Tell how far the training is: (fractional) epoch, of so many; (0, 1) outside of a trainer or without end."""
         trainer = self._trainer
         if trainer is None:
             return 0.0, 1
@@ -157,7 +159,9 @@ class Optimised(Evaluated, ABC):
         epoch = trainer.current_epoch + (batch_idx / max(1, batches) if batches != float("inf") else 0.0)
         if (trainer.max_epochs or -1) >= 1:
             return epoch, int(trainer.max_epochs or 1)
-        whole, each = self.steps or 1, self.steps_an_epoch()
+        whole, each = self.steps, self.steps_an_epoch()
+        if whole is None:  # a run without an end: it is always at its beginning
+            return 0.0, 1
         return (self.steps_done / whole, 1) if each is None else (epoch, whole / each)
 
     def closes_epoch(self, batch_idx: int) -> bool:

@@ -17,8 +17,8 @@ from kd.distill.modes import in_eval
 from kd.distill.objective import Objective
 from kd.distill.optimisation import Optimised
 from kd.distill.taps import Taps, resolve, unfuse
-from kd.errors import KdError, framed
-from kd.losses.base import Batch, Output, Setup, Term
+from kd.errors import KdError, RunFailure, framed
+from kd.losses.base import UNLABELLED, Batch, Output, Setup, Term
 from kd.models.folding import channels_last, to_channels_last
 from kd.parallel import group
 from kd.tasks.base import Want
@@ -30,10 +30,12 @@ class Prepared(Optimised):
     """Runs student and teacher with their taps; :meth:`prepare` resolves these and lets the terms build adapters."""
 
     objective: Objective
+    peers: nn.ModuleDict
     prepared: bool  # whether the taps are resolved and the adapters built
     sharded: bool  # whether each process holds a part of every parameter only
     heads: list[str]  # the terms that leave something of theirs on the student
     unreached: list[str]  # see find_unreached
+    composes_own_text: bool
     channels_last = False  # whether the student is trained in this memory format
     _two_heads = False  # see _separate_heads
     _want: Want
@@ -42,6 +44,11 @@ class Prepared(Optimised):
     @abstractmethod
     def compose(self, batch: Batch) -> Batch:
         """Change a training batch before the networks see it."""
+
+    @property
+    @abstractmethod
+    def composes(self) -> bool:
+        """Whether :meth:`compose` changes anything."""
 
     @abstractmethod
     def losses(self, batch: Batch) -> Any:
@@ -71,13 +78,18 @@ class Prepared(Optimised):
         """
         self.to(self.device)  # a teacher, or a term with weights, may have come from another one
         terms = self.objective.items()
+        taken = [name for name, _ in terms if name in ("loss", "labelled", *self.task.counts)]
+        if taken:
+            raise KdError(f"loss.{taken[0]} is no name for a term: train/{taken[0]} is another curve; choose another")
         self.task.check_terms(terms)
+        if self.teacher is not None and self.teacher.cache:
+            self._check_kept_answers(self.teacher.cached_by)
         self._resolve_taps()
         self._separate_heads()
         gradient = bool(self.objective.needs("input_gradient"))
         if not self.student.training:  # as from_pretrained and a trainer of before leave it: it is to be trained
             self.student.train()
-        with self._random_state_kept(), in_eval(self.student), _grad(gradient):
+        with self._random_state_kept(), in_eval(self.student, self.peers), _grad(gradient):
             few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
             self._want = Want(logits=True, features=True, input_gradient=gradient)
             self._inputs_of(few, gradient)
@@ -160,10 +172,29 @@ class Prepared(Optimised):
     @torch.no_grad()
     def _classes_of_student(self, batch: Batch) -> int | None:
         self.to(self.device)
-        few, training = self.task.rows(batch.few(2).to(self.device)), self.student.training
-        answer = self.task.answer(self.student.eval(), few.inputs, few, Want())
-        self.student.train(training)
+        few = self.task.rows(batch.few(2).to(self.device))
+        with in_eval(self.student):
+            answer = self.task.answer(self.student, few.inputs, few, Want())
         return answer.logits.shape[-1] if answer.has_logits else None
+
+    def _check_kept_answers(self, key: str) -> None:
+        """Refuse terms that read more of a teacher than its kept logits, and a set-up that composes other samples."""
+        undo = f"{key.partition(' ')[0]}=null"
+        terms = self.objective.items()
+        tapping = [name for name, term in terms if term.teacher_taps is None or len(term.teacher_taps)]
+        if tapping:
+            raise KdError(
+                f"{key} keeps the teacher's logits only, loss.{tapping[0]} reads its intermediate tensors: set {undo}"
+            )
+        asked = {"views": self.objective.views, "input gradients": self.objective.needs("input_gradient")}
+        for what, names in asked.items():
+            if names:
+                raise KdError(f"{key} keeps no {what}, and a term reads them ({names[0]}): set {undo}")
+        answered = self.composes_own_text and key == "teacher.answers"  # own text is answered live
+        if self.composes and not answered:
+            raise KdError(
+                f"{key} keeps answers to the samples as they are, {type(self).__name__} composes others: set {undo}"
+            )
 
     def _resolve_taps(self) -> None:
         terms = self.objective.items()
@@ -220,7 +251,9 @@ class Prepared(Optimised):
                 self.student_taps.inspect()
                 if self.teacher is not None:
                     self.teacher.inspect_taps()
-        except (RuntimeError, AssertionError) as error:
+        except (KdError, RunFailure):
+            raise
+        except Exception as error:  # of a network of the user's own: anything
             parts = batch.inputs if isinstance(batch.inputs, Mapping) else {"": batch.inputs}
             shape = ", ".join(f"{name} {tuple(part.shape[1:])}".strip() for name, part in parts.items())
             raise KdError(f"a network cannot take inputs of shape {shape}: {str(error).splitlines()[0]}") from None
@@ -247,9 +280,14 @@ class Prepared(Optimised):
         read = (self._counts or self.objective.needs("labels")) and not self.task.regression
         if not read or self.num_classes is None or targets is None or targets.is_floating_point() or not len(targets):
             return
-        if (most := int(targets.max())) >= self.num_classes:
+        least, most = int(targets.min()), int(targets.max())
+        if most >= self.num_classes:
             raise KdError(
                 f"the labels go to {most}, the student has {self.num_classes} outputs (0 … {self.num_classes - 1})"
+            )
+        if least < UNLABELLED:
+            raise KdError(
+                f"the labels go down to {least}: they must be 0 … {self.num_classes - 1}, or {UNLABELLED} for none"
             )
 
     def _deploy(self, few: Batch) -> None:
@@ -276,7 +314,7 @@ class Prepared(Optimised):
 
     def find_unreached(self, batch: Batch) -> None:
         """Note the trainable parameters that no term reaches, in one backward pass on two samples: DDP must know."""
-        with self._random_state_kept(), in_eval(self.student, self.objective), torch.enable_grad():
+        with self._random_state_kept(), in_eval(self.student, self.peers, self.objective), torch.enable_grad():
             few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
             self._inputs_of(few, self._want.input_gradient)
             total = self.losses(few).total

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from kd.distill.answers import Answers
 from kd.distill.taps import AllTapped, Taps
 from kd.errors import KdError
-from kd.losses.base import Batch, Output, at_least_float32
+from kd.losses.base import Batch, Output, at_least_float32, check_choice
 from kd.losses.layouts import Layout
 from kd.models.folding import Folded, channels_last, foldable, same, to_channels_last
 from kd.tasks.base import Task, Want
@@ -77,6 +77,7 @@ class Teacher(Answers):
     """
 
     live = True
+    cached_by = "teacher.cache = true"
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class Teacher(Answers):
             )
         self.networks = nn.ModuleList(networks)
         self.input_maps = nn.ModuleList(input_maps or [nn.Identity() for _ in networks])
-        self.combine = combine
+        self.combine = check_choice("combine", combine, ("probabilities", "logits"))
         shares = torch.tensor(weights if weights is not None else [1.0] * len(networks))
         self.shares = [float(s) for s in shares / shares.sum()]
         self.requires_grad_(False)

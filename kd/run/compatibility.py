@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd.data.base import LABELS, SPLITS, AdaptedData, refuse_unsharded
 from kd.distill.distiller import Distiller
-from kd.distill.teacher import Teacher
 from kd.errors import KdError
 from kd.parallel import group
 from kd.tasks.base import Task
@@ -26,7 +25,7 @@ def check(module: Distiller, data: Any, batch_size: int) -> None:
         for split in SPLITS:
             refuse_unsharded(getattr(data, f"{split}_dataloader")(), split, group.world_size())
     if module.teacher is not None and module.teacher.cache:
-        _cache(module, data)
+        _cache(module.teacher.cached_by, data)
     _last_batch(module, data, batch_size)
 
 
@@ -49,29 +48,12 @@ def _entries(data: Any) -> str:
     return f": its batches have the entries {', '.join(map(str, example))}, and labels are {' or '.join(LABELS)}"
 
 
-def _cache(module: Distiller, data: Any) -> None:
-    key, undo = "teacher.cache = true", "teacher.cache=null"
-    on_disk = not isinstance(module.teacher, Teacher)
-    if on_disk:
-        key, undo = "teacher.answers", "teacher.answers=null"
-    tapping = [name for name, term in module.objective.items() if term.teacher_taps is None or len(term.teacher_taps)]
-    if tapping:
-        raise KdError(
-            f"{key} keeps the teacher's logits only, loss.{tapping[0]} reads its intermediate tensors: set {undo}"
-        )
-    asked = {"views": module.objective.views, "input gradients": module.objective.needs("input_gradient")}
-    for what, names in asked.items():
-        if names:
-            raise KdError(f"{key} keeps no {what}, and a term reads them ({names[0]}): set {undo}")
-    if type(module).compose is not Distiller.compose and not (on_disk and module.composes_unindexed):
-        raise KdError(
-            f"{key} keeps answers to the samples as they are, {type(module).__name__} composes others: set {undo}"
-        )
+def _cache(key: str, data: Any) -> None:
     if data.random_view is not None:
         other = " or data.teacher_view=clean" if data.random_view == "data.augment" else ""
         raise KdError(
             f"{key} needs a teacher that sees the same sample in every epoch, {data.random_view} changes it: set "
-            f"{undo}{other}"
+            f"{key.partition(' ')[0]}=null{other}"
         )
 
 

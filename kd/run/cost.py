@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd.distill.distiller import Distiller
+from kd.distill.modes import in_eval
 from kd.losses.base import Batch
 from kd.tasks.base import Task, Want
 
@@ -31,11 +32,8 @@ def sizes(module: Distiller, examples: Mapping[str, Any]) -> dict[str, dict[str,
 
 def size(network: nn.Module, task: Task, example: Any) -> dict[str, int]:
     """Count parameters, and multiply-accumulate operations of one forward pass of ``example``."""
-    training = network.training
-    network.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with in_eval(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
         _call(network, task, example)
-    network.train(training)
     return {"parameters": sum(p.numel() for p in network.parameters()), "macs": counter.get_total_flops() // 2}
 
 
@@ -48,17 +46,14 @@ def latency_ms(network: nn.Module, task: Task, example: Any, passes: int = 30) -
         return tensor.to(device, weight.dtype if tensor.is_floating_point() else None)
 
     example = Batch(example).map(moved).inputs
-    training = network.training
-    network.eval()
     times = []
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with in_eval(network), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for _ in range(3 + passes):  # the first ones warm up
             start = time.perf_counter()
             _call(network, task, example)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-    network.train(training)
     return round(1000 * statistics.median(times[3:]), 4)
 
 

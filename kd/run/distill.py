@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import warnings
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from kd.config import schema
-from kd.data.base import AdaptedData, Loaders
+from kd.data.base import SPLITS, AdaptedData, Loaders
 from kd.distill.answers import Answers
 from kd.distill.distiller import DEFAULT_OPTIMIZER, Distiller, MakeOptimizer, MakeScheduler
 from kd.distill.teacher import Teacher
@@ -198,27 +199,22 @@ def _scheduler(
 
 
 def _config(given: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The sections of a config, as far as a run reads and records them; networks and data are objects."""
-
-    def said(value: Any) -> Any:
-        return value if value is None or isinstance(value, str) else repr(value)
-
-    optimizer = {"factory": said(given["optimizer"] or DEFAULT_OPTIMIZER)}
+    """Make the sections of a config, as far as a run reads and records them; of objects what tells them apart."""
+    optimizer = {"factory": loss_nodes.plain(given["optimizer"] or DEFAULT_OPTIMIZER)}
+    teacher = given["teacher"]
+    path = str(teacher) if isinstance(teacher, (str, Path)) else None
     return {
         **{key: given[key] for key in ("name", "seed")},
         **{"tags": [], "notes": "", "networks": {}, "logger": {}, "paths": {}, "resume": None},
-        "student": {"model": None, "checkpoint": None},
-        "teacher": {
-            "model": None,
-            "checkpoint": str(path) if isinstance(path := given["teacher"], (str, Path)) else None,
-        },
+        "student": {"model": None, "checkpoint": None, "network": _network(given["student"])},
+        "teacher": {"model": None, "checkpoint": path, "network": None if path else _network(teacher)},
         "loss": loss_nodes.described(nodes),
-        "task": {},
-        "data": {},
+        "task": _network(given["task"]),
+        "data": {split: _loader(given[split]) for split in SPLITS},
         "distiller": {"log_every": given["log_every"]},
         "recipe": {
             **{key: given[key] for key in ("epochs", "scheduler_interval", "gradient_clip", "accumulate")},
-            **{"optimizer": optimizer, "scheduler": said(given["scheduler"]), "batch_size": None},
+            **{"optimizer": optimizer, "scheduler": loss_nodes.plain(given["scheduler"]), "batch_size": None},
         },
         "protocol": {**vars(schema.Protocol()), "monitor": given["monitor"], "val_every": given["val_every"]},
         "hardware": {
@@ -227,3 +223,20 @@ def _config(given: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]]) ->
             "keep_memory": False,  # the process is the caller's
         },
     }
+
+
+def _network(given: Any) -> dict[str, Any]:
+    """Name the class of a network or task, and a digest of its layers: other weights are another seed's."""
+    found: dict[str, Any] = {"class": f"{type(given).__module__}.{type(given).__qualname__}"}
+    if isinstance(given, nn.Module):
+        layers = [*map(str, given.named_modules()), *(f"{n} {tuple(p.shape)}" for n, p in given.named_parameters())]
+        found["layers"] = hashlib.sha256("\n".join(layers).encode()).hexdigest()[:12]
+    return found
+
+
+def _loader(given: Any) -> dict[str, Any]:
+    """Name the class of a loader's data set, its samples and its batch size, as far as it has them."""
+    dataset = getattr(given, "dataset", given)
+    size = len(dataset) if hasattr(dataset, "__len__") else None
+    kind = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+    return {"class": kind, "samples": size, "batch_size": getattr(given, "batch_size", None)}

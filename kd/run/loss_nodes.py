@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,21 +97,33 @@ def _checked(name: str, node: dict[str, Any], known: tuple[str, ...]) -> dict[st
 def described(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the same without objects, as they are written into ``config.yaml``."""
     return {
-        name: {key: _plain(value) for key, value in node.items() if key != "term"} | _of_term(node)
+        name: {key: plain(value) for key, value in node.items() if key != "term"} | _of_term(node)
         for name, node in nodes.items()
     }
 
 
-def _of_term(node: Mapping[str, Any]) -> dict[str, str]:
+def _of_term(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The class of a term that was given as an object, and the settings among its attributes."""
     if "term" not in node:
         return {}
-    made = node["term"].function if isinstance(node["term"], Plain) else type(node["term"])
-    return {"_target_": f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}"}
+    term = node["term"]
+    made = term.function if isinstance(term, Plain) else type(term)
+    settings = {} if isinstance(term, Plain) else {k: plain(v) for k, v in vars(term).items() if _is_setting(k, v)}
+    return {"_target_": f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}", **settings}
 
 
-def _plain(value: Any) -> Any:
+def _is_setting(name: str, value: Any) -> bool:
+    scalars = (str, int, float, bool, type(None))
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return not name.startswith("_") and name != "training" and all(isinstance(part, scalars) for part in parts)
+
+
+def plain(value: Any) -> Any:
+    """Make a value one of YAML: an object by its ``repr`` without addresses, which differ from process to process."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
+        return [plain(part) for part in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

@@ -51,7 +51,7 @@ class OnPolicy(Distiller):
     and ``generation`` (the share of the step's time so far that went into sampling).
     """
 
-    composes_unindexed = True
+    composes_own_text = True
 
     def __init__(
         self,

@@ -68,7 +68,7 @@ class Tokens(Task):
         if self.shift:
             targets = F.pad(targets[:, 1:], (0, 1), value=UNLABELLED)
             predicting = F.pad(real[:, 1:], (0, 1), value=False) & real
-        kept = targets >= 0 if self.chosen == "supervised" else predicting
+        kept = predicting & (targets >= 0) if self.chosen == "supervised" else predicting
         positions = kept.flatten().nonzero().squeeze(1)
         if not len(positions):
             raise KdError("a batch has no supervised position: every row of the data needs one, behind its prompt")
