@@ -15,14 +15,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import kd as api
 from kd.data.base import AdaptedData, Loaders, as_batch
 from kd.distill.distiller import Distiller
+from kd.distill.evaluation import measure
 from kd.distill.objective import Objective
 from kd.distill.schedules import Linear
 from kd.distill.teacher import Teacher
 from kd.errors import KdError
-from kd.losses.base import UNLABELLED, Batch
+from kd.losses.base import UNLABELLED, Batch, Output
 from kd.losses.logits.ce import CrossEntropy
 from kd.losses.logits.kd import KnowledgeDistillation
 from kd.tasks.base import Want
+from kd.tasks.classification import Classification
 from kd.tasks.embedding import Embedding
 from kd.tasks.tokens import CausalLM
 
@@ -216,3 +218,14 @@ def test_padding_on_the_left_predicts_nothing() -> None:
     rows = CausalLM().rows(as_batch({**inputs, "labels": targets}))
     assert rows.extra["positions"].tolist() == [1, 2]
     assert rows.targets.tolist() == [6, 7]
+
+
+def test_predictions_of_data_without_an_index_are_counted_as_they_come() -> None:
+    inputs, targets, _ = points(count=20)[:]
+    kept: dict[str, list[Tensor]] = {}
+    batches = DataLoader(TensorDataset(inputs, targets), batch_size=8)
+    student = network().eval()
+    with torch.no_grad():
+        measure(Classification(), 2, lambda b: Output(student(b.inputs)), batches, torch.device("cpu"), keep=kept)
+    assert torch.cat(kept["index"]).tolist() == list(range(20))
+    assert torch.equal(torch.cat(kept["target"]), targets)

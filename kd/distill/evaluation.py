@@ -14,7 +14,7 @@ from torchmetrics import Metric as StateMetric
 
 from kd.data.base import as_batch, bad_inputs
 from kd.distill.answers import Answers
-from kd.errors import RunFailure
+from kd.errors import KdError, RunFailure
 from kd.losses.base import Batch, Output
 from kd.parallel import group
 from kd.tasks.base import Task, Want
@@ -164,9 +164,7 @@ class Evaluated(L.LightningModule):
                 teacher = answer if self.comparable else None
             self._meter.update(output, batch, teacher)
         if self.predictions is not None:
-            for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", output.logits)):
-                assert tensor is not None, f"predictions cannot be kept: the data has no {name}"
-                self.predictions.setdefault(name, []).append(tensor.cpu())
+            _keep(self.predictions, batch, output)
 
     def _measures_again(self, split: str) -> bool:
         """Whether the teacher is measured in a pass: val of a frozen one is measured before the first epoch."""
@@ -219,6 +217,17 @@ class Evaluated(L.LightningModule):
         if self.measures_teacher:
             per_class = self._teacher_meter.per_class()
             self.teacher_tested = {"test": self._teacher_meter.compute(False), **_per_class(per_class)}
+
+
+def _keep(kept: dict[str, list[Tensor]], batch: Batch, output: Output) -> None:
+    """Append index, target and logits of a batch; samples of data without an index are counted as they come."""
+    if batch.targets is None or (batch.index is None and group.world_size() > 1):
+        lacking = "labels" if batch.targets is None else "an index, which several processes need"
+        raise KdError(f"protocol.keep_predictions = true needs data with {lacking}: set it to false")
+    before = sum(map(len, kept.get("index", ())))
+    index = batch.index if batch.index is not None else torch.arange(before, before + len(batch))
+    for name, tensor in (("index", index), ("target", batch.targets), ("logits", output.logits)):
+        kept.setdefault(name, []).append(tensor.cpu())
 
 
 def _checksum(batch: Batch) -> float:
@@ -275,9 +284,7 @@ def measure(
             finite_teacher.update(beside.logits, batch.index)
         meter.update(output, batch, beside)
         if keep is not None:
-            for name, tensor in (("index", batch.index), ("target", batch.targets), ("logits", output.logits)):
-                assert tensor is not None, f"predictions cannot be kept: the data has no {name}"
-                keep.setdefault(name, []).append(tensor.cpu())
+            _keep(keep, batch, output)
     finite.check(who, split)
     if teacher is not None:
         finite_teacher.check("the teacher", split)
