@@ -14,6 +14,7 @@ from kd.config.compose import checked
 from kd.config.composition import CONF
 from kd.config.instantiate import make
 from kd.config.signature import arguments
+from tests.test_image_presets import PRESETS as OF_IMAGES
 from tests.test_text_presets import PRESETS as OF_TEXT
 
 OPTIONS = [(f.parent.name, f.stem) for f in sorted(CONF.glob("*/*.yaml")) if not f.name.startswith("_")]
@@ -70,7 +71,7 @@ def test_a_loss_file_holds_one_term_named_like_the_file(name: str) -> None:
 
 def needed(name: str) -> list[str]:
     """What a data set must be told beside its name."""
-    return ["data.folder=somewhere"] if name == "imagefolder" else []
+    return ["data.folder=somewhere"] if name in ("imagefolder", "segmentation") else []
 
 
 @pytest.mark.parametrize("name", options("data"))
@@ -121,7 +122,7 @@ def fake_data(config: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in options("experiment") if name not in OF_TEXT])
+@pytest.mark.parametrize("name", [name for name in options("experiment") if name not in {*OF_TEXT, *OF_IMAGES}])
 def test_an_experiment_builds(name: str) -> None:
     from kd.run import build
 
