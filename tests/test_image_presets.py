@@ -1,4 +1,4 @@
-"""Every preset of a published table of images: its recipe and its numbers are the published ones, and it trains.
+"""Every preset of a published table of images, all that begin from ``_cifar100`` or ``_imagenet``: as published, and it trains.
 
 The facts, apart from the presets, are in ``published_images.yaml``.
 """
@@ -21,7 +21,12 @@ from kd.config.composition import CONF
 
 FACTS = yaml.safe_load((Path(__file__).parent / "published_images.yaml").read_text(encoding="utf-8"))
 FOLDER = CONF / "experiment"
-PRESETS = sorted(file.stem for data in ("cifar100", "imagenet") for file in FOLDER.glob(f"{data}_*.yaml"))
+BASES = ("_cifar100", "_imagenet")
+PRESETS = [
+    file.stem
+    for file in sorted(FOLDER.glob("*.yaml"))
+    if any(f"\n  - {base}\n" in file.read_text(encoding="utf-8") for base in BASES)
+]
 TEACHERS = [name for name in PRESETS if "_teacher_" in name]
 STUDENTS = [name for name in PRESETS if name not in TEACHERS]
 PAIRS = {pair for paper in FACTS["accuracy"].values() for pair in paper}
