@@ -1,4 +1,4 @@
-"""Every preset of a published table of images, all that begin from ``_cifar100`` or ``_imagenet``: as published, and it trains.
+"""Every preset that begins from ``_cifar100`` or ``_imagenet``: recipe and numbers are the published ones; it trains.
 
 The facts, apart from the presets, are in ``published_images.yaml``.
 """
