@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd.config import explain, keys
 from kd.config.compose import NAME, check_composed, composed, places, without_hydra
-from kd.config.composition import CONF, command_line, key_of
+from kd.config.composition import CONF, command_line, key_of, typed
 from kd.config.hardware import settings
 from kd.errors import KdError
 from kd.parallel.devices import refuse_missing
@@ -85,7 +85,7 @@ def _run_once(arguments: Any, job: Job) -> None:
     def task(_: DictConfig) -> None:
         node = HydraConfig.get()
         try:
-            job(config, Path(node.runtime.output_dir), list(node.overrides.task))
+            job(config, Path(node.runtime.output_dir), typed(node.overrides.task))
         except Exception as error:  # kept: Hydra would print it its own way
             failed.append(error)
 

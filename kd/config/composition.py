@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from kd.config.signature import folder
 
@@ -36,12 +37,19 @@ def key_of(override: str) -> str:
 def command_line() -> dict[str, str]:
     """Map each key, also every leaf of a mapping, to the override that sets it; empty unless Hydra composes or runs."""
     found: dict[str, str] = {}
-    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    for override in typed(given):
         found[key_of(override)] = override
         if "={" in override:
             value = OverridesParser.create().parse_override(override).value()
             found |= dict.fromkeys(flat(value, f"{key_of(override)}."), override)
     return found
+
+
+def typed(overrides: Any) -> list[str]:
+    """Return overrides as they were typed: reading Hydra's list would put what it says in the place of ``${…}``."""
+    given: Any = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_list(overrides) else overrides
+    return list(given)
 
 
 def choices() -> dict[str, str]:

@@ -87,5 +87,6 @@ def timm_unet(
     try:
         encoder = timm_model(name, pretrained, input_shape=input_shape, features_only=True, **kwargs)
     except (RuntimeError, AssertionError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"name = {name} gives no maps of features ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"name = {name} gives no maps of features ({reason}): choose another encoder") from error
     return TimmUNet(encoder, num_classes, width)

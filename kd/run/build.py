@@ -142,6 +142,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     checkpoint_gradients(config, {"student": net, **{f"networks.{name}": peer for name, peer in peers.items()}})
     if hardware.settings(config)["sync_batchnorm"] and group.joined():
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        peers = {name: nn.SyncBatchNorm.convert_sync_batchnorm(peer) for name, peer in peers.items()}
     module: Distiller = make(
         {**config["distiller"], "_convert_": "none"},
         "distiller",

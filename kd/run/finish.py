@@ -15,7 +15,7 @@ from kd.distill.distiller import Distiller
 from kd.parallel import group
 from kd.records import record, weight_files
 from kd.records.durable import replacing
-from kd.run import library_files, weights
+from kd.run import library_files, peers, weights
 from kd.tasks.base import Task
 from kd.tasks.metrics import retention
 
@@ -67,7 +67,7 @@ def close(
         _save_predictions(keep / record.PREDICTIONS["val"], module)
     if best.digest is not None:
         selected["digest"] = best.digest
-    outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}}
+    outcome: dict[str, Any] = {"student": {"last": last, "selected": selected}, **peers.measured(module, data)}
     if module.teacher is not None:
         outcome["teacher"] = _teacher_part(config, module)
         if module.teacher_trained:
@@ -177,6 +177,8 @@ def summary(outcome: Mapping[str, Any], task: Task, run_dir: Path | None) -> str
         f"student, selected by val ({selected['epoch'] + 1})": _metrics(selected, task),
         f"teacher{along}": "none" if teacher is None else _metrics(teacher, task),
     }
+    for name, peer in outcome.get("peers", {}).items():
+        lines[f"{name}, last epoch ({peer['epoch'] + 1})"] = _metrics(peer, task)
     if teacher is None or "test" not in teacher:
         lines["size"] = _size(student)
     else:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from kd.config.instantiate import first_line, make
 from kd.config.recipe import factor, settings
-from kd.distill.optimisation import OwnRecipe, WarmUp
+from kd.distill.optimisation import EVERY_PEER, OwnRecipe, WarmUp
 from kd.errors import KdError, did_you_mean
 from kd.run.frozen_body import body_parameters
 
@@ -71,7 +71,7 @@ def _own(name: str, node: Mapping[str, Any]) -> OwnRecipe:
 
 def _refuse_others(networks: Mapping[str, Any], own: Sequence[str]) -> None:
     for name in networks:
-        if name not in own:
+        if name not in own and EVERY_PEER not in own:
             raise KdError(
                 f"recipe.networks.{name} is not allowed: this distiller gives an optimiser of its own to "
                 f"{', '.join(own) or 'no network'}{did_you_mean(name, own)}"

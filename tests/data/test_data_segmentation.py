@@ -12,6 +12,8 @@ import torch
 from batches import same
 from PIL import Image
 
+from kd.config.compose import checked
+from kd.config.instantiate import make
 from kd.data.images.masks import MaskFileLoader, MaskLoader
 from kd.data.images.segmentation import Segmentation
 from kd.errors import KdError
@@ -307,3 +309,11 @@ def test_test_images_that_weights_have_seen_are_found_whatever_their_masks_are(n
     other = module(before.folder)
     other.setup()
     assert other.content != content  # the masks are part of what the set is
+
+
+def test_the_stamps_are_read_as_their_yaml_says(kd_data: str) -> None:
+    data = make({**checked(["data=stamps_seg"])["data"], "root": kd_data}, "data")
+    data.setup()
+    assert data.sizes == {"train": 1099, "val": 101, "test": 300, "labelled": 1099}
+    assert (data.num_classes, data.class_names[0], data.input_shape) == (9, "background", (3, 64, 64))
+    assert max(int(batch.targets.max()) for batch in data.test_dataloader()) == 8
