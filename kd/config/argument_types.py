@@ -1,4 +1,4 @@
-"""Whether the value of an argument is of the type that its annotation says, where that can be told without importing.
+"""Whether the value of an argument is of the type that its annotation says, where that is known without importing.
 
 A word in the place of a number must stop a run before torch is imported; ranges are the business of the code itself.
 """
@@ -26,8 +26,8 @@ def complaint(value: Any, annotation: str) -> str:
     words = [_words(part) for part in parts]
     if None in words or any(_is(value, part) for part in parts):
         return ""
-    told = list(dict.fromkeys(word for word in words if word))
-    return f"it must be {told[0] if len(told) == 1 else ', '.join(told[:-1]) + ' or ' + told[-1]}"
+    kinds = list(dict.fromkeys(word for word in words if word))
+    return f"it must be {kinds[0] if len(kinds) == 1 else ', '.join(kinds[:-1]) + ' or ' + kinds[-1]}"
 
 
 def _alternatives(node: ast.expr) -> Any:

@@ -34,9 +34,9 @@ def check(cfg: DictConfig, training: bool = True) -> dict[str, Any]:
     if training:
         problems += hardware.problems(config["hardware"], config["recipe"]["batch_size"])
         problems += values.of_a_training(config)
-    said = {problem.partition(" is not allowed")[0] for problem in problems}
+    refused = {problem.partition(" is not allowed")[0] for problem in problems}
     types = keys.mistyped(config, line, () if training else TRAINING)
-    problems += [problem for problem in types if problem.partition(" is not allowed")[0] not in said]
+    problems += [problem for problem in types if problem.partition(" is not allowed")[0] not in refused]
     if problems:
         raise KdError("\n".join(dict.fromkeys(problems)))
     if not any(value is not None for value in (config["student"].get("surgery") or {}).values()):

@@ -104,7 +104,7 @@ class Hardware:
 
 @dataclass
 class Protocol:
-    """Which split picks the checkpoint, how often it is looked at, what is kept."""
+    """Which split picks the checkpoint, how often it validates, what is kept."""
 
     monitor: str | None = None  # null: the first metric of the task, on val
     mode: str | None = None  # max or min; null: what is better for the metric

@@ -18,7 +18,7 @@ from torch import Tensor
 from kd.data.base import as_batch
 from kd.data.images.loader import Loader
 from kd.distill import cache_shards as shards
-from kd.distill.cache_forms import Arrays, Form, narrowed, projection_of
+from kd.distill.cache_forms import Arrays, Form, kept_projection, narrowed
 from kd.distill.cache_key import index_of, key_of
 from kd.distill.cache_shards import Damaged
 from kd.distill.teacher import Teacher
@@ -91,7 +91,7 @@ class Builder:
     def _shards(self) -> list[dict[str, Any]]:
         """Go over the missing shards, those that no other process makes at the moment, until all are there."""
         found: dict[int, dict[str, Any]] = {}
-        count, made, said = self.of_view * self.views, 0, False
+        count, made, logged = self.of_view * self.views, 0, False
         while True:
             before = len(found)
             for number in (n for n in range(count) if n not in found):
@@ -101,9 +101,9 @@ class Builder:
             if len(found) == count:
                 break
             if len(found) == before:
-                if not said:
+                if not logged:
                     log.info("%d of %d shards of the answers are made by other processes", count - before, count)
-                said = True
+                logged = True
                 time.sleep(PAUSE)
         log.info("answers of the teacher: %d of %d shards made here, in %s", made, count, self.folder)
         return [found[number] for number in range(count)]
@@ -163,7 +163,7 @@ class Builder:
         file = self.folder / shards.HEAD
         if self.form.what != "hidden" or file.exists():
             return
-        tensors, about = projection_of(output.head)
+        tensors, about = kept_projection(output.head)
         shards.write(file, tensors, {"key": self.key, **about})
 
     def _manifest(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -238,13 +238,13 @@ def as_dtype(batch: Batch, teacher: torch.nn.Module) -> Batch:
     dtype = next((p.dtype for p in teacher.parameters()), torch.float32)
     if dtype not in (torch.float16, torch.bfloat16):
         return batch
-    return batch.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return batch.cast(dtype)
 
 
 def rows_of_samples(task: Task, batch: Batch, rows: Batch, found: int) -> Tensor:
     """How many of the ``found`` rows belong to each sample, (samples,): they come sample after sample.
 
-    ``batch``, ``rows``: before and after ``task.rows``. ``KdError`` where they cannot be told apart.
+    ``batch``, ``rows``: before and after ``task.rows``. ``KdError`` where they are not distinct.
     """
     if rows is batch and found == len(batch):
         return torch.ones(found, dtype=torch.int64)

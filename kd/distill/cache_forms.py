@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd.errors import KdError
 from kd.losses.base import Output, TopK, at_least_float32, check_choice, check_temperature
+from kd.tasks.output_projection import linear_of
 
 FORMS = ("topk", "hidden", "logits")
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -129,16 +130,15 @@ def _logits(output: Output) -> Iterator[Tensor]:
     yield from at_least_float32(output.logits).split(CHUNK)
 
 
-def projection_of(head: Any) -> tuple[Arrays, dict[str, str]]:
+def kept_projection(head: Any) -> tuple[Arrays, dict[str, str]]:
     """The output projection as tensors, and the numbers that go with it, as text.
 
     ``KdError`` where it is more than a linear layer with a scale and a cap.
     """
-    layer = getattr(head, "projection", head)
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+    if (layer := linear_of(head)) is None:
+        kind = type(getattr(head, "projection", head)).__name__
         raise KdError(
-            f"teacher.answers.what = hidden keeps a linear output projection, this one is a {type(layer).__name__}: "
-            "set what=topk"
+            f"teacher.answers.what = hidden keeps a linear output projection, this one is a {kind}: set what=topk"
         )
     tensors = {"weight": layer.weight, **({} if layer.bias is None else {"bias": layer.bias})}
     about = {"scale": repr(float(getattr(head, "scale", 1.0)))}

@@ -147,8 +147,8 @@ def own_kind(data: Any) -> DataModule | TextModule | None:
 
 def answering(data: Any, view: int | None = None) -> Any:
     """Batches of the training set once, in order; of one ``view`` where there are several."""
-    ask = getattr(getattr(data, "own", data), "answering_dataloader", None) or data.answering_dataloader
-    return ask() if view is None else ask(view)
+    loader = getattr(getattr(data, "own", data), "answering_dataloader", None) or data.answering_dataloader
+    return loader() if view is None else loader(view)
 
 
 def _data(data: Any) -> str:

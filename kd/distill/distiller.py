@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from kd.distill.optimisation import (
     WarmUp,
     check_factory,
 )
-from kd.distill.preparation import Prepared
+from kd.distill.preparation import PreparationModule
 from kd.distill.step_buffer import StepBuffer, first_bad
 from kd.distill.teacher import Teacher
 from kd.errors import KdError, RunFailure
@@ -64,7 +64,7 @@ class Step:
         return replace(self, total=self.total + other.total, values=values, over=over)
 
 
-class Distiller(Prepared):
+class Distiller(PreparationModule):
     """Trains ``student`` on the objective; ``teacher`` may be None (plain supervised training).
 
     Works in a plain ``lightning.Trainer`` with any loaders, whose batches become :class:`~kd.losses.base.Batch` by
@@ -238,11 +238,10 @@ class Distiller(Prepared):
         if loader is None:
             return
         dtype = next((p.dtype for p in self.student.parameters()), torch.float32)  # bf16-true: as in the steps
-        cast = _cast_to(dtype)
         own = (as_batch(batch).of_teacher for batch in loader)
         try:
             found, _ = measure(
-                *(self.task, self.num_classes, lambda batch: teacher.measured(batch.map(cast)), own, self.device),
+                *(self.task, self.num_classes, lambda batch: teacher.measured(batch.cast(dtype)), own, self.device),
                 who="the teacher",
                 split="val",
             )
@@ -406,7 +405,3 @@ class Distiller(Prepared):
                     f"{now.get(key)} now). Put it back, or start a run of its own; an older kd "
                     "divided folders otherwise"
                 )
-
-
-def _cast_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""Validation and test, student beside teacher: the half of the Distiller that measures, and one pass outside of it."""
+"""Validation and test, student beside teacher: what the Distiller measures, and one pass outside of it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class NotFinite(StateMetric):
             raise RunFailure(f"the answer of {network} {count} of {split} (NaN or infinity; index {first})")
 
 
-class Evaluated(L.LightningModule):
+class EvaluationModule(L.LightningModule):
     """A ``student`` that is measured by the metrics of ``task``, together with the ``teacher`` if there is one.
 
     Measured is in float32, whatever precision the steps have: the passes run without autocast, and logits of networks

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kd.losses.base import Batch, Fused, Output, Term
 from kd.losses.tokens.fused import Projection, TeacherRows, fused_losses
-from kd.tasks.output_projection import Head
+from kd.tasks.output_projection import Head, linear_of
 
 
 def from_hidden(
@@ -58,8 +58,7 @@ def form_of(term: Term) -> Fused | None:
 def projection_of(output: Output) -> Projection | None:
     """The output projection, where it is a plain linear layer with at most a factor and a soft cap behind it."""
     head = output.head
-    layer = head.projection if isinstance(head, Head) else head
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+    if (layer := linear_of(head)) is None:
         return None
     weight = layer.weight
     sharded = hasattr(weight, "full_tensor")

@@ -73,10 +73,6 @@ class Objective(nn.Module):
         """The names of the terms that declare ``needs_<what>``: teacher, student_logits, teacher_logits, labels …"""
         return [name for name, term in self.items() if getattr(term, f"needs_{what}")]
 
-    def over(self, what: str) -> list[str]:
-        """The names of the terms whose mean is over ``what``: rows, labelled, samples or batch."""
-        return [name for name, term in self.items() if term.over == what]
-
     @property
     def views(self) -> list[str]:
         """The views that both networks must be run on."""
@@ -146,6 +142,7 @@ def _standardise(name: str, term: Term) -> None:
     """Let a term see z-scores of the logits, whoever calls it; of fused losses there are none then."""
     if not (term.needs_student_logits or term.needs_teacher_logits):
         raise KdError(f"loss.{name}.standardise = true is not allowed: the term reads no logits")
+    term.every_class = True  # their mean and spread
     if _see_z_scores not in term._forward_pre_hooks.values():  # a term of one's own may be in several objectives
         term.register_forward_pre_hook(_see_z_scores)
 

@@ -1,4 +1,4 @@
-"""The half of the Distiller that steps: optimisers, schedules, warm-up, and where in a run a step is."""
+"""How the Distiller steps: optimisers, schedules, warm-up, and where in a run a step is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd.distill.evaluation import Evaluated
+from kd.distill.evaluation import EvaluationModule
 from kd.errors import KdError
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -65,7 +65,7 @@ class OwnRecipe:
         self.optimizer, self.scheduler, self.scheduled = optimizer, scheduler, scheduled
 
 
-class Optimised(Evaluated, ABC):
+class OptimisationModule(EvaluationModule, ABC):
     """Makes and steps the optimisers of :meth:`networks`; knows how far the run is.
 
     ``own_optimizers``: names of :meth:`networks` that get an optimiser and a schedule of their own, made by the same

@@ -1,4 +1,4 @@
-"""The half of the Distiller that answers and gets ready: forward passes with taps, and the dry pass before training."""
+"""How the Distiller answers and prepares: forward passes with taps, and the dry pass before training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kd.data.base import as_batch, refuse_unsharded
-from kd.distill.modes import in_eval
 from kd.distill.objective import Objective
-from kd.distill.optimisation import Optimised
+from kd.distill.optimisation import OptimisationModule
 from kd.distill.taps import Taps, resolve, unfuse
 from kd.errors import KdError, RunFailure, framed
 from kd.losses.base import UNLABELLED, Batch, Output, Setup, Term
+from kd.losses.networks import in_eval
 from kd.models.folding import channels_last, to_channels_last
 from kd.parallel import group
 from kd.tasks.base import Want
@@ -26,7 +26,7 @@ from kd.tasks.base import Want
 log = logging.getLogger(__name__)
 
 
-class Prepared(Optimised):
+class PreparationModule(OptimisationModule):
     """Runs student and teacher with their taps; :meth:`prepare` resolves these and lets the terms build adapters."""
 
     objective: Objective

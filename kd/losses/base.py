@@ -70,6 +70,10 @@ class Batch:
         """The batch with all its tensors on a device."""
         return self.map(lambda tensor: tensor.to(device))
 
+    def cast(self, dtype: torch.dtype) -> Batch:
+        """Return the batch with its floating-point tensors as this type."""
+        return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor changed, those inside of mappings and lists as well."""
         return replace(self, **{f.name: _mapped(getattr(self, f.name), change) for f in fields(self)})
@@ -291,6 +295,9 @@ class Term(nn.Module):
         Whether the logits may be numbers of any meaning (a regression), and not those of a softmax alone.
     ``two_tokenizers``
         Whether the rows of the teacher may be tokens of another tokenizer than the student's.
+    ``every_class``
+        Whether it gives each class a share, or measures the spread of all logits: of rows in which most positions are
+        masked (question answering) it would read the masked ones.
     ``over``
         What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``, the real ``"positions"`` of
         ``batch.mask``; or ``"batch"``: it is no plain mean
@@ -312,6 +319,7 @@ class Term(nn.Module):
     needs_attention_maps: bool = False
     regression: bool = False
     two_tokenizers: bool = False
+    every_class: bool = False
     over: str = "rows"
 
     student_taps: Sequence[str | int] | None = ()

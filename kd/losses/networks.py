@@ -1,15 +1,32 @@
-"""What a term finds in a bare network, and makes of it: the classifier, batch norms, another module in a place."""
+"""Bare networks: the classifier, batch norms, another module in a place, eval mode until a block ends."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 CLASSIFIERS = ("fc", "head", "heads", "classifier", "score")
+
+
+@contextmanager
+def in_eval(*networks: nn.Module) -> Iterator[None]:
+    """Put networks into eval mode until the block ends; then each module is in the mode that it had.
+
+    Batch norms that a user has frozen stay frozen.
+    """
+    before = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 class Classifier(NamedTuple):
@@ -36,10 +53,10 @@ def classifiers(network: nn.Module) -> list[Classifier]:
     Raises ``ValueError`` when there is none.
     """
     known = {id(module): name for name, module in network.named_modules() if name}
-    ask: Any = getattr(network, "get_classifier", None)
-    if callable(ask):
-        said = ask()
-        several = said if isinstance(said, (tuple, list, nn.ModuleList)) else [said]
+    getter: Any = getattr(network, "get_classifier", None)
+    if callable(getter):
+        found = getter()
+        several = found if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
         heads = [m for m in several if isinstance(m, nn.Module) and not isinstance(m, nn.Identity) and id(m) in known]
         if heads:
             return [Classifier(known[id(head)], head) for head in heads]

@@ -149,10 +149,10 @@ def _by_channels(channels: int | None, shape: Sequence[int] | None) -> Layout:
 def _order(module: nn.Module) -> Layout | None:
     """What a network says of its maps in ``layout`` or ``output_fmt`` (a word, or timm's ``Format``)."""
     for attribute in ("layout", "output_fmt"):
-        said = getattr(module, attribute, None)
-        said = getattr(said, "value", said)
-        if isinstance(said, str) and said in ("NCHW", "NHWC"):
-            return Layout(said)
+        value = getattr(module, attribute, None)
+        value = getattr(value, "value", value)
+        if isinstance(value, str) and value in ("NCHW", "NHWC"):
+            return Layout(value)
     return None
 
 
@@ -160,9 +160,9 @@ def _prefix(module: nn.Module) -> int | None:
     """How many prefix tokens a network has; None where nothing says that it works on tokens."""
     if isinstance(module, nn.ModuleList):  # several networks, or blocks
         return None
-    said = getattr(module, "num_prefix_tokens", None)
-    if isinstance(said, int):
-        return said
+    count = getattr(module, "num_prefix_tokens", None)
+    if isinstance(count, int):
+        return count
     tokens = [p for name, p in module.named_parameters() if name.rpartition(".")[2] in PREFIX and p.ndim == 3]
     width = getattr(getattr(module, "config", None), "hidden_size", None)
     says = getattr(module, "layout", None) == "tokens" or getattr(module, "output_fmt", None) == "NLC"

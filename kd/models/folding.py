@@ -107,11 +107,11 @@ class Folded:
 
     def share_buffers(self, network: nn.Module) -> None:
         """Read the buffers of the original again: moving or casting a module gives it others."""
-        twins = dict(self.network.named_modules())
+        copies = dict(self.network.named_modules())
         for name, module in network.named_modules():
             for key, buffer in module.named_buffers(recurse=False):
-                if key in dict(twins[name].named_buffers(recurse=False)):
-                    setattr(twins[name], key, buffer)
+                if key in dict(copies[name].named_buffers(recurse=False)):
+                    setattr(copies[name], key, buffer)
 
 
 def to_channels_last(network: nn.Module, run: Callable[[bool], Any]) -> bool:

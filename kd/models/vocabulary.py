@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kd.losses.networks import in_eval
+
 SOME = 4  # tokens that answers are compared on
 CLOSE = 1e-4  # how far answers may be from those of before, relative to the largest
 
@@ -62,15 +64,9 @@ def restrict(network: Any, restriction: Restriction) -> None:
 
 def _answer(network: Any, ids: Tensor) -> Tensor:
     """Return logits, or the hidden states of a network without, of one row of tokens."""
-    training = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            made = network(input_ids=ids.unsqueeze(0).to(next(network.parameters()).device))
-        return (made["logits"] if "logits" in made else made[0]).float()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with in_eval(network), torch.no_grad():
+        made = network(input_ids=ids.unsqueeze(0).to(next(network.parameters()).device))
+    return (made["logits"] if "logits" in made else made[0]).float()
 
 
 def _renumbered(value: Any, new: Mapping[int, int]) -> Any:

@@ -93,8 +93,8 @@ def nodes(hardware: Mapping[str, Any]) -> tuple[int, int]:
         number = size // int(variables["LOCAL_WORLD_SIZE"])
     found = {"num_nodes": number, "devices": size // number}
     for key, value in found.items():
-        asked = len(hardware[key]) if isinstance(hardware[key], list) else hardware[key]
-        if asked not in (None, "auto", value):
+        wanted = len(hardware[key]) if isinstance(hardware[key], list) else hardware[key]
+        if wanted not in (None, "auto", value):
             raise KdError(
                 f"hardware.{key} = {hardware[key]} is not what {hardware['cluster'] or 'kd'} started: {value} "
                 "(leave it out)"

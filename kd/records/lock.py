@@ -76,7 +76,7 @@ def this_process() -> dict[str, Any]:
 def alive(process: Any) -> bool:
     """Whether another process than this one, written down by :func:`this_process`, lives on this host.
 
-    False where it cannot be told, as of other hosts and without ``/proc``.
+    False where that is not known, as of other hosts and without ``/proc``.
     """
     if not isinstance(process, dict) or process.get("host") != socket.gethostname():
         return False

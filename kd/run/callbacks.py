@@ -150,7 +150,7 @@ def _shown(values: Mapping[str, float]) -> str:
 class WallClock(Callback):
     """Seconds that the run has taken, kept in its checkpoints: one that is killed writes no record of them.
 
-    ``earlier``: those of the sittings before this one.
+    ``earlier``: those of the sessions before this one.
     """
 
     def __init__(self, earlier: float) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd.distill.distiller import Distiller
-from kd.distill.modes import in_eval
 from kd.losses.base import Batch
+from kd.losses.networks import in_eval
 from kd.tasks.base import Task, Want
 
 

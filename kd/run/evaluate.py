@@ -101,11 +101,8 @@ def evaluate(
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     dtype = getattr(torch, TYPES.get(config["hardware"]["precision"], "float32"))  # of the weights, as in the run
 
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
     def answers(network: Any) -> Any:
-        return lambda batch: network(batch.map(cast))
+        return lambda batch: network(batch.cast(dtype))
 
     few: Batch = task.rows(next(iter(loader)).few(2).to(device))
     data_of_who = getattr(data, "for_teacher", data) if who == "teacher" else data

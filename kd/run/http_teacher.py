@@ -161,12 +161,12 @@ class HttpTeacher:
         if status == 200:
             return self._completion(content, headers.get("Content-Type"), prompt)
         code, said = words_of(content)
-        told = self._clean(f"the server answers {status}: {said}" if said else f"the server answers {status}")
+        reason = self._clean(f"the server answers {status}: {said}" if said else f"the server answers {status}")
         if (status in AGAIN or status >= 500) and code not in NEVER:
-            raise Again(told, retry_after(headers.get("Retry-After")))
+            raise Again(reason, retry_after(headers.get("Retry-After")))
         if code in OF_THE_PROMPT or status == 413:
-            raise Declined(told)
-        raise KdError(self._stopped_by(status, told))
+            raise Declined(reason)
+        raise KdError(self._stopped_by(status, reason))
 
     def _completion(self, content: bytes, media: str | None, prompt: Prompt) -> Completion:
         try:
@@ -182,11 +182,11 @@ class HttpTeacher:
         self.attempts.answered = True
         return found
 
-    def _stopped_by(self, status: int, told: str) -> str:
+    def _stopped_by(self, status: int, reason: str) -> str:
         key = f"with the key in {self.key_env}" if self.key else f"without a key: there is none in {self.key_env}"
         hint = f" (asked {key})" if status in (401, 403) else f" (model = {self.model})" if status == 404 else ""
         hint = " (a redirection is not followed: the key would go along)" if 300 <= status < 400 else hint
-        return f"server = {self.url}: {told}{hint}"
+        return f"server = {self.url}: {reason}{hint}"
 
     def _post(self, body: dict[str, Any]) -> tuple[int, Any, bytes]:
         """Send a request and read the whole answer within ``timeout`` seconds: status, headers, content."""

@@ -1,4 +1,4 @@
-"""Whether a run directory still holds what its record speaks of: the config it began with, the weights it measured.
+"""Whether a run directory still holds what its record names: the config it began with, the weights it measured.
 
 No torch at import.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def config_changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """What differs between a run's config and its record, as ``seed = 7, 0 in result.json``; "" when nothing does.
 
-    "" as well where it cannot be told: the hash counts what the run read, which is gone or other weights now.
+    "" as well where that is not known: the hash counts what the run read, which is gone or other weights now.
     """
     try:
         hashed = record.config_hash(config)

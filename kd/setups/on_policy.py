@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kd.config.rules import number, refusals, refuse, whole
 from kd.distill.distiller import Distiller, Step
-from kd.distill.modes import in_eval
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
+from kd.losses.networks import in_eval
 
 RULES = {
     "share": number(least=0, most=1),

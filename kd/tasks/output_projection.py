@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from kd.losses.networks import in_eval
+
 CLOSE = 1e-4  # how far logits may be from those of the whole network, relative to the largest
 
 _HEADS: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
@@ -23,7 +25,7 @@ class Head(nn.Module):
     ``softcap · tanh(logits / softcap)`` (Gemma 2); None: as they are.
     """
 
-    caches = False  # whether the network would keep keys and values, unless it is told not to
+    caches = False  # whether the network would keep keys and values, unless told not to
 
     def __init__(self, projection: nn.Module, scale: float = 1.0, softcap: float | None = None) -> None:
         super().__init__()
@@ -39,17 +41,18 @@ class Head(nn.Module):
         """The bias (vocabulary,), or None."""
         return getattr(self.projection, "bias", None)
 
-    @property
-    def plain(self) -> bool:
-        """Whether the logits are ``hidden @ weight.T + bias`` and nothing else."""
-        own = isinstance(self.projection, nn.Linear) and type(self.projection).forward is nn.Linear.forward
-        return own and self.scale == 1.0 and self.softcap is None
-
     def forward(self, hidden: Tensor) -> Tensor:
         """Make the logits."""
         logits = self.projection(hidden)
         logits = logits * self.scale if self.scale != 1.0 else logits
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def linear_of(head: nn.Module | None) -> nn.Linear | None:
+    """Return the linear layer of an output projection, :class:`Head` or bare; None where it is another module."""
+    layer = head.projection if isinstance(head, Head) else head
+    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+    return layer if plain else None  # type: ignore[return-value]
 
 
 def hidden_rows(
@@ -66,8 +69,8 @@ def hidden_rows(
         return None
     if hasattr(network, "unshard"):  # FSDP2: the layer's weights are whole only while the network runs
         return None
-    ask: Any = getattr(network, "get_output_embeddings", None)
-    if callable(ask) and (layer := ask()) is not None and (layer._forward_hooks or layer._forward_pre_hooks):
+    getter: Any = getattr(network, "get_output_embeddings", None)
+    if callable(getter) and (layer := getter()) is not None and (layer._forward_hooks or layer._forward_pre_hooks):
         return None  # it is tapped: what it makes is wanted
     if network not in _HEADS:
         _HEADS[network] = _checked(network, inputs)
@@ -105,8 +108,8 @@ def _intercepted(projection: nn.Module, positions: Tensor | None) -> Iterator[li
 
 def _checked(network: nn.Module, inputs: Mapping[str, Tensor]) -> Head | None:
     """The output projection of a network, where it gives the network's own logits."""
-    ask: Any = getattr(network, "get_output_embeddings", None)
-    projection = ask() if callable(ask) else None
+    getter: Any = getattr(network, "get_output_embeddings", None)
+    projection = getter() if callable(getter) else None
     if not isinstance(projection, nn.Module):
         return None
     config: Any = getattr(network, "config", None)
@@ -116,10 +119,8 @@ def _checked(network: nn.Module, inputs: Mapping[str, Tensor]) -> Head | None:
     inner: Any = network.get_base_model() if hasattr(network, "peft_config") else network  # type: ignore[operator]
     head.caches = "use_cache" in inspect.signature(inner.forward).parameters
     few = {name: tensor[:2] for name, tensor in inputs.items()}
-    training = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        with torch.no_grad():
+        with in_eval(network), torch.no_grad():
             whole = network(**few)
             whole = whole["logits"] if isinstance(whole, Mapping) else getattr(whole, "logits", whole)
             logits = head(_run(network, few, None, head)).view_as(whole)
@@ -128,7 +129,4 @@ def _checked(network: nn.Module, inputs: Mapping[str, Tensor]) -> Head | None:
         raise
     except (RuntimeError, IndexError, TypeError, AttributeError):  # it does not run on no vocabulary
         return None
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return head if bool(same) else None

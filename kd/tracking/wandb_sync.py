@@ -79,10 +79,10 @@ def _send(files: list[Path], timeout: float) -> bool:
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", *(str(f) for f in files)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-        said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr + done.stdout)
-        errors = re.findall(r"ERROR (?:\[\S+\] )?(.*)", said)
+        output = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr + done.stdout)
+        errors = re.findall(r"ERROR (?:\[\S+\] )?(.*)", output)
         if not errors and not all(map(_sent, files)):
-            errors = said.strip().splitlines()[-1:] or ["wandb sync said nothing"]
+            errors = output.strip().splitlines()[-1:] or ["wandb sync said nothing"]
     except subprocess.TimeoutExpired:
         errors = [f"not done in {timeout:g} s"]
     if errors:  # its exit code is 0 and its mark is set even when the server refused the rows

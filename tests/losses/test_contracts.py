@@ -151,7 +151,6 @@ def test_each_mean_gets_the_share_of_what_it_is_over(monkeypatch) -> None:
     """A term over the batch sees it whole, and its value is the whole already."""
     monkeypatch.setattr(group, "gather_rows", lambda tensor: torch.cat([tensor, tensor + 1]))
     objective = Objective({over: Over(over) for over in OVER})
-    assert objective.over("batch") == ["batch"]
     shares = group.Shares(*(torch.tensor(factor) for factor in (0.5, 2.0, 3.0, 5.0)))
     student, batch = Output(torch.full((2, 3), 4.0)), Batch(torch.zeros(2, 1), torch.tensor([1, 0]))
     values, total = objective(student, Output(), batch, shares=shares)

@@ -12,7 +12,7 @@ from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch, Output
 from kd.models.transformers_model import transformers_model
 from kd.tasks.base import Want
-from kd.tasks.output_projection import hidden_rows
+from kd.tasks.output_projection import hidden_rows, linear_of
 from kd.tasks.tokens import CausalLM, MaskedLM, Tokens
 from tests.tiny_language import BERT, LLAMA, VOCABULARY, Texts, sequences
 
@@ -43,7 +43,8 @@ def test_hidden_rows_give_the_networks_own_logits(name: str) -> None:
     whole = made(**inputs).logits.flatten(0, 1)[positions]
     torch.testing.assert_close(head(hidden), whole, rtol=1e-5, atol=1e-6)
     assert hidden.shape[0] == 4
-    assert head.plain == (name not in ("gemma2", "cohere"))
+    assert linear_of(head) is head.projection
+    assert (head.scale, head.softcap) != (1.0, None) or name not in ("gemma2", "cohere")
     assert "forward" not in head.projection.__dict__  # nothing is left of the way it was done
 
 
