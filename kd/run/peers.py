@@ -9,8 +9,8 @@ from torch import nn
 
 from kd.distill.distiller import Distiller
 from kd.distill.evaluation import measure
-from kd.distill.modes import in_eval
 from kd.losses.base import Batch, Output
+from kd.losses.networks import in_eval
 from kd.parallel import group
 from kd.run import cost
 from kd.tasks.base import Want
