@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from kd.records import record
 
 FILE = "sweep.json"
 SCHEMA = 1
+SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Job:
     label: str
     overrides: tuple[str, ...]
     after: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> str:
+        """Return the label without seeds: jobs of one group differ by them only."""
+        return " ".join(word for word in self.label.split(" ") if not SEEDS.match(word))
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure as Canvas
 from kd.report import style
 from kd.report.claims import label_of
 from kd.report.figures import capital, role
-from kd.report.frame import values
-from kd.report.measures import Measure
+from kd.report.frame import finished, values
+from kd.report.measures import EPOCHS, Measure
 from kd.report.style import styled
 from kd.studies.study import Study
 
+TEACHER = "teacher"  # what its point is called
 MOST_NAMES = 14  # points with their names; of more, only the best have one
 COSTS = (("student/latency_ms", "latency, ms an image"), ("student/macs", "multiply-accumulates an image"),
          ("student/parameters", "parameters"))  # fmt: skip
@@ -55,6 +56,8 @@ def caption(figure: Canvas, measure: Measure) -> str:
         f"{better} is better. The orange line is the Pareto front: it joins the rows that no other row beats in both; "
         f"a row {worse} it is beaten by one that is at least as good for no more cost."
     )
+    if any(label.get_text() == TEACHER for axes in figure.axes for label in axes.texts):
+        text += " Dark: the teacher of all rows."
     if any("latency" in axes.get_xlabel() for axes in figure.axes):
         text += (
             " Latency: one image on the machine that trained, the median over all runs of the same network; small "
@@ -80,7 +83,22 @@ def _points(study: Study, frame: pd.DataFrame, measure: Measure, cost: str) -> l
         if len(found) and len(paid):
             value = float(measure.scale * found.mean())
             points.append((label_of(study, name), float(paid.median()), value, role(study, name)))
-    return points
+    return [*_teacher_point(study, frame, measure, cost), *points]
+
+
+def _teacher_point(
+    study: Study, frame: pd.DataFrame, measure: Measure, cost: str
+) -> list[tuple[str, float, float, str]]:
+    """Return the teacher of all runs as a point, where there is one and no row of the page is it."""
+    first, _, rest = measure.column.partition("/")
+    column, paid = f"teacher/{rest}", cost.replace("student/", "teacher/")
+    done = finished(frame)
+    if first not in EPOCHS or any(row.teacher for row in study.rows.values()) or not {column, paid} <= {*done}:
+        return []
+    there = done[[column, paid]].dropna()
+    if there.empty or there[column].nunique() > 1:
+        return []
+    return [(TEACHER, float(there[paid].median()), float(measure.scale * there[column].iloc[0]), style.TEACHER)]
 
 
 def _panel(axes: Any, points: Sequence[tuple[str, float, float, str]], measure: Measure, label: str) -> None:

@@ -12,12 +12,13 @@ import pandas as pd
 
 from kd.errors import KdError
 from kd.records import manifest, record, sources
+from kd.records.manifest import SEEDS
+from kd.report.alone import of_groups
 from kd.report.frame import finished, metrics_of, table
 from kd.report.run_row import of_run, seed_of
 from kd.report.validation import EPOCH, monitored
-from kd.studies.study import Figure, Row, Study
+from kd.studies.study import Comparison, Figure, Row, Study
 
-SEEDS = re.compile(r"\+*(.+[._])?seed=")  # seed=1, data.split_seed=1
 CODE = "code=sha256:"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")  # YAML takes 1e-05 for a word
 # differ without being the question
@@ -50,10 +51,13 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
     if len(doubled):
         row, seed = doubled.iloc[0][["row", "seed"]]
         raise KdError(f"{row}: there are two runs of seed {seed}; give one of them")
+    _refuse_mixed(name, frame)
     values = {labels[run.group]: _values(labels[run.group]) for run in found}
+    alone = {labels[a]: labels[b] for a, b in of_groups([(run.group, run.run_dir) for run in found]).items()}
     order, main = _best_first(frame), f"test/{metrics_of(frame)[0].name}"
     seeds = tuple(sorted(set(frame["seed"])))
-    rows = {row: Row(row, (), row, tuple(frame[frame["row"] == row]["seed"]), values=values[row]) for row in order}
+    given = {row: tuple(frame[frame["row"] == row]["seed"]) for row in order}
+    rows = {row: Row(row, (), row, given[row], alone=alone.get(row), values=values[row]) for row in order}
     study = Study(
         name=name,
         folder=base,
@@ -64,12 +68,25 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
         epoch=EPOCH,
         rows=rows,
         seeds=seeds,
-        comparisons={},
+        comparisons={row: Comparison("over alone", row, alone[row], main) for row in order if row in alone},
         claim="",
         supported=(),
         figures=_figures(list(values.values()), main),
     )
     return study, frame
+
+
+def _refuse_mixed(name: str, frame: pd.DataFrame) -> None:
+    """``KdError`` for runs of tasks that measure other things: they stand in no one table."""
+    done = finished(frame)
+    mains = {row: metrics_of(part)[0].name for row, part in done.groupby("row", sort=False)}
+    different = list(dict.fromkeys(mains.values()))
+    if len(different) > 1:
+        first, other = (next(row for row, main in mains.items() if main == m) for m in different[:2])
+        raise KdError(
+            f"{name} holds runs of different tasks: {first} is measured by {mains[first]}, {other} by {mains[other]}; "
+            "give the runs of one task"
+        )
 
 
 def _best_first(frame: pd.DataFrame) -> list[str]:
@@ -97,7 +114,7 @@ def of_sweep(directory: Path) -> list[Found]:
 
 
 def _of_job(run_dir: Path, job: manifest.Job, searched: bool) -> Found:
-    name = " ".join(w for w in job.label.split(" ") if not SEEDS.match(w))  # as the table of the sweep names it
+    name = job.group  # as the table of the sweep names it
     # what was searched may have seventeen digits: all but a seed tells its rows apart
     overrides = (o for o in job.overrides if not SEEDS.match(o)) if searched else _distinguishing(job.overrides)
     return Found(run_dir, job.overrides, " ".join([*overrides, name]), name)
@@ -156,6 +173,8 @@ def _labels(found: Sequence[Found]) -> dict[str, str]:
     """Label each group: by its name if unique, else by the overrides that not all have; equal labels get a number."""
     words_of = {run.group: [w.lstrip("+") for w in _distinguishing(run.overrides)] for run in found}
     names = {run.group: run.name for run in found}
+    if len(words_of) == 1 and not any(names.values()):  # of a sweep over seeds alone nothing differs
+        return dict.fromkeys(words_of, _own_name(found))
     common = set.intersection(*(set(words) for words in words_of.values())) if len(words_of) > 1 else set()
     keys = {w.partition("=")[0] for words in words_of.values() for w in words if w not in common}
     labels: dict[str, str] = {}
@@ -171,6 +190,13 @@ def _labels(found: Sequence[Found]) -> dict[str, str]:
             label, number = f"{wanted} ({number})", number + 1
         labels[group] = label
     return labels
+
+
+def _own_name(found: Sequence[Found]) -> str:
+    """Return what the runs of one group call themselves, where they were given a name."""
+    called = {str(there["name"]) for there in _records(found) if "config_hash" in there}
+    name = called.pop() if len(called) == 1 else ""
+    return "all seeds" if name in ("", "train") else name
 
 
 def _short(word: str, keys: Collection[str]) -> str:

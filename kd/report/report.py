@@ -63,7 +63,8 @@ def build(study: Study, frame: pd.DataFrame, runs_dir: Path | None, out: Path, a
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
             temporary = Path(folder)
             pictures = {n: Picture(style.save(f, temporary / f"{n}.png"), text) for n, (f, text) in drawn.items()}
-            parts = sections.of_page(study, frame, compared, judged, table, pictures)
+            beside = None if study.question or study.claim else runs_dir
+            parts = sections.of_page(study, frame, compared, judged, table, pictures, beside)
             pages = render(_context(study, [*about, *notes], judged, frame, parts))
             return Report(judged, table, shown, compared, *_put(out, temporary, pages, list(drawn)), notes)
     except OSError as error:

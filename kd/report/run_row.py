@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,12 @@ def _data(data: Mapping[str, Any] | None) -> str | None:
     sizes, split = data["sizes"], data.get("split", {})
     few = f" ({sizes['labelled']} labelled)" if sizes.get("labelled", sizes["train"]) != sizes["train"] else ""
     return f"{split.get('set', 'data')}: {sizes['train']}{few}/{sizes['val']}/{sizes['test']} train/val/test"
+
+
+def rows_of(data: str) -> tuple[int, int] | None:
+    """Read the rows of val and test from what :func:`of_run` says of the data."""
+    found = re.search(r"/(\d+)/(\d+) train/val/test$", data)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _called(names: Sequence[str]) -> str | None:

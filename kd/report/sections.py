@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
 
-from kd.report import notes, provenance, ranks, tables
+from kd.report import beside_teacher, notes, provenance, ranks, tables
 from kd.report.claims import Compared
 from kd.report.frame import finished
 from kd.report.measures import Measure
@@ -22,8 +23,9 @@ def of_page(
     found: Verdict,
     table: pd.DataFrame,
     pictures: Mapping[str, Picture],
+    runs_dir: Path | None = None,
 ) -> list[Section]:
-    """Make every part that has content, in order."""
+    """Make every part that has content, in order; ``runs_dir``: of runs that are no study, beside their teacher."""
     shown = tables.measures(study, frame)
     results, comparisons = _results(study, frame, table, shown), _comparisons(compared)
     published = _published(study, frame)
@@ -45,7 +47,9 @@ def of_page(
     drawn = Section("Figures", pictures=list(pictures.values())) if pictures else None
     points = notes.of_protocol(study, found, table, shown, [k for k, v in kinds.items() if v])
     protocol = Section("Protocol", points=points)
-    parts = [results, comparisons, published, drawn, protocol, _provenance(study, frame)]
+    beside = None if runs_dir is None else beside_teacher.section(study, frame, runs_dir)
+    by_class = None if runs_dir is None else beside_teacher.classes(study, frame)
+    parts = [results, beside, comparisons, published, by_class, drawn, protocol, _provenance(study, frame)]
     return [section for section in parts if section is not None]
 
 

@@ -22,6 +22,7 @@ from kd.records.measures import measured, number, shown_metric
 from kd.records.state import FAILED, FINISHED, INTERRUPTED, PRUNED
 from kd.sweeps.job import ensure_record
 from kd.sweeps.pool import forked, preload
+from kd.sweeps.progress import LOG, Progress
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,17 @@ def launch(
     state = Singleton.get_state()  # a deep copy: one for all jobs, each child changes its own
     calls = [_call(context, task, state, config, slots) for config in configs]
     total = total or first + len(jobs)
-    for done, (position, code) in enumerate(forked(calls, len(slots)), start=first + 1):
+    progress = Progress(total, len(slots))
+    places = [(_label(directory(config)), directory(config)) for config in configs]
+    ended: list[int] = []
+
+    def tick(running: Sequence[int]) -> None:
+        progress.update({position: places[position] for position in running}, first + len(ended))
+
+    for done, (position, code) in enumerate(forked(calls, len(slots), tick), start=first + 1):
+        ended.append(position)
+        progress.end(position)
+        progress.clear()
         run_dir = directory(configs[position])
         overrides = [str(o) for o in configs[position].hydra.overrides.task]
         try:
@@ -115,10 +126,15 @@ def launch(
                 ensure_record(run_dir, overrides, *death(code))
             line = job_line(run_dir)
         except KdError as error:  # there is no room for one: a job does not stop the others
-            belongs = manifest.find(run_dir)
-            line = f"{belongs[1].label if belongs else run_dir.name}: {FAILED}: {error}"
+            line = f"{_label(run_dir)}: {FAILED}: {error}"
         print(f"  {done:>{len(str(total))}}/{total}  {line}", flush=True)
     return [JobReturn(overrides=list(overrides)) for overrides in jobs]
+
+
+def _label(run_dir: Path) -> str:
+    """Return what a job is called."""
+    belongs = manifest.find(run_dir)
+    return belongs[1].label if belongs else run_dir.name
 
 
 def directory(config: DictConfig) -> Path:
@@ -161,7 +177,7 @@ def _call(
         run_dir, own = directory(config), slots[slot]
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            with (run_dir / "train.log").open("a") as log:
+            with (run_dir / LOG).open("a") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
         except OSError as error:

@@ -18,12 +18,17 @@ from typing import Any
 from kd.errors import KdError
 from kd.parallel.launch import interruptible
 
+TICK = 1.0  # seconds
 Call = Callable[[int], Any]
 """What a child runs; it is given its slot, 0 to the number of jobs at once - 1."""
 
 
-def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
+def forked(
+    calls: Sequence[Call], at_once: int, tick: Callable[[Sequence[int]], None] | None = None
+) -> Iterator[tuple[int, int]]:
     """Run each call in a process of its own, ``at_once`` at a time; yields (position, exit code) as they end.
+
+    ``tick``: called about once a second with the positions of those that run.
 
     A negative code is the signal that killed the child. When this process is interrupted, so are the children; when it
     is killed, they die with it.
@@ -43,7 +48,10 @@ def forked(calls: Sequence[Call], at_once: int) -> Iterator[tuple[int, int]]:
                     process: BaseProcess = context.Process(target=_child, args=(call, slot))
                     process.start()
                     running[process.sentinel] = (position, slot, process)
-                for sentinel in wait(list(running)):
+                ended = wait(list(running), None if tick is None else TICK)
+                if tick is not None and not ended:
+                    tick([position for position, _, _ in running.values()])
+                for sentinel in ended:
                     position, slot, process = running.pop(sentinel)
                     process.join()
                     free.append(slot)

@@ -14,6 +14,7 @@ from kd.errors import KdError
 from kd.records import record, sources
 from kd.records.measures import measured, number, shown_metric
 from kd.records.state import DONE, FINISHED, PRUNED
+from kd.sweeps import means
 from kd.sweeps.outcome import Outcome
 
 
@@ -47,24 +48,32 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
     table = Table()
     mains = list({m["name"]: m for m in (record.metrics_of(_record(o))[0] for o in ended)}.values())
     tests = [f"test {m['title']} %" if m["share"] else f"test {m['title']}" for m in mains]
-    beside = next((m for o in ended for m in record.metrics_of(_record(o)) if m["beside_teacher"]), None)
-    for heading in ("", *columns, *tests, beside["title"] if beside else "beside the teacher", "seconds"):
+    every = [(m, _test(o)) for o in ended for m in record.metrics_of(_record(o))]
+    beside = next((m for m, test in every if m["beside_teacher"] and m["name"] in test), None)
+    for heading in ("", *columns, *tests, *([beside["title"]] if beside else []), "seconds"):
         table.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
     for outcome in ended:
         own = objectives or {monitor(outcome): ""}
         values = [number(measured(_record(outcome), c)) if c in own else "" for c in columns]
-        test = _record(outcome)["student"]["selected"]["test"]
-        agreement = f"{test[beside['name']]:.4f}" if beside and beside["name"] in test else ""
+        test = _test(outcome)
+        agreement = [f"{test[beside['name']]:.4f}" if beside["name"] in test else ""] if beside else []
         seconds = f"{_record(outcome)['wall_clock_s']:.1f}"
         shown = [shown_metric(m, test[m["name"]]) if m["name"] in test else "" for m in mains]
-        table.add_row(escape(outcome.job.label), *values, *shown, agreement, seconds)
-    blank = [""] * (len(columns) + len(tests) + 1)
+        table.add_row(escape(outcome.job.label), *values, *shown, *agreement, seconds)
+    blank = [""] * (len(columns) + len(tests) + bool(beside))
     others = [o for o in outcomes if o.state.status != FINISHED]
     for outcome in sorted(others, key=lambda o: o.state.status != PRUNED):
         table.add_row(escape(outcome.job.label), *blank, _ending(outcome))
     console = Console(highlight=False)
     console.print(f"{len(outcomes)} jobs, best first, at the epoch that val selected", style="bold")
     console.print(table)
+    if means.worth(ended):
+        console.print("means ± standard deviations over seeds, beside the teacher", style="bold")
+        console.print(means.table(ended, columns, mains))
+
+
+def _test(outcome: Outcome) -> Any:
+    return _record(outcome)["student"]["selected"]["test"]
 
 
 def _ending(outcome: Outcome) -> str:

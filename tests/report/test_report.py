@@ -432,4 +432,4 @@ def test_real_runs_end_to_end(kd, teacher_run, tmp_path) -> None:
     assert "Bold" not in text, "one row is not the best of any"
     assert "teacher.checkpoint" not in text
     assert f"batch size 64; optimiser Adam; learning rate 0.01; teacher {teacher_run} (85,002 parameters" in text
-    assert {p.stem for p in Path("page/figures").iterdir()} == {"curves", "reliability"}
+    assert {p.stem for p in Path("page/figures").iterdir()} == {"curves", "reliability", "pareto"}

@@ -27,6 +27,32 @@ def outcome(name: str, value: float, monitor: str = "val/acc1", status: str = "f
     return Outcome(Job(name, name, ()), Path(name), State(status, reason, found if status == "finished" else None))
 
 
+def seeded(loss: str, seed: int, value: float, test: float, teacher: float | None = 0.9) -> Outcome:
+    """One of several seeds, beside a teacher or without one."""
+    made = outcome(f"job loss={loss} seed={seed}", value)
+    found = made.state.record
+    found["student"]["selected"]["test"] = {"acc1": test, **({"agreement": 0.5} if teacher else {})}
+    if teacher:
+        found["teacher"] = {"checkpoint": "runs/t", "val": {"acc1": 0.95}, "test": {"acc1": teacher}}
+    return made
+
+
+def test_means_over_seeds_stand_beside_the_teacher(capsys) -> None:
+    print_results(Path("sweep"), [seeded(*a) for a in (("ce", 0, 0.8, 0.7), ("ce", 1, 0.6, 0.72), ("kd", 0, 0.9, 0.8))])
+    said = capsys.readouterr().out.split("means ± standard deviations over seeds, beside the teacher")[1]
+    assert re.search(r"│ teacher +│ +│ +0.9500 │ +90.00 │ +│", said)
+    assert re.search(r"│ job loss=kd +│ +1 │ +0.9000 │ +80.00 │ +10.00 │", said)
+    assert re.search(r"│ job loss=ce +│ +2 │ 0.7000 ± 0.1414 │ 71.00 ± 1.41 │ +19.00 │", said)
+    assert said.index("loss=kd") < said.index("loss=ce"), "in the order of the best job"
+
+
+def test_without_a_teacher_there_is_no_column_of_it(capsys) -> None:
+    print_results(Path("sweep"), [seeded("ce", 0, 0.8, 0.7, None), seeded("kd", 0, 0.9, 0.8, None)])
+    said = capsys.readouterr().out
+    assert "agreement" not in said
+    assert "means" not in said, "one seed of each, and no teacher: the jobs say all"
+
+
 def names(text: str) -> list[str]:
     return re.findall(r"│ (job\w+)", text)
 
