@@ -22,7 +22,7 @@ from kd.losses.layouts import (
 )
 
 KINDS = ("auto", "conv_bn_relu", "conv", "linear", "identity")
-POINTWISE = ("auto", "conv", "identity")
+POINTWISE = ("auto", "conv", "conv_bn_relu", "identity")
 
 
 class Convert(nn.Module):
@@ -99,7 +99,8 @@ def pointwise(
     """An adapter of maps by a 1×1 convolution, and what the teacher's map goes through (no parameters).
 
     The student's grid is resampled to the teacher's. ``kind``: ``auto``, a convolution where the widths differ or
-    ``norm`` says that batch norm follows it; ``conv``, always; ``identity``, no parameters, equal widths.
+    ``norm`` says that batch norm follows it; ``conv``, always; ``conv_bn_relu``, with batch norm and ReLU behind it;
+    ``identity``, no parameters, equal widths.
     """
     check_choice("adapter", kind, POINTWISE)
     own, other = check_maps(what, student, teacher)
@@ -107,9 +108,12 @@ def pointwise(
     if kind == "identity" and widths[0] != widths[1]:
         raise cannot_compare(what, student, teacher, "adapter = identity needs equal widths: use adapter=auto")
     steps: list[nn.Module] = [Convert(student.layout, "NCHW", other.grid)]
-    if kind == "conv" or (kind == "auto" and (norm or widths[0] != widths[1])):
+    rectified = kind == "conv_bn_relu"
+    norm = norm or rectified
+    if kind in ("conv", "conv_bn_relu") or (kind == "auto" and (norm or widths[0] != widths[1])):
         steps.append(nn.Conv2d(*widths, kernel_size=1, bias=not norm))
         steps += [nn.BatchNorm2d(widths[1])] if norm else []
+        steps += [nn.ReLU()] if rectified else []
     return nn.Sequential(*steps), Convert(teacher.layout, "NCHW")
 
 

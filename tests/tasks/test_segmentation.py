@@ -147,6 +147,21 @@ def test_losses_on_pixels_are_those_by_hand_and_cwd_is_on_the_maps() -> None:
     torch.testing.assert_close(step.total, ce + kd + cwd)
 
 
+def test_cwd_on_features_through_the_adapter_of_the_authors_code() -> None:
+    term = ChannelWiseDivergence(["classifier:input"], ["classifier:input"], 2.0, "conv_bn_relu")
+    student, teacher = Pixelwise(4, 0), Pixelwise(8, 1)
+    module = Distiller(student, teacher, Objective({"cwd": term}), Segmentation(), CLASSES)
+    batch = Batch(random(3, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.int64))
+    module.prepare(batch)
+    assert term.over == "batch"  # batch norm: its statistics are those of all processes
+    value = module.losses(module.task.rows(batch)).values["cwd"]
+    own, other = (n.body(batch.inputs).relu() for n in (student, teacher))
+    (weight,) = (m.weight for m in term.modules() if isinstance(m, nn.Conv2d))
+    adapted = F.batch_norm(F.conv2d(own, weight), None, None, training=True).relu()
+    low, high = ((m.flatten(2) / 2.0).log_softmax(2) for m in (adapted, other))
+    torch.testing.assert_close(value, 4 * (high.exp() * (high - low)).sum() / (3 * 8))
+
+
 def test_a_batch_without_a_valid_pixel_costs_nothing() -> None:
     task, logits = Segmentation(), maps().requires_grad_()
     batch = task.rows(Batch(random(3, 3, *SIZE), torch.full((3, *SIZE), 255)))

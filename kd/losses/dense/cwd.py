@@ -29,6 +29,10 @@ def channel_wise_divergence(student_feature: Tensor, teacher_feature: Tensor, te
 class ChannelWiseDivergence(FeatureTerm):
     """:func:`channel_wise_divergence` summed over the taps.
 
+    Taps of the classifiers compare maps of logits, at the resolution that the networks answer: pixels that the labels
+    ignore take part. Of features the paper's adapter is a 1×1 convolution, the authors' code has batch norm and ReLU
+    behind it, ``adapter="conv_bn_relu"``.
+
     ``adapter``: see :func:`~kd.losses.adapters.pointwise`.
     """
 
