@@ -57,7 +57,7 @@ def decode(path: Path, transform: Callable[[Any], Tensor]) -> Tensor:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
             if most is not None and pixels > most:
                 raise ValueError(f"{pixels:,} pixels, at most {most:,} are decoded: make it smaller")
@@ -69,6 +69,17 @@ def decode(path: Path, transform: Callable[[Any], Tensor]) -> Tensor:
         raise KdError(
             f"{path} cannot be read as an image ({' '.join(str(error).split())}): replace or delete it"
         ) from None
+
+
+def readable(path: Any) -> bool:
+    """Tell whether the beginning of a file is that of an image, which is not decoded for it."""
+    from PIL import Image
+
+    try:
+        with path.open("rb") as file, Image.open(file):
+            return True
+    except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return False
 
 
 def eval_transform(image_size: int, crop_pct: float) -> Callable[[Any], Tensor]:

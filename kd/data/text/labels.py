@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kd.errors import KdError
+from kd.errors import KdError, did_you_mean
 
 NUMBER = re.compile(r"-?\d+")
 DECIMAL = re.compile(r"[-+]?(\d*\.\d*[1-9]\d*(e[-+]?\d+)?|\d+(\.0*)?e-\d+)", re.IGNORECASE)
@@ -61,6 +61,20 @@ def _refuse_quantities(there: Sequence[str], column: str | None, where: str) -> 
             f"data.label = {column} of {where} holds {len(different):,} different numbers in {len(there):,} texts: it "
             f"must hold classes; {REGRESS}"
         )
+
+
+def positions(labels: Sequence[str | None], places: Mapping[str, int], where: str, source: str) -> list[int | None]:
+    """Return the place of each label's class, None where there is none.
+
+    Raises ``KdError`` for labels that ``source``, train or an option, does not have.
+    """
+    found = dict.fromkeys(labels)
+    if unknown := [label for label in found if label is not None and label not in places]:
+        raise KdError(
+            f"{where} has {'labels' if len(unknown) > 1 else 'a label'} that {source} does not have: "
+            f"{', '.join(map(repr, unknown[:5]))}{did_you_mean(unknown[0], places)}"
+        )
+    return [None if label is None else places[label] for label in labels]
 
 
 def numbers_of(labels: Sequence[str | None], rows: Sequence[int], column: str | None, where: str) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,10 +61,8 @@ def read(source: Source, root: str | None, encoding: str, key: str, delimiter: s
 
     Raises ``KdError`` for a file that is missing, empty, of another encoding or format.
     """
-    if hasattr(source, "column_names") and hasattr(source, "features"):
-        return of_dataset(source, f"data.{key}")
-    if isinstance(source, Mapping):
-        return _of_hub(source, root, key)
+    if (found := dataset_of(source, root, key)) is not None:
+        return of_dataset(*found)
     if isinstance(source, (str, Path)):
         source = [source]
     if not isinstance(source, Sequence) or not len(source):
@@ -195,8 +194,15 @@ def load_splits(name: str, subset: str | None, root: str | None) -> dict[str, An
     return {split: part for split, part in splits.items() if part is not None}
 
 
-def _of_hub(source: Mapping[str, Any], root: str | None, key: str) -> Records:
-    """Read one split of a folder or a set of the hub; without ``split`` the one that bears the name of ``key``."""
+def dataset_of(source: Any, root: str | None, key: str) -> tuple[Any, str] | None:
+    """Return the ``datasets.Dataset`` that a source is, or names, and how errors call it; None: it is neither."""
+    if hasattr(source, "column_names") and hasattr(source, "features"):
+        return source, f"data.{key}"
+    return _of_hub(source, root, key) if isinstance(source, Mapping) else None
+
+
+def _of_hub(source: Mapping[str, Any], root: str | None, key: str) -> tuple[Any, str]:
+    """Load one split of a folder or a set of the hub; without ``split`` the one that bears the name of ``key``."""
     if unknown := next((str(name) for name in source if name not in HUB), None):
         raise KdError(f"data.{key}.{unknown} is not a key of a set of the hub{did_you_mean(unknown, HUB)}")
     if not isinstance(source.get("name"), str):
@@ -210,7 +216,7 @@ def _of_hub(source: Mapping[str, Any], root: str | None, key: str) -> Records:
         there = ", ".join(map(str, found))
         near = did_you_mean(str(split), found) if split is not None else ""
         raise KdError(f"data.{key}.split = {shown(split)} is no split of {name}{near}: it has {there}")
-    return of_dataset(found[chosen], f"{name} ({chosen})")
+    return found[chosen], f"{name} ({chosen})"
 
 
 def _loaded(name: str, subset: str | None, root: str | None, key: str) -> Mapping[str, Any]:
@@ -220,17 +226,30 @@ def _loaded(name: str, subset: str | None, root: str | None, key: str) -> Mappin
     except ImportError:
         raise KdError(f"{key} = {name} needs the package datasets: pip install datasets") from None
     folder = next((p for p in (Path(name).expanduser(), Path(root or ".") / name) if p.is_dir()), None)
+    offline = folder is None and not online()
+    if offline and not _in_cache(name, Path(datasets.config.HF_DATASETS_CACHE)):
+        raise _cannot_be_loaded(key, name, "the hub cannot be reached")  # datasets would try for half a minute
     try:
         saved = folder is not None and any((folder / f).is_file() for f in ("dataset_dict.json", "state.json"))
-        how = None if folder is not None or online() else datasets.DownloadConfig(local_files_only=True)
+        how = datasets.DownloadConfig(local_files_only=True) if offline else None
         found: Any = (
             datasets.load_from_disk(str(folder))
             if saved
             else datasets.load_dataset(str(folder or name), subset, download_config=how)
         )
     except Exception as error:  # of many kinds: no such set, no connection, damaged files
-        raise KdError(
-            f"{key} = {name} cannot be loaded: {str(error).strip().splitlines()[0]} (it must be a folder, or a set "
-            "of the Hugging Face hub that can be reached or is in its cache)"
-        ) from None
+        raise _cannot_be_loaded(key, name, str(error).strip().splitlines()[0]) from None
     return found if isinstance(found, Mapping) else {"train": found}
+
+
+def _in_cache(name: str, cache: Path) -> bool:
+    """Tell whether datasets may have kept a set of the hub: its folder is OWNER___SET, the set's name in snake case."""
+    letters = [re.sub(r"[\W_]", "", text.lower()) for text in (name, *(f.name for f in cache.glob("*") if f.is_dir()))]
+    return letters[0] in letters[1:]
+
+
+def _cannot_be_loaded(key: str, name: str, why: str) -> KdError:
+    return KdError(
+        f"{key} = {name} cannot be loaded: {why} (it must be a folder, or a set of the Hugging Face hub that can be "
+        "reached or is in its cache)"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +16,12 @@ from kd.data.split import round_half_up, stratified
 from kd.data.text.base import TextModule
 from kd.data.text.content import TextContent, digest_of, normalised
 from kd.data.text.encode import encode_texts
-from kd.data.text.labels import NUMBER, class_label, class_names, label_text, numbers_of
+from kd.data.text.labels import NUMBER, class_label, class_names, label_text, numbers_of, positions
 from kd.data.text.loader import Form, Part, part_of
 from kd.data.text.options import RULES, plain
 from kd.data.text.records import Records, load_splits, read
 from kd.data.text.split import apart, carve
-from kd.errors import KdError, counted, did_you_mean
+from kd.errors import KdError, counted
 from kd.losses.base import UNLABELLED
 
 log = logging.getLogger(__name__)
@@ -202,18 +201,11 @@ class Sentences(TextModule):
         places = {name: place for place, name in enumerate(self.class_names)}
         if self.label_names is not None and not any(NUMBER.fullmatch(name) for name in self.class_names):
             places = {**{str(place): place for place in range(len(places))}, **places}
-        counts = Counter(texts.labels)
-        if unknown := [label for label in counts if label is not None and label not in places]:
-            source = "data.label_names" if self.label_names is not None else "train"
-            raise KdError(
-                f"{texts.where} has {'labels' if len(unknown) > 1 else 'a label'} that {source} does not have: "
-                f"{', '.join(map(repr, unknown[:5]))}{did_you_mean(unknown[0], places)}"
-            )
-        if self.class_names and split != "train" and counts[None]:
-            raise KdError(
-                f"{texts.where} has {counted(counts[None], 'text')} without a label: {split} needs one for each"
-            )
-        return torch.tensor([UNLABELLED if x is None else places[x] for x in texts.labels], dtype=torch.int64)
+        source = "train" if self.label_names is None else "data.label_names"
+        known = positions(texts.labels, places, texts.where, source)
+        if self.class_names and split != "train" and (lacking := known.count(None)):
+            raise KdError(f"{texts.where} has {counted(lacking, 'text')} without a label: {split} needs one for each")
+        return torch.tensor([UNLABELLED if place is None else place for place in known], dtype=torch.int64)
 
     # ------------------------------------------------------------------ splits
 
