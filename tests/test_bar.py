@@ -37,3 +37,21 @@ def test_it_counts_epochs_from_one_and_shows_loss_and_time_left() -> None:
     assert [description for description, _ in seen.seen] == ["epoch 1/2"] * 2 + ["epoch 2/2"] * 2
     assert all(float(metrics["loss"]) > 0 and "v_num" not in metrics for _, metrics in seen.seen)
     assert re.fullmatch(r"\d+:\d\d:\d\d", seen.seen[-1][1]["left"])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*is deprecated.*")
+def test_its_numbers_are_made_when_it_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    class Counted(RunBar):
+        def get_metrics(self, trainer, module):
+            drawn.append(trainer.fit_loop.epoch_loop.batch_idx + 1)
+            return super().get_metrics(trainer, module)
+
+    module = Distiller(nn.Linear(4, 2), None, Objective({"ce": CrossEntropy()}))
+    loader = DataLoader(TensorDataset(torch.randn(28, 4), torch.arange(28) % 2), batch_size=4)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[Counted(refresh_rate=3)], **quiet).fit(module, loader, loader)
+    drawn = drawn[drawn.index(3) :]  # without the check of the validation
+    assert drawn[:3] == [3, 6, 7]
+    assert drawn.count(4) == drawn.count(5) == 0

@@ -179,6 +179,11 @@ class RunBar(RichProgressBar):
         if self.progress is not None and self.train_progress_bar_id is not None:
             self.progress.update(self.train_progress_bar_id, description=f"epoch {trainer.current_epoch + 1}{whole}")
 
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move on every ``refresh_rate`` batches: in between Lightning would make the numbers for nobody."""
+        if (batch_idx + 1) % self.refresh_rate == 0 or trainer.is_last_batch:
+            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
     def get_metrics(self, trainer: L.Trainer, module: Any) -> dict[str, Any]:
         """Return what stands behind the bar."""
         items = {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}
