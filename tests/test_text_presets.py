@@ -24,6 +24,7 @@ FOLDER = CONF / "experiment"
 FAMILY = {"num_hidden_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 64}
 GROUPED = {**FAMILY, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
 FAMILIES: dict[str, dict[str, Any]] = {  # part of a name on the hub → the same architecture, tiny
+    "distilbert": {"model_type": "distilbert", "n_layers": 2, "dim": 24, "n_heads": 2, "hidden_dim": 32},
     "bert": {**FAMILY, "model_type": "bert", "max_position_embeddings": 64},
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 160},
     "gemma-2": {**GROUPED, "model_type": "gemma2"},
@@ -32,6 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {  # part of a name on the hub → the sam
 }
 SHORT = {"max_length": 32, "length": 32}  # positions of a row
 LONGER = {"length": 128}  # with a prompt
+WINDOWS = {"stride": 9, "question_length": 8}
 
 
 @functools.cache
@@ -194,6 +196,10 @@ def rows(data: dict[str, Any], prompts: bool, count: int) -> list[dict[str, Any]
         one, two, three = (" ".join(f"w{(place * step + i) % 97}" for i in range(3 + place % 3)) for step in (1, 3, 5))
         if "instruction" in data:
             found.append({"instruction": one, "context": two if place % 2 else "", "response": three})
+        elif "answers" in data:
+            text = f"{one} {two} " * 4
+            answers = {"text": [two], "answer_start": [len(one) + 1]}
+            found.append({data["question"]: three, data["context"]: text, data["answers"]: answers})
         elif "text_pair" in data:
             pair = {data["text_pair"]: two} if data["text_pair"] else {}
             found.append({data["text"]: one, **pair, data["label"]: place % 2})
@@ -212,7 +218,7 @@ def scaled(name: str, folder: Path) -> list[str]:
         lines = [json.dumps(row) for row in rows(data, prompts, count)]
         (folder / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     kind = "wordpiece" if "bert" in str(data["tokenizer"]) else "bpe"
-    lengths = {key: value for key, value in (LONGER if prompts else SHORT).items() if key in data}
+    lengths = {key: value for key, value in {**(LONGER if prompts else SHORT), **WINDOWS}.items() if key in data}
     more = [f"experiment={name}", "hardware=cpu", "hardware.threads=1", f"data.train={folder}/train.jsonl"]
     more += [f"data.tokenizer={{vocabulary: 300, kind: {kind}}}", "data.cache=null", "data.overlap=keep"]
     more += [f"data.{key}={value}" for key, value in lengths.items()]

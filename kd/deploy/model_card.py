@@ -26,6 +26,7 @@ HUB_TASKS = {  # architecture → pipeline of the hub
     "sequence_regression": "text-classification",
     "masked_lm": "fill-mask",
     "causal_lm": "text-generation",
+    "question_answering": "question-answering",
     "embedding": "feature-extraction",
 }
 LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}

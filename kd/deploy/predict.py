@@ -125,7 +125,8 @@ def load(run: str | Path, who: str = "student", weights: str = "selected") -> Pr
     reads_texts = task.architecture in TEXTS
     if task.architecture is not None and not reads_texts:
         kind = task.architecture
-        raise KdError(f"run = {run} is of a {kind} network, which answers no classes (kd generate model={run})")
+        hint = f" (kd generate model={run})" if kind == "causal_lm" else ""
+        raise KdError(f"run = {run} is of a {kind} network, which answers no classes{hint}")
     if given.answers == "mask":
         raise KdError(
             f"run = {run} answers masks, and kd predict writes a class or a number: kd export {run} format=onnx makes "

@@ -45,7 +45,8 @@ class Student:
     @property
     def pairs(self) -> bool:
         """Whether a sample is two texts."""
-        return self.tokenizer is not None and bool(self.config["data"].get("text_pair"))
+        pair = self.config["data"].get("text_pair") or self.task.architecture == "question_answering"
+        return self.tokenizer is not None and bool(pair)
 
     @property
     def class_names(self) -> list[str]:
@@ -54,12 +55,13 @@ class Student:
 
     @property
     def answers(self) -> str:
-        """What an output row is: ``classes``, a ``mask``, a ``number``, an ``embedding``, or logits of ``tokens``."""
+        """What an output row is: ``classes``, a ``mask``, a ``number``, an ``embedding``, ``tokens``, ``positions``."""
         if self.task.row == "pixel":
             return "mask"
         if self.task.regression:
             return "number"
         kinds = {"masked_lm": "tokens", "causal_lm": "tokens", "embedding": "embedding"}
+        kinds |= {"question_answering": "positions"}
         return kinds.get(self.task.architecture or "", "classes")
 
     @property

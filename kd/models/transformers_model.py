@@ -27,6 +27,7 @@ AUTO = {  # architecture → transformers' factory
     "sequence_regression": transformers.AutoModelForSequenceClassification,
     "masked_lm": transformers.AutoModelForMaskedLM,
     "causal_lm": transformers.AutoModelForCausalLM,
+    "question_answering": transformers.AutoModelForQuestionAnswering,
     "embedding": transformers.AutoModel,
 }
 POOLING = ("mean", "cls")

@@ -32,9 +32,11 @@ RULES = {
     "label_fraction": number(above=0, most=1),
     "masking": SHARE.or_null,
     **dict.fromkeys(("max_length", "length"), whole(2).or_null),
+    **dict.fromkeys(("stride", "question_length"), whole(1)),
     **dict.fromkeys(
         ("keep_unlabelled", "shuffle", "drop_last", "bucketing", "packing", "separate_documents", "numbers"), FLAG
     ),
+    "unanswerable": FLAG,
     "overlap": one_of("remove", "keep", "refuse"),
     "encoder": NAME.or_null,
     "pooling": one_of("mean", "cls"),
@@ -43,7 +45,7 @@ RULES = {
     "vocabulary": one_of("corpus", None),
     "encoding": NAME,
     "delimiter": Rule('one character, for example ";", or tab', _delimiter).or_null,
-    "text": NAME,
+    **dict.fromkeys(("text", "question", "context", "answers"), NAME),
     **dict.fromkeys(("text_pair", "label", "name", "subset", "title", "cache"), NAME.or_null),
     "label_names": Rule(
         "a list of two names or more",

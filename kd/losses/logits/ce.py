@@ -43,6 +43,7 @@ class CrossEntropy(Term):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing = {label_smoothing} is not allowed: it must be from 0 to 1")
         self.label_smoothing = label_smoothing
+        self.every_class = label_smoothing > 0
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the labelled rows."""

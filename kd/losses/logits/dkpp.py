@@ -39,6 +39,8 @@ def permuted_kl_divergence(
 class PermutedPredictions(Term):
     """:func:`permuted_kl_divergence` of the logits, over all rows; the paper uses it alone, T = 1."""
 
+    every_class = True
+
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = check_temperature(temperature)

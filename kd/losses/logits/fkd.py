@@ -53,6 +53,7 @@ class SoftLabels(Term):
         super().__init__()
         self.k = None if k is None else _check_k(k)
         self.form = check_choice("form", form, FORMS)
+        self.every_class = k is not None and form == "smoothed"
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows."""

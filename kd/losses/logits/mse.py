@@ -40,7 +40,7 @@ class SquaredError(Term):
     def __init__(self, against: str = "labels") -> None:
         super().__init__()
         self.against = check_choice("against", against, AGAINST)
-        self.needs_labels = against == "labels"
+        self.needs_labels = self.every_class = against == "labels"
         self.needs_teacher = self.needs_teacher_logits = against == "teacher"
         self.over = "labelled" if against == "labels" else "rows"
 

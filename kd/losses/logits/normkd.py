@@ -34,6 +34,8 @@ def normalised_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, fac
 class NormalisedLogits(Term):
     """:func:`normalised_kl_divergence` of the logits, over all rows."""
 
+    every_class = True
+
     def __init__(self, factor: float = 2.0) -> None:
         super().__init__()
         self.factor = check_positive("factor", factor)

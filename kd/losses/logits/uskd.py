@@ -69,6 +69,7 @@ class SelfDistillation(Term):
 
     needs_teacher = needs_teacher_logits = False
     needs_labels = True
+    every_class = True
     over = "batch"  # the mean of p_y² is over the whole batch
 
     def __init__(
