@@ -11,7 +11,7 @@ from kd.records import record
 from kd.studies import load, references
 from kd.studies.study import Row, Study
 
-RUN = re.compile(r"'[^']*/([^/']+/seed\d+)'")  # the directory of a run that another reads
+RUN = re.compile(r"'[^']*/([^/']+/seed\d+(?:/[^']*)?)'")  # the directory of a run that another reads, or a part of it
 HERE = Path("/")  # runs may be moved: which one was read counts, not where it lay
 
 

@@ -25,7 +25,8 @@ MADE = (
 @pytest.fixture
 def read(study: Study, runs: Path) -> Study:
     """The study, its distilled row with a teacher of the study; every run was told what its row says."""
-    distilled = replace(study.rows["distilled"], overrides=("loss=[kd]", "teacher.checkpoint={teacher}"))
+    own = ("loss=[kd]", "teacher.checkpoint={teacher}", "notes={teacher}/last")
+    distilled = replace(study.rows["distilled"], overrides=own)
     study = replace(study, rows={**study.rows, "distilled": distilled}, folder=Path("experiments/made_up"))
     for name in study.rows:
         tell(study, runs, name)
