@@ -44,7 +44,10 @@ def datamodule(config: Mapping[str, Any]) -> Any:
     own = node.pop(KEY, None)  # an object, perhaps, which no config can hold
     data = make(node, "data", **({} if own is None else {KEY: own}))
     if not isinstance(data, LightningDataModule):
-        raise KdError(f"{_name(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule")
+        raise KdError(
+            f"{_name(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule (a torch dataset is one "
+            f"split: data=torch_dataset 'data.train={{_target_: {config['data']['_target_']}}}')"
+        )
     try:
         if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0 or not group.joined():
             data.prepare_data()

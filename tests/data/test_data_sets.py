@@ -26,6 +26,7 @@ from kd.data.images.digits import Digits
 from kd.data.images.fake import Fake
 from kd.data.images.mnist import FILES, MNIST
 from kd.data.text.base import TextModule
+from kd.data.torch_datasets import TorchDatasets
 from kd.errors import KdError
 
 OPTIONS = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if not path.stem.startswith("_"))
@@ -83,7 +84,8 @@ def test_every_yaml_fits_its_class(name: str) -> None:
     known = arguments(node["_target_"])
     assert not known.any
     assert keys == set(known.names), "every option appears in the YAML, and nothing else"
-    base = next(base for base in (DataModule, TextModule) if issubclass(get_class(node["_target_"]), base))
+    bases = (DataModule, TextModule, TorchDatasets)
+    base = next(base for base in bases if issubclass(get_class(node["_target_"]), base))
     assert set(inspect.signature(base.__init__).parameters) - {"self"} <= keys
     changes = {"folder": "pets"} if node.get("folder", "") is None else {}
     assert isinstance(instantiate(config(name, **changes)), base)

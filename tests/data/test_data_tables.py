@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from kd.data.images.imagefolder import ImageFolder
 from kd.data.images.table import ImageTable
+from kd.data.torch_datasets import TorchDatasets
 from kd.errors import KdError
 
 COUNTS = {"train": {"cat": 8, "dog": 8}, "test": {"cat": 3, "dog": 3}}
@@ -178,6 +180,90 @@ def test_a_run_on_a_folder_of_datasets(kd: Any, saved: Path) -> None:
     record = json.loads(Path("run/result.json").read_text())
     assert record["data"]["class_names"] == ["cat", "dog"]
     assert record["data"]["sizes"]["test"] == 6
+
+
+# ---------------------------------------------------------------------- datasets of torch
+
+OWN = """
+import torch
+
+class Spots(torch.utils.data.Dataset):
+    classes = ["dark", "light"]
+
+    def __init__(self, count=24, names=True):
+        self.targets = [i % 2 for i in range(count)]
+        if not names:
+            self.classes = None
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, row):
+        noise = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(row))
+        return noise + self.targets[row], self.targets[row]
+"""
+
+
+@pytest.fixture
+def spots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "own_spots.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_spots
+
+    yield own_spots.Spots
+    sys.modules.pop("own_spots")
+
+
+def test_a_dataset_of_torch_is_cut_in_equal_shares(spots: Any) -> None:
+    data = TorchDatasets(train=spots(), test_fraction=0.25, val_fraction=1 / 3, batch_size=4, seed=1)
+    data.setup()
+    rows = {split: [int(i) for _, _, i in part] for split, part in data.parts.items()}
+    assert {split: len(found) for split, found in rows.items()} == {"test": 6, "val": 6, "train": 12}
+    assert sorted(row for found in rows.values() for row in found) == list(range(24))
+    assert all(sum(row % 2 for row in found) == len(found) // 2 for found in rows.values())
+    assert (data.num_classes, data.class_names) == (2, ["dark", "light"])
+    inputs, labels, index = next(iter(data.train_dataloader()))
+    assert inputs.shape == (4, 1, 8, 8)
+    assert torch.equal(labels, index % 2)
+    again = TorchDatasets(train=spots(), test_fraction=0.25, val_fraction=1 / 3, seed=1)
+    again.setup()
+    assert torch.equal(again.parts["val"].index, data.parts["val"].index)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({}, r"data\.train = null is not allowed: it must be a dataset"),
+        (
+            {"train": [(1.0, 0)], "test_fraction": 0.2},
+            r"data\.train, a list, gives a float as an input: it must be a ten",
+        ),
+        (
+            {"train": [torch.zeros(3)], "test_fraction": 0.2},
+            r"gives items of type Tensor: each must be \(input, label\)",
+        ),
+        ({"train": iter([1])}, r"data\.train is a list_iterator: it must be a map-style dataset"),
+        ({"train": [(torch.zeros(3), 0)] * 9}, r"there is no test set: set data\.test"),
+        ({"train": [], "test_fraction": 0.2}, r"data\.train, a list, is empty"),
+    ],
+)
+def test_what_is_no_dataset_is_a_sentence(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(KdError, match=sentence):
+        TorchDatasets(**given).setup()
+
+
+def test_a_run_on_a_dataset_of_torch(kd: Any, spots: Any) -> None:
+    arguments = ["model@student=mlp", "recipe.epochs=1", "recipe.batch_size=4", "hardware=cpu", "hydra.run.dir=run"]
+    said = kd("train", "data._target_=own_spots.Spots", *arguments)
+    assert said.code == 1
+    splits = ["data.train={_target_:own_spots.Spots}", "data.test={_target_:own_spots.Spots,count:6}"]
+    said = kd("train", "data=torch_dataset", *splits, *arguments)
+    assert said.code == 0, said.err
+    record = json.loads(Path("run/result.json").read_text())
+    assert record["data"]["sizes"] == {"train": 22, "val": 2, "test": 6, "labelled": 22}
+    assert record["data"]["class_names"] == ["dark", "light"]
+    said = kd("train", "data=torch_dataset", "data.train={_target_:own_spots.Spots,conut:3}", *arguments)
+    assert "data.train.conut is not an argument of own_spots.Spots (near: count)" in said.err
 
 
 def test_sets_of_the_hub_without_it(tmp_path: Path) -> None:
