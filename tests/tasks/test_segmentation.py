@@ -162,6 +162,26 @@ def test_cwd_on_features_through_the_adapter_of_the_authors_code() -> None:
     torch.testing.assert_close(value, 4 * (high.exp() * (high - low)).sum() / (3 * 8))
 
 
+@pytest.mark.parametrize(("terms", "kept"), [(["ce"], 1), (["ce", "kd"], 3)])
+def test_a_step_keeps_one_matrix_of_rows_and_classes_for_ce_and_two_more_for_kd(terms: list[str], kept: int) -> None:
+    task, coarse, beside = Segmentation(), random(2, 19, 8, 8).requires_grad_(), random(2, 19, 8, 8, seed=1)
+    batch = task.rows(Batch(random(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64)))
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        own, other = (task.answer(lambda _, m=m: m, batch.inputs, batch, Want()) for m in (coarse, beside))
+        made = {"ce": CrossEntropy(), "kd": KnowledgeDistillation()}
+        _, total = Objective({name: made[name] for name in terms})(own, other, batch)
+    total.backward()
+    matrix = len(batch.targets) * 19 * 4
+    assert sum(size >= matrix for size in saved.values()) == kept
+
+
 def test_a_batch_without_a_valid_pixel_costs_nothing() -> None:
     task, logits = Segmentation(), maps().requires_grad_()
     batch = task.rows(Batch(random(3, 3, *SIZE), torch.full((3, *SIZE), 255)))
