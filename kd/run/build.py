@@ -45,7 +45,7 @@ def datamodule(config: Mapping[str, Any]) -> Any:
     data = make(node, "data", **({} if own is None else {KEY: own}))
     if not isinstance(data, LightningDataModule):
         raise KdError(
-            f"{_name(config)} makes a {type(data).__name__}, not a lightning.LightningDataModule (a torch dataset is one "
+            f"{_name(config)} makes a {type(data).__name__}, not a LightningDataModule (a dataset of torch is one "
             f"split: data=torch_dataset 'data.train={{_target_: {config['data']['_target_']}}}')"
         )
     try:
