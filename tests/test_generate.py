@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 
 from kd.errors import KdError
+from kd.generate import http_teacher
+from kd.generate.chat_answer import Declined, Malformed, completion
+from kd.generate.generate import Terminated, generate
+from kd.generate.http_teacher import retry_after
+from kd.generate.ledger import BudgetReached, Ledger, Pace, Usage
+from kd.generate.prompts import read_prompts
+from kd.generate.server_address import endpoint, key_for
+from kd.generate.summary import Summary
+from kd.generate.threads import Stopped
 from kd.records.generations import opened
-from kd.run import http_teacher
-from kd.run.chat_answer import Declined, Malformed, completion
-from kd.run.generate import Terminated, generate
-from kd.run.generation_summary import Summary
-from kd.run.http_teacher import retry_after
-from kd.run.ledger import BudgetReached, Ledger, Pace, Usage
-from kd.run.prompts import read_prompts
-from kd.run.server_address import endpoint, key_for
-from kd.run.threads import Stopped
 from tests.chat_server import Server, answer, choice, drips, fails, sends, serving, stalls, truncates
 
 KEY = "sk-very-secret-1234"
@@ -829,7 +829,7 @@ def test_a_model_that_was_trained_anew_is_another_one(model, tmp_path) -> None:
 def test_the_chat_template_is_used_where_there_is_one(model, tmp_path) -> None:
     import shutil
 
-    from kd.run.local_teacher import LocalTeacher, Sampling
+    from kd.generate.local_teacher import LocalTeacher, Sampling
 
     chat = tmp_path / "run" / "selected"  # as a run of kd train leaves it
     shutil.copytree(model, chat)

@@ -16,11 +16,12 @@ PACKAGE = Path(__file__).parents[1] / "kd"
 GROUND = ("errors", "config", "records")  # imported by all rooms but losses; each of them imports those before it
 # a room → the rooms directly below it; what is below those is below it as well
 BELOW = {
-    "cli": ("sweeps", "report", "deploy", "tracking"),
-    "sweeps": ("run", "setups", "report", "tracking"),
+    "cli": ("sweeps", "report", "deploy", "generate", "tracking"),
+    "sweeps": ("run", "setups", "report", "tracking", "deploy"),
     "report": ("studies",),
     "studies": ("tasks",),  # of the tasks the descriptions of metrics, without torch
     "deploy": ("run", "report"),
+    "generate": ("tasks", "data", "models"),
     "run": ("setups", "distill", "tracking", "parallel"),
     "setups": ("distill",),
     "distill": ("tasks", "data", "models", "parallel"),

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kd.errors import KdError, counted, did_you_mean
-from kd.run.generate import Terminated, generate
-from kd.run.generation_options import Options, checked
-from kd.run.generation_summary import Summary
+from kd.generate.generate import Terminated, generate
+from kd.generate.options import Options, checked
+from kd.generate.summary import Summary
 
 EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 SHOWN = 10  # failures that are printed

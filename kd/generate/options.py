@@ -9,7 +9,7 @@ from typing import Any
 
 from kd.config.rules import FLAG, Rule, number, one_of, refusals, refuse, whole
 from kd.errors import did_you_mean
-from kd.run.server_address import endpoint
+from kd.generate.server_address import endpoint
 
 TEXT = Rule("a text", lambda value: isinstance(value, str) and bool(value))
 RATE = number(above=0).or_null

@@ -16,9 +16,9 @@ from transformers import GenerationConfig
 from kd.data.text.encode import around
 from kd.data.text.tokenizer import tokenizer as load_tokenizer
 from kd.errors import KdError, MachineFailure
+from kd.generate.prompts import Prompt
 from kd.models.transformers_model import transformers_model
 from kd.records.generations import Completion
-from kd.run.prompts import Prompt
 
 Batch = list[tuple[int, int]]
 """Number of a prompt, number of its sample."""

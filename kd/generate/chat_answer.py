@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from kd.generate.ledger import BYTES_OF_A_TOKEN, Usage
 from kd.records.generations import Completion
-from kd.run.ledger import BYTES_OF_A_TOKEN, Usage
 
 LONGEST = 20_000  # characters of a server's words
 SHOWN = 300  # of them in a sentence

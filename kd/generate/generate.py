@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from kd.errors import KdError, counted
+from kd.generate.attempts import Attempts
+from kd.generate.http_teacher import HttpTeacher
+from kd.generate.ledger import BudgetReached, Ledger, Pace, Usage
+from kd.generate.options import Options, checked, settings
+from kd.generate.prompts import Prompt, read_prompts
+from kd.generate.server_address import endpoint, key_for
+from kd.generate.summary import Summary
+from kd.generate.threads import Failed, GivenUp, asked
 from kd.records.generations import Completion, Generations, Key, opened, partial_of
-from kd.run.attempts import Attempts
-from kd.run.generation_options import Options, checked, settings
-from kd.run.generation_summary import Summary
-from kd.run.http_teacher import HttpTeacher
-from kd.run.ledger import BudgetReached, Ledger, Pace, Usage
-from kd.run.prompts import Prompt, read_prompts
-from kd.run.server_address import endpoint, key_for
-from kd.run.threads import Failed, GivenUp, asked
 
 IN_A_ROW = 10  # prompts one after the other that a server fails: it is down, or its answers are of another form
 LEFT_OUT = ("id", "sample", "row", "references", "wasted")  # of a line of before: they are written anew
@@ -47,7 +47,7 @@ def generate(
     """Write the completions of the prompts in a file, once each, in their order, to the file ``out`` (jsonl).
 
     ``model``: a folder, a run, or a name of the hub; with ``server`` a name there. ``progress`` is called after each
-    completion. ``options``: fields of :class:`~kd.run.generation_options.Options`. What an earlier process has written
+    completion. ``options``: fields of :class:`~kd.generate.options.Options`. What an earlier process has written
     is kept and not asked again.
 
     Raises ``KdError`` for wrong arguments, for other settings than those of what is there, when the server refuses
@@ -177,7 +177,7 @@ class _Job:
         """Ask a local model, a batch at a time."""
         if not self.missing():
             return
-        from kd.run.local_teacher import LocalTeacher, Sampling, batches  # start-up: torch
+        from kd.generate.local_teacher import LocalTeacher, Sampling, batches  # start-up: torch
 
         chosen = self.chosen
         sampling = Sampling(chosen.max_new_tokens, chosen.temperature, chosen.top_p, chosen.seed or 0)

@@ -15,12 +15,12 @@ import requests
 import urllib3
 
 from kd.errors import KdError, counted
+from kd.generate.attempts import Attempts
+from kd.generate.chat_answer import Declined, Malformed, OtherForm, completion, shown, words_of
+from kd.generate.ledger import Ledger, Pace, Usage
+from kd.generate.prompts import Prompt
+from kd.generate.threads import Failed, Stopped
 from kd.records.generations import Completion
-from kd.run.attempts import Attempts
-from kd.run.chat_answer import Declined, Malformed, OtherForm, completion, shown, words_of
-from kd.run.ledger import Ledger, Pace, Usage
-from kd.run.prompts import Prompt
-from kd.run.threads import Failed, Stopped
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second attempt, and before any
 PATIENCE = 600.0  # seconds that a server may ask to wait; after that it is better to come back
@@ -232,7 +232,7 @@ class HttpTeacher:
         return session
 
     def _clean(self, text: str) -> str:
-        """Return words of a server as they are printed: see :func:`~kd.run.chat_answer.shown`."""
+        """Return words of a server as they are printed: see :func:`~kd.generate.chat_answer.shown`."""
         return shown(text, self.key)
 
 

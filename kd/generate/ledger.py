@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kd.errors import KdError
-from kd.run.threads import Stopped
+from kd.generate.threads import Stopped
 
 BYTES_OF_A_TOKEN = 4  # of English; fewer in most other languages
 MILLION = 1e6
