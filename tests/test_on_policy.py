@@ -16,9 +16,10 @@ from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
 from kd.losses.logits.ce import CrossEntropy
 from kd.losses.logits.rkl import ReverseKL
-from kd.losses.tokens.minillm import MiniLLM
+from kd.losses.tokens.minillm import MiniLLM, clipped_policy_gradient, minillm_advantages
 from kd.models.transformers_model import transformers_model
 from kd.setups.on_policy import OnPolicy
+from kd.setups.teacher_mixed import TeacherMixed
 from kd.tasks.tokens import CausalLM
 from tests.test_text_runs import arguments, run
 from tests.tiny_language import LLAMA, Texts
@@ -95,6 +96,72 @@ def test_minillm_follows_its_policy_on_what_was_sampled() -> None:
     assert float(long) != 0
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_what_is_sampled_from_is_a_mixture_with_the_teacher(model_type: str) -> None:
+    """Beside passes over each text as it is, without padding and without keys and values of the steps before."""
+    size = SMALL if model_type == "llama" else {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}
+    torch.manual_seed(0)
+    network = transformers_model(config={**size, "vocab_size": 40}, architecture="causal_lm").eval()
+    texts = [torch.randint(3, 40, (length,)) for length in (6, 3, 5)]
+    scores = torch.randn(4, 3, 40)
+    mask = torch.tensor([[False] * (6 - len(text)) + [True] * len(text) for text in texts])
+    ids = torch.stack([torch.cat([torch.zeros(6 - len(text), dtype=torch.int64), text]) for text in texts])
+    mixed = TeacherMixed(network, mask, 0.2)
+    for step in range(4):
+        found = mixed(ids, scores[step])
+        for line, text in enumerate(texts):
+            alone = network(input_ids=text[None]).logits[0, -1].softmax(-1)
+            wanted = 0.8 * scores[step, line].softmax(-1) + 0.2 * alone
+            torch.testing.assert_close(found[line].exp(), wanted.detach(), rtol=1e-4, atol=1e-6)
+        new = found.argmax(1)
+        ids = torch.cat([ids, new[:, None]], 1)
+        texts = [torch.cat([text, token[None]]) for text, token in zip(texts, new, strict=True)]
+
+
+def test_a_mixture_of_the_teacher_alone_writes_what_the_teacher_would() -> None:
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([9]), torch.tensor([4, 8])]
+    module = on_policy(share=1.0, teacher_mix=1.0)
+    as_teacher = on_policy(share=1.0)
+    as_teacher.student = module.teacher.networks[0]
+    written = []
+    for one in (module, as_teacher):
+        torch.manual_seed(3)
+        written.append(one.write(prompts))
+    for (ids, length), (others, same) in zip(*written, strict=True):
+        assert torch.equal(ids, others)
+        assert length == same
+    assert module.teacher.networks[0].config.use_cache  # as it was
+
+
+def test_minillm_weights_what_was_sampled_from_the_mixture() -> None:
+    module, batch = on_policy(share=1.0, teacher_mix=0.2), Texts("causal_lm").batches("train")[0]
+    own = module.task.rows(module._batch(module.write(module.prompts(batch)), batch))
+    module.losses(own)
+    student, teacher = module.answer_of_student(own), module.answer_of_teacher(own)
+    log_s, log_t = (
+        output.logits.detach().log_softmax(-1).gather(1, own.extra["sampled"][:, None])[:, 0]
+        for output in (student, teacher)
+    )
+    weights = log_s.exp() / (0.8 * log_s.exp() + 0.2 * log_t.exp())
+    rows_of, mask = own.extra["positions"] // own.mask.shape[1], own.mask
+    for variant in ("code", "paper"):
+        rewards = torch.zeros(mask.shape)
+        answered = torch.zeros(mask.shape, dtype=torch.bool)
+        for line in range(len(mask)):
+            chosen = rows_of == line
+            rewards[line, : int(chosen.sum())] = (log_t - log_s)[chosen]
+            answered[line, : int(chosen.sum())] = True
+        longest = int(answered.sum(1).max())
+        advantages = minillm_advantages(rewards[:, :longest], answered[:, :longest], variant=variant)
+        advantages = advantages[answered[:, :longest]]
+        long = clipped_policy_gradient(student.logits, own.extra["sampled"], advantages, log_s, weights)
+        kl = (student.logits.softmax(-1) * (student.logits.log_softmax(-1) - teacher.logits.log_softmax(-1))).sum(-1)
+        single = (kl * weights if variant == "paper" else kl).mean()
+        value = MiniLLM(variant=variant)(student, teacher, own)
+        assert value.item() == pytest.approx((single + long).item(), rel=1e-4)
+    assert not torch.allclose(weights, torch.ones_like(weights), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -102,6 +169,14 @@ def test_minillm_follows_its_policy_on_what_was_sampled() -> None:
         ({"max_new_tokens": 0, "share": 1}, "distiller.max_new_tokens = 0 is not allowed"),
         ({"prompt_length": 0}, "distiller.prompt_length = 0 is not allowed"),
         ({"replay": -1}, "distiller.replay = -1 is not allowed"),
+        ({"teacher_mix": 1.1}, "distiller.teacher_mix = 1.1 is not allowed: it must be"),
+        (
+            {"teacher_mix": 0.2, "temperature": 0.9},
+            r"teacher_mix = 0.2 is not allowed with distiller.temperature = 0.9",
+        ),
+        ({"teacher_mix": 0.2, "top_p": 0.9}, r"teacher_mix = 0.2 is not allowed with distiller.top_p = 0.9"),
+        ({"teacher_mix": 0.2, "replay": 10}, r"teacher_mix = 0.2 is not allowed with distiller.replay = 10"),
+        ({"teacher_mix": 0.2}, r"teacher_mix = 0.2 needs one live teacher, there are 0"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], sentence: str) -> None:

@@ -19,6 +19,7 @@ from kd.distill.distiller import Distiller, Step
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
 from kd.losses.networks import in_eval
+from kd.setups.teacher_mixed import TeacherMixed
 
 RULES = {
     "share": number(least=0, most=1),
@@ -29,6 +30,7 @@ RULES = {
     "replay": whole(0),
     "grow": number(least=0, most=1),
     "epsilon": number(),
+    "teacher_mix": number(least=0, most=1),
 }
 
 
@@ -43,6 +45,9 @@ class OnPolicy(Distiller):
     is not written anew but drawn from them (DistiLLM; 0: all is written anew). ``grow``: by how much the share grows
     after a validation whose loss is no longer below the one at the last growth plus ``epsilon`` (DistiLLM: share 0,
     grow 0.1, epsilon 0.1, replay 1000); 0: it stays.
+
+    ``teacher_mix``: α of MiniLLM (0.2 there), tokens are sampled from (1 − α) p_student + α p_teacher, and
+    ``loss=[minillm]`` weights them by p_student / mixture; at temperature 1, of one live teacher, without ``replay``.
 
     Sampled tokens are rows without a label, so that terms which read labels are 0 on them, and have no index.
     With ``teacher.answers`` the data's own batches are read from the disk, and the live teacher answers the student's
@@ -64,6 +69,7 @@ class OnPolicy(Distiller):
         replay: int = 0,
         grow: float = 0.0,
         epsilon: float = 0.1,
+        teacher_mix: float = 0.0,
         **kwargs: Any,
     ) -> None:
         refuse(refusals("distiller.", locals(), RULES))
@@ -72,9 +78,32 @@ class OnPolicy(Distiller):
         self.reference: float | None = None  # the validation loss that the share grew at
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.prompt_length, self.replay = prompt_length, replay
+        self.teacher_mix = teacher_mix
+        self._mixes: tuple[Any, ...] = self._teacher_to_mix() if teacher_mix else ()  # no module of this one
         self.kept: list[tuple[Tensor, int]] = []  # ids of a sample, and how many of them are its prompt
         self.seconds = {"generation": 0.0, "all": 0.0}
         self._step_began = 0.0
+
+    def _teacher_to_mix(self) -> tuple[Any, ...]:
+        """Return the teacher's one network.
+
+        ``KdError`` where the mixture would be none of these two distributions, or not of the student that learns.
+        """
+        given = {"temperature": (self.temperature, 1), "top_p": (self.top_p, 1), "replay": (self.replay, 0)}
+        for key, (value, wanted) in given.items():
+            if value != wanted:
+                raise KdError(
+                    f"distiller.teacher_mix = {self.teacher_mix} is not allowed with distiller.{key} = {value}: it "
+                    f"must be {wanted}"
+                )
+        live = self.teacher is not None and self.teacher.live
+        networks = tuple(getattr(self.teacher, "networks", ())) if live else ()
+        if len(networks) != 1:
+            raise KdError(
+                f"distiller.teacher_mix = {self.teacher_mix} needs one live teacher, there are {len(networks)}: give "
+                "teacher.checkpoint=RUN or model@teacher=NAME"
+            )
+        return networks
 
     # ------------------------------------------------------------------ what a batch becomes
 
@@ -128,6 +157,7 @@ class OnPolicy(Distiller):
         ids = pad_sequence([prompt.flip(0) for prompt in prompts], batch_first=True, padding_value=pad).flip(1)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
         mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths).unsqueeze(1)
+        mixed = [TeacherMixed(teacher, mask, self.teacher_mix) for teacher in self._mixes] or None
         with in_eval(self.student):
             written = network.generate(
                 input_ids=ids,
@@ -139,6 +169,7 @@ class OnPolicy(Distiller):
                 top_k=0,
                 pad_token_id=pad,
                 use_cache=True,
+                logits_processor=mixed,
             )
         ends = network.generation_config.eos_token_id
         ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], device=ids.device)
@@ -162,7 +193,9 @@ class OnPolicy(Distiller):
         mask = places < lengths
         targets = torch.where(mask & (places >= begins), ids, UNLABELLED)
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
-        return Batch(inputs, targets, None, mask, {}, {"own_text": torch.ones((), device=ids.device)})
+        extra = {"own_text": torch.ones((), device=ids.device)}
+        extra |= {"teacher_mix": torch.tensor(self.teacher_mix)} if self.teacher_mix else {}
+        return Batch(inputs, targets, None, mask, {}, extra)
 
     # ------------------------------------------------------------------ a step
 

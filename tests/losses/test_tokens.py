@@ -78,7 +78,8 @@ def test_a_term_of_the_logits_takes_rows_of_tokens(name: str) -> None:
     batch = Batch(inputs, targets, torch.arange(2), torch.ones(2, 6, dtype=torch.bool))
     term = instantiate(logit_terms()[name])
     settings = {"train_index": torch.arange(2), "train_targets": targets, "classes": CLASSES}
-    term.prepare(Setup(Output(student(hidden)), Output(teacher), batch, **settings))
+    networks = {"teacher": nn.Sequential(nn.Linear(width, CLASSES))}
+    term.prepare(Setup(Output(student(hidden)), Output(teacher), batch, networks, **settings))
     torch.manual_seed(1)
     value = term(Output(hidden=hidden, head=student), Output(teacher), batch)
     value.backward()
@@ -418,6 +419,16 @@ def test_advantages_of_code_and_paper() -> None:
     np.testing.assert_allclose(code, mask.numpy() * (plain - plain.mean()) / plain.std(ddof=1), rtol=1e-6)
     assert not code.requires_grad
     assert (code[1, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_importance_of_a_mixture_in_numpy(share: float) -> None:
+    own, other = (np.log(p) for p in np.random.default_rng(0).uniform(1e-3, 1, (2, 50)))
+    found = f.mixture_importance(torch.from_numpy(own), torch.from_numpy(other), share).numpy()
+    np.testing.assert_allclose(found, np.exp(own) / ((1 - share) * np.exp(own) + share * np.exp(other)), rtol=1e-12)
+    assert share == 1 or found.max() <= 1 / (1 - share) + 1e-12
+    with pytest.raises(ValueError, match=r"share = 1\.5 is not allowed: it must be from 0 to 1"):
+        f.mixture_importance(torch.from_numpy(own), torch.from_numpy(other), 1.5)
 
 
 def test_the_clip_stops_the_gradient() -> None:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import Batch, Output, Term, at_least_float32, check_choice
+from kd.losses.logits._divergences import check_share, kl, log_mixture, log_probabilities, mean_over_rows
 from kd.losses.logits.rkl import reverse_kl_divergence
 
-__all__ = ["clipped_policy_gradient", "discounted_returns", "minillm_advantages"]
+__all__ = ["clipped_policy_gradient", "discounted_returns", "minillm_advantages", "mixture_importance"]
 
 VARIANTS = ("code", "paper")
 
@@ -70,6 +71,17 @@ def clipped_policy_gradient(
     return per_row.sum() / max(1, per_row.numel())
 
 
+@torch.no_grad()
+def mixture_importance(student_log_probs: Tensor, teacher_log_probs: Tensor, share: float) -> Tensor:
+    """Importance p_s(y) / ((1 − α) p_s(y) + α p_t(y)) of tokens y that were sampled from the mixture, (rows,).
+
+    ``student_log_probs``, ``teacher_log_probs`` (rows,): log-probabilities of y; ``share`` α: of the teacher, 0 to 1.
+    Between 0 and 1 / (1 − α), without gradient. It stands for the product over all tokens before (section 2.2), in the
+    paper and in the authors' code.
+    """
+    return (student_log_probs - log_mixture(teacher_log_probs, student_log_probs, check_share("share", share))).exp()
+
+
 def _rows_apart(values: Tensor, samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Rows of several samples one sample a line, padded with 0 on the right, and which places are rows.
 
@@ -87,9 +99,11 @@ class MiniLLM(Term):
     The long part is :func:`clipped_policy_gradient` over the tokens that the student has sampled, which the set-up that
     samples leaves in ``batch.extra["sampled"]`` (rows,) int64 (``distiller=on_policy``). A batch without them was not
     sampled: only the single-step part is left. One step is made with each sample, by the student that wrote it, so that
-    ρ = w = 1 in the value; the authors make several, and sample from a mixture with the teacher.
+    ρ = 1 in the value; the authors make several. w is 1, or :func:`mixture_importance` where the tokens are those of a
+    mixture with the teacher (``distiller.teacher_mix``, which the set-up leaves in ``batch.extra["teacher_mix"]``).
 
     ``gamma``, ``variant``: of :func:`minillm_advantages`; ``"code"`` normalises them over the batch of each process.
+    ``"paper"`` weights the single-step part with w as well (section 2.2), ``"code"`` does not.
     """
 
     def __init__(self, clip: float = 0.2, gamma: float = 0.95, variant: str = "code") -> None:
@@ -100,10 +114,9 @@ class MiniLLM(Term):
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over rows."""
-        value = reverse_kl_divergence(student.logits, teacher.logits)
         sampled = batch.extra.get("sampled")
         if sampled is None or batch.mask is None:
-            return value
+            return reverse_kl_divergence(student.logits, teacher.logits)
         own, others = (
             F.log_softmax(at_least_float32(logits.detach()), dim=-1).gather(-1, sampled[:, None]).squeeze(-1)
             for logits in (student.logits, teacher.logits)
@@ -111,8 +124,11 @@ class MiniLLM(Term):
         samples = batch.extra["positions"] // batch.mask.shape[1]
         rewards, mask = _rows_apart(others - own, samples, len(batch.mask))
         advantages = minillm_advantages(rewards, mask, self.gamma, self.variant)[mask]
-        one = torch.ones_like(own)
-        return value + clipped_policy_gradient(student.logits, sampled, advantages, own, one, self.clip)
+        weights = mixture_importance(own, others, float(batch.extra.get("teacher_mix", 0.0)))
+        single = kl(*log_probabilities(student.logits, teacher.logits, 1.0))
+        single = single * weights if self.variant == "paper" else single
+        long = clipped_policy_gradient(student.logits, sampled, advantages, own, weights, self.clip)
+        return mean_over_rows(single) + long
 
 
 def _check_clip(clip: float) -> float:
