@@ -35,6 +35,7 @@ FURTHER: dict[str, list[dict[str, Any]]] = {  # limits of a formula, and paths o
     "kd": [{"temperature": 1.0}],
     "attention_mse": [{"merge_heads": True, "variant": "masked"}],
     "fkd": [{"k": 2}],
+    "ft": [{"epochs": 0.0}, {"epochs": 0.0, "variant": "code"}],
     "topk_kl": [{"k": 2}],
     "wkd_feature": [{"grid": 2}],
 }
@@ -85,6 +86,7 @@ LEAST: dict[str, tuple[str, Callable[[dict[str, Tensor]], float | Tensor]]] = {
         "cross-entropy, T² (1 − 1/e) H(p): the weight of equal networks is 1 − 1/e",
         lambda s: 16 * (1 - math.exp(-1)) * soft_entropy(s["logits"], 4.0),
     ),
+    "ft": ("the first stage is of the teacher alone", lambda s: math.nan),
     "vid": ("likelihood, ½ log σ² of two taps: σ² begins at 5", lambda s: math.log(5.0)),
     "vid,variant=paper": (
         "likelihood, ½ log 2πσ² of each element",
@@ -101,6 +103,9 @@ NOT_LEAST = {  # equal networks lose something, and move on: why
     "dino": "the teacher is sharpened, and centred",
     "dkpp": "the teacher's other classes are permuted",
     "fkd,k=2": "the mass of the others is spread evenly",
+    "dcd": "two embeddings of its own",
+    "ft,epochs=0.0": "a translator and a paraphraser of its own",
+    "ft,epochs=0.0,variant=code": "a translator and a paraphraser of its own",
     "hard_label": "the teacher's decision alone",
     "itrd": "correlations are (B − 1) / B at best, and the mutual information has no 0 there",
     "logistic_ranking": "the order alone: distances grow without end",
@@ -112,14 +117,17 @@ NOT_LEAST = {  # equal networks lose something, and move on: why
     "sdd,base=nkd": "that of nkd",
     "ttm": "the teacher's powers beside the student at T = 1",
     "uskd": "labels, no teacher",
+    "wkd_logit": "of the label −p_t(y) log p_s(y), and a plan with entropy moves mass",
     "vkd": "the teacher alone is layer-normalised",
     "wttm": "the teacher's powers beside the student at T = 1",
 }
 ZERO_IN = {"mse,against=teacher"}
 NEARLY = {"dist": 1e-5}  # 1e-8 is added to the product of the norms
-BEYOND = {  # whose gradient of an adapter is itself above 65504, so that a loss scaler skips the step: why
-    "fsp,variant=paper": "a sum of fourth powers over all entries of the flow matrices",
-    "ickd,variant=paper": "a sum of fourth powers over the Gram matrices",
+BEYOND = {  # where the gradient itself is above 65504, so that a loss scaler skips the step: when, and why
+    "fsp,variant=paper": ("far apart", "a sum of fourth powers over all entries of the flow matrices"),
+    "ickd,variant=paper": ("far apart", "a sum of fourth powers over the Gram matrices"),
+    "ft,epochs=0.0": ("dead", "three batch norms in a row, each multiplies what is constant by 316"),
+    "ft,epochs=0.0,variant=code": ("dead", "three batch norms in a row, each multiplies what is constant by 316"),
 }
 ORDERED = {  # why the order of a batch matters
     "cc": "the code multiplies the differences of neighbours",
@@ -237,9 +245,10 @@ def test_half_precision_under_autocast_is_finite(case: Case, dtype: torch.dtype,
     loss, gradients = step(found._replace(student=student, teacher=teacher), half=dtype)
     assert loss.dtype == torch.float32
     assert loss.isfinite()
-    infinite = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    beyond = of(BEYOND, case) is not None and dtype == torch.float16 and kind == "far apart"
-    assert all("adapters" in name for name in infinite) if beyond and infinite else (infinite == [] and not beyond)
+    if kind in (of(BEYOND, case) or ()):
+        assert max(float(g.abs().nan_to_num(math.inf, math.inf).max()) for g in gradients.values()) > 65504
+        return
+    assert [name for name, gradient in gradients.items() if not gradient.isfinite().all()] == []
     if kind == "dead":
         assert max(float(gradients[name].abs().max()) for name in student) < 1e5
 

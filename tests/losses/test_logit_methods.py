@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
+from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 
 from kd.losses import functional as f
@@ -23,6 +24,7 @@ from kd.losses.logits.ofa import OneForAll
 from kd.losses.logits.sdd import ScaledDecoupled
 from kd.losses.logits.ttm import TransformedTeacher
 from kd.losses.logits.uskd import SelfDistillation
+from kd.losses.logits.wkd_logit import WassersteinLogits
 
 Loss = Callable[..., Tensor]
 
@@ -188,6 +190,34 @@ def test_soft_labels_have_the_gradient_of_kd(drawn) -> None:
 def test_settings_that_mean_nothing(make: Callable[[], object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+def test_mass_is_moved_to_the_closest_classes(drawn) -> None:
+    """With little entropy the plan costs what a linear programme finds, beside the label's part."""
+    student, teacher, targets = drawn
+    positions = torch.tensor([0.0, 0.1, 0.5, 0.7, 1.0], dtype=torch.float64)
+    cost = (positions[:, None] - positions).abs()
+    expected = []
+    for s, t, y in zip(student.detach(), teacher, targets.tolist(), strict=True):
+        others = [c for c in range(5) if c != y]
+        p, q = (softmax(z[others].numpy() / 2) for z in (t, s))
+        expected.append(wasserstein_distance(positions[others], positions[others], p, q))
+    of_label = f.wasserstein_logit_loss(student, teacher, targets, cost, gamma=0.0)
+    found = f.wasserstein_logit_loss(student, teacher, targets, cost, 2.0, 1.0, 0.01, 3000) - of_label
+    np.testing.assert_allclose(found.item(), np.mean(expected), rtol=0.02)
+
+
+def test_wkd_logit_needs_a_linear_classifier_of_these_classes(drawn) -> None:
+    outputs, batch = (Output(drawn[0]), Output(drawn[1])), Batch(torch.zeros(6, 1))
+    networks = {"teacher": nn.Sequential(nn.Linear(3, 4))}
+    with pytest.raises(
+        ValueError, match=r"^wkd_logit needs a teacher with one linear layer of 5 classes: 0 is a Linear"
+    ):
+        WassersteinLogits().prepare(Setup(*outputs, batch, networks))
+    with pytest.raises(
+        ValueError, match=r"^wkd_logit needs the teacher's classifier: there must be one teacher network$"
+    ):
+        WassersteinLogits().prepare(Setup(*outputs, batch))
 
 
 # ---------------------------------------------------------------------- heads on stages

@@ -24,6 +24,7 @@ from kd.losses.dense.mgd import Generation
 from kd.losses.features._class_maps import class_activation_maps
 from kd.losses.features.cat_kd import ClassAttentionTransfer
 from kd.losses.features.fsp import FlowOfSolution
+from kd.losses.features.ft import FactorTransfer
 from kd.losses.features.ofd import OverhaulDistillation
 from kd.losses.features.reviewkd import KnowledgeReview
 from kd.losses.features.simkd import ReusedClassifier
@@ -295,6 +296,24 @@ def test_vkd_stays_orthogonal_while_it_is_trained() -> None:
     weight = term.adapters[0][1].weight
     assert not torch.allclose(weight, before)
     torch.testing.assert_close(weight.T @ weight, torch.eye(8), rtol=0, atol=1e-5)
+
+
+def test_ft_trains_its_paraphraser_first_and_then_the_student_alone() -> None:
+    term = FactorTransfer(epochs=2.0)
+    student, teacher = Output(None, {"a": torch.randn(4, 3, 6, 6)}), Output(None, {"b": torch.randn(4, 8, 6, 6)})
+    term.student_taps, term.teacher_taps = ["a"], ["b"]
+    term.prepare(Setup(student, teacher, batch(), epochs=4))
+    assert term.translators[0](student.features["a"]).shape == (4, 4, 6, 6)
+    for progress, trained in ((0.49, {"encoders", "decoders"}), (0.5, {"translators"})):
+        term.train().zero_grad()
+        term.progress = progress
+        before = {n: b.clone() for n, b in term.named_buffers() if n.startswith("encoders")}
+        term(student, teacher, batch()).backward()
+        assert {n.partition(".")[0] for n, p in term.named_parameters() if p.grad is not None} == trained
+        moved = any(not torch.equal(dict(term.named_buffers())[n], b) for n, b in before.items())
+        assert moved == ("encoders" in trained)  # batch statistics stand still as well
+    with pytest.raises(ValueError, match=r"^epochs = 2 is not allowed in a run whose length is in steps: set recipe"):
+        FactorTransfer(["a"], ["b"], epochs=2.0).prepare(Setup(student, teacher, batch()))
 
 
 # ---------------------------------------------------------------------- taps and layouts

@@ -24,7 +24,8 @@ CONF = Path(__file__).parents[2] / "conf" / "loss"
 HEADS = {"heads": 2, "relation_heads": 4}
 BANKS = {"negatives": 4, "queue": 6}  # of terms that remember samples: fewer than there are
 WIDTHS = {"student": 8, "teacher": 12}
-PADDING = {"attention_mse": {"variant": "masked"}}  # the authors' counts padding, of which each process has its own
+# the authors' attention_mse counts padding, of which each process has its own; the first stage of ft reads no student
+CHOSEN: dict[str, dict[str, Any]] = {"attention_mse": {"variant": "masked"}, "ft": {"epochs": 0}}
 ROWS, SPLIT, CLASSES = 9, 5, 5  # process 0 gets 5 rows, process 1 gets 4, with fewer labels
 DRAWS = 600  # of a term that draws random numbers: its mean is compared
 
@@ -37,7 +38,7 @@ def names() -> list[str]:
 def term(name: str, settings: dict[str, Any] | None = None) -> Term:
     """A term with the settings of its YAML, and those of ``settings`` that it has; with as many heads as there are."""
     (node,) = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")).values()  # type: ignore[union-attr]
-    given = {**HEADS, **BANKS, **(PADDING.get(name, {}) if settings is None else settings)}
+    given = {**HEADS, **BANKS, **(CHOSEN.get(name, {}) if settings is None else settings)}
     node |= {key: value for key, value in given.items() if key in node}
     built: Term = make({k: v for k, v in node.items() if k not in OBJECTIVE_KEYS}, f"loss.{name}")
     for side in ("student", "teacher"):

@@ -201,6 +201,18 @@ def itrd_correlation(case: Case) -> Tensor:
     return f.correlation_information(projected, case["teacher_feature_0"], case.hyper["alpha_it"])
 
 
+def factors(case: Case) -> Tensor:
+    return f.factor_transfer(*pair(case))
+
+
+def factors_by_attention(case: Case) -> Tensor:
+    return f.factor_transfer(*pair(case), variant="code")
+
+
+def dcd(case: Case) -> Tensor:
+    return f.discriminative_consistency(embedded(case, "student"), embedded(case, "teacher"), **case.hyper)
+
+
 def fsp_columns(case: Case) -> Tensor:
     """Max pooling; norms of the columns of the difference, summed, divided by B."""
     students, teachers = case.layers("student"), case.layers("teacher")
@@ -232,6 +244,9 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "pkd": pearson,
     "srrl": srrl,
     "itrd_correlation": itrd_correlation,
+    "ft": factors,
+    "ft_repdistiller": factors_by_attention,
+    "dcd": dcd,
     "itrd_mutual": lambda case: f.mutual_information(*pair(case)),
 }
 SINGLE = {"ofd_margin"}
@@ -246,12 +261,14 @@ EQUAL = {
     "fsp": {"kd_zoo"},
     "ofd": {"mdistiller_times_0p001"},
     "cwd": {"cirkd", "torchdistiller_author"},
+    "ft": {"mmrazor", "torchdistill", "kd_zoo"},
 }
 DIFFERENT: dict[tuple[str, str], Callable[[Case], Tensor]] = {
     ("sp", "torchdistill_L1_ROWS"): sp_l1_rows,
     ("cc_rbf", "torchdistill_gaussian_NOT_NORMALISED_not_squared"): cc_not_normalised,
     ("cc_rbf", "torchdistill_bilinear"): cc_bilinear,
     ("rkd", "mmrazor_default_with_l2_norm"): rkd_normalised,
+    ("ft", "repdistiller_DIFFERENT"): factors_by_attention,
     ("pkt", "kd_zoo_eps1e6"): lambda case: case.value(eps=1e-6),
     ("ab", "mmrazor_single_sum"): lambda case: 0.003 * ab_layers(case),
     ("ab", "torchdistill_no_0p003_no_layer_weights"): ab_layers,

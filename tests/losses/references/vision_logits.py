@@ -129,7 +129,7 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "dml_kl": lambda case: f.kl_divergence(*logits(case), 1.0),  # the peer is the teacher
 }
 LEFT_OUT: dict[str, str] = {}
-SINGLE = {"wsld", "uskd"}  # the one-hot label and Zipf's law are in single precision
+SINGLE = {"wsld", "uskd", "skd_direction"}  # the one-hot label, Zipf's law and λ are in single precision
 
 EQUAL = {
     "dkd": {"cls_kd", "ctkd", "ofakd", "mmrazor_default_batchmean"},
