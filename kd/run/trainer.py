@@ -78,16 +78,9 @@ def carry_out(
     about |= {"heads": module.heads} if module.heads else {}
     module.about = about
     stopper = pruning.callback(run_dir) if run_dir else None
-    metrics = {name: module.task.metric(name) for name in module.task.names(module.comparable)}
-    better = {f"val/{name}": metric.better for name, metric in metrics.items() if metric is not None}
-    own_hooks = [*build.callbacks(config, protocol, better), *further]
-    hooks = [
-        *callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None, resumable, bar),
-        *([AverageStudent(**recipe["ema"])] if recipe["ema"] else []),
-        *([FrozenBody(frozen, recipe["steps"] is not None)] if (frozen := recipe["frozen_body"]) else []),
-        *([stopper] if stopper else []),
-        *own_hooks,
-    ]
+    own_hooks = [*_chosen(config, protocol, module), *further]
+    standard = callbacks.standard(run_dir, protocol, about, spent, recipe["steps"] is not None, resumable, bar)
+    hooks = [*standard, *_of_recipe(recipe), *([stopper] if stopper else []), *own_hooks]
     first = group.rank() == 0
     extra = build.loggers(config, run_dir) if first and run_dir else []
     own = [loggers.MetricsFile(run_dir, before.steps)] if first and run_dir else []
@@ -132,12 +125,30 @@ def carry_out(
         outcome["student"]["started_from"] = begun
     if ending.stopped:
         log.info("stopped at epoch %d, step %d: %s", *_place(ending.stopped), ending.stopped["why"])
-    both: dict[str, Any] = {"student": module.deployed, "teacher": module.teacher}
     for role, size in measured.items():
-        speed = {} if module.sharded else {"latency_ms": cost.latency_ms(both[role], module.task, examples[role])}
-        outcome[role] = {**outcome.get(role, {}), **size, **speed}
+        outcome[role] = {**outcome.get(role, {}), **size, **_latency(module, role, examples[role])}
     log.info("%s", finish.summary(outcome, module.task, run_dir))
     return outcome
+
+
+def _of_recipe(recipe: dict[str, Any]) -> list[L.Callback]:
+    """The callbacks that a recipe asks for: an average of the student, a body that is frozen at first."""
+    average = [AverageStudent(**recipe["ema"])] if recipe["ema"] else []
+    frozen = [FrozenBody(recipe["frozen_body"], recipe["steps"] is not None)] if recipe["frozen_body"] else []
+    return [*average, *frozen]
+
+
+def _chosen(config: dict[str, Any], protocol: dict[str, Any], module: Distiller) -> list[L.Callback]:
+    """The callbacks of the config; those that watch a metric are given its direction."""
+    metrics = {name: module.task.metric(name) for name in module.task.names(module.comparable)}
+    better = {f"val/{name}": metric.better for name, metric in metrics.items() if metric is not None}
+    return build.callbacks(config, protocol, better)
+
+
+def _latency(module: Distiller, role: str, example: Any) -> dict[str, float]:
+    """Milliseconds of a pass of student or teacher; nothing of sharded ones."""
+    network: Any = {"student": module.deployed, "teacher": module.teacher}[role]
+    return {} if module.sharded else {"latency_ms": cost.latency_ms(network, module.task, example)}
 
 
 def quieten() -> None:
