@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from kd.config.compose import checked
 from kd.data.images.imagefolder import ImageFolder
 from kd.data.images.table import ImageTable
+from kd.data.text.early import refuse_files
 from kd.data.torch_datasets import TorchDatasets
 from kd.errors import KdError
 
@@ -107,6 +109,13 @@ def test_what_is_wrong_is_a_sentence(tables: Path, name: str) -> None:
     with pytest.raises(KdError, match=sentence) as caught:
         table(tables, **changed).setup()
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_column_stops_before_torch(tables: Path) -> None:
+    config = checked(["data=csv", f"data.train={tables / 'train.csv'}", f"data.test={tables / 'test.csv'}"])
+    refuse_files(config["data"])
+    with pytest.raises(KdError, match=r"data\.label = class is no column of .*train\.csv"):
+        refuse_files({**config["data"], "label": "class"})
 
 
 def test_labels_that_train_does_not_have(tables: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with the files of a text set, before torch and transformers are imported. No torch."""
+"""What is wrong with the files of a text set or a table of images, before torch is imported. No torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kd.data.text.records import Records, located, read
 
 SENTENCES = ("kd.data.text.sentences.Sentences", "kd.data.text.features.SentenceFeatures")
 DOCUMENTS = "kd.data.text.lm.Documents"
+IMAGES = "kd.data.images.table.ImageTable"
 MOST = 32 << 20  # bytes that are read twice, here and by the set: for larger files that would take seconds as well
 
 
@@ -19,7 +20,7 @@ def refuse_files(data: Mapping[str, Any]) -> None:
 
     The imports that the set needs take seconds. Rows, sets of the hub and sets of other modules are left to themselves.
     """
-    if data.get("_target_") not in (*SENTENCES, DOCUMENTS):
+    if data.get("_target_") not in (*SENTENCES, DOCUMENTS, IMAGES):
         return
     for split in ("train", "val", "test"):
         source: Any = data.get(split)
@@ -35,6 +36,10 @@ def refuse_files(data: Mapping[str, Any]) -> None:
                 read(file, *how)
             continue
         table = read(source, *how)
+        if data["_target_"] == IMAGES:
+            for key in ("image", "label"):
+                table.column(data[key], key)
+            continue
         _refuse_columns(table, data)
         if split == "train":
             _refuse_classes(table, data)
