@@ -296,8 +296,8 @@ class Term(nn.Module):
     ``two_tokenizers``
         Whether the rows of the teacher may be tokens of another tokenizer than the student's.
     ``every_class``
-        Whether it gives each class a share, or measures the spread of all logits: of rows in which most positions are
-        masked (question answering) it would read the masked ones.
+        Whether it gives each class a share, or measures the size or spread of all logits: of rows in which most
+        positions are masked (question answering) it would read the masked ones.
     ``over``
         What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``, the real ``"positions"`` of
         ``batch.mask``; or ``"batch"``: it is no plain mean

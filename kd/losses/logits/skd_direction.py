@@ -46,6 +46,7 @@ class GramDirection(Term):
     """:func:`gram_direction` of the logits, over all rows of the batch."""
 
     over = "batch"
+    every_class = True  # the length of a row
 
     def __init__(self, tikhonov: float = 0.1) -> None:
         super().__init__()
