@@ -38,7 +38,10 @@ OUT = Path(__file__).with_suffix(".csv")
 CLASSES, ENTRIES, TOKENS = 100, 2000, 32
 BERT = {"model_type": "bert", "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 BERT |= {"vocab_size": ENTRIES, "max_position_embeddings": TOKENS}
-NARROW = {"minilmv2": ["loss.minilmv2.relation_heads=8"]}  # of 16 numbers each, as published for BERT's 768
+SETTINGS = {
+    "ft": ["loss.ft.epochs=0"],  # what follows its first stage
+    "minilmv2": ["loss.minilmv2.relation_heads=8"],  # of 16 numbers each, as published for BERT's 768
+}
 LLAMA = {**BERT, "model_type": "llama", "num_key_value_heads": 2}
 
 
@@ -46,7 +49,7 @@ def on_images(name: str) -> Callable[[], None]:
     """Return a step on images, by the objects that ``kd train`` builds."""
     overrides = ["data=fake", "data.shape=[3,32,32]", f"data.num_classes={CLASSES}", "data.train_images=20000"]
     overrides += ["model@student=resnet20", "model@teacher=resnet56", "teacher.allow_random=true", "hardware=cpu"]
-    overrides += ["recipe.batch_size=64", f"loss=[{name}]", f"loss.{name}.weight=1"]
+    overrides += ["recipe.batch_size=64", f"loss=[{name}]", f"loss.{name}.weight=1", *SETTINGS.get(name, ())]
     config = checked(overrides)
     data = build.datamodule(config)
     data.setup("fit")
@@ -66,7 +69,7 @@ def on_tokens(name: str, masked: bool) -> Callable[[], None]:
         transformers_model(config={**(BERT if masked else LLAMA), "num_hidden_layers": n}, architecture=kind)
         for n in (2, 4)
     )
-    objective = build.objective(checked([f"loss=[{name}]", f"loss.{name}.weight=1", *NARROW.get(name, ())]))
+    objective = build.objective(checked([f"loss=[{name}]", f"loss.{name}.weight=1", *SETTINGS.get(name, ())]))
     ids = torch.randint(5, ENTRIES, (32, TOKENS))
     hidden = torch.rand(ids.shape) < 0.15
     hidden[:, 0] = True
