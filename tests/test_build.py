@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from kd.config.compose import checked
 from kd.errors import KdError
 from kd.losses.base import Term
+from kd.models import timm_model
 from kd.records import record, weight_files
 from kd.run import build, networks, weights
 from kd.run.data_facts import facts as facts_of
@@ -31,6 +32,7 @@ def offline_timm(monkeypatch) -> None:
     import timm
 
     create = timm.create_model
+    monkeypatch.setattr(timm_model, "online", lambda: True)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kw: create(name, pretrained=False, **kw))
 
 

@@ -54,7 +54,6 @@ def on_images(name: str) -> Callable[[], None]:
     data = build.datamodule(config)
     data.setup("fit")
     module = build.distiller(config, data)
-    module.prepare(next(iter(data.train_dataloader())), data.train_index, data.train_targets)
     return stepped(module, next(iter(data.train_dataloader())))
 
 

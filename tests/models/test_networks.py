@@ -89,7 +89,8 @@ def tapped(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict
 
 def test_every_file_is_tested() -> None:
     of_images = {path.stem for path in CONF.glob("*.yaml") if "transformers_model" not in path.read_text()}
-    assert of_images == {*PARAMETERS, *OTHERS, "none"}  # the others: tests/test_text_runs.py
+    of_masks = {"timm_unet"}  # tests/models/test_timm_unet.py; of texts: tests/test_text_runs.py
+    assert of_images == {*PARAMETERS, *OTHERS, *of_masks, "none"}
     assert OmegaConf.load(CONF / "none.yaml") == {"model": None}
 
 
