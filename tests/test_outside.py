@@ -112,7 +112,7 @@ def test_the_groups_from_outside_stand_beside_the_own_ones(kd, importable) -> No
 def test_the_methods_from_outside_stand_beside_the_own_ones(kd, importable) -> None:
     table = kd("methods", "--config-dir", "myconf").out.splitlines()
     assert [line.split()[0] for line in table] == ["name", *sorted([*options("loss", [CONF]), "mine"])]
-    assert next(line for line in table if line.startswith("mine")).split() == ["mine", "logits", "0.5", "no"]
+    assert next(line for line in table if line.startswith("mine")).split() == ["mine", "logits", "0.5", "-", "no"]
     page = kd("methods", "mine", "--config-dir", "myconf").out
     assert "mymodule.MyTerm" in page
     assert "scale: 2.0" in page
