@@ -6,7 +6,7 @@ Inputs are drawn at random: what a network costs depends on their shape alone, a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.deploy.formats import TIMM
-from kd.deploy.student import FromRaw, Student, from_raw, student
+from kd.deploy.student import FromRaw, Student, from_raw, recorded, student
 from kd.errors import KdError
 from kd.records import record
 from kd.run import build, described, integrity, networks
@@ -133,25 +133,47 @@ def _added(given: Student) -> int:
 def _teacher(run: str) -> Subject:
     """The one network that taught, with the resizing of its input."""
     beside = student(run)
-    facts = beside.facts
-    data = SimpleNamespace(
-        **{name: facts.get(name) for name in ("num_classes", "mean", "std")},
-        class_names=list(facts.get("class_names") or []),
-        input_shape=tuple(facts.get("input_shape") or ()),
-        split_facts=dict(facts.get("split") or {}),
-        tokenizer=beside.tokenizer,
-        tokenizer_digest=facts.get("tokenizer"),
-    )
     config = {**beside.config, "teacher": {**beside.config["teacher"], "allow_random": True}}
-    teacher: Any = networks.teacher(config, data, build.task(config))
+    data = recorded(beside.facts, beside.tokenizer)
+    return _of_answers(f"run = {run}", networks.teacher(config, data, beside.task), beside)
+
+
+def _of_answers(name: str, teacher: Any, beside: Student) -> Subject:
+    """Make the one live network of a teacher. ``beside``: its student. ``KdError`` where there is none, or several."""
     if teacher is None or len(teacher.networks) != 1:
         count = "no teacher" if teacher is None else f"{len(teacher.networks)} teachers"
-        raise KdError(f"run = {run} has {count}: against = teacher measures one, give against=RUN")
+        raise KdError(f"{name} has {count}: one is measured (kd bench RUN against=RUN measures another)")
     network, prepare = teacher.networks[0], teacher.input_maps[0]
-    checkpoint = config["teacher"]["checkpoint"]
+    section = beside.config["teacher"]
     whole = network if isinstance(prepare, nn.Identity) else nn.Sequential(prepare, network)
-    given = Student(Path(run), Path(), config, None, whole.float().eval(), beside.task, facts, beside.tokenizer)
-    return _made(f"teacher of {run}", given, file_bytes=_bytes(checkpoint, config["teacher"].get("epoch")))
+    given = replace(beside, file=Path(), node=None, network=whole.float().eval())
+    return _made(f"teacher of {name}", given, file_bytes=_bytes(section["checkpoint"], section.get("epoch")))
+
+
+def of_config(config: Mapping[str, Any]) -> dict[str, Subject]:
+    """Make the student of a config that was never trained, with random weights, and its teacher where it has one.
+
+    ``KdError`` where they cannot be made, or where there are several teachers.
+    """
+    section = config["student"]
+    node = section["model"] and {
+        **section["model"],
+        **({"pretrained": False} if "pretrained" in section["model"] else {}),
+    }
+    taught = any(config["teacher"].get(key) for key in ("model", "checkpoint", "answers"))
+    config = {
+        **config,
+        "student": {**section, "model": node, "checkpoint": None},
+        "teacher": {**config["teacher"], "allow_random": True},
+    }
+    data, task = build.datamodule(config), build.task(config)
+    teacher = networks.teacher(config, data, task) if taught else None
+    network = networks.student(config, data, task, teacher).float().eval()
+    names = ("num_classes", "class_names", "mean", "std", "input_shape")
+    facts = {name: getattr(data, name, None) for name in names}
+    made = Student(Path(), Path(), config, node, network, task, facts, getattr(data, "tokenizer", None))
+    found = {"student": _made("student", made)}
+    return {**found, **({"teacher": _of_answers("the config", teacher, made)} if taught else {})}
 
 
 def _bytes(checkpoint: Any, epoch: str | None) -> int | None:

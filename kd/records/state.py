@@ -13,8 +13,9 @@ from kd.records import inputs, lock, record, sources, weight_files
 from kd.records.weight_files import CHECKPOINT
 
 MISSING, FINISHED, FAILED, INTERRUPTED, PRUNED = "missing", "finished", "failed", "interrupted", "pruned"
+INFEASIBLE = "infeasible"  # of a search: its network is above a limit, so that it was not trained
 RUNNING = "running"  # in another process
-DONE = (FINISHED, PRUNED)  # what is not run again
+DONE = (FINISHED, PRUNED, INFEASIBLE)  # what is not run again
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def section(study: Study, frame: pd.DataFrame, runs_dir: Path) -> Section | None
     head = ("", measure.label, sample, f"lost to the teacher{unit}", "parameters", "MB", "MACs", "time ratio")
     kept = [i for i in range(len(head)) if i < 2 or any(line[i] != NOTHING for line in lines)]
     table = Grid(tuple(head[i] for i in kept), tuple(tuple(line[i] for i in kept) for line in lines))
-    return Section("Beside the teacher", grids=[table], notes=_notes(frame, names, measure, rows, runs_dir))
+    title = "Beside the teacher" if teachers else "What so many samples show, and size"
+    return Section(title, grids=[table], notes=_notes(frame, names, measure, rows, runs_dir))
 
 
 def _measure(study: Study, frame: pd.DataFrame) -> Measure:

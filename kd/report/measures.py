@@ -14,13 +14,18 @@ EPOCHS = {"last": "last epoch", "selected": "val-selected"}
 SHARES = {"error", "gap", "retention"}  # kept as fractions, shown in percent
 WHOLE = {"errors", "parameters", "macs", "adapter_parameters"}
 LOWER = {"errors", "error", "gap", "loss", "latency_ms", "parameters", "macs", "wall_clock_s"}
+LOWER |= {"latency_ratio", "ms", "mb", "cost_month"}  # of a search with limits
 WORDS = {
     "error": "error rate",
     "latency_ms": "latency",
     "macs": "multiply-accumulates",
     "wall_clock_s": "training time",
+    "latency_ratio": "time ÷ the teacher's",
+    "ms": "time of a pass",
+    "mb": "weights",
+    "cost_month": "cost a month",
 }
-UNITS = {"latency_ms": "ms a sample", "wall_clock_s": "s", "macs": "MACs"}
+UNITS = {"latency_ms": "ms a sample", "wall_clock_s": "s", "macs": "MACs", "ms": "ms", "mb": "MB"}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def of_run(run_dir: Path, row: str, base: Path | None = None) -> dict[str, Any]:
     try:
         path = (run_dir.resolve().relative_to(base.resolve()) if base else run_dir).as_posix()
         if (
-            found["status"] in ("failed", "interrupted") and "config_hash" not in found
+            found["status"] in ("failed", "interrupted", "infeasible") and "config_hash" not in found
         ):  # a job of a sweep that could not begin
             about = {"seed": seed_of(found["overrides"]), "status": found["status"], "error": found["error"]}
             return {"row": row, **about, "run": path}

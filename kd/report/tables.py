@@ -108,7 +108,7 @@ def main_grid(study: Study, table: pd.DataFrame, shown: Sequence[Measure]) -> Gr
     if "mean rank" in table:
         head.append("mean rank")
         columns.append([NOTHING if np.isnan(r) else f"{r:.1f}" for r in table["mean rank"]])
-    if "parameters" in table:
+    if "parameters" in table and all(measure.column != "student/parameters" for measure in shown):
         head.append("parameters")
         columns.append([NOTHING if np.isnan(p) else f"{p:,.0f}" for p in table["parameters"]])
     return Grid(tuple(head), tuple(zip(*columns, strict=True)), _best(study, table, shown[0]))

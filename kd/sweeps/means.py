@@ -14,10 +14,23 @@ from kd.records.measures import measured, number, shown_metric
 from kd.sweeps.outcome import Outcome
 
 
-def worth(ended: Sequence[Outcome]) -> bool:
-    """Tell whether there is more to say than the jobs do: several seeds of a group, or a teacher."""
-    groups = {o.job.group for o in ended}
-    return bool(ended) and (len(groups) < len(ended) or bool(_teachers(ended)))
+def several(ended: Sequence[Outcome]) -> bool:
+    """Tell whether a group has several seeds."""
+    return len({o.job.group for o in ended}) < len(ended)
+
+
+def of_teachers(ended: Sequence[Outcome], columns: Sequence[str]) -> list[str]:
+    """Write a line for each teacher: its validation by ``columns``, and its test by the main metric."""
+    lines = []
+    first: Any = ended[0].state.record if ended else {}
+    metrics = record.metrics_of(first)
+    for label, teacher in _teachers(ended).items():
+        values = [f"{c} {number(value)}" for c in columns if (value := _of_split(teacher, c)) is not None]
+        main = metrics[0]
+        unit = " %" if main["share"] else ""
+        values.append(f"test {main['title']} {shown_metric(main, teacher['test'][main['name']])}{unit}")
+        lines.append(f"{label}: {', '.join(values)}")
+    return lines
 
 
 def table(ended: Sequence[Outcome], columns: Sequence[str], mains: Sequence[Mapping[str, Any]]) -> Table:
@@ -28,7 +41,7 @@ def table(ended: Sequence[Outcome], columns: Sequence[str], mains: Sequence[Mapp
         made.add_column(heading, justify="left" if heading == "" else "right", overflow="fold")
     lost = bool(_teachers(ended))
     for label, teacher in _teachers(ended).items():
-        values = [number(_of_split(teacher, column)) if "/" in column else "" for column in columns]
+        values = ["" if (value := _of_split(teacher, c)) is None else number(value) for c in columns]
         shown = [shown_metric(m, teacher["test"][m["name"]]) if m["name"] in teacher["test"] else "" for m in mains]
         made.add_row(escape(label), "", *values, *shown, *([""] if lost else []))
     groups: dict[str, list[Outcome]] = {}
@@ -54,8 +67,8 @@ def _teachers(ended: Sequence[Outcome]) -> dict[str, Mapping[str, Any]]:
 
 
 def _of_split(part: Mapping[str, Any], column: str) -> float | None:
-    split, _, name = column.partition("/")
-    return (part.get(split) or {}).get(name)
+    split, _, name = column.rpartition("/")
+    return (part.get(split) or {}).get(name) if split else None
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from kd.config.instantiate import make
 from kd.config.rules import refusals, refuse, whole
 from kd.errors import KdError, did_you_mean
 from kd.records import trials
-from kd.sweeps import pool
+from kd.sweeps import limits, pool
 
 SAMPLERS: Mapping[str, Mapping[str, Any]] = {
     "tpe": {"_target_": "optuna.samplers.TPESampler"},
@@ -33,11 +33,14 @@ class Settings:
     batch: Any = None
     storage: Any = None
     params: Mapping[str, str] | None = None
+    limits: Any = None
+    cost: Any = None
 
     def __post_init__(self) -> None:
         """Look at what needs no config of a run."""
         rules = {"n_trials": whole(1), "batch": whole(1).or_null, "seed": whole(0).or_null}
         refuse(refusals("hydra.sweeper.", vars(self), rules))
+        limits.check(self.limits, self.cost)
         self._check_made("sampler", SAMPLERS)
         self._check_made("pruner", {**trials.PRUNERS, "null": None})
         if self.storage is not None and "://" not in str(self.storage):
@@ -63,8 +66,11 @@ def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Directi
     ``KdError`` for a measure that the record does not have, one of the test split, or a pruner that cannot compare it.
     """
     given = settings.objectives
-    known = _measures(base)
-    names = {base["protocol"]["monitor"] or next(iter(known)): None} if given is None else given
+    known = _measures(base, settings.limits or ())
+    names = given
+    if given is None:
+        names = [base["protocol"]["monitor"] or next(iter(known))]
+        names += [limits.objective(settings.limits)] if settings.limits else []
     if not isinstance(names, Mapping):
         names = dict.fromkeys([names] if isinstance(names, str) else names)
     if not names:
@@ -81,7 +87,7 @@ def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Directi
     return {str(name): known[str(name)] for name in names}
 
 
-def _measures(base: Mapping[str, Any]) -> dict[str, Direction]:
+def _measures(base: Mapping[str, Any], limited: Iterable[str]) -> dict[str, Direction]:
     """Return every measure of the validation split, the task's main one first, and every cost, with its direction."""
     teacher = base["teacher"]["model"] is not None or base["teacher"]["checkpoint"] is not None
 
@@ -95,7 +101,7 @@ def _measures(base: Mapping[str, Any]) -> dict[str, Direction]:
         f"val/{name}": "maximize" if better == "max" else "minimize"
         for name, better in pool.run_in_subprocess(described)
     }
-    return {**metrics, **dict.fromkeys(COSTS, "minimize")}  # type: ignore[dict-item]
+    return {**metrics, **dict.fromkeys((*COSTS, *limited), "minimize")}  # type: ignore[dict-item]
 
 
 def _check_objective(name: str, direction: Any, known: Mapping[str, Direction]) -> None:

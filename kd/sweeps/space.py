@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,25 @@ class Space:
         ends = {k: list(d.choices) if hasattr(d, "choices") else [d.low, d.high] for k, d in self.axes.items()}
         first = {key: values[0] for key, values in ends.items()}
         return [first, *({**first, key: v} for key, values in ends.items() for v in values[1:] if v != values[0])]
+
+    def students(self, most: int) -> list[dict[str, Any]]:
+        """Return every combination of the values of the student's axes, the others at their first; [] of too many."""
+        first = self.corners()[0]
+        values = {key: _values(axis) for key, axis in self.axes.items() if _is_student(key)}
+        if math.prod(len(of_key) if of_key else most + 1 for of_key in values.values()) > most:
+            return []
+        return [{**first, **dict(zip(values, chosen, strict=True))} for chosen in itertools.product(*values.values())]
+
+
+def _is_student(key: str) -> bool:
+    return key.lstrip("+").startswith(("student.", "model@student"))
+
+
+def _values(axis: Any) -> list[Any]:
+    """List what an axis holds, [] of an interval."""
+    if hasattr(axis, "choices"):
+        return list(axis.choices)
+    return list(range(axis.low, axis.high + 1, axis.step)) if isinstance(axis.low, int) else []
 
 
 def text(value: Any) -> str:

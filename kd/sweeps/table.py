@@ -23,7 +23,7 @@ def print_results(directory: Path, outcomes: Sequence[Outcome], objectives: Mapp
     show(outcomes, objectives)
     if targets := sources.mixed(_record(o) for o in outcomes if o.state.status in DONE):
         print(f"_target_ = {', '.join(targets)} was changed while the jobs ran: not all of them are of the same code")
-    print(f"{directory}: kd report {_relative(directory)} makes tables and figures of it", flush=True)
+    print(f"{directory}: kd report {relative(directory)} makes tables and figures of it", flush=True)
     failed = [o for o in outcomes if o.state.status not in DONE]
     if failed:
         reasons = [f"{o.job.label}: {o.state.status}: {o.state.reason}" for o in failed]
@@ -31,7 +31,8 @@ def print_results(directory: Path, outcomes: Sequence[Outcome], objectives: Mapp
         raise KdError("\n".join([f"{len(failed)} of {len(outcomes)} jobs have no result ({again}):", *reasons]))
 
 
-def _relative(directory: Path) -> Path:
+def relative(directory: Path) -> Path:
+    """Write a path from the working directory on, where it lies below."""
     try:
         return directory.relative_to(Path.cwd())
     except ValueError:
@@ -67,7 +68,10 @@ def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = Non
     console = Console(highlight=False)
     console.print(f"{len(outcomes)} jobs, best first, at the epoch that val selected", style="bold")
     console.print(table)
-    if means.worth(ended):
+    if not means.several(ended):
+        for line in means.of_teachers(ended, columns):
+            console.print(escape(line))
+    else:
         console.print("means ± standard deviations over seeds, beside the teacher", style="bold")
         console.print(means.table(ended, columns, mains))
 

@@ -158,6 +158,7 @@ def test_runs_without_a_teacher_lose_nothing(write, tmp_path) -> None:
                                    tmp_path / "runs")  # fmt: skip
     found = beside_teacher.section(study, frame, tmp_path / "runs")
     assert "lost to the teacher, points" not in found.grids[0].head
+    assert found.title == "What so many samples show, and size"
     assert "against=TEACHER" in found.notes[-1]
 
 
