@@ -130,6 +130,17 @@ def test_two_processes_find_what_one_finds(runs: Path, monkeypatch) -> None:
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
+def test_pixels_of_a_teacher_that_are_kept_teach_as_the_live_one(runs: Path, monkeypatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    still = [o for o in taught(runs) if "cwd" not in o and "augment" not in o]
+    common = [*SQUARES, f"data.folder={runs / 'squares'}", *still, "loss=[ce,kd]", "data.augment.flip=false"]
+    kept = f"teacher.answers={{_target_:kd.distill.cache.CachedAnswers,folder:{runs / 'answers'}}}"
+    assert main(["train", *common, f"hydra.run.dir={runs / 'live'}"]) == 0
+    assert main(["train", *common, kept, f"hydra.run.dir={runs / 'kept'}"]) == 0
+    weights = [load_file(runs / n / "student_last.safetensors") for n in ("live", "kept")]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
 def test_an_exported_student_writes_masks_without_torch(runs: Path, capsys) -> None:
     pytest.importorskip("onnxruntime")
     folder = runs / "onnx"
