@@ -1,4 +1,4 @@
-"""Every notebook is kept without what it printed; 01 runs on fresh runs, 04 to 07 train (02, 03: see tests/report)."""
+"""Every notebook is kept without what it printed; 01 runs on fresh runs, 04 to 08 train (02, 03: see tests/report)."""
 
 from __future__ import annotations
 
@@ -110,3 +110,16 @@ def test_sentences_and_a_language_model_are_distilled(kernel: Kernel, tmp_path: 
     said = "\n".join(map(text_of, code))
     assert said.count(" -> ") == 2  # classified by plain transformers
     assert "Bank:" in text_of(code[-2])
+
+
+def test_a_decision_is_made(kernel: Kernel, tmp_path: Path) -> None:
+    code = executed(kernel, NOTEBOOKS[7], tmp_path)
+    (folder,) = tmp_path.glob("decision_*")
+    said = "\n".join(map(text_of, code))
+    assert "3,420" in said  # saved a year by the assistant's student
+    assert "label these" in said  # of two columns without labels
+    decision = json.loads((folder / "decision.json").read_text())
+    assert "on 719 examples" in decision["sentence"]
+    page = (folder / "decision.html").read_text()
+    assert "97" in page
+    assert json.loads((folder / "student" / "bench.json").read_text())
