@@ -52,11 +52,11 @@ class TimmUNet(nn.Module):
         self.pretrained_cfg: Any = getattr(encoder, "pretrained_cfg", None)
 
     def get_classifier(self) -> nn.Module:
-        """The layer that makes the logits, as timm's networks say it."""
+        """Return the layer that makes the logits, as timm's networks do."""
         return self.classifier
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, classes, H', W')."""
+        """Map (B, C, H, W) to (B, classes, H', W')."""
         maps = self.encoder(images)
         if self.last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
@@ -77,7 +77,7 @@ def timm_unet(
     input_shape: tuple[int, int, int],
     **kwargs: Any,
 ) -> TimmUNet:
-    """:class:`TimmUNet` on the timm network ``name``; ``kwargs`` go to ``timm.create_model``.
+    """Make a :class:`TimmUNet` on the timm network ``name``; ``kwargs`` go to ``timm.create_model``.
 
     ``width``: channels of the decoder; ``pretrained``: the encoder's weights, for images of the statistics in its
     ``pretrained_cfg``.

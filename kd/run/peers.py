@@ -36,7 +36,7 @@ def measured(module: Distiller, data: Any) -> dict[str, Any]:
 
 
 def _on(module: Distiller, peer: nn.Module, name: str, split: str, loader: Any) -> dict[str, float]:
-    """The metrics of a peer on a split."""
+    """Measure a peer on a split."""
     dtype = next((p.dtype for p in peer.parameters()), torch.float32)  # bf16-true: as in the steps
 
     def answer(batch: Batch) -> Output:

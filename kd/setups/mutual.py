@@ -54,7 +54,7 @@ class Mutual(Distiller):
                 )
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """As every distiller, then refuse terms with weights or banks: they would be those of all networks."""
+        """Prepare as every distiller, then refuse terms with weights or banks: they would be those of all networks."""
         super().prepare(*args, **kwargs)
         for name, term in self.objective.items():
             if kept := list(term.state_dict()):
@@ -64,11 +64,11 @@ class Mutual(Distiller):
                 )
 
     def answer_of_teacher(self, batch: Batch) -> Output:
-        """What the student learns from in the dry pass: the answer of the first peer."""
+        """Answer by the first peer: what the student learns from in the dry pass."""
         return self._answers_of_peers(batch)[next(iter(self.peers))]
 
     def losses(self, batch: Batch) -> Step:
-        """One step of all networks: the sum of their objectives, each of which reaches one network alone."""
+        """Compute one step of all networks: the sum of their objectives, each of which reaches one network alone."""
         answers = {"": self.answer_of_student(batch), **self._answers_of_peers(batch)}
         total, *others = (self._step(name, answers, batch) for name in answers)
         for name, step in zip(self.peers, others, strict=True):
@@ -81,7 +81,7 @@ class Mutual(Distiller):
         }
 
     def _step(self, name: str, answers: Mapping[str, Output], batch: Batch) -> Step:
-        """The objective of one network, the mean over those that teach it."""
+        """Compute the objective of one network, the mean over those that teach it."""
         others = [output.detach() for other, output in answers.items() if other != name]
         if self.ensemble:
             others = [mean_answer(others)]
@@ -92,6 +92,6 @@ class Mutual(Distiller):
 
 
 def mean_answer(outputs: Sequence[Output]) -> Output:
-    """The output whose softmax is the mean of those of several."""
+    """Make the output whose softmax is the mean of those of several."""
     logs = torch.stack([output.logits.float().log_softmax(-1) for output in outputs])
     return Output(logs.logsumexp(0) - torch.tensor(float(len(outputs)), device=logs.device).log())

@@ -89,7 +89,7 @@ class Segmentation(Task):
         return Output(flat if pixels is None else flat.index_select(0, pixels), raw=raw)
 
     def maps(self, logits: Tensor, size: Any) -> Tensor:
-        """Logits (samples, classes, H', W') at ``size`` (H, W). ``KdError`` for what is no map."""
+        """Bring logits (samples, classes, H', W') to ``size`` (H, W). ``KdError`` for what is no map."""
         if logits.ndim != 4:
             shape = f"({', '.join(['samples', *map(str, logits.shape[1:])])})"
             raise KdError(
@@ -101,19 +101,19 @@ class Segmentation(Task):
         return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
 
     def logits(self, raw: Any) -> Tensor | None:
-        """The logits in what a network returned; torchvision's segmenters call them ``out``."""
+        """Find the logits in what a network returned; torchvision's segmenters call them ``out``."""
         if isinstance(raw, Mapping) and "logits" not in raw:
             return raw.get("out")
         return super().logits(raw)
 
     def count(self, student: Output, batch: Batch) -> list[Tensor]:
-        """Right answers among the labelled rows."""
+        """Count right answers among the labelled rows."""
         if batch.targets is None:
             return [torch.zeros((), device=student.logits.device)]
         return [(student.logits.detach().argmax(1) == batch.targets).sum()]  # no answer is UNLABELLED
 
     def meter(self, classes: int | None) -> SegmentationMeter:
-        """A fresh meter for one pass over a split of so many classes."""
+        """Make a fresh meter for one pass over a split of so many classes."""
         if classes is None:
             raise ValueError("task = segmentation needs to know the number of classes")
         if self.background is not None and self.background >= classes:
@@ -190,7 +190,7 @@ class SegmentationMeter(Meter):
             self.kl.update(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1))
 
     def compute(self, with_teacher: bool) -> dict[str, float]:
-        """The metrics by name; ``miou, foreground_iou, pixel_accuracy, agreement`` 0 to 1.
+        """Return the metrics by name; ``miou, foreground_iou, pixel_accuracy, agreement`` 0 to 1.
 
         A foreground that neither the masks nor the answers have counts as 0.
         """
@@ -208,11 +208,11 @@ class SegmentationMeter(Meter):
         return {name: found[name] for name in self.names(with_teacher)}
 
     def per_class(self) -> list[float]:
-        """IoU of each class, 0…1; NaN of one that neither a mask nor an answer has."""
+        """Return the IoU of each class, 0…1; NaN of one that neither a mask nor an answer has."""
         both, answered, labelled, _ = self.overlaps.compute()
         return iou(both, answered, labelled).tolist()
 
 
 def iou(both: Tensor, answered: Tensor, labelled: Tensor) -> Tensor:
-    """Intersection ÷ union of counts, in double precision; NaN where the union is empty."""
+    """Divide intersection by union of counts, in double precision; NaN where the union is empty."""
     return both.double() / (answered + labelled - both).double()

@@ -27,7 +27,7 @@ class Classes:
     ignored: int | None
 
     def checked(self, masks: Tensor, name: str) -> Tensor:
-        """The masks uint8 with ``IGNORED`` in the place of what is ignored. ``KdError`` for an id that is no class."""
+        """Put ``IGNORED`` in the place of what masks (uint8) ignore. ``KdError`` for an id that is no class."""
         without = torch.zeros_like(masks, dtype=torch.bool) if self.ignored is None else masks == self.ignored
         wrong = masks[(masks >= self.count) & ~without]
         if len(wrong):
@@ -40,7 +40,7 @@ class Classes:
 
 
 def decode_mask(path: Path) -> Tensor:
-    """The class ids (H, W) uint8 of a PNG of one channel, or of a palette. ``KdError`` naming a file that is none."""
+    """Read class ids (H, W) uint8 from a PNG of one channel, or of a palette. ``KdError`` naming a file that is none."""
     from PIL import Image
 
     try:
@@ -56,7 +56,7 @@ def decode_mask(path: Path) -> Tensor:
 
 
 def decode_pair(image: Path, mask: Path, classes: Classes) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) and mask (H, W), both uint8. ``KdError`` where they differ in size or an id is no class."""
+    """Read image (3, H, W) and mask (H, W), uint8. ``KdError`` where they differ in size or an id is no class."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     pixels, ids = decode(image, pil_to_tensor), decode_mask(mask)
@@ -66,13 +66,13 @@ def decode_pair(image: Path, mask: Path, classes: Classes) -> tuple[Tensor, Tens
 
 
 def other_size(image: Path, size: Sequence[int], mask: Path, mask_size: Sequence[int]) -> KdError:
-    """The error for a mask that does not fit its image; sizes are (height, width)."""
+    """Make the error for a mask that does not fit its image; sizes are (height, width)."""
     sizes = f"{mask_size[0]} x {mask_size[1]}", f"{size[0]} x {size[1]}"
     return KdError(f"{mask} is {sizes[0]} and its image {image} is {sizes[1]}: both must be of one size")
 
 
 def read_arrays(file: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (n, C, H, W) and masks (n, H, W), both uint8, and names of the classes, of an npz file.
+    """Read images (n, C, H, W) and masks (n, H, W), both uint8, and names of the classes, from an npz file.
 
     ``KdError`` for arrays that are missing or do not fit.
     """
@@ -114,13 +114,13 @@ def list_pairs(folder: Path) -> tuple[list[tuple[Path, Path]], list[int]]:
 
 
 def pairs_of(part: Samples | Part) -> list[tuple[Path, Path]]:
-    """Image and mask file of each sample."""
+    """List image and mask file of each sample."""
     assert isinstance(part.masks, FileContent)
     return [(Path(image), Path(mask)) for image, mask in zip(part.inputs, part.masks.files, strict=True)]
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Height and width of an image file, by its header. ``KdError`` naming a file that has none."""
+    """Read height and width of an image file from its header. ``KdError`` naming a file that has none."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -40,7 +40,7 @@ def joint_transform(size: tuple[int, int], scale: Sequence[float] | None = None,
 
 
 def targets_of(masks: Tensor, labels: Tensor) -> Tensor:
-    """Class ids (B, H, W) int64; of an image without a label (``labels`` (B,)) all pixels but the ignored are without.
+    """Make class ids (B, H, W) int64; an image without a label (``labels`` (B,)) has none but its ignored pixels.
 
     ``IGNORED`` stays what it is: a pixel without a class is no row, whether the labels of its image are known or not.
     """
@@ -64,13 +64,13 @@ class MaskLoader(TensorLoader):
             self.mask_plane[0] = IGNORED  # outside
 
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """The images as :class:`~kd.data.images.loader.TensorLoader` gives them, with the masks as targets."""
+        """Give the images of :class:`~kd.data.images.loader.TensorLoader` with the masks as targets."""
         masks = self._moved()
         for rows, batch in zip(batches, super().fetch(batches), strict=True):
             yield replace(batch, targets=targets_of(masks(rows), batch.targets))
 
     def _moved(self) -> Callable[[Tensor], Tensor]:
-        """The masks of rows, under the crops and flips of their images in this epoch."""
+        """Return what gives the masks of rows, under the crops and flips of their images in this epoch."""
         plane = self.mask_plane
         if plane is None:
             return lambda rows: self.masks.index_select(0, self.index.index_select(0, rows))
