@@ -40,7 +40,7 @@ class Classes:
 
 
 def decode_mask(path: Path) -> Tensor:
-    """Read class ids (H, W) uint8 from a PNG of one channel, or of a palette. ``KdError`` naming a file that is none."""
+    """Read class ids (H, W) uint8 from a PNG of one channel or a palette. ``KdError`` naming a file that is none."""
     from PIL import Image
 
     try:
