@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kd.cli.main import main
 from kd.config.compose import checked
 from kd.deploy import quality, samples
 from kd.deploy.page.facts import Facts
@@ -280,3 +281,13 @@ def test_a_run_shows_its_images(kd, tmp_path, teacher_run) -> None:
     assert said.code == 1
     assert "has no teacher" in said.err
     assert not (tmp_path / "e.html").exists()
+
+
+def test_kd_report_writes_it_beside_the_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("a", "a", "a"), ("b", "b", "a"), ("a", "a", "a"), ("b", "b", "b")] * 20
+    table = tmp_path / "answers.csv"
+    table.write_text("label,teacher,student\n" + "".join(",".join(row) + "\n" for row in rows))
+    assert main(["report", "--decision", str(table), "margin=0.05"]) == 0
+    assert "Do not replace" in read(tmp_path / "decision.html").text
+    assert main(["report", "--decision"]) == 1
+    assert "needs the directory of a run, or a file with the answers of both" in capsys.readouterr().err
