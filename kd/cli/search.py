@@ -14,7 +14,7 @@ from kd.config import explain
 from kd.config.compose import checked
 from kd.errors import KdError, did_you_mean
 from kd.run.train import train
-from kd.sweeps.architecture import axes
+from kd.sweeps.architecture import SURGERY, axes
 from kd.sweeps.limits import TIMED
 
 FLAGS = {  # → the limit in hydra.sweeper.limits
@@ -25,6 +25,7 @@ FLAGS = {  # → the limit in hydra.sweeper.limits
     "--max-latency-ratio": "latency_ratio",
     "--max-cost": "cost_month",
 }
+CUT = "model@student=none"  # the student is made from its teacher
 OTHERS = ("--cost", "--trials", "--seed", "--config-dir")
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 
@@ -60,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
     if not limits:
         raise KdError(f"kd search needs a limit: {', '.join(FLAGS)}")
     config_dir = own.get("--config-dir")
-    base = checked(_fixed(overrides), config_dir)
+    fixed = _fixed(overrides)
+    if CUT in fixed and not any(o.startswith(f"{SURGERY}.") for o in fixed):
+        fixed.append(f"{SURGERY}.layers=1")  # what is cut from the teacher is varied
+    base = checked(fixed, config_dir)
     varied = axes(base, [o for o in overrides if not o.startswith("hydra")])
     options = _options(own, limits, varied, overrides)
     folder = ["--config-dir", config_dir] if config_dir else []

@@ -8,6 +8,7 @@ from typing import Any
 
 from kd.records import record
 
+SECTIONS = ("student", "teacher", "loss", "data", "hardware", "protocol")  # by which runs are told apart
 LABELS = {"ce"}  # the terms of a student alone
 
 
@@ -20,7 +21,9 @@ def of_groups(runs: Sequence[tuple[str, Path]]) -> dict[str, str]:
     configs: dict[str, Mapping[str, Any]] = {}
     for group, run_dir in runs:
         if group not in configs and (run_dir / record.CONFIG).is_file():
-            configs[group] = record.read_config(run_dir)
+            given = record.read_config(run_dir)
+            if {*SECTIONS} <= {*given}:
+                configs[group] = given
     keys = {group: _without_loss(config) for group, config in configs.items()}
     alone = [group for group, config in configs.items() if _terms(config) == LABELS]
     found = {}

@@ -131,7 +131,10 @@ def _size(title: str, value: int | None) -> str:
 
 
 def _time(done: pd.DataFrame, part: pd.DataFrame, runs_dir: Path) -> str:
-    """Write the time ratio of the first run that was benched: of the row, or of one with networks of the same size."""
+    """Write the time ratio of the first run that was benched: of the row, or of one with networks of the same size.
+
+    Else that which a search measured, without an interval.
+    """
     columns = [c for c in ("student/parameters", "student/macs", "teacher/parameters", "teacher/macs") if c in done]
     alike = (done[columns].fillna(0) == part[columns].fillna(0).iloc[0]).all(axis=1)
     for run in [*part["run"], *done[alike]["run"]]:
@@ -140,7 +143,8 @@ def _time(done: pd.DataFrame, part: pd.DataFrame, runs_dir: Path) -> str:
             speed = bench_file.read(file).headline
             if speed.ratio is not None and speed.interval is not None:
                 return f"{speed.ratio:.3g} [{speed.interval[0]:.3g}, {speed.interval[1]:.3g}]"
-    return NOTHING
+    searched = part.get("student/latency_ratio", pd.Series(dtype=float)).dropna()
+    return f"{searched.iloc[0]:.3g}" if len(searched) else NOTHING
 
 
 def _notes(
@@ -162,7 +166,7 @@ def _notes(
     given = "teacher" if (record.read(run).get("teacher") or {}).get("checkpoint") else "TEACHER"
     command = shlex.join(["kd", "bench", str(run), f"against={given}", f"out={run / bench_file.KEPT}"])
     if timed:
-        notes.append("Time ratio: student ÷ teacher, of interleaved rounds (kd bench); in brackets 95 %.")
+        notes.append("Time ratio: student ÷ teacher, of interleaved rounds (kd bench, kd search); in brackets 95 %.")
     else:
         notes.append(f"Time is not measured: {command}, then this report again.")
     return notes

@@ -87,6 +87,10 @@ def test_a_bench_of_one_run_holds_for_all_of_its_size(sweep, write) -> None:
         result = record.read(run)
         record.write(run, {**result, "student": {**result["student"], "parameters": 9000}})
     assert [row[-1] for row in section(sweep).grids[0].rows] == ["–", "–", "0.5 [0.4, 0.6]"]
+    run = sweep / "ce,kd-0"
+    result = record.read(run)
+    record.write(run, {**result, "student": {**result["student"], "latency_ratio": 0.7}})  # as kd search measures
+    assert [row[-1] for row in section(sweep).grids[0].rows] == ["–", "0.7", "0.5 [0.4, 0.6]"]
 
 
 def test_distilled_is_compared_with_alone(kd, sweep) -> None:

@@ -230,6 +230,7 @@ def test_students_are_every_combination_of_their_axes() -> None:
         (["--max-ms", "3", "runs"], "runs is not understood"),
         (["--max-ms", "3", "student.model.hiden=[3]"], r"student.model.hiden .*\(near: hidden\)"),
         (["--max-ms", "3", "model@student=timm"], "sweep some of its keys yourself"),
+        (["--max-ms", "3", "model@student=none"], "cannot read the size of teacher.checkpoint = None"),
     ],
 )
 def test_bad_arguments_are_one_sentence(kd, tmp_path, arguments: list[str], sentence: str) -> None:
