@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -20,37 +19,9 @@ from kd.report import frame
 from kd.report.page import markdown, spread
 from kd.report.tables import Grid
 from kd.studies.study import Comparison, Condition, Published
+from tests.pages import read
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-class Reader(HTMLParser):
-    """Text, tables and addresses of a page; unbalanced tags are an error."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.addresses += [value for key, value in attrs if key in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-
-
-def read(path: Path) -> Reader:
-    reader = Reader()
-    reader.feed(path.read_text(encoding="utf-8"))
-    assert not reader.open
-    return reader
 
 
 @pytest.fixture
@@ -78,7 +49,7 @@ def test_a_study_with_its_runs(study, runs, tmp_path) -> None:
     html = found.paths["html"].read_text()
     assert "<script" not in html
     assert "http" not in html
-    said, text = plain(" ".join(page.text)), plain(found.paths["md"].read_text().replace("**", ""))
+    said, text = plain(page.text), plain(found.paths["md"].read_text().replace("**", ""))
     for page_text in (said, text):
         assert "2 conditions: 2 supported" in page_text
         for judged in found.verdict.conditions:
