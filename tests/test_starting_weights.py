@@ -185,9 +185,8 @@ def test_a_linear_probe_moves_the_classifier_alone(kd: Any) -> None:
 @pytest.mark.parametrize("unit", ["epochs", "steps"])
 def test_the_body_is_frozen_first(kd: Any, unit: str) -> None:
     """Four steps an epoch, of two; in the second one the rate is 0, so that batch statistics alone move there."""
-    length = ["recipe.epochs=2", "recipe.frozen_body=1"]
-    if unit == "steps":
-        length = ["recipe.epochs=null", "recipe.steps=8", "recipe.frozen_body=4"]
+    length = ["recipe.epochs=2"] if unit == "epochs" else ["recipe.epochs=null", "recipe.steps=8"]
+    length += ["recipe.frozen_body=0.5"]
     length += ["recipe=crd", "recipe.scheduler.milestones=[1]", "recipe.optimizer.weight_decay=0.1"]
     before, after = trained(kd, *length, "recipe.scheduler.gamma=0.0")
     weights = {name for name in after if name.endswith(("weight", "bias"))}
@@ -198,9 +197,11 @@ def test_the_body_is_frozen_first(kd: Any, unit: str) -> None:
     assert not any(torch.equal(before[name], after[name]) for name in weights)  # afterwards all is trained
 
 
-def test_a_body_is_not_frozen_for_longer_than_the_run() -> None:
-    with pytest.raises(KdError, match=r"recipe\.frozen_body = 31 is not allowed: it must be at most recipe\.epochs"):
-        checked(["recipe.frozen_body=31"])
+def test_what_is_not_allowed_of_the_body() -> None:
+    with pytest.raises(
+        KdError, match=r"recipe\.frozen_body = 3\.0 is not allowed: it must be a number above 0 and at most 1"
+    ):
+        checked(["recipe.frozen_body=3"])
     with pytest.raises(KdError, match=r"recipe\.body_lr = slow is not allowed: it must be a rate"):
         checked(["recipe.body_lr=slow"])
 
@@ -209,4 +210,4 @@ def test_finetune_is_what_it_was_for_texts() -> None:
     text = checked(["data=text", "data.train=x.csv", "data.test=y.csv", "task=text_classification", "recipe=finetune"])
     recipe = text["recipe"]
     assert (recipe["epochs"], recipe["optimizer"]["lr"], recipe["warmup"]) == (4, 5e-5, 0.5)
-    assert recipe["ema"] is recipe["body_lr"] is None
+    assert recipe["ema"] is recipe["body_lr"] is recipe["frozen_body"] is None

@@ -22,7 +22,7 @@ RULES = {
     "warmup_start": number(least=0, below=1).or_null,  # share of the rate
     "no_decay": one_of("norm_and_bias", None),
     "layer_decay": number(above=0, most=1).or_null,
-    "frozen_body": whole(1).or_null,
+    "frozen_body": number(above=0, most=1).or_null,
     "scheduler_interval": one_of("epoch", "step"),
 }
 # of optimisers and schedulers: torch finds out late, or not at all, that a value is no number, infinite, or a period of
@@ -53,11 +53,6 @@ def recorded(protocol: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str
     kept = {key: value for key, value in protocol.items() if key != "val_every_steps" or value is not None}
     steps = {"steps": recipe["steps"]} if recipe.get("steps") else {}
     return {**kept, "epochs": recipe["epochs"], **steps}
-
-
-def always_frozen(recipe: Mapping[str, Any]) -> bool:
-    """Tell whether the student's body is frozen for the whole run."""
-    return recipe["frozen_body"] is not None and recipe["frozen_body"] >= (recipe["steps"] or recipe["epochs"])
 
 
 def length(recipe: Mapping[str, Any]) -> str:
@@ -121,10 +116,6 @@ def _of_the_length(recipe: Mapping[str, Any]) -> Iterator[str]:
         yield f"recipe.warmup = {warmup} is not allowed: it must be above 0, and at most {most}"
     elif warmup is not None and steps is not None and warmup % 1:
         yield f"recipe.warmup = {warmup} is not allowed: it must be a whole number of steps"
-    frozen, most = recipe["frozen_body"], epochs or steps
-    if isinstance(frozen, int) and most and frozen > most:
-        unit = "epochs" if epochs else "steps"
-        yield f"recipe.frozen_body = {frozen} is not allowed: it must be at most recipe.{unit} = {most}"
     if start is not None and warmup is None:
         yield f"recipe.warmup_start = {start} needs recipe.warmup: for how long the rate rises"
 

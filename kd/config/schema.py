@@ -68,7 +68,7 @@ class Recipe:
     no_decay: str | None = None  # norm_and_bias: no weight decay for norms, biases, embeddings, tokens
     layer_decay: float | None = None  # factor of the rate from a layer to the one before it
     body_lr: Any = None  # of all of the student but its classifier: a rate, or xFACTOR of the optimiser's
-    frozen_body: int | None = None  # for so many epochs (or steps) the student's classifier alone is trained
+    frozen_body: float | None = None  # share of the run that trains the student's classifier alone; 1: nothing else
     groups: Any = None  # [{pattern: glob or regex, lr: rate or xFACTOR, weight_decay: …}]; a parameter's first match
     ema: Any = None  # {decay: 0.999, warmup: true}: the average of the student is what is measured and kept
     networks: Any = None  # {NAME: {optimizer: …, scheduler: …}} of a set-up's network with an optimiser of its own

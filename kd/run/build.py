@@ -17,7 +17,7 @@ from torch import nn
 from kd.config import hardware
 from kd.config.instantiate import found, make
 from kd.config.keys import OBJECTIVE_KEYS
-from kd.config.recipe import always_frozen, settings
+from kd.config.recipe import settings
 from kd.data.base import AdaptedData
 from kd.data.images.base import DataModule
 from kd.data.text.base import TextModule
@@ -133,7 +133,7 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     cut = config["student"].get("surgery")
     teacher = networks.teacher(config, data, built_task) if cut else None
     net = networks.student(config, data, built_task, teacher)
-    if always_frozen(settings(config)):
+    if settings(config)["frozen_body"] == 1:
         freeze(net)
     peers = {
         name: networks.network(

@@ -14,29 +14,37 @@ from kd.losses.networks import classifiers
 
 
 class FrozenBody(Callback):
-    """Keeps all of the student but its classifier in eval mode and out of the optimiser's steps for so long.
+    """Keeps all of the student but its classifier in eval mode and out of the optimiser's steps, at first.
 
-    ``length``: in epochs, or in steps of the optimiser (``in_steps``). Batch statistics do not move either. Gradients
-    of the body are dropped, not left uncomputed: DDP counts on those that wanted one at its start. A body that is
-    frozen for the whole run has none, see :func:`freeze`.
+    Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022, arXiv
+    2202.10054: a classifier that is trained first leaves the body what it has learned.
+
+    ``share``: of the run, in (0, 1]. Batch statistics do not move either. Of several
+    processes gradients of the body are computed and dropped: DDP counts on those that were wanted at its start. A body
+    that is frozen for the whole run has none, see :func:`freeze`.
     """
 
-    def __init__(self, length: int, in_steps: bool) -> None:
-        self.length, self.in_steps = length, in_steps
+    def __init__(self, share: float) -> None:
+        self.share = share
         self._frozen = False
+        self._trained: list[nn.Parameter] = []  # of the body, as the user left them
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Freeze before the first step, also of a run that goes on, and thaw before the step that is due."""
-        frozen = (module.steps_done if self.in_steps else trainer.current_epoch) < self.length
+        epoch, epochs = module.place(batch_idx)
+        frozen = epoch / epochs < self.share
         if frozen != self._frozen:
             self._frozen = frozen
+            self._trained = self._trained or [p for p in body_parameters(module.student) if p.requires_grad]
+            for parameter in self._trained if trainer.world_size == 1 else ():
+                parameter.requires_grad_(not frozen)
             for part in body_modules(module.student):
                 part.training = not frozen
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
         """Drop the gradients of the body: an optimiser passes over parameters without one, weight decay as well."""
         if self._frozen:
-            for parameter in body_parameters(module.student):
+            for parameter in self._trained:
                 parameter.grad = None
 
 

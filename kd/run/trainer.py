@@ -134,7 +134,7 @@ def carry_out(
 def _of_recipe(recipe: dict[str, Any]) -> list[L.Callback]:
     """The callbacks that a recipe asks for: an average of the student, a body that is frozen at first."""
     average = [AverageStudent(**recipe["ema"])] if recipe["ema"] else []
-    frozen = [FrozenBody(recipe["frozen_body"], recipe["steps"] is not None)] if recipe["frozen_body"] else []
+    frozen = [FrozenBody(recipe["frozen_body"])] if recipe["frozen_body"] else []
     return [*average, *frozen]
 
 
