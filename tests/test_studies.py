@@ -55,6 +55,37 @@ def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
             "num_classes": classes, "train_images": 4 * classes, "test_images": 8}  # fmt: skip
 
 
+BERT = {
+    "_target_": "kd.models.transformers_model.transformers_model",
+    "config": {
+        "model_type": "bert",
+        "hidden_size": 8,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    },
+}
+
+
+def with_made_up_texts(config: dict[str, Any], folder: Path) -> None:
+    """Put a few texts in the place of files, and a small BERT in that of folders which runs to come will write."""
+    data, reads = config["data"], config["teacher"]["checkpoint"] is not None
+    label = data.get("label", "label")
+    for split in ("train", "test"):
+        lines = [f"{split} text number {i},{i % 3}" for i in range(40)]
+        (folder / f"{split}.csv").write_text("\n".join([f"text,{label}", *lines]) + "\n")
+    files = {split: str(folder / f"{split}.csv") for split in ("train", "test")}
+    few = {"val_fraction": 0.2, "test_fraction": None, "train_size": None, "vocabulary": None, "cache": None}
+    config["data"] = {**data, **files, **few, "batch_size": 8, "tokenizer": {"vocabulary": 200, "kind": "wordpiece"}}
+    config["teacher"] = {
+        **config["teacher"],
+        "model": BERT if reads else None,
+        "checkpoint": None,
+        "allow_random": True,
+    }
+    config["student"] = {**config["student"], "model": config["student"]["model"] and BERT, "checkpoint": None}
+
+
 def not_downloaded(model: Mapping[str, Any]) -> dict[str, Any]:
     """The same network with random weights where its own would come from the internet."""
     return {**model, "pretrained": False} if model.get("pretrained") else dict(model)
@@ -87,6 +118,12 @@ def test_every_row_builds(name: str, tmp_path: Path) -> None:
     built: set[str] = set()
     for row, config in configs.items():
         read = rows_read(config["teacher"]["checkpoint"], tmp_path)
+        if "tokenizer" in config["data"]:
+            with_made_up_texts(config, tmp_path)
+            module = build.distiller(config, build.datamodule(config))
+            assert list(module.objective.terms) == [term for term, node in config["loss"].items() if node], row
+            assert (module.teacher is None) == (not read), row
+            continue
         models = [not_downloaded(configs[other]["student"]["model"]) for other in read]
         given = {"model": models[0] if len(models) == 1 else models, "checkpoint": None, "allow_random": True}
         config["data"] = made_up(config["data"])
