@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,7 +28,10 @@ from kd.errors import KdError
 from kd.losses.base import Batch
 from kd.run import networks
 from kd.tasks.classification import Classification
+from kd.tasks.segmentation import Segmentation
 from kd.tasks.tokens import CausalLM
+
+pytestmark = pytest.mark.slow  # pages, figures, exports and processes take their time
 
 BLOCKED = "import runpy, sys; sys.modules.update(dict.fromkeys(('torch', 'kd', 'transformers', 'torchvision'))); "
 BLOCKED += "file, *sys.argv[1:] = sys.argv[1:]; sys.argv[0] = file; runpy.run_path(file, run_name='__main__')"
@@ -82,7 +86,6 @@ def test_the_script_answers_images_as_the_run_does(images: Path) -> None:
     assert [share for _, share in found] == pytest.approx([one.probability for one in expected], abs=1e-4)
 
 
-@pytest.mark.slow
 def test_the_script_answers_texts_as_the_run_does(texts: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -193,9 +196,14 @@ def test_timm_loads_its_folder(tmp_path: Path) -> None:
         formats.timm(replace(given, node=None), module, module.raw(pixels), tmp_path, None)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet8x4", "shufflenetv2"])
-def test_presets_agree(name: str, tmp_path: Path) -> None:
+OF_IMAGES = sorted(
+    file.stem for file in (CONF / "model").glob("*.yaml") if not re.search("transformers_model|null$", file.read_text())
+)
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_every_network_of_images_agrees(name: str, tmp_path: Path) -> None:
+    """With random weights, and the batch statistics that these have."""
     node = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())["model"]
     network = networks.network(node, "student.model", 10, (3, 32, 32))
     images = (torch.randint(0, 256, (5, 3, 32, 32)) / 255 - 0.5) / 0.25
@@ -203,14 +211,14 @@ def test_presets_agree(name: str, tmp_path: Path) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the statistics of this batch: without, logits would vanish or overflow
     network.train()(images)
-    given = of(network, (3, 32, 32))
+    task = Segmentation() if name == "timm_unet" else Classification()
+    given = of(network, (3, 32, 32), task=task)
     batches = [Batch(images).few(count) for count in (1, 5)]
     module = from_raw(given, batches[0].inputs)
     answer = formats.onnx(given, module, module.raw(batches[1].inputs), tmp_path, None)
     assert compare(module, answer, batches, Options("onnx"))[0] < 1e-4
 
 
-@pytest.mark.slow
 def test_a_decoder_agrees(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config
 

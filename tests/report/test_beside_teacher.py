@@ -18,6 +18,8 @@ from kd.report.alone import of_groups
 from kd.report.frame import measure_of
 from kd.report.run_row import rows_of
 
+pytestmark = pytest.mark.slow  # pages, figures, exports and processes take their time
+
 LEVEL = {"[ce]": 0.94, "[ce,kd]": 0.96}
 
 

@@ -13,6 +13,8 @@ from kd.report import claims, frame, provenance, stats, tables
 from kd.report.measures import Measure
 from kd.studies.study import Comparison, Published
 
+pytestmark = pytest.mark.slow  # pages, figures, exports and processes take their time
+
 
 @pytest.fixture
 def found(study, runs):

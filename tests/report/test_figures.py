@@ -13,6 +13,8 @@ from kd.report import cost, curves, figures, frame, style
 from kd.report.measures import Measure
 from kd.studies.study import Figure, Published, Row
 
+pytestmark = pytest.mark.slow  # pages, figures, exports and processes take their time
+
 ACC, ERRORS = Measure("last/test/acc1"), Measure("last/test/errors")
 
 

@@ -16,6 +16,8 @@ from kd.report.page import unbroken
 from kd.report.report import _roles
 from kd.studies.study import Comparison, Published
 
+pytestmark = pytest.mark.slow  # pages, figures, exports and processes take their time
+
 
 @pytest.fixture
 def small(study):

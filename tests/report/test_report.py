@@ -21,6 +21,8 @@ from kd.report.tables import Grid
 from kd.studies.study import Comparison, Condition, Published
 from tests.pages import read
 
+pytestmark = pytest.mark.slow  # pages, figures, exports and processes take their time
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -64,7 +66,6 @@ def test_a_study_with_its_runs(study, runs, tmp_path) -> None:
     assert [tmp_path / "out" / link for link in links] == list(found.figures.values())
 
 
-@pytest.mark.slow
 def test_from_results_csv_alone_the_same_numbers_without_curves(small, runs, tmp_path) -> None:
     full = frame.of_study(small, runs)
     frame.write_results(tmp_path / "results.csv", small, full)
@@ -76,7 +77,6 @@ def test_from_results_csv_alone_the_same_numbers_without_curves(small, runs, tmp
     assert tables[0] == tables[1]
 
 
-@pytest.mark.slow
 def test_the_same_runs_give_the_same_page(small, runs, tmp_path) -> None:
     found = frame.of_study(small, runs)
     pages = [report.build(small, found, runs, tmp_path / name).paths["md"].read_text() for name in ("a", "b")]
@@ -140,7 +140,6 @@ def test_a_spread_is_small_print(cell, html) -> None:
     assert spread(cell) == html
 
 
-@pytest.mark.slow
 def test_nothing_is_written_when_something_is_wrong(small, runs, tmp_path) -> None:
     out = tmp_path / "out"
     report.build(small, frame.of_study(small, runs), runs, out)
@@ -169,7 +168,6 @@ def known(small, monkeypatch):
     return small
 
 
-@pytest.mark.slow
 def test_kd_report_of_a_study(kd, known, runs, monkeypatch) -> None:
     monkeypatch.setenv("KD_RUNS", str(runs.parent))
     said = kd("report", "made_up")
@@ -188,7 +186,6 @@ def test_kd_report_of_a_study(kd, known, runs, monkeypatch) -> None:
         assert "ow alone: these results were made with other overrides than study.yaml has now" in text
 
 
-@pytest.mark.slow
 def test_kd_report_of_a_study_that_ran_elsewhere(kd, known, runs, monkeypatch) -> None:
     manifest.write(runs, Manifest("study", "made_up", {}, str(known.folder)))
     (known.folder / "study.yaml").touch()
@@ -384,7 +381,6 @@ def test_bad_input(kd, write, tmp_path, arguments, sentence) -> None:
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.slow
 def test_real_runs_end_to_end(kd, teacher_run, tmp_path) -> None:
     """Two seeds of a student that ``kd train`` distils, reported."""
     common = [f"teacher.checkpoint={teacher_run}", "loss=[ce,kd]", "recipe.epochs=3", "hardware=cpu"]

@@ -12,6 +12,8 @@ import pytest
 from kd.report import claims, frame, tables, teacher_weights
 from kd.studies.study import Row, Study
 
+pytestmark = pytest.mark.slow  # pages, figures, exports and processes take their time
+
 OVERRIDES = ("experiment=digits_kd", "teacher.checkpoint={teacher}")
 
 

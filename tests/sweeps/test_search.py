@@ -18,6 +18,8 @@ from kd.sweeps.limits import Candidates, objective, recommended
 from kd.sweeps.options import Settings, objectives
 from kd.sweeps.space import space
 
+pytestmark = pytest.mark.slow  # pages, figures, exports and processes take their time
+
 DIGITS = 64  # pixels
 
 
@@ -241,7 +243,6 @@ def test_bad_arguments_are_one_sentence(kd, tmp_path, arguments: list[str], sent
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_search_on_digits(script, teacher_run, tmp_path) -> None:
     """Ended, gone on with, and hopeless: one process, as its children are forked from it before torch has threads."""
     common = [
