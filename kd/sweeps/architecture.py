@@ -18,7 +18,6 @@ AXES: Mapping[str, Mapping[str, str]] = {  # what makes the student → its keys
         "widths": "[8,8,16,32],[16,16,32,64],[24,24,48,96],[32,64,128,256]",
     },
     "kd.models.wrn.wrn": {"depth": "10,16,22,28", "width": "1,2,4"},
-    "kd.models.vgg.vgg": {},
     "kd.models.transformers_model.transformers_model": {
         "config.num_hidden_layers": "1,2,3,4",
         "config.intermediate_size": "128,256,512",
