@@ -17,9 +17,6 @@ from kd.tasks.metrics import Metric, retention
 if TYPE_CHECKING:
     from kd.deploy.export import Exported, Options
 
-# metric → its name in Hugging Face's library of metrics, where there is one
-HUB_METRICS = {"acc1": "accuracy", "f1": "f1", "matthews": "matthews_correlation", "spearman": "spearmanr"}
-HUB_METRICS |= {"pearson": "pearsonr", "ppl": "perplexity", "perplexity": "perplexity"}
 HUB_TASKS = {  # architecture → pipeline of the hub
     None: "image-classification",
     "sequence_classification": "text-classification",
@@ -114,7 +111,7 @@ def _front(given: Student, options: Options, main: Metric, value: float | None, 
     """Write the fields that the Hugging Face hub reads; what is not known, as the licence, is left out."""
     task = "image-segmentation" if given.answers == "mask" else HUB_TASKS[given.task.architecture]
     train = given.config["data"].get("train")
-    metric = HUB_METRICS.get(main.name, main.name)
+    metric = main.hub or main.name
     fields: dict[str, Any] = {
         **({"library_name": LIBRARIES[options.form]} if options.form in LIBRARIES else {}),
         "pipeline_tag": task,

@@ -22,6 +22,7 @@ from kd.records import weight_files
 from kd.records.durable import replacing
 from kd.run import weights
 from kd.run.ending import Ending
+from kd.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class EpochLine(Callback):
         if trainer.state.fn != "fit" or trainer.check_val_every_n_epoch is not None or not trainer.is_global_zero:
             return
         of = f"/{module.steps}" if module.steps else ""
-        shown = _shown(module.history[trainer.current_epoch])
+        shown = _shown(module.history[trainer.current_epoch], module.task)
         log.info("step %d%s (epoch %d)  %s", module.steps_done, of, trainer.current_epoch + 1, shown)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
@@ -140,11 +141,13 @@ class EpochLine(Callback):
             else f" (step {module.steps_done}/{module.steps})"
         )
         speed = "".join(f", {number:,.0f} {module.task.unit}/s" for number in module.speed.values())
-        log.info("epoch %d%s  %s  (%.1f s%s)", epoch + 1, of, _shown(values), seconds, speed)
+        log.info("epoch %d%s  %s  (%.1f s%s)", epoch + 1, of, _shown(values, module.task), seconds, speed)
 
 
-def _shown(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "train/acc5")
+def _shown(values: Mapping[str, float], task: Task) -> str:
+    """Write values in a line, of the counts of training those that the task's summary has as well."""
+    aside = {f"train/{name}" for name in task.counts if name not in task.summary}
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name not in aside)
 
 
 class WallClock(Callback):

@@ -14,7 +14,8 @@ class Metric:
     ``title``: in tables. ``better``: which direction is. ``share``: whether it lies in 0 to 1 and is shown in percent;
     ``unit`` and ``digits`` behind the point otherwise. ``beside_teacher``: whether it compares with a teacher's output,
     so that a network alone does not have it. ``counted``: whether 1 minus it is the share of wrong rows, so that errors
-    can be counted. ``by_class``: what the main metric of a single class is called.
+    can be counted. ``by_class``: what the main metric of a single class is called. ``hub``: its name in Hugging Face's
+    library of metrics, "" where that is ``name``.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Metric:
     beside_teacher: bool = False
     counted: bool = False
     by_class: str = "accuracy"
+    hub: str = ""
 
     def describe(self) -> dict[str, Any]:
         """Return the description that is written into ``result.json``."""
@@ -45,7 +47,7 @@ def retention(student: float | None, teacher: float | None) -> float | None:
 
 
 CLASSIFICATION = (
-    Metric("acc1", "top-1", share=True, counted=True),
+    Metric("acc1", "top-1", share=True, counted=True, hub="accuracy"),
     Metric("acc5", "top-5", share=True),
     Metric("nll", "NLL", better="min"),
     Metric("ece", "ECE", better="min", share=True),

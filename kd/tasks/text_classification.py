@@ -18,9 +18,9 @@ class TextClassification(Classification):
 
     architecture = "sequence_classification"
     metrics = (
-        Metric("acc1", "accuracy", share=True, counted=True),
+        Metric("acc1", "accuracy", share=True, counted=True, hub="accuracy"),
         Metric("f1", "macro-F1", share=True),
-        Metric("matthews", "Matthews"),
+        Metric("matthews", "Matthews", hub="matthews_correlation"),
         *(KEPT[name] for name in ("nll", "ece", "agreement", "kl")),
     )
     counts = ("acc1",)

@@ -25,8 +25,8 @@ class TextRegression(Task):
 
     architecture = "sequence_regression"
     metrics = (
-        Metric("spearman", "Spearman", digits=4),
-        Metric("pearson", "Pearson", digits=4),
+        Metric("spearman", "Spearman", digits=4, hub="spearmanr"),
+        Metric("pearson", "Pearson", digits=4, hub="pearsonr"),
         Metric("mse", "squared error", better="min", digits=4),
         Metric("similarity", "similarity", beside_teacher=True),
     )

@@ -43,7 +43,7 @@ class Tokens(Task):
         Metric("nll", "loss a token", better="min", digits=4),
         Metric("perplexity", "perplexity", better="min", digits=2),
         Metric("bpb", "bits a byte", better="min", digits=4),
-        Metric("acc1", "accuracy", share=True, counted=True),
+        Metric("acc1", "accuracy", share=True, counted=True, hub="accuracy"),
         Metric("agreement", "agreement", share=True, beside_teacher=True),
         Metric("kl", "KL to the teacher", better="min", beside_teacher=True),
     )
