@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kd.config.compose import checked
@@ -53,6 +54,15 @@ def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
     classes = getattr(data, "num_classes", None) or 10  # of folders and texts: counted when they are there
     return {**common, **few, "_target_": "kd.data.images.fake.Fake", "shape": shape,
             "num_classes": classes, "train_images": 4 * classes, "test_images": 8}  # fmt: skip
+
+
+def made_up_masks(node: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A few images with a class at each pixel, in the place of files that need not be there."""
+    random = np.random.default_rng(0)
+    for split, count in {"train": 24, "test": 4}.items():
+        image, mask = (random.integers(0, most, (count, 64, 64, 3)[: 4 - flat]) for most, flat in ((256, 0), (9, 1)))
+        np.savez(folder / f"{split}.npz", image=image.astype(np.uint8), mask=mask.astype(np.uint8))
+    return {**node, "folder": str(folder), "num_classes": 9, "train_size": None, "batch_size": 8}
 
 
 BERT = {
@@ -126,7 +136,8 @@ def test_every_row_builds(name: str, tmp_path: Path) -> None:
             continue
         models = [not_downloaded(configs[other]["student"]["model"]) for other in read]
         given = {"model": models[0] if len(models) == 1 else models, "checkpoint": None, "allow_random": True}
-        config["data"] = made_up(config["data"])
+        masks = config["data"]["_target_"].endswith(".Segmentation")
+        config["data"] = made_up_masks(config["data"], tmp_path) if masks else made_up(config["data"])
         config["teacher"] = {**config["teacher"], **(given if read else {})}
         config["student"] = {"model": not_downloaded(config["student"]["model"]), "checkpoint": None}
         same = repr({key: config[key] for key in ("data", "student", "teacher", "loss", "distiller", "task")})
