@@ -105,6 +105,8 @@ def test_what_it_cannot_do_is_refused() -> None:
         made(1, {"at": AttentionTransfer()})
     with pytest.raises(KdError, match=r"^loss.ctkd keeps \S+ over the steps"):
         made(1, {"ce": CrossEntropy(), "ctkd": CurriculumTemperature()}).prepare(batch())
+    with pytest.raises(KdError, match=r"^distiller = mutual needs a term that compares two networks"):
+        made(1, {"ce": CrossEntropy()})
     with pytest.raises(KdError, match=r"^distiller.ensemble = 1 is not allowed: it must be true or false"):
         made(1, ensemble=1)
 

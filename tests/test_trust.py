@@ -229,3 +229,8 @@ def test_predictions_of_data_without_an_index_are_counted_as_they_come() -> None
         measure(Classification(), 2, lambda b: Output(student(b.inputs)), batches, torch.device("cpu"), keep=kept)
     assert torch.cat(kept["index"]).tolist() == list(range(20))
     assert torch.equal(torch.cat(kept["target"]), targets)
+
+
+def test_masks_need_another_task() -> None:
+    with pytest.raises(KdError, match=r"needs one class a sample, the data gives \(samples, 4, 4\): set task=segm"):
+        Classification().rows(Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)))

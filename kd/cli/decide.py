@@ -131,6 +131,8 @@ def parsed(argv: Sequence[str]) -> dict[str, Any]:
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals or Path(argument).exists():
+            if not Path(argument).exists():
+                raise KdError(f"{argument}: there is no such file, and no such run")
             key, value = ("run" if Path(argument).is_dir() else "predictions"), argument
         if key.startswith(PRICES):
             given.setdefault("prices", []).append(argument)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kd.cli import decide
 from kd.errors import KdError
+from kd.records import manifest
 from kd.report.console import print_report
 from kd.report.frame import RESULTS
 from kd.report.report import build
@@ -51,6 +52,8 @@ def _decision(given: list[str]) -> list[str]:
     subject = next((a for a in given if "=" not in a), None)
     if subject is None:
         raise KdError("kd report --decision needs the directory of a run, or a file with the answers of both networks")
+    if (Path(subject) / manifest.FILE).is_file():
+        raise KdError(f"{subject} is a sweep, and --decision takes one run: the directory of a job in it")
     folder = Path(subject) if Path(subject).is_dir() else Path(subject).parent
     named = any(a.startswith("page=") for a in given)
     return given if named else [*given, f"page={folder / 'decision.html'}"]

@@ -44,6 +44,11 @@ class Mutual(Distiller):
             raise KdError("distiller = mutual needs a second network: set networks.peer, such as ${student.model}")
         if self.teacher is not None:
             raise KdError("distiller = mutual has no teacher, its networks teach one another: leave teacher out")
+        if not self.objective.needs("teacher"):
+            raise KdError(
+                "distiller = mutual needs a term that compares two networks, or none learns from another: "
+                "loss=[ce,kd] loss.kd.temperature=1, as published"
+            )
         for name, term in self.objective.items():
             taps = [sides for sides in (term.student_taps, term.teacher_taps) if sides is None or len(sides)]
             if taps or term.needs_views or term.needs_input_gradient:

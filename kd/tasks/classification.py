@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from torchmetrics import Metric as TorchMetric
 from torchmetrics.classification import BinaryCalibrationError
 
+from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch, Output
 from kd.tasks.base import Meter, Task
 from kd.tasks.metrics import CLASSIFICATION, Metric
@@ -33,6 +34,15 @@ class Classification(Task):
         if ece_bins < 1:
             raise ValueError(f"ece_bins = {ece_bins} is not allowed: it must be 1 or more")
         self.ece_bins = ece_bins
+
+    def rows(self, batch: Batch) -> Batch:
+        """Take a batch as it is: a sample is a row. ``KdError`` for targets of more than one class a sample."""
+        targets = batch.targets
+        if targets is not None and targets.ndim > 1 and not targets.is_floating_point():
+            shape = ", ".join(["samples", *map(str, targets.shape[1:])])
+            advice = ": set task=segmentation model@student=timm_unet" if targets.ndim == 3 else ""
+            raise KdError(f"task = classification needs one class a sample, the data gives ({shape}){advice}")
+        return batch
 
     def count(self, student: Output, batch: Batch) -> list[Tensor]:
         """Right answers among the labelled rows, top-1 and top-5; of a mixture its larger share is the label."""
