@@ -94,6 +94,7 @@ def test_bad_input_is_one_sentence(kd, server: WandbServer, runs: Path, monkeypa
     assert kd("wandb", "snc").err.strip().startswith("kd: there is no kd wandb snc (near: sync)")
     assert "--all" in kd("wandb", "sync", "--all").err
     assert kd("wandb", "sync", "nowhere").err.strip() == "kd: there is no directory nowhere"
+    server.shutdown()  # first: of a server that still listens a connection may be reset and not refused
     server.server_close()
     away = kd("wandb", "sync")
     assert away.code == 1
