@@ -41,7 +41,8 @@ def network(size: str) -> TimmUNet:
 
 def data_of(seed: int) -> Any:
     """The training images of a seed, and validation."""
-    options = ["data=stamps_seg", "task=segmentation", f"data.seed={seed}", f"data.train_size={IMAGES}"]
+    options = ["data=segmentation", "data.folder=stamps_seg", "data.augment.pad=4", "task=segmentation"]
+    options += [f"data.seed={seed}", f"data.train_size={IMAGES}"]
     data = make(checked([*options, f"recipe.batch_size={BATCH}"])["data"], "data")
     data.setup()
     return data

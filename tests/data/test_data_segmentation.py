@@ -311,8 +311,11 @@ def test_test_images_that_weights_have_seen_are_found_whatever_their_masks_are(n
     assert other.content != content  # the masks are part of what the set is
 
 
-def test_the_stamps_are_read_as_their_yaml_says(kd_data: str) -> None:
-    data = make({**checked(["data=stamps_seg"])["data"], "root": kd_data}, "data")
+def test_real_images_with_masks_are_read(kd_data: str) -> None:
+    data = make(
+        {**checked(["data=segmentation", "data.folder=stamps_seg", "data.augment.pad=4"])["data"], "root": kd_data},
+        "data",
+    )
     data.setup()
     assert data.sizes == {"train": 1099, "val": 101, "test": 300, "labelled": 1099}
     assert (data.num_classes, data.class_names[0], data.input_shape) == (9, "background", (3, 64, 64))
