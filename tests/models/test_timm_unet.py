@@ -49,7 +49,7 @@ def test_channels_of_the_data_and_arguments_of_the_encoder_arrive() -> None:
 def test_what_is_no_encoder_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^name = resnet81 is not a network of timm \(near: .*resnet18"):
         timm_unet("resnet81", **SMALL)
-    with pytest.raises(ValueError, match=r"^name = inception_v3 gives no maps of features \(.*\): choose another encoder$"):
+    with pytest.raises(ValueError, match=r"^name = inception_v3 gives no maps of features \(.*\): choose another"):
         timm_unet("inception_v3", **SMALL, aux_logits=True)
     with pytest.raises(ValueError, match=r"^width = 0 is not allowed: it must be 1 or more"):
         timm_unet("test_efficientnet", 0, num_classes=5, input_shape=(3, 64, 64))
