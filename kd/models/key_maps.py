@@ -82,11 +82,9 @@ OTHERS = {
 
 def _efficientnet(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, str]:
     """Name what ``_blocks.N`` has by the stage and the place in it of timm's N-th block."""
-    places = [
-        f"blocks.{stage}.{place}"
-        for stage, blocks in enumerate(getattr(network, "blocks", ()))
-        for place in range(len(blocks))
-    ]
+    names = (*network.state_dict(), *getattr(network, "pruned", ()))  # of the whole network, if it was cut
+    there = {(int(at[1]), int(at[2])) for name in names if (at := re.match(r"blocks\.(\d+)\.(\d+)\.", name))}
+    places = [f"blocks.{stage}.{place}" for stage, place in sorted(there)]
     found = {}
     for name in state:
         module, _, leaf = name.rpartition(".")

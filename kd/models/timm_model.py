@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ def timm_model(
     *,
     num_classes: int | None = None,
     input_shape: tuple[int, int, int],
+    prune: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """The timm network ``name``, for example ``resnet18`` or ``vit_tiny_patch16_224.augreg_in21k_ft_in1k``.
 
     ``num_classes``: ``None`` keeps the network's own head. ``kwargs`` go to ``timm.create_model``.
     Networks of a fixed input size (ViT, Swin, Mixer) are built for the size of the data, unless ``pretrained``.
+
+    ``prune``: keep the first part of the network alone, with a new classifier on it: arguments of timm's
+    ``prune_intermediate_layers``, ``{indices: [2]}``, as ``kd.models.timm_model.first_part``.
 
     Raises ``ValueError`` with one sentence when timm has no such network, or its weights cannot be had.
     """
@@ -41,17 +46,43 @@ def timm_model(
     if config is not None and config.fixed_input_size and not pretrained and list(config.input_size[1:]) != size:
         arguments.setdefault("img_size", size[0] if size[0] == size[1] else tuple(size))
     if not (pretrained or on_hub):
-        return timm.create_model(name, **arguments)
+        return first_part(timm.create_model(name, **arguments), prune)
     if name.partition(":")[0] != "local-dir" and not online():  # the libraries would try for minutes
         file = _cached(name, config)
         if file is None:
             raise ValueError(_unreachable(name, config, "the Hugging Face hub cannot be reached"))
         arguments |= {} if on_hub else {"pretrained_cfg_overlay": {"file": file}}
     try:
-        return timm.create_model(name, pretrained=pretrained, **arguments)
+        network = timm.create_model(name, pretrained=pretrained, **arguments)
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(_unreachable(name, config, reason)) from error
+    return first_part(network, prune)
+
+
+def first_part(network: nn.Module, prune: Mapping[str, Any] | None) -> nn.Module:
+    """Cut a network of timm behind one of its stages, in place, with a new classifier on what is kept.
+
+    ``prune``: ``indices``, a list of stages of which the last one decides, and what else timm's
+    ``prune_intermediate_layers`` takes (EfficientNet: ``extra_blocks``, count every block instead); None: nothing is.
+    ``pruned`` of the network names the tensors that are gone, which a file of the whole network still has.
+
+    Raises ``ValueError`` for a network that timm cannot cut, and for stages that are not there.
+    """
+    if prune is None:
+        return network
+    if not hasattr(network, "prune_intermediate_layers"):
+        raise ValueError(f"prune = {dict(prune)} is not allowed: timm cannot cut {type(network).__name__}")
+    whole, classes = set(network.state_dict()), network.num_classes
+    pool = getattr(network, "global_pool", None) or getattr(getattr(network, "head", None), "global_pool", None)
+    try:
+        network.prune_intermediate_layers(**prune)  # type: ignore[operator]
+    except (AssertionError, TypeError, IndexError) as error:
+        reason = (str(error).splitlines() or ["there is no such stage"])[0].rstrip(".")
+        raise ValueError(f"prune = {dict(prune)} is not allowed: {reason}") from error
+    network.reset_classifier(classes, getattr(pool, "pool_type", pool))  # type: ignore[operator]
+    network.pruned = whole - set(network.state_dict())  # type: ignore[assignment]
+    return network
 
 
 def _unreachable(name: str, config: PretrainedCfg | None, reason: str) -> str:

@@ -53,6 +53,8 @@ def put(
     if new_head:
         shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in fit.left_out.items())
         left = f"{shapes} left out" if shapes else "there is no classifier in the file"
+        if cut := len(getattr(network, "pruned", ())):
+            left += f", as are those of what was cut from the network ({cut})"
         log.info("%s: %d tensors read, %s; the %s's classifier is new", source, len(state), left, role)
 
 
@@ -70,6 +72,7 @@ def fitted(
     if not about:  # files of before PyTorch 0.4.1
         counters = [name for name in own if name.endswith(COUNTER) and name not in given]
         given |= {name: torch.zeros_like(own[name]) for name in counters}
+    given = {name: tensor for name, tensor in given.items() if name not in getattr(network, "pruned", ())}
     head = _head(network, own)
     if new_head:
         if not head:

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 
 from kd.models.key_maps import TF_EPS, eps_of, mapped
+from kd.models.timm_model import timm_model
+from kd.run.starting_weights import fitted
 
 Pair = tuple[Callable[[], nn.Module], Callable[[], nn.Module]]
 BLOCKS = [CNBlockConfig(8, 16, 2), CNBlockConfig(16, 24, 1), CNBlockConfig(24, 32, 3), CNBlockConfig(32, None, 1)]
+FIRST = {"indices": [3], "extra_blocks": True}  # of EfficientNet's seven groups of blocks
 VIT = {"image_size": 64, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
 
 
@@ -121,6 +124,22 @@ def test_efficientnet_pytorch(name: str) -> None:
     assert own.keys() == found.names.keys()
     assert all(theirs[old] is own[new] for new, old in found.names.items())
     assert found.eps == eps_of(network) == TF_EPS
+
+
+def test_efficientnet_pytorch_for_the_first_blocks() -> None:
+    with torch.device("meta"):
+        whole = timm.create_model("tf_efficientnet_lite0", num_classes=5)
+        network = timm_model("tf_efficientnet_lite0", num_classes=3, input_shape=(3, 32, 32), prune=FIRST)
+    own = whole.state_dict()
+    theirs = as_efficientnet_pytorch(own)
+    found = mapped(theirs, network)
+    assert found is not None
+    assert own.keys() == found.names.keys()
+    fit = fitted(network, theirs, {}, "FILE", "student", new_head=True)
+    body = {name for name in network.state_dict() if not name.startswith("classifier.")}
+    assert fit.state.keys() == network.state_dict().keys()
+    assert all(fit.state[name] is own[name] for name in body)
+    assert fit.left_out == {"_fc.weight": [5, 1280], "_fc.bias": [5]}
 
 
 def test_the_package_of_efficientnet_lite0() -> None:

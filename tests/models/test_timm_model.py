@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kd.models.timm_model import timm_model
+from kd.models.timm_model import first_part, timm_model
 
 SHAPE = (1, 32, 32)
 
@@ -34,6 +34,32 @@ def test_vit_takes_the_size_of_the_data(name: str) -> None:
         assert model.patch_embed.img_size == (64, 64)
         assert model.patch_embed.patch_size == (8, 8)
         assert timm_model(name, num_classes=10, input_shape=(3, 64, 32)).patch_embed.img_size == (64, 32)  # type: ignore[union-attr]
+
+
+CUT = [  # name, arguments of timm's, channels that are left, a tensor that is gone
+    ("tf_efficientnet_lite0", {"indices": [3], "extra_blocks": True}, 40, "blocks.3.0.conv_pw.weight"),
+    ("resnet18", {"indices": [2]}, 128, "layer3.0.conv1.weight"),
+    ("convnext_atto", {"indices": [1]}, 80, "stages.2.blocks.0.conv_dw.weight"),
+    ("vit_tiny_patch16_224", {"indices": [1]}, 192, "blocks.2.attn.qkv.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "prune", "channels", "gone"), CUT)
+def test_the_first_part_of_a_network(name: str, prune: dict[str, Any], channels: int, gone: str) -> None:
+    cut: Any = timm_model(name, num_classes=5, input_shape=(3, 32, 32), prune=prune).eval()
+    assert cut.get_classifier().in_features == channels
+    assert gone in cut.pruned
+    assert not cut.pruned & cut.state_dict().keys()
+    assert cut(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_what_cannot_be_cut() -> None:
+    with pytest.raises(ValueError, match="is not allowed: feature index 9 is out of range"):
+        timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune={"indices": [9]})
+    with pytest.raises(ValueError, match=r"is not allowed: .*unexpected keyword argument 'stages'"):
+        timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune={"stages": 2})
+    with pytest.raises(ValueError, match="timm cannot cut Linear"):
+        first_part(nn.Linear(2, 2), {"indices": [1]})
 
 
 def test_unknown_name() -> None:
