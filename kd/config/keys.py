@@ -33,8 +33,8 @@ OWN_TRAINER_KEYS = (
     *("default_root_dir", "enable_progress_bar", "enable_checkpointing", "barebones", "use_distributed_sampler"),
     *("sync_batchnorm", "plugins"),
 )
-# arguments with the keys of another library, which it checks itself: configurations of transformers, of peft
-FREE = tuple(f"{role}.model.{name}." for role in ("student", "teacher") for name in ("config", "lora"))
+# arguments with the keys of another library, which it checks itself: of transformers, of peft, of timm
+FREE = tuple(f"{role}.model.{name}." for role in ("student", "teacher") for name in ("config", "lora", "prune"))
 # nodes that are made from a _target_: how one is chosen, where a key was set and there is none
 MADE = {
     "student.model": "choose a network with model@student=NAME",

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from kd.config.compose import checked
 from kd.models.timm_model import first_part, timm_model
 
 SHAPE = (1, 32, 32)
@@ -51,6 +52,12 @@ def test_the_first_part_of_a_network(name: str, prune: dict[str, Any], channels:
     assert gone in cut.pruned
     assert not cut.pruned & cut.state_dict().keys()
     assert cut(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_a_run_takes_the_keys_of_timm() -> None:
+    student = ["model@student=timm", "student.model.prune.indices=[2]", "student.model.prune={indices:[2]}"]
+    for typed in student[1:]:
+        assert checked([student[0], typed])["student"]["model"]["prune"] == {"indices": [2]}
 
 
 def test_what_cannot_be_cut() -> None:
