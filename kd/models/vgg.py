@@ -6,6 +6,8 @@ The last pooling before the fifth group is left out below 64 pixels, so 32x32 im
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from kd.models.init import kaiming_fan_out, small_linear
@@ -34,17 +36,23 @@ class VGG(nn.Module):
 
     stages = ("layer1", "layer2", "layer3", "layer4")  # of 1/2, 1/4, 1/8, 1/8 (from 64 pixels on: 1/16) resolution
 
-    def __init__(self, convolutions: tuple[int, ...], num_classes: int, input_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        convolutions: tuple[int, ...],
+        widths: Sequence[int],
+        num_classes: int,
+        input_shape: tuple[int, int, int],
+    ) -> None:
         super().__init__()
-        self.layer0 = group(input_shape[0], WIDTHS[0], convolutions[0])
-        self.layer1 = group(WIDTHS[0], WIDTHS[1], convolutions[1])
-        self.layer2 = group(WIDTHS[1], WIDTHS[2], convolutions[2])
-        self.layer3 = group(WIDTHS[2], WIDTHS[3], convolutions[3])
-        self.layer4 = group(WIDTHS[3], WIDTHS[4], convolutions[4])
+        self.layer0 = group(input_shape[0], widths[0], convolutions[0])
+        self.layer1 = group(widths[0], widths[1], convolutions[1])
+        self.layer2 = group(widths[1], widths[2], convolutions[2])
+        self.layer3 = group(widths[2], widths[3], convolutions[3])
+        self.layer4 = group(widths[3], widths[4], convolutions[4])
         self.halve = nn.MaxPool2d(2)
         self.halve_last = nn.MaxPool2d(2) if min(input_shape[1:]) >= 64 else nn.Identity()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(WIDTHS[4], num_classes)
+        self.fc = nn.Linear(widths[4], num_classes)
         kaiming_fan_out(self)
         small_linear(self.fc)
 
@@ -57,10 +65,16 @@ class VGG(nn.Module):
         return self.fc(self.pool(x).flatten(1))
 
 
-def vgg(depth: int, *, num_classes: int, input_shape: tuple[int, int, int]) -> VGG:
-    """VGG of ``depth`` 8 (one convolution a group, from the CRD tables), 11, 13, 16 or 19; else ``ValueError``."""
+def vgg(depth: int, widths: Sequence[int] = WIDTHS, *, num_classes: int, input_shape: tuple[int, int, int]) -> VGG:
+    """VGG of ``depth`` 8 (one convolution a group, from the CRD tables), 11, 13, 16 or 19.
+
+    ``widths``: channels of the five groups. Raises ``ValueError`` for another depth, and for widths that are not five
+    positive numbers.
+    """
     if depth not in CONVOLUTIONS:
         raise ValueError(
             f"depth = {depth} is not allowed for a vgg: it must be one of {', '.join(map(str, CONVOLUTIONS))}"
         )
-    return VGG(CONVOLUTIONS[depth], num_classes, input_shape)
+    if len(widths) != len(WIDTHS) or min(widths) < 1:
+        raise ValueError(f"widths = {list(widths)} is not allowed: it must be five positive numbers")
+    return VGG(CONVOLUTIONS[depth], widths, num_classes, input_shape)

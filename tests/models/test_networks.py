@@ -156,6 +156,7 @@ REFUSED = [
     (wrn, {"depth": 17, "width": 2}, "depth = 17 is not allowed for a WRN: it must be 6n [+] 4"),
     (wrn, {"depth": 16, "width": 0}, "width = 0 is not allowed for a WRN: it must be 1 or more"),
     (vgg, {"depth": 9}, "depth = 9 is not allowed for a vgg: it must be one of 8, 11, 13, 16, 19"),
+    (vgg, {"depth": 8, "widths": [8, 16, 0, 24, 24]}, r"widths = \[8, 16, 0, 24, 24\] is not allowed: it must be five"),
     (mobilenetv2, {"width": 0.01}, "width = 0.01 is not allowed"),
     (mobilenetv2, {"expansion": 0}, "expansion = 0 is not allowed"),
     (shufflenetv2, {"size": 3.0}, "size = 3.0 is not allowed for shufflenetv2: it must be 0.5, 1, 1.5 or 2"),
