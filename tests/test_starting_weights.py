@@ -199,6 +199,14 @@ def test_the_body_is_frozen_first(kd: Any, unit: str) -> None:
     assert not any(torch.equal(before[name], after[name]) for name in weights)  # afterwards all is trained
 
 
+def test_batch_norms_keep_their_statistics(kd: Any) -> None:
+    before, after = trained(kd, "recipe=crd", "recipe.frozen_norms=true", "recipe.frozen_body=0.5", "recipe.epochs=2")
+    statistics = {name for name in after if name.rpartition(".")[2].startswith(("running", "num_batches"))}
+    assert statistics
+    assert all(torch.equal(before[name], after[name]) for name in statistics)
+    assert not any(torch.equal(before[name], after[name]) for name in after.keys() - statistics)
+
+
 def test_what_is_not_allowed_of_the_body() -> None:
     with pytest.raises(
         KdError, match=r"recipe\.frozen_body = 3\.0 is not allowed: it must be a number above 0 and at most 1"

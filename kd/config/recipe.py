@@ -23,6 +23,7 @@ RULES = {
     "no_decay": one_of("norm_and_bias", None),
     "layer_decay": number(above=0, most=1).or_null,
     "frozen_body": number(above=0, most=1).or_null,
+    "frozen_norms": FLAG.or_null,
     "scheduler_interval": one_of("epoch", "step"),
 }
 # of optimisers and schedulers: torch finds out late, or not at all, that a value is no number, infinite, or a period of

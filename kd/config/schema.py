@@ -69,6 +69,7 @@ class Recipe:
     layer_decay: float | None = None  # factor of the rate from a layer to the one before it
     body_lr: Any = None  # of all of the student but its classifier: a rate, or xFACTOR of the optimiser's
     frozen_body: float | None = None  # share of the run that trains the student's classifier alone; 1: nothing else
+    frozen_norms: bool | None = None  # true: batch norms keep the statistics that the student began with
     groups: Any = None  # [{pattern: glob or regex, lr: rate or xFACTOR, weight_decay: …}]; a parameter's first match
     ema: Any = None  # {decay: 0.999, warmup: true}: the average of the student is what is measured and kept
     networks: Any = None  # {NAME: {optimizer: …, scheduler: …}} of a set-up's network with an optimiser of its own

@@ -1,4 +1,4 @@
-"""The student's body kept as it came, for the first epochs or for a whole run: its classifier alone is trained."""
+"""The student's body kept as it came, for the first epochs or for a whole run, and its batch norms' statistics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from kd.errors import KdError
 from kd.losses.networks import classifiers
@@ -46,6 +47,19 @@ class FrozenBody(Callback):
         if self._frozen:
             for parameter in self._trained:
                 parameter.grad = None
+
+
+class FrozenNorms(Callback):
+    """Keeps the student's batch norms in eval mode: they normalise by the statistics that it began with.
+
+    Those of a few batches of a new set are noise beside those of a large one; scales and shifts are trained.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        """Freeze before each step: validation, and a body that thaws, put them back into training mode."""
+        for part in module.student.modules():
+            if isinstance(part, _NormBase):
+                part.training = False
 
 
 def freeze(student: nn.Module) -> None:

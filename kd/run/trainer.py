@@ -22,7 +22,7 @@ from kd.run import build, callbacks, compatibility, cost, finish, hardware, libr
 from kd.run.average import AverageStudent
 from kd.run.data_facts import facts
 from kd.run.ending import Ending
-from kd.run.frozen_body import FrozenBody
+from kd.run.frozen_body import FrozenBody, FrozenNorms
 from kd.tracking import loggers
 
 log = logging.getLogger(__name__)
@@ -132,10 +132,11 @@ def carry_out(
 
 
 def _of_recipe(recipe: dict[str, Any]) -> list[L.Callback]:
-    """The callbacks that a recipe asks for: an average of the student, a body that is frozen at first."""
+    """The callbacks that a recipe asks for: an average of the student, what of it is frozen, and until when."""
     average = [AverageStudent(**recipe["ema"])] if recipe["ema"] else []
     frozen = [FrozenBody(recipe["frozen_body"])] if recipe["frozen_body"] else []
-    return [*average, *frozen]
+    norms = [FrozenNorms()] if recipe["frozen_norms"] else []
+    return [*average, *frozen, *norms]
 
 
 def _chosen(config: dict[str, Any], protocol: dict[str, Any], module: Distiller) -> list[L.Callback]:
