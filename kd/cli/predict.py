@@ -31,6 +31,7 @@ Answers new, unlabelled images or texts with the student of a run, in their orde
   top=K                     the K likeliest classes and their probabilities
   probabilities=true        the probability of each class
   column=NAME               of the texts (two of a pair: column=question,answer); default: as in the run
+                            (of task=question_answering question and context: the answer is a part of the context)
   who=teacher               the run's teacher
   weights=last              of the last epoch, not those that validation selected
   batch_size=32 encoding=utf-8
@@ -51,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
     from kd.deploy.predict import load  # start-up: torch
 
     predictor = load(own["run"], own["who"], own["weights"])
+    if (predictor.spans or predictor.regression) and (own["top"] > 1 or own["probabilities"]):
+        raise KdError("top and probabilities are of classes, and the run answers none: leave them out")
     if predictor.reads_texts:
         columns = predictor.columns if own["column"] is None else tuple(own["column"].split(","))
         if len(columns) != 1 + predictor.pairs:
@@ -105,6 +108,8 @@ class Rows:
         last = ["error"] if self.errors else []
         if self.predictor.regression:
             return ["input", "value", *last]
+        if self.predictor.spans:
+            return ["input", "answer", "probability", *last]
         more = [f"{kind}_{place}" for place in range(2, self.top + 1) for kind in ("label", "probability")]
         each = [f"p({name})" for name in self.predictor.class_names] if self.whole else []
         return ["input", "label", "probability", *more, *each, *last]
@@ -113,6 +118,8 @@ class Rows:
         """Return a prediction's cells, after the input's; empty where there are fewer classes than ``top``."""
         if self.predictor.regression:
             return [f"{one.probability:.6g}"]
+        if self.predictor.spans:
+            return [one.label, f"{one.probability:.6g}"]
         best = [text for name, probability in one.top(self.top) for text in (name, f"{probability:.6g}")]
         each = [f"{probability:.6g}" for probability in one.probabilities.values()] if self.whole else []
         return best + [""] * (2 * self.top - len(best)) + each
@@ -123,6 +130,8 @@ class Rows:
             return {"input": one.input, "error": one.error}
         if self.predictor.regression:
             return {"input": one.input, "value": one.probability}
+        if self.predictor.spans:
+            return {"input": one.input, "answer": one.label, "probability": one.probability}
         found = {"input": one.input, "label": one.label, "probability": one.probability}
         if self.top > 1:
             found["top"] = [{"label": name, "probability": probability} for name, probability in one.top(self.top)]

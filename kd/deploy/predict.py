@@ -27,8 +27,9 @@ class Prediction:
     """What a network answers to one input.
 
     ``input``: the file, or the text (a pair: its first one). ``label``: the class with the largest probability, None of
-    a regression; ``probability``: of that class, or the number of a regression. ``probabilities``: of each class by its
-    name, in the order of the classes; empty of a regression. ``error``: why there is no answer, else "".
+    a regression; the text of an answer to a question; ``probability``: of that class or answer, or the number of a
+    regression. ``probabilities``: of each class by its name, in the order of the classes; empty of a regression and of
+    answers. ``error``: why there is no answer, else "".
     """
 
     input: str
@@ -45,6 +46,8 @@ class Prediction:
 class Predictor:
     """A run's student or teacher with all that it needs for new inputs: pre-processing and the names of the classes.
 
+    ``spans``: whether a label is a part of the input (answers to questions), and no class.
+
     ``answer``: from prepared inputs to logits (B, classes); ``class_names``; ``prepare``: from inputs as they come to
     prepared ones. Made by :func:`load`.
     """
@@ -53,6 +56,7 @@ class Predictor:
         self, answer: Callable[[Any], Tensor], prepare: Callable[[Sequence[Any]], Any], facts: Mapping[str, Any]
     ) -> None:
         self.answer, self.prepare = answer, prepare
+        self.spans = False
         self.class_names: list[str] = list(facts.get("class_names") or [])
         self.regression: bool = facts["regression"]
         self.reads_texts: bool = facts["reads_texts"]
@@ -122,6 +126,11 @@ def load(run: str | Path, who: str = "student", weights: str = "selected") -> Pr
             raise KdError(f"{key} = {value} is not allowed: it must be {' or '.join(allowed)}{near}")
     given = student(run, weights)
     config, task = given.config, given.task
+    if task.architecture == "question_answering":
+        from kd.deploy.answering import AnswerPredictor  # it is made of what is here
+
+        positions = _answer(given, who)
+        return AnswerPredictor(lambda tokens: positions(tokens).unflatten(0, (-1, 2)), given.tokenizer, config, task)
     reads_texts = task.architecture in TEXTS
     if task.architecture is not None and not reads_texts:
         kind = task.architecture

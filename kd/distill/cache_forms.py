@@ -67,7 +67,8 @@ class Form:
                 )
             return {"hidden": self._rounded(output.hidden)}, None
         parts = [self._topk(logits) if self.what == "topk" else self._dense(logits) for logits in _logits(output)]
-        joined = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
+        with torch.autocast("cpu", enabled=False):  # which does not know float16
+            joined = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
         return joined, parts[0][1]
 
     def decode(self, arrays: Mapping[str, Tensor], classes: int | None, head: nn.Module | None) -> Output:

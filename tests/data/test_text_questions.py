@@ -287,3 +287,29 @@ def test_what_the_tokenizer_drops_is_refused() -> None:
     ]
     with pytest.raises(KdError, match="leaves nothing of the answer"):
         data(rows, val_fraction=0.2)
+
+
+def test_articles_of_squads_own_file_are_the_same_questions(tmp_path: Path) -> None:
+    """A paragraph has many questions, an article many paragraphs."""
+    rows = asked(24)
+    articles: list[dict[str, Any]] = [{"title": "one", "paragraphs": []}, {"title": "two", "paragraphs": []}]
+    for number, context in enumerate(dict.fromkeys(row["context"] for row in rows)):
+        about = [row for row in rows if row["context"] == context]
+        single = [
+            {"question": row["question"], "id": "x", "answers": [{"text": text, "answer_start": begin}]}
+            for row in about
+            for text, begin in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+        ]
+        articles[number % 2]["paragraphs"].append({"context": context, "qas": single})
+    (tmp_path / "train-v1.1.json").write_text(json.dumps({"version": "1.1", "data": articles}))
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kind = tokenizer(rows)
+    nested = data(rows, train=str(tmp_path / "train-v1.1.json"), tokenizer=kind)
+    plain = data(rows, train=str(tmp_path / "train.jsonl"), tokenizer=kind)
+    assert sum(len(part.asked) for part in nested.parts.values()) == 24
+    both = [sorted(one for part in made.parts.values() for one in map(str, part.asked)) for made in (nested, plain)]
+    assert both[0] == both[1]
+    articles[0]["paragraphs"][0].pop("qas")
+    (tmp_path / "train-v1.1.json").write_text(json.dumps({"version": "1.1", "data": articles}))
+    with pytest.raises(KdError, match="is not SQuAD's file: its articles must have paragraphs"):
+        data(rows, train=str(tmp_path / "train-v1.1.json"), tokenizer=kind)

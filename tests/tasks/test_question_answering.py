@@ -17,7 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.text import SQuAD
 
+import kd
 from kd.cli.main import main
 from kd.config.composition import CONF
 from kd.data.text.questions import Questions
@@ -347,6 +349,26 @@ def test_a_teacher_its_student_and_what_transformers_loads(folder: Path, capsys:
     run(capsys, "eval", f"run={folder}/s", f"out={folder}/found.json")
     found = json.loads((folder / "found.json").read_text())["metrics"]
     assert found["nll"] == pytest.approx(record["student"]["selected"]["test"]["nll"], rel=1e-5)
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    for who, measured in (("student", record["student"]["selected"]["test"]), ("teacher", record["teacher"]["test"])):
+        answers = kd.load(folder / "s", who).predict([(row["question"], row["context"]) for row in rows], batch_size=4)
+        texts = SQuAD()  # of what is predicted: the metrics of the run
+        given = [{"answers": {"text": row["answers"]["text"] or [""], "answer_start": []}} for row in rows]
+        texts.update(
+            [{"prediction_text": one.label, "id": str(i)} for i, one in enumerate(answers)],
+            [{**one, "id": str(i)} for i, one in enumerate(given)],
+        )
+        found = {name: float(value) / 100 for name, value in texts.compute().items()}
+        assert found == pytest.approx({name: measured[name] for name in found})
+        assert all(0 < one.probability <= 1 for one in answers)
+        assert all(one.label in row["context"] for one, row in zip(answers, rows, strict=True))
+    said = run(capsys, "predict", f"{folder}/s", f"{folder}/test.jsonl").splitlines()
+    assert said[0] == "input,answer,probability"
+    assert len(said) == 16
+    assert main(["predict", f"{folder}/s", f"{folder}/test.jsonl", "top=2"]) == 1
+    assert "are of classes, and the run answers none" in capsys.readouterr().err
+    with pytest.raises(KdError, match="answers questions on texts, this is none: 'what"):
+        kd.load(folder / "s").predict(["what is this ?"])
     loaded = transformers.AutoModelForQuestionAnswering.from_pretrained(folder / "s" / "selected")
     assert type(loaded).__name__ == "DistilBertForQuestionAnswering"
     kept = [*network("student", small), f"teacher.checkpoint={folder}/t", "protocol.keep_predictions=true"]

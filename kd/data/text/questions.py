@@ -32,7 +32,7 @@ class Questions(TextModule):
 
     ``question``, ``context``, ``answers``: columns; the last one has ``{text: […], answer_start: […]}`` (characters,
     from 0), a list of such mappings with one answer each, or either of them as JSON. The first answer is the target,
-    any of them is right
+    any of them is right. A file with the articles and paragraphs of SQuAD's own ``.json`` needs no columns
     ``unanswerable``: whether a question may have no answer (SQuAD 2.0)
     ``max_length``: tokens of a window; ``stride``: tokens of the context from the beginning of a window to that of the
     next one (BERT's doc_stride); ``question_length``: tokens of a question, longer ones are truncated
@@ -86,6 +86,8 @@ class Questions(TextModule):
     def _read(self, split: str) -> list[Question]:
         """Read the questions of a source. ``KdError`` for what is no question, context or answer."""
         found = read(self.given[split], self.root, self.encoding, split, self.delimiter)
+        if set(found.columns) >= {"paragraphs"} and self.columns["context"] not in found.columns:
+            found = self._of_articles(found)
         texts = [self._texts(found, key) for key in ("question", "context")]
         answers = found.column(self.columns["answers"], "answers")
         rows = zip(*texts, answers, strict=True)
@@ -93,6 +95,25 @@ class Questions(TextModule):
             Question(text, context, self._answers(value, context, f"{found.where}, row {row}"), row)
             for row, (text, context, value) in enumerate(rows)
         ]
+
+    def _of_articles(self, found: Records) -> Records:
+        """Return a row a question of SQuAD's own file, whose articles have paragraphs, and these their questions."""
+        rows: dict[str, list[Any]] = {column: [] for column in self.columns.values()}
+        try:
+            for paragraph in (one for paragraphs in found.columns["paragraphs"] for one in paragraphs):
+                for asked in paragraph["qas"]:
+                    for key, value in (
+                        ("question", asked["question"]),
+                        ("context", paragraph["context"]),
+                        ("answers", asked["answers"]),
+                    ):
+                        rows[self.columns[key]].append(value)
+        except (KeyError, TypeError):
+            raise KdError(
+                f"{found.where} is not SQuAD's file: its articles must have paragraphs, each with a context and qas, "
+                "each of these a question and answers"
+            ) from None
+        return Records(rows, found.where)
 
     def _texts(self, found: Records, key: str) -> list[str]:
         name = self.columns[key]

@@ -143,6 +143,8 @@ def _json_rows(path: Path, encoding: str) -> list[Any]:
     try:
         if path.suffix.lower() == ".json":
             rows = json.loads(text)
+            if isinstance(rows, Mapping) and isinstance(rows.get("data"), list):
+                rows = rows["data"]  # as in SQuAD's files, beside a version
         else:
             rows = []
             for number, line in enumerate(text.split("\n"), 1):  # noqa: B007  (named in the error)
