@@ -119,6 +119,16 @@ def test_a_kept_topk_is_softened_as_the_logits_are(temperature: float, form: str
     assert (teacher.topk.ids.diff(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("what", ["topk", "logits"])
+def test_autocast_of_the_cpu_keeps_float16(what: str) -> None:
+    logits = torch.randn(300, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        arrays, classes = Form(what, 3).encode(Output(logits))
+    assert classes == 5
+    plain, _ = Form(what, 3).encode(Output(logits))
+    assert all(torch.equal(arrays[name], plain[name]) for name in plain)
+
+
 def test_a_temperature_that_was_not_kept_is_refused_with_those_that_were() -> None:
     kept = Form("topk", 3, [2.0])
     teacher = kept.decode(*kept.encode(Output(torch.randn(4, 9))), None)
