@@ -53,7 +53,8 @@ two disagree.
   margin=0.03                                  loss of accuracy that is accepted, a share: 3 points
   slices=[class,length,COLUMN,...] text=COLUMN parts that are compared, corrected for how many they are
   student_confidence=COLUMN                    of its answer, 0 to 1: calibration, and a cascade (the teacher answers
-                                               where the student is not sure); teacher_confidence=COLUMN
+                                               where the student is not sure); teacher_confidence=COLUMN; columns of
+                                               these names are found
   student_probabilities=PREFIX                 or of all classes, in the columns PREFIX + class; teacher_probabilities
   validation=0.5|FILE|COLUMN                   where temperature and threshold are chosen: a share of the rows, another
                                                file, or a column of val and test

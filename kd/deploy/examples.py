@@ -89,7 +89,9 @@ def read(path: str, columns: Columns, encoding: str = "utf-8") -> Examples:
         if (given == "").any():
             raise KdError(f"{who} = {getattr(columns, who)} has no answer in row {_first(given == '')} of {path}")
     labels = None if label is None else column(label, "label")
-    sure = {who: name for who in SIDES if (name := getattr(columns, f"{who}_confidence")) is not None}
+    own = {who: f"{who}_confidence" for who in SIDES}  # as label, teacher and student: found by its own name
+    sure = {w: getattr(columns, own[w]) or (own[w] if own[w] in table.columns else None) for w in SIDES}
+    sure = {who: name for who, name in sure.items() if name is not None}
     confidence = {
         w: _shares(column(name, f"{w}_confidence"), f"{w}_confidence = {name}", path) for w, name in sure.items()
     }

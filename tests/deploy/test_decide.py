@@ -405,5 +405,7 @@ def test_a_run_decides_and_writes_its_examples(kd, tmp_path, teacher_run) -> Non
     again = kd("decide", f"run={out}", "slices=[class]", "out=again.json")
     assert again.code == 0, again.err
     assert json.loads((tmp_path / "again.json").read_text())["quality"] == found["quality"]
-    kd("decide", "examples.csv", "out=csv.json", "student_confidence=student_confidence")
-    assert json.loads((tmp_path / "csv.json").read_text())["quality"] == found["quality"]
+    kd("decide", "examples.csv", "out=csv.json")  # its columns of confidence are found by their names
+    of_csv = json.loads((tmp_path / "csv.json").read_text())
+    assert of_csv["quality"] == found["quality"]
+    assert set(of_csv["calibration"]) == {"student", "teacher"}
