@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> int:
     if given.write:
         return _write()
     least, most = (_number(key, getattr(given, f"{key}_params")) for key in ("min", "max"))
+    if least > most:
+        over = f"it is more than --max-params {given.max_params}"
+        raise KdError(f"--min-params {given.min_params} is not allowed: {over}")
     rows = [row for row in read() if row["library"] == "kd" or row["name"] in timm_source.networks()]
     named = [row for row in rows if (given.part or "").lower() in row["name"].lower()]
     if not named:

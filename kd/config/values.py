@@ -67,9 +67,11 @@ def _of_the_student(config: Mapping[str, Any]) -> Iterator[str]:
         yield "student.new_head = true needs student.checkpoint: the weights whose classifier is left out"
     cut = [key for key, value in surgery.items() if value is not None]
     if model is None and not cut:
+        given = config["student"]["checkpoint"]
+        weights = "" if given is None else f" (student.checkpoint = {given} gives weights, not their network)"
         yield (
             "student.model=null cannot be set: student.model has no _target_: choose a network with "
-            "model@student=NAME, or say what it keeps of its teacher (student.surgery.layers=3)"
+            f"model@student=NAME{weights}, or say what it keeps of its teacher (student.surgery.layers=3)"
         )
     if model is not None and cut:
         yield (

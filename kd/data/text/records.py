@@ -228,6 +228,8 @@ def _loaded(name: str, subset: str | None, root: str | None, key: str) -> Mappin
     except ImportError:
         raise KdError(f"{key} = {name} needs the package datasets: pip install datasets") from None
     folder = next((p for p in (Path(name).expanduser(), Path(root or ".") / name) if p.is_dir()), None)
+    if folder is None and (name.startswith(("~", ".")) or Path(name).is_absolute()):
+        raise KdError(f"{key} = {name}: there is no such folder")
     offline = folder is None and not online()
     if offline and not _in_cache(name, Path(datasets.config.HF_DATASETS_CACHE)):
         raise _cannot_be_loaded(key, name, "the hub cannot be reached")  # datasets would try for half a minute
