@@ -220,7 +220,7 @@ def test_finetune_is_what_it_was_for_texts() -> None:
     text = checked(["data=text", "data.train=x.csv", "data.test=y.csv", "task=text_classification", "recipe=finetune"])
     recipe = text["recipe"]
     assert (recipe["epochs"], recipe["optimizer"]["lr"], recipe["warmup"]) == (4, 5e-5, 0.5)
-    assert recipe["ema"] is recipe["body_lr"] is recipe["frozen_body"] is None
+    assert recipe["ema"] is recipe["body_lr"] is recipe["frozen_body"] is recipe["frozen_norms"] is None
 
 
 @pytest.mark.data
