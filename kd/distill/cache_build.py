@@ -18,7 +18,7 @@ from torch import Tensor
 from kd.data.base import as_batch
 from kd.data.images.loader import Loader
 from kd.distill import cache_shards as shards
-from kd.distill.cache_forms import Arrays, Form, kept_projection, narrowed
+from kd.distill.cache_forms import Arrays, Form, kept_projection, narrowed, put_together
 from kd.distill.cache_key import index_of, key_of
 from kd.distill.cache_shards import Damaged
 from kd.distill.teacher import Teacher
@@ -155,7 +155,7 @@ class Builder:
         index = torch.cat(indices)
         if not np.array_equal(index.numpy(), self.index[first:last]):
             raise KdError(_ANOTHER_ORDER)
-        joined = narrowed({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        joined = narrowed(put_together(parts))
         return {"index": index, "counts": torch.cat(counts).to(torch.int32), **joined}, classes
 
     def _keep_head(self, output: Output) -> None:

@@ -67,9 +67,7 @@ class Form:
                 )
             return {"hidden": self._rounded(output.hidden)}, None
         parts = [self._topk(logits) if self.what == "topk" else self._dense(logits) for logits in _logits(output)]
-        with torch.autocast("cpu", enabled=False):  # which does not know float16
-            joined = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
-        return joined, parts[0][1]
+        return put_together([arrays for arrays, _ in parts]), parts[0][1]
 
     def decode(self, arrays: Mapping[str, Tensor], classes: int | None, head: nn.Module | None) -> Output:
         """Make the output of rows that :meth:`encode` has made; ids as ``narrowed`` leaves them."""
@@ -109,6 +107,12 @@ class Form:
                 f"{self.what}, they are too large: set precision=float32"
             )
         return rounded
+
+
+def put_together(parts: Sequence[Arrays]) -> Arrays:
+    """Join arrays of the same names along their rows."""
+    with torch.autocast("cpu", enabled=False):  # which knows no float16
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def narrowed(arrays: Arrays) -> Arrays:

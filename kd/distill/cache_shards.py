@@ -214,7 +214,9 @@ class Held:
         self.folder, self.device = rows.folder, device
         whole = {name: [file.tensor(name) for file in rows.shards] for name in rows.names}
         types = {name: torch.int32 if name == "ids" else parts[0].dtype for name, parts in whole.items()}
-        self.rows = {name: torch.cat([p.to(types[name]) for p in parts]).to(device) for name, parts in whole.items()}
+        with torch.autocast("cpu", enabled=False):  # which knows no float16
+            joined = {name: torch.cat([p.to(types[name]) for p in parts]) for name, parts in whole.items()}
+        self.rows = {name: tensor.to(device) for name, tensor in joined.items()}
         self.order, self.sorted = (
             [torch.from_numpy(part).to(device) for part in parts] for parts in (rows.order, rows.sorted)
         )
