@@ -18,7 +18,7 @@ from kd.errors import KdError, did_you_mean
 TEXT = Rule("a text", bool)
 COLUMNS = [one.name for one in fields(Columns) if one.name != "slices"]
 RULES = {
-    **dict.fromkeys((*COLUMNS, "encoding", "cost", "validation", "run"), TEXT),
+    **dict.fromkeys((*COLUMNS, "image", "encoding", "cost", "validation", "run"), TEXT),
     "margin": number(above=0, below=1),
     "target": number(above=0, below=1),
     "difference": number(least=-1, most=1),
@@ -30,7 +30,7 @@ OTHERS = ("predictions", "slices", "out", "write", "page", "bench")
 EVERY = ("margin", "target", "slices", "cost", "prices", "show", "seed", "out", "page", "bench")
 PRICES = ("volume.", "student.", "teacher.", "training.", "currency", "start")  # keys of kd cost begin so
 FORMS = {  # what is decided on → the keys that it takes
-    "predictions": ("predictions", *COLUMNS, "encoding", "validation", *EVERY),
+    "predictions": ("predictions", *COLUMNS, "image", "encoding", "validation", *EVERY),
     "run": ("run", "write", *EVERY),
     "examples": ("examples", "difference", "margin", "out"),
 }
@@ -61,7 +61,8 @@ two disagree.
   target=ACCURACY                              of the cascade, instead of the teacher's less the margin
   cost=NAME|FILE.yaml                          as kd cost takes it, with its keys (volume.requests=20000): what is
                                                saved, and what the cascade costs
-  page=FILE.html                               one page that opens offline, with figures, texts and images
+  page=FILE.html                               one page that opens offline, with figures, texts and images; of a FILE
+                                               image=COLUMN has the paths of these, relative to FILE
   bench=FILE.json                              speed and size for the page: kd bench RUN against=teacher out=FILE.json;
                                                of a run by default its bench.json
   show=10 seed=0 encoding=utf-8                disagreements that are listed
@@ -100,30 +101,38 @@ def main(argv: Sequence[str]) -> int:
             given.setdefault("slices", sources.all_slices(examples))
         settings = Settings(**{k: given[k] for k in ("margin", "target", "slices", "show", "seed") if k in given})
         decision = decide(examples, settings, validation, cost)
+        rows, command = len(examples), shlex.join(["kd", "decide", *argv])
+        about = _about(given, decision, rows, bench, command) if "page" in given else None
         decide_tables.show(decision, console)
         found = asdict(decision)
         if "write" in given:
             record.write_text(Path(given["write"]), sources.table(examples))
-        if "page" in given:
-            _write_page(given, decision, len(examples), bench, shlex.join(["kd", "decide", *argv]))
+        if about is not None:
+            from kd.deploy.page.write import write  # start-up: matplotlib
+
+            write(Path(given["page"]), decision, about)
+            print(given["page"])
     if out is not None:
         record.write_text(out, json.dumps(_finite(found), indent=2, ensure_ascii=False) + "\n")
     return 0
 
 
-def _write_page(given: dict[str, Any], decision: Any, rows: int, bench: Any, command: str) -> None:
-    from kd.deploy.page import facts  # start-up: matplotlib, as the next
-    from kd.deploy.page.write import write  # start-up
+def _about(given: dict[str, Any], decision: Any, rows: int, bench: Any, command: str) -> Any:
+    """What a page says beside the decision. ``KdError``: a bench of other networks, images that are not there."""
+    from kd.deploy.page import facts  # start-up: matplotlib
 
     if "run" in given:
         from kd.deploy.samples import pictures  # start-up: torch
 
         shown = pictures(given["run"], "test", [d.row for d in decision.disagreements if d.text is None])
-        about = facts.of_run(given["run"], command, bench, shown)
-    else:
-        about = facts.of_table(given["predictions"], rows, command, bench)
-    write(Path(given["page"]), decision, about)
-    print(given["page"])
+        return facts.of_run(given["run"], command, bench, shown)
+    path, shown = given["predictions"], {}
+    if "image" in given:
+        from kd.deploy.samples import pictures_of_table  # start-up: torch
+
+        wrong = [d.row for d in decision.disagreements]
+        shown = pictures_of_table(path, given["image"], wrong, given.get("encoding", "utf-8"))
+    return facts.of_table(path, rows, command, bench, shown)
 
 
 def parsed(argv: Sequence[str]) -> dict[str, Any]:
@@ -167,7 +176,7 @@ def _check_form(given: dict[str, Any]) -> None:
             f"slices = {others[0]} is not known of a run: it must be class or length (others: write=FILE.csv, and add "
             "them)"
         )
-    for needing, needed in (("prices", "cost"), ("bench", "page")):
+    for needing, needed in (("prices", "cost"), ("bench", "page"), ("image", "page")):
         if needing in given and needed not in given:
             key = given["prices"][0].partition("=")[0] if needing == "prices" else needing
             raise KdError(f"{key}=… has no use without {needed}=…")

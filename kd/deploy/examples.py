@@ -90,8 +90,8 @@ def read(path: str, columns: Columns, encoding: str = "utf-8") -> Examples:
             raise KdError(f"{who} = {getattr(columns, who)} has no answer in row {_first(given == '')} of {path}")
     labels = None if label is None else column(label, "label")
     own = {who: f"{who}_confidence" for who in SIDES}  # as label, teacher and student: found by its own name
-    sure = {w: getattr(columns, own[w]) or (own[w] if own[w] in table.columns else None) for w in SIDES}
-    sure = {who: name for who, name in sure.items() if name is not None}
+    named: dict[str, str | None] = {w: getattr(columns, own[w]) for w in SIDES}
+    sure = {w: name or own[w] for w, name in named.items() if name is not None or own[w] in table.columns}
     confidence = {
         w: _shares(column(name, f"{w}_confidence"), f"{w}_confidence = {name}", path) for w, name in sure.items()
     }

@@ -12,7 +12,9 @@ import torch
 
 from kd.data.images.base import DataModule
 from kd.data.images.files import decode
+from kd.data.text import records
 from kd.data.text.sentences import Sentences
+from kd.errors import KdError, did_you_mean
 from kd.run import build
 from kd.run.evaluate import run_config
 
@@ -45,6 +47,21 @@ def pictures(run: str, split: str, rows: Iterable[int]) -> dict[int, str]:
     if isinstance(part.inputs, torch.Tensor) and part.inputs.shape[1] not in (1, 3):
         return {}
     return {row: _address(_image(part.inputs, row)) for row in wanted}
+
+
+def pictures_of_table(path: str, column: str, rows: Iterable[int], encoding: str) -> dict[int, str]:
+    """Return images of some rows of a table, counted from 1, as :func:`pictures` does.
+
+    ``column``: of their paths, relative to the table. ``KdError`` for a column, or an image, that is not there.
+    """
+    table = records.read_file(Path(path), encoding)
+    if column not in table.columns:
+        there = ", ".join(table.columns)
+        raise KdError(f"image = {column} is no column of {path}{did_you_mean(column, table.columns)}: it has {there}")
+    files = {row: Path(path).parent / str(table.columns[column][row - 1]) for row in rows}
+    if lost := next((file for file in files.values() if not file.is_file()), None):
+        raise KdError(f"image = {column}: there is no file {lost}")
+    return {row: _address(decode(file, lambda image: image)) for row, file in files.items()}
 
 
 def _image(inputs: Any, row: int) -> Any:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from base64 import b64decode
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from kd.cli.main import main
@@ -185,6 +188,9 @@ def test_intervals_of_one_accuracy_and_of_retention() -> None:
         (("page=d.html", "volume.requests=1"), "volume.requests=… has no use without cost=…"),
         (("page=d.html", "cost=customer_service", "volume.requets=1"), "there is no key volume.requets"),
         (("bench=b.json",), "bench=… has no use without page=…"),
+        (("image=text",), "image=… has no use without page=…"),
+        (("page=d.html", "image=picture"), "image = picture is no column of answers.csv"),
+        (("page=d.html", "image=text"), "image = text: there is no file"),
         (("page=d.html", "bench=nope.json"), "bench = nope.json: there is no such file: kd bench"),
         (("page=d.html", "bench=answers.csv"), "bench = answers.csv cannot be read"),
         (("page=d.html", "bench=one.json"), "bench = one.json measures one network alone"),
@@ -220,6 +226,27 @@ def test_texts_of_a_run_by_the_index_of_its_test_split(tmp_path, monkeypatch) ->
 
 
 @pytest.mark.slow
+def test_a_table_shows_its_images(kd, tmp_path, table) -> None:
+    with (tmp_path / "answers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (tmp_path / "photos").mkdir()
+    for number, row in enumerate(rows):
+        row["image"] = f"photos/{number}.png"
+        Image.new("RGB", (300, 200), (number % 256, 0, 90)).save(tmp_path / row["image"])
+    with (tmp_path / "seen.csv").open("w") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    said = kd("decide", "seen.csv", "page=d.html", "image=image", "show=3", "out=d.json")
+    assert said.code == 0, said.err
+    found = json.loads((tmp_path / "d.json").read_text())
+    wanted = [tmp_path / rows[d["row"] - 1]["image"] for d in found["disagreements"]]
+    assert len(wanted) == 3
+    shown = [one for one in read(tmp_path / "d.html").addresses if one.startswith("data:image/png")]
+    colours = {Image.open(BytesIO(b64decode(one.partition(",")[2]))).convert("RGB").getpixel((0, 0)) for one in shown}
+    assert {Image.open(file).getpixel((0, 0)) for file in wanted} <= colours
+
+
 def test_a_run_shows_its_images(kd, tmp_path, teacher_run) -> None:
     out = tmp_path / "run"
     said = kd("train", "loss=[ce,kd]", f"teacher.checkpoint={teacher_run}", "recipe.epochs=2", "hardware=cpu",

@@ -65,13 +65,13 @@ def of_run(run: str, command: str, bench: Bench | None, pictures: Mapping[int, s
     return Facts(f"run {run}", command, again, sizes, bench, pictures=pictures, points=points)
 
 
-def of_table(path: str, rows: int, command: str, bench: Bench | None) -> Facts:
+def of_table(path: str, rows: int, command: str, bench: Bench | None, pictures: Mapping[int, str]) -> Facts:
     """Describe a table of predictions: of the networks only a bench knows anything."""
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     points = [f"Answers of both: {path}, {rows:,} rows that were decided on, sha256 {digest}.", *_of_machine(bench)]
     again = "kd bench STUDENT against=TEACHER out=bench.json"
     sizes = {} if bench is None else _of_bench(bench)
-    return Facts(path, command, again, sizes, bench, " bench=bench.json", points=points)
+    return Facts(path, command, again, sizes, bench, " bench=bench.json", pictures=pictures, points=points)
 
 
 def _of_bench(bench: Bench) -> dict[str, Pair]:
