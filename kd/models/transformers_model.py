@@ -119,8 +119,12 @@ def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any,
 
 def _fetched(name: str, fetch: Any, kind: str | None = None) -> Any:
     """Fetch a configuration or a network. ``kind``: a model_type, where a network of an own size needs no name."""
+    here = Path(name).is_dir()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
     try:
-        return fetch(**({} if Path(name).is_dir() or online() else {"local_files_only": True}))
+        if here:  # a bar of a second, once a run and once a job
+            transformers.utils.logging.disable_progress_bar()
+        return fetch(**({} if here or online() else {"local_files_only": True}))
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         own = f"; for one of your own size leave name out: config={{model_type: {kind}, …}}" if kind else ""
@@ -128,6 +132,9 @@ def _fetched(name: str, fetch: Any, kind: str | None = None) -> Any:
             f"name = {name} cannot be had of transformers ({reason}): give the folder of a network that is here, or be "
             f"online{own}"
         ) from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def refuse_code(kwargs: Mapping[str, Any]) -> None:
