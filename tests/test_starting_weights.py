@@ -172,11 +172,13 @@ def test_the_body_has_a_rate_of_its_own(key: Any, rate: float) -> None:
 
 def trained(kd: Any, *overrides: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights that a run began with, and those of its end."""
-    torch.save(state_of(10), "start.pt")
+    start = state_of(10)
+    start["bn1.running_mean"] += 0.1  # seen something
+    torch.save(start, "start.pt")
     shutil.rmtree("run", ignore_errors=True)
     said = kd("train", *FAST, "student.checkpoint=start.pt", "hydra.run.dir=run", *overrides)
     assert said.code == 0, said.err
-    return state_of(10), load_file("run/student_last.safetensors")
+    return start, load_file("run/student_last.safetensors")
 
 
 def test_a_linear_probe_moves_the_classifier_alone(kd: Any) -> None:
@@ -205,6 +207,14 @@ def test_batch_norms_keep_their_statistics(kd: Any) -> None:
     assert statistics
     assert all(torch.equal(before[name], after[name]) for name in statistics)
     assert not any(torch.equal(before[name], after[name]) for name in after.keys() - statistics)
+
+
+def test_statistics_that_are_not_there_are_not_kept(kd: Any) -> None:
+    said = kd("train", "model@student=resnet8", "recipe=finetune", "recipe.epochs=2", "hardware=cpu", "data=digits")
+    assert said.code == 1
+    assert (
+        "recipe.frozen_norms = true keeps the batch statistics that the student came with, and it has none" in said.err
+    )
 
 
 def test_what_is_not_allowed_of_the_body() -> None:
