@@ -150,8 +150,9 @@ def _quantised(given: Student, module: FromRaw, data: Any, folder: Path, options
 
 
 def _calibration(module: FromRaw, data: Any) -> Iterator[Raw]:
-    """Yield training samples, one at a time."""
-    samples = (one for batch in data.answering_dataloader() for one in _singles(module.raw(batch.inputs)))
+    """Yield training samples, one at a time; of several views of each image the first one."""
+    view = {"view": 0} if getattr(data, "views", 1) > 1 else {}
+    samples = (one for batch in data.answering_dataloader(**view) for one in _singles(module.raw(batch.inputs)))
     return islice(samples, CALIBRATION)
 
 

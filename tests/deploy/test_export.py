@@ -22,7 +22,7 @@ import kd
 from kd.cli.main import main
 from kd.config.composition import CONF
 from kd.deploy import formats, onnx_runtime
-from kd.deploy.export import Options, compare, export
+from kd.deploy.export import Options, _calibration, compare, export
 from kd.deploy.student import Student, from_raw, student
 from kd.errors import KdError
 from kd.losses.base import Batch
@@ -140,6 +140,16 @@ def test_int8_says_what_it_loses(images: Path, tmp_path: Path) -> None:
             ]
             assert value == pytest.approx(float(np.concatenate(hits).mean()), abs=1e-6)
             assert f"| {name} | {value:.4f} |" in (tmp_path / how / "README.md").read_text()
+
+
+def test_static_int8_where_a_teacher_saw_several_views(images: Path) -> None:
+    given = student(images / "run")
+    config = {**given.config, "data": {**given.config["data"], "augment": {"pad": 2, "flip": True, "period": 3}}}
+    data = kd.run.build.datamodule(config)
+    data.setup("fit")
+    assert data.views == 3
+    samples = list(_calibration(from_raw(given, torch.zeros(1, 3, 16, 16)), data))
+    assert len(samples) == min(256, len(data.parts["train"].targets))
 
 
 def test_what_differs_is_refused_and_leaves_nothing(
