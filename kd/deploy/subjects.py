@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kd.deploy.formats import TIMM
 from kd.deploy.student import FromRaw, Student, from_raw, recorded, student
+from kd.distill.cache import CachedAnswers
 from kd.errors import KdError
 from kd.records import record
 from kd.run import build, described, integrity, networks
@@ -140,6 +141,8 @@ def _teacher(run: str) -> Subject:
 
 def _of_answers(name: str, teacher: Any, beside: Student) -> Subject:
     """Make the one live network of a teacher. ``beside``: its student. ``KdError`` where there is none, or several."""
+    if isinstance(teacher, CachedAnswers):
+        teacher = teacher.teacher
     if teacher is None or len(teacher.networks) != 1:
         count = "no teacher" if teacher is None else f"{len(teacher.networks)} teachers"
         raise KdError(f"{name} has {count}: one is measured (kd bench RUN against=RUN measures another)")

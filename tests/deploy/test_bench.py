@@ -115,6 +115,14 @@ def test_a_run_beside_its_teacher(teacher_run: Path, tmp_path: Path, capsys: pyt
     assert "1 MAC = 2 FLOPs" in capsys.readouterr().out
 
 
+def test_a_teacher_whose_answers_were_kept(teacher_run: Path, tmp_path: Path) -> None:
+    kept = ["teacher.answers._target_=kd.distill.cache.CachedAnswers", f"teacher.answers.folder={tmp_path / 'kept'}"]
+    argv = ["train", f"teacher.checkpoint={teacher_run}", "loss=[ce]", "recipe.epochs=1", "hardware=cpu", *kept]
+    assert main([*argv, f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    one = subject("teacher", str(tmp_path / "run"))
+    assert one.parameters == json.loads((teacher_run / "result.json").read_text())["student"]["parameters"]
+
+
 def test_a_weights_file_is_its_network(teacher_run: Path) -> None:
     one = subject(str(teacher_run / "student.safetensors"))
     assert one.parameters == json.loads((teacher_run / "result.json").read_text())["student"]["parameters"]
