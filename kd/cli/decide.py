@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _about(given: dict[str, Any], decision: Any, rows: int, bench: Any, command: str) -> Any:
-    """What a page says beside the decision. ``KdError``: a bench of other networks, images that are not there."""
+    """Describe what was decided on, for the page. ``KdError``: a bench of other networks, images that are not there."""
     from kd.deploy.page import facts  # start-up: matplotlib
 
     if "run" in given:

@@ -15,8 +15,6 @@ from kd.deploy.predict import Prediction, Predictor
 from kd.errors import KdError
 from kd.tasks.question_answering import best_spans
 
-AT_ONCE = 16  # windows that the network answers together, at least
-
 
 class AnswerPredictor(Predictor):
     """A run's network on pairs of a question and a context; a prediction's ``label`` is the answer's text.
@@ -38,25 +36,53 @@ class AnswerPredictor(Predictor):
     def stream(
         self, inputs: Sequence[Any], batch_size: int = 32, skip_unreadable: bool = False
     ) -> Iterator[Prediction]:
-        """Answer pairs (question, context) one after the other; all windows of ``batch_size`` of them at a time."""
+        """Answer pairs (question, context) one after the other, ``batch_size`` windows at a time."""
         if isinstance(inputs, str):
             raise KdError("predict takes a list of inputs, not one: predict([(question, context)])")
         for part in chunks(inputs, batch_size):
-            some = inputs[part]
-            if wrong := [item for item in some if isinstance(item, str) or len(item) != 2 or not all(map(_said, item))]:
-                raise KdError(f"the run answers questions on texts, this is none: {wrong[0]!r}")
-            asked = [Question(text, context, [], row) for row, (text, context) in enumerate(some)]
-            windows = windows_of(self.tokenizer, asked, *self.sizes, "data", characters=True)
-            groups = np.array_split(np.arange(len(windows)), -(-len(windows) // max(AT_ONCE, batch_size)))
-            found = [self._spans(windows, group) for group in groups]
-            scored, nothing, spans, log_sums = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-            for number, question in enumerate(asked):
-                of = np.flatnonzero(windows.question == number)
-                best, none = of[scored[of].argmax()], of[nothing[of].argmin()]
-                lacking = self.unanswerable and nothing[none] - scored[best] > self.task.no_answer_threshold
-                score, window = (nothing[none], none) if lacking else (scored[best], best)
-                text = "" if lacking else question.context[slice(*spans[best])]
-                yield Prediction(question.text, text, float(np.exp(score - log_sums[window])))
+            questions: list[Question] = []
+            errors: dict[int, str] = {}
+            for row in range(part.start, min(part.stop, len(inputs))):
+                try:
+                    questions.append(self._question(inputs[row], row))
+                except KdError as error:
+                    if not skip_unreadable:
+                        raise
+                    errors[row] = str(error)
+            found = iter(self._answers(questions, batch_size))
+            for row in range(part.start, min(part.stop, len(inputs))):
+                if row in errors:
+                    yield Prediction(_name(inputs[row]), None, float("nan"), error=errors[row])
+                else:
+                    yield next(found)
+
+    def _question(self, item: Any, row: int) -> Question:
+        """Make a question of an input. ``KdError`` for what is none, and a context of which no token is left."""
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) for text in item)):
+            raise KdError(f"the run answers pairs (question, context), input {row} is none: {str(item)[:80]!r}")
+        if empty := [name for name, text in zip(("question", "context"), item, strict=True) if not text.strip()]:
+            raise KdError(f"the {empty[0]} of input {row} is empty")
+        text, context = item
+        question = Question(text, context, [], row)
+        windows_of(self.tokenizer, [question], *self.sizes, "input", characters=False)
+        return question
+
+    def _answers(self, questions: Sequence[Question], batch_size: int) -> Iterator[Prediction]:
+        """Answer questions, ``batch_size`` windows at a time."""
+        if not questions:
+            return
+        windows = windows_of(self.tokenizer, questions, *self.sizes, "input", characters=True)
+        found = [
+            self._spans(windows, np.arange(len(windows))[part]) for part in chunks(range(len(windows)), batch_size)
+        ]
+        scored, nothing, spans, log_sums = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        for number, question in enumerate(questions):
+            of = np.flatnonzero(windows.question == number)
+            best, none = of[scored[of].argmax()], of[nothing[of].argmin()]
+            lacking = self.unanswerable and nothing[none] - scored[best] > self.task.no_answer_threshold
+            score, window = (nothing[none], none) if lacking else (scored[best], best)
+            text = "" if lacking else question.context[slice(*spans[best])]
+            yield Prediction(question.text, text, float(np.exp(score - log_sums[window])))
 
     def _spans(self, windows: Windows, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
         """Score windows (n,): likeliest span, no answer, the span's characters (n, 2), log of the sum of all pairs."""
@@ -86,5 +112,5 @@ class AnswerPredictor(Predictor):
         return scores.numpy(), nothing.numpy(), spans.numpy(), logits.logsumexp(2).sum(1).numpy()
 
 
-def _said(text: Any) -> bool:
-    return isinstance(text, str) and bool(text.strip())
+def _name(item: Any) -> str:
+    return str(item[0]) if isinstance(item, (tuple, list)) and item else str(item)

@@ -88,7 +88,9 @@ def decide(
         if examples.confidence:
             chosen_on, test = _parts(examples, validation, settings.seed)
             calibration = _calibrations(chosen_on, test)
-            if "student" in test.confidence:
+            if "student" in test.confidence and "student" not in chosen_on.confidence:
+                notes.append("no cascade: the validation examples have no confidence of the student")
+            elif "student" in test.confidence:
                 routed = cascade(_answers(chosen_on), _answers(test), settings.margin, settings.target, settings.seed)
         else:
             notes.append(

@@ -91,9 +91,11 @@ def read(path: str, columns: Columns, encoding: str = "utf-8") -> Examples:
     labels = None if label is None else column(label, "label")
     own = {who: f"{who}_confidence" for who in SIDES}  # as label, teacher and student: found by its own name
     named: dict[str, str | None] = {w: getattr(columns, own[w]) for w in SIDES}
-    sure = {w: name or own[w] for w, name in named.items() if name is not None or own[w] in table.columns}
+    found_by_name = [w for w in SIDES if own[w] in table.columns and getattr(columns, f"{w}_probabilities") is None]
+    sure = {w: name or own[w] for w, name in named.items() if name is not None or w in found_by_name}
     confidence = {
-        w: _shares(column(name, f"{w}_confidence"), f"{w}_confidence = {name}", path) for w, name in sure.items()
+        w: _shares(column(name, f"{w}_confidence"), f"{w}_confidence = {name}", path, rename=named[w] is None)
+        for w, name in sure.items()
     }
     classes, probabilities = _probabilities(table.columns, columns, answers, path)
     for who, found in probabilities.items():
@@ -204,8 +206,8 @@ def _probabilities(
     return next(iter(classes.values()), []), found
 
 
-def _shares(values: np.ndarray, key: str, path: str) -> np.ndarray:
-    """Read numbers from 0 to 1."""
+def _shares(values: np.ndarray, key: str, path: str, rename: bool = False) -> np.ndarray:
+    """Read numbers from 0 to 1. ``rename``: nobody named the column, it was found."""
     found = np.full(len(values), np.nan)
     for place, value in enumerate(values):
         try:
@@ -215,7 +217,10 @@ def _shares(values: np.ndarray, key: str, path: str) -> np.ndarray:
     wrong = ~((found >= 0) & (found <= 1))
     if wrong.any():
         row = _first(wrong)
-        raise KdError(f"{key} is {values[row - 1] or 'empty'} in row {row} of {path}: it must be a number from 0 to 1")
+        other = " (rename the column if it is something else)" if rename else ""
+        raise KdError(
+            f"{key} is {values[row - 1] or 'empty'} in row {row} of {path}: it must be a number from 0 to 1{other}"
+        )
     return found
 
 

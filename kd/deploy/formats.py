@@ -45,6 +45,10 @@ def timm(given: Student, module: FromRaw, example: Raw, folder: Path, opset: int
     shape = tuple(given.facts["input_shape"])
     data = {"input_size": shape, "interpolation": "bicubic", "crop_pct": given.config["data"].get("crop_pct") or 1.0}
     data |= {name: tuple(given.facts[name]) for name in ("mean", "std") if given.facts.get(name)}
+    if getattr(given.network, "pruned", None):
+        raise KdError(
+            "format = timm is not possible: student.model.prune cut the network, timm makes whole ones (try onnx)"
+        )
     save_for_hf(
         given.network,
         str(folder),

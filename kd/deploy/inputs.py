@@ -71,9 +71,11 @@ def _lines(name: str, encoding: str) -> list[list[str]]:
 
 
 def _columns(name: str, columns: Sequence[str], encoding: str) -> list[list[str]]:
-    from kd.data.text.records import read  # start-up: pandas
+    from kd.data.text.records import of_articles, read  # start-up: pandas
 
     table = read(str(Path(name).expanduser().absolute()), None, encoding, "data")
+    if "paragraphs" in table.columns and len(columns) == 2 and columns[1] not in table.columns:  # SQuAD's own file
+        table = of_articles(table, dict(zip(("question", "context"), columns, strict=True)))
     for column in columns:
         if column not in table.columns:
             near = did_you_mean(column, table.columns)

@@ -176,7 +176,8 @@ def _answer(given: Student, who: str) -> Callable[[Any], Tensor]:
 
 def _of_texts(tokenizer: Any, longest: int | None, pairs: bool) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
     def prepare(some: Sequence[Any]) -> dict[str, Tensor]:
-        wrong = next((item for item in some if isinstance(item, str) == pairs), None)
+        kinds = (tuple, list) if pairs else str
+        wrong = next((item for item in some if not isinstance(item, kinds)), None)
         if wrong is not None:
             raise KdError(f"the run was trained on {'pairs of texts' if pairs else 'texts'}, this is none: {wrong!r}")
         columns = list(map(list, zip(*some, strict=True))) if pairs else [list(some)]

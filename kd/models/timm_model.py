@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +63,33 @@ def timm_model(
 def first_part(network: nn.Module, prune: Mapping[str, Any] | None) -> nn.Module:
     """Cut a network of timm behind one of its stages, in place, with a new classifier on what is kept.
 
-    ``prune``: ``indices``, a list of stages of which the last one decides, and what else timm's
-    ``prune_intermediate_layers`` takes (EfficientNet: ``extra_blocks``, count every block instead); None: nothing is.
-    ``pruned`` of the network names the tensors that are gone, which a file of the whole network still has.
+    ``prune``: ``indices``, a list of stages of which the largest decides, and what else timm's
+    ``prune_intermediate_layers`` takes (EfficientNet: ``extra_blocks``, groups of blocks, the stem is 0); None: nothing
+    is. ``pruned`` of the network names the tensors that are gone, which a file of the whole network still has.
 
     Raises ``ValueError`` for a network that timm cannot cut, and for stages that are not there.
     """
     if prune is None:
         return network
     if not hasattr(network, "prune_intermediate_layers"):
-        raise ValueError(f"prune = {dict(prune)} is not allowed: timm cannot cut {type(network).__name__}")
+        raise ValueError(f"prune = {prune} is not allowed: timm cannot cut {type(network).__name__}")
+    indices = prune.get("indices") if isinstance(prune, Mapping) else None
+    if not isinstance(indices, Sequence) or isinstance(indices, str) or not indices:
+        raise ValueError(f"prune = {prune} is not allowed: it must be {{indices: [STAGE]}}, the last one that is kept")
     whole, classes = set(network.state_dict()), network.num_classes
     pool = getattr(network, "global_pool", None) or getattr(getattr(network, "head", None), "global_pool", None)
     try:
-        network.prune_intermediate_layers(**prune)  # type: ignore[operator]
+        network.prune_intermediate_layers(**{**prune, "indices": list(indices)})  # type: ignore[operator]
+        network.reset_classifier(classes, getattr(pool, "pool_type", pool))  # type: ignore[operator]
     except (AssertionError, TypeError, IndexError) as error:
         reason = (str(error).splitlines() or ["there is no such stage"])[0].rstrip(".")
         raise ValueError(f"prune = {dict(prune)} is not allowed: {reason}") from error
-    network.reset_classifier(classes, getattr(pool, "pool_type", pool))  # type: ignore[operator]
+    if not isinstance(getattr(network, "stages", None), nn.Module):  # timm goes on listing stages that are empty now
+        there = {
+            name for name, part in network.named_modules() if not (isinstance(part, nn.Sequential) and not len(part))
+        }
+        listed = [entry["module"] for entry in network.feature_info]  # type: ignore[union-attr]
+        network.stages = tuple(name for name in listed if name in there)  # type: ignore[assignment]
     network.pruned = whole - set(network.state_dict())  # type: ignore[assignment]
     return network
 

@@ -53,22 +53,23 @@ class FrozenNorms(Callback):
     """Keeps the student's batch norms in eval mode: they normalise by the statistics that it began with.
 
     Those of a few batches of a new set are noise beside those of a large one; scales and shifts are trained.
-    ``KdError`` where none of them has seen anything: the network would never normalise.
+    ``KdError`` where one of them has no statistics yet, as in a new decoder: it would never normalise.
     """
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         """Refuse a student without statistics."""
-        means = [part.running_mean for part in module.student.modules() if isinstance(part, _NormBase)]
-        kept = [mean for mean in means if mean is not None]
-        if kept and not any(mean.any() for mean in kept):
+        norms = {name: part for name, part in module.student.named_modules() if isinstance(part, _NormBase)}
+        new = [name for name, norm in norms.items() if norm.running_mean is not None and not norm.running_mean.any()]
+        if new:
+            which = "it has none" if len(new) == len(norms) else f"{new[0]} has none"
             raise KdError(
-                "recipe.frozen_norms = true keeps the batch statistics that the student came with, and it has none: "
+                f"recipe.frozen_norms = true keeps the batch statistics that the student came with, and {which}: "
                 "give it weights (student.checkpoint=FILE, student.model.pretrained=true), or set "
                 "recipe.frozen_norms=null and recipe.frozen_body=null"
             )
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        """Freeze before each step: validation, and a body that thaws, put them back into training mode."""
+        """Freeze before each step: validation, and the end of ``frozen_body``, put them back into training mode."""
         for part in module.student.modules():
             if isinstance(part, _NormBase):
                 part.training = False

@@ -409,3 +409,13 @@ def test_a_run_decides_and_writes_its_examples(kd, tmp_path, teacher_run) -> Non
     of_csv = json.loads((tmp_path / "csv.json").read_text())
     assert of_csv["quality"] == found["quality"]
     assert set(of_csv["calibration"]) == {"student", "teacher"}
+    (tmp_path / "plain.csv").write_text("\n".join(",".join(line.split(",")[:4]) for line in
+        (tmp_path / "examples.csv").read_text().splitlines()))  # fmt: skip
+    said = kd("decide", "examples.csv", "validation=plain.csv")
+    assert said.code == 0, said.err
+    assert "no cascade: the validation examples have no confidence of the student" in said.out
+    percent = (tmp_path / "examples.csv").read_text().replace("0.9", "90.")
+    (tmp_path / "percent.csv").write_text(percent)
+    said = kd("decide", "percent.csv")
+    assert said.code == 1
+    assert "it must be a number from 0 to 1 (rename the column if it is something else)" in said.err

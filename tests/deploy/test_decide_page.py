@@ -225,7 +225,6 @@ def test_texts_of_a_run_by_the_index_of_its_test_split(tmp_path, monkeypatch) ->
     assert samples.texts("run", "test") == {}
 
 
-@pytest.mark.slow
 def test_a_table_shows_its_images(kd, tmp_path, table) -> None:
     with (tmp_path / "answers.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -247,6 +246,7 @@ def test_a_table_shows_its_images(kd, tmp_path, table) -> None:
     assert {Image.open(file).getpixel((0, 0)) for file in wanted} <= colours
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_images(kd, tmp_path, teacher_run) -> None:
     out = tmp_path / "run"
     said = kd("train", "loss=[ce,kd]", f"teacher.checkpoint={teacher_run}", "recipe.epochs=2", "hardware=cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kd.config.compose import checked
+from kd.models.base import stages
 from kd.models.timm_model import first_part, timm_model
 
 SHAPE = (1, 32, 32)
@@ -52,6 +54,14 @@ def test_the_first_part_of_a_network(name: str, prune: dict[str, Any], channels:
     assert gone in cut.pruned
     assert not cut.pruned & cut.state_dict().keys()
     assert cut(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    seen: list[torch.Tensor] = []
+    for stage in stages(cut):
+        cut.get_submodule(stage.name).register_forward_hook(lambda *given: seen.append(given[2]))
+    cut(torch.randn(2, 3, 32, 32))
+    assert seen
+    assert not any(
+        torch.equal(one, other) for one, other in pairwise(seen) if one.shape == other.shape
+    )  # none is empty
 
 
 def test_a_run_takes_the_keys_of_timm() -> None:
@@ -64,7 +74,12 @@ def test_what_cannot_be_cut() -> None:
     with pytest.raises(ValueError, match="is not allowed: feature index 9 is out of range"):
         timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune={"indices": [9]})
     with pytest.raises(ValueError, match=r"is not allowed: .*unexpected keyword argument 'stages'"):
-        timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune={"stages": 2})
+        timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune={"indices": [2], "stages": 2})
+    for nothing in ({"indices": 2}, {"indices": []}, {}, 3):
+        with pytest.raises(ValueError, match=r"it must be \{indices: \[STAGE\]\}"):
+            timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune=nothing)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is not allowed: "):
+        timm_model("vit_base_patch16_siglip_224", num_classes=5, input_shape=(3, 224, 224), prune={"indices": [1]})
     with pytest.raises(ValueError, match="timm cannot cut Linear"):
         first_part(nn.Linear(2, 2), {"indices": [1]})
 

@@ -367,8 +367,19 @@ def test_a_teacher_its_student_and_what_transformers_loads(folder: Path, capsys:
     assert len(said) == 16
     assert main(["predict", f"{folder}/s", f"{folder}/test.jsonl", "top=2"]) == 1
     assert "are of classes, and the run answers none" in capsys.readouterr().err
-    with pytest.raises(KdError, match="answers questions on texts, this is none: 'what"):
-        kd.load(folder / "s").predict(["what is this ?"])
+    nested = [{"context": row["context"], "qas": [{"question": row["question"], "id": "x"}]} for row in rows]
+    (folder / "dev.json").write_text(json.dumps({"version": "2", "data": [{"paragraphs": nested}]}))
+    assert run(capsys, "predict", f"{folder}/s", f"{folder}/dev.json").splitlines() == said
+    given = kd.load(folder / "s")
+    pair = (rows[0]["question"], rows[0]["context"])
+    for wrong in ("what is this ?", None, {"question": "a", "context": "b"}):
+        with pytest.raises(KdError, match=r"answers pairs \(question, context\), input 1 is none"):
+            given.predict([pair, wrong])
+    with pytest.raises(KdError, match="the context of input 1 is empty"):
+        given.predict([pair, ("what?", " ")])
+    first, second, third = given.predict([pair, ("what?", ""), pair], skip_unreadable=True)
+    assert first == third
+    assert (second.input, second.label, second.error) == ("what?", None, "the context of input 1 is empty")
     loaded = transformers.AutoModelForQuestionAnswering.from_pretrained(folder / "s" / "selected")
     assert type(loaded).__name__ == "DistilBertForQuestionAnswering"
     kept = [*network("student", small), f"teacher.checkpoint={folder}/t", "protocol.keep_predictions=true"]

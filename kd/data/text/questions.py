@@ -18,7 +18,7 @@ from kd.data.text.base import TextModule
 from kd.data.text.content import TextContent, digest_of, normalised
 from kd.data.text.loader import Form
 from kd.data.text.options import RULES
-from kd.data.text.records import Records, read
+from kd.data.text.records import Records, of_articles, read
 from kd.data.text.split import apart, carve
 from kd.data.text.store import Tokens
 from kd.data.text.windows import Answer, Question, WindowLoader, WindowPart, Windows, special_tokens, windows_of
@@ -86,8 +86,8 @@ class Questions(TextModule):
     def _read(self, split: str) -> list[Question]:
         """Read the questions of a source. ``KdError`` for what is no question, context or answer."""
         found = read(self.given[split], self.root, self.encoding, split, self.delimiter)
-        if set(found.columns) >= {"paragraphs"} and self.columns["context"] not in found.columns:
-            found = self._of_articles(found)
+        if "paragraphs" in found.columns and self.columns["context"] not in found.columns:
+            found = of_articles(found, self.columns)
         texts = [self._texts(found, key) for key in ("question", "context")]
         answers = found.column(self.columns["answers"], "answers")
         rows = zip(*texts, answers, strict=True)
@@ -95,25 +95,6 @@ class Questions(TextModule):
             Question(text, context, self._answers(value, context, f"{found.where}, row {row}"), row)
             for row, (text, context, value) in enumerate(rows)
         ]
-
-    def _of_articles(self, found: Records) -> Records:
-        """Return a row a question of SQuAD's own file, whose articles have paragraphs, and these their questions."""
-        rows: dict[str, list[Any]] = {column: [] for column in self.columns.values()}
-        try:
-            for paragraph in (one for paragraphs in found.columns["paragraphs"] for one in paragraphs):
-                for asked in paragraph["qas"]:
-                    for key, value in (
-                        ("question", asked["question"]),
-                        ("context", paragraph["context"]),
-                        ("answers", asked["answers"]),
-                    ):
-                        rows[self.columns[key]].append(value)
-        except (KeyError, TypeError):
-            raise KdError(
-                f"{found.where} is not SQuAD's file: its articles must have paragraphs, each with a context and qas, "
-                "each of these a question and answers"
-            ) from None
-        return Records(rows, found.where)
 
     def _texts(self, found: Records, key: str) -> list[str]:
         name = self.columns[key]

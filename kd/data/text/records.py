@@ -107,6 +107,27 @@ def read_file(path: Path, encoding: str, delimiter: str | None = None) -> Record
     return found
 
 
+def of_articles(found: Records, names: Mapping[str, str]) -> Records:
+    """Return a row a question of SQuAD's own file, whose articles have paragraphs, and these their questions.
+
+    ``names``: how the columns ``question``, ``context`` and ``answers`` are to be called; one that is not in it is left
+    out. ``KdError`` for a file of another form.
+    """
+    rows: dict[str, list[Any]] = {name: [] for name in names.values()}
+    try:
+        for paragraph in (one for paragraphs in found.columns["paragraphs"] for one in paragraphs):
+            for each in paragraph["qas"]:
+                values = {"question": each["question"], "context": paragraph["context"], "answers": each.get("answers")}
+                for key, name in names.items():
+                    rows[name].append(values[key])
+    except (AttributeError, KeyError, TypeError):
+        raise KdError(
+            f"{found.where} is not SQuAD's file: its articles must have paragraphs, each with a context and qas, each "
+            "of these a question and answers"
+        ) from None
+    return Records(rows, found.where)
+
+
 def decoded(path: Path, encoding: str) -> str:
     """Return the text of a file without the byte order mark at its beginning, if it has one.
 
