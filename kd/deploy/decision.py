@@ -74,7 +74,7 @@ def decide(
     ``validation``: other examples on which temperature and threshold are chosen, or the share of ``examples``, drawn at
     random, that is used for it; those are then measured on the rest alone. ``cost``: inputs of what both cost.
     """
-    found, notes = agreement(examples.student, examples.teacher), []
+    found, notes = agreement(examples.student, examples.teacher), [examples.note] if examples.note else []
     quality = f1 = routed = None
     slices: list[Slice] = []
     calibration: dict[str, Calibration] = {}

@@ -39,6 +39,7 @@ class Examples:
     probabilities: Mapping[str, np.ndarray] = field(default_factory=dict)
     text: np.ndarray | None = None
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    note: str = ""  # what a decision on them does not say
 
     def __len__(self) -> int:
         return len(self.student)

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, log_loss
 
-from kd.deploy import calibration, cascade, decision, quality, slices
+from kd.deploy import calibration, cascade, decision, of_run, quality, slices
 from kd.deploy.cost import compare as compare_costs
 from kd.deploy.cost_file import read as read_cost
 from kd.deploy.decision import CASCADE, KEEP, MORE, REPLACE, decide, verdict
@@ -382,6 +382,20 @@ def test_what_there_is_not_is_refused(kd, arguments: tuple[str, ...], expected: 
 def test_a_weak_student_is_not_taken_for_one_with_other_labels(tmp_path) -> None:
     """Right on four of ten, wrong at random: no exchange of classes makes it much better."""
     read(write(tmp_path / "weak.csv", rows(lost=0.6)), Columns())
+
+
+@pytest.mark.parametrize(("own", "count", "said"), [(0.999, 300, True), (0.999, 299, False), (0.9, 300, False)])
+def test_a_teacher_that_was_better_in_its_own_run_is_said(tmp_path, own: float, count: int, said: bool) -> None:
+    examples = read(write(tmp_path / "answers.csv", rows()), Columns())
+    here = examples.right("teacher").mean()
+    measured = {"student": {"selected": {"test": {"acc1": own}}}, "data": {"sizes": {"test": count}}}
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "result.json").write_text(json.dumps({"schema": 1, "status": "finished", **measured}))
+    note = of_run._own_run_of_teacher({"teacher": {"checkpoint": str(tmp_path / "teacher")}}, examples)
+    assert (f"99.9% of the test samples in its own run, {tmp_path / 'teacher'}, and on {here:.1%}" in note) == said
+    assert (note == "") == (not said)
+    if said:
+        assert decide(replace(examples, note=note), Settings()).notes[0] == note
 
 
 @pytest.mark.slow
