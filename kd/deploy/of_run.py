@@ -47,8 +47,8 @@ def _own_run_of_teacher(config: dict[str, Any], test: Examples) -> str:
     if own is None or found["data"]["sizes"]["test"] != len(test) or own < here + WORSE:
         return ""
     return (
-        f"the teacher is right on {own:.1%} of the test samples in its own run, {where}, and on {here:.1%} of them as the "
-        "student's run shows them to it (teacher.resize, data.image_size): the student is compared with the latter"
+        f"the teacher is right on {own:.1%} of the test samples in its own run, {where}, and on {here:.1%} of them as "
+        "the student's run shows them to it (teacher.resize, data.image_size): the student is compared with the latter"
     )
 
 
