@@ -107,7 +107,8 @@ def _called(names: Sequence[str]) -> str | None:
 
 def _student(found: Mapping[str, Any], main: Metric, rows: int | None) -> dict[str, Any]:
     student = found.get("student", {})
-    numbers: dict[str, Any] = {f"student/{key}": value for key, value in student.items() if key not in EPOCHS}
+    plain = {key: value for key, value in student.items() if key not in EPOCHS and not isinstance(value, Mapping)}
+    numbers: dict[str, Any] = {f"student/{key}": value for key, value in plain.items()}
     for epoch in EPOCHS:
         if epoch not in student:
             continue

@@ -49,6 +49,14 @@ def test_retention_and_evaluations(write, tmp_path) -> None:
     assert row["teacher/macs"] == 84_480
 
 
+def test_what_a_student_began_with_is_no_number(write, tmp_path) -> None:
+    run = write(tmp_path / "kd" / "seed1", 1, 0.9)
+    found = json.loads((run / "result.json").read_text())
+    found["student"]["started_from"] = {"file": "weights.pth", "digest": "12"}
+    (run / "result.json").write_text(json.dumps(found))
+    assert frame.table([run_row.of_run(run, "kd")])["last/test/acc1"].tolist() == [0.9]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
