@@ -47,6 +47,8 @@ def made_up(node: Mapping[str, Any]) -> dict[str, Any]:
 
     data = make(node, "data")
     common = {key: node[key] for key in inspect.signature(DataModule.__init__).parameters if key in node}
+    for key in ("mean", "std"):  # null: as the weights were trained
+        common.update({key: [0.5]} if key in common and common[key] is None else {})
     few = {"train_size": None, "label_fraction": 1.0, "batch_size": 8, "val_fraction": 0.1}
     common["augment"] = {k: v for k, v in (node.get("augment") or {}).items() if k != "scale"}  # of image files only
     texts = isinstance(data, SentenceFeatures)  # an MLP takes images as well
