@@ -7,7 +7,7 @@ RUN=${KD_RUNS:-runs}/study_stamps8/soft/seed0
 python "$HERE/weights.py"
 kd study stamps8 "$@"
 kd export "$RUN" quantize=static weights=last
-kd bench "$RUN" against=teacher backends=eager,onnx,int8 batch_sizes=1,32 rounds=30 out="$RUN/bench.json"
+kd bench "$RUN" against=teacher backends=eager,onnx,int8 batch_sizes=1,32 rounds=20 out="$RUN/bench.json"
 # images a second by ONNX Runtime, 32 at a time, as measured just now
 RATES=$(python - "$RUN/bench.json" <<'PYTHON'
 import json, sys
