@@ -12,6 +12,6 @@ kd study customer_service --only teacher "$@"
 python "$HERE/flagship.py" "$RUNS/study_customer_service/teacher/seed0"
 kd study customer_service "$@"
 kd export "$RUN" quantize=dynamic weights=last
-kd bench "$RUN" against=teacher backends=eager,onnx,int8 batch_sizes=1,32 length=16 rounds=20 out="$RUN/bench.json"
+kd bench "$RUN" against=teacher backends=onnx,int8 batch_sizes=1 length=16 rounds=20 out="$RUN/bench.json"
 kd cost customer_service
 kd decide "$RUN" page="$RUN/decision.html" cost=customer_service slices=[length]
