@@ -169,8 +169,8 @@ def measured(given: Student, module: FromRaw, data: Any, answer: Answer) -> floa
     if given.answers not in ("classes", "mask", "number"):
         raise KdError(f"quantize needs a task of classes or numbers, as its accuracy is measured: not {given.answers}")
 
-    def exported(inputs: Any) -> torch.Tensor:
-        return torch.from_numpy(answer(module.raw(inputs)))
+    def exported(inputs: Any = None, **of_texts: Any) -> torch.Tensor:
+        return torch.from_numpy(answer(module.raw(of_texts or inputs)))
 
     def network(batch: Batch) -> Output:
         return given.task.answer(exported, batch.inputs, batch, Want())  # type: ignore[arg-type]

@@ -142,6 +142,13 @@ def test_int8_says_what_it_loses(images: Path, tmp_path: Path) -> None:
             assert f"| {name} | {value:.4f} |" in (tmp_path / how / "README.md").read_text()
 
 
+def test_int8_of_texts(texts: Path, tmp_path: Path) -> None:
+    made = export(student(texts / "run"), Options("onnx", "dynamic"), tmp_path / "int8")
+    ran = json.loads((texts / "run" / "result.json").read_text())
+    assert made.accuracy["model.onnx"] == pytest.approx(ran["student"]["selected"]["test"]["acc1"], abs=1e-6)
+    assert made.files["model_int8.onnx"] < made.files["model.onnx"]
+
+
 def test_static_int8_where_a_teacher_saw_several_views(images: Path) -> None:
     given = student(images / "run")
     config = {**given.config, "data": {**given.config["data"], "augment": {"pad": 2, "flip": True, "period": 3}}}
