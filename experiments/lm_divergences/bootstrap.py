@@ -28,12 +28,12 @@ ARMS = (
     *("labels", "forward", "reverse", "js", "skewed", "skewed_reverse"),
     *("top4", "top64", "sequence", "on_policy"),
 )
-ROW, PASSAGE = 128, 8  # predicted tokens of a block, blocks of a passage
+PASSAGE = 8  # blocks of 128 predicted tokens
 KEPT = {"top4": "top4", "top64": "top64"}  # the folder of kept answers, where it is not that of hidden states
 
 
 def blocks(data: Any, folder: Path) -> np.ndarray:
-    """Return the mean loss (blocks,) in nats a token of each whole block of the test text."""
+    """Return the mean loss (blocks,) in nats a token of each whole block of the test text, of whole passages."""
     network = AutoModelForCausalLM.from_pretrained(folder).eval()
     losses: list[np.ndarray] = []
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -45,12 +45,13 @@ def blocks(data: Any, folder: Path) -> np.ndarray:
             order = torch.argsort(batch.index[whole])
             losses.append(np.column_stack([batch.index[whole][order], loss.mean(dim=1)[whole][order]]))
     found = np.concatenate(losses)
-    return np.asarray(found[np.argsort(found[:, 0]), 1])
+    found = found[np.argsort(found[:, 0]), 1]
+    return np.asarray(found[: len(found) // PASSAGE * PASSAGE])
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % interval of a mean over blocks, by passages of ``PASSAGE`` of them."""
-    passages = values[: len(values) // PASSAGE * PASSAGE].reshape(-1, PASSAGE).mean(axis=1)
+    passages = values.reshape(-1, PASSAGE).mean(axis=1)
     found = bootstrap((passages,), np.mean, n_resamples=9999, rng=np.random.default_rng(0))
     return found.confidence_interval.low, found.confidence_interval.high
 
@@ -67,16 +68,17 @@ def main(runs: Path) -> None:
         first = study / f"{corpus}_labels" / "seed0"
         data = instantiate(OmegaConf.load(first / "config.yaml").data)
         data.setup()
-        scored, seconds, asked = {}, {}, {}
-        for arm in ARMS:
+        scored, seconds, seeds = {}, {}, {}
+        arms = [arm for arm in ARMS if (study / f"{corpus}_{arm}").is_dir()]
+        for arm in arms:
             folders = sorted((study / f"{corpus}_{arm}").glob("seed*"))
             scored[arm] = np.mean([blocks(data, folder / "last") for folder in folders], axis=0)
             records = [json.loads((folder / "result.json").read_text()) for folder in folders]
             seconds[arm] = np.mean([record["wall_clock_s"] for record in records])
-            asked[arm] = len(folders)
+            seeds[arm] = len(folders)
         print(f"\n| {corpus} | seeds | loss a token | − labels | − forward KL | seconds | kept, MB |")
         print("| :-- | --: | --: | --: | --: | --: | --: |")
-        for arm in ARMS:
+        for arm in arms:
             shown = []
             for other in ("labels", "forward"):
                 difference = scored[arm] - scored[other]
@@ -84,7 +86,7 @@ def main(runs: Path) -> None:
                 shown.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]" if other != arm else "–")
             folder = runs / "lm_answers" / f"{corpus}_{KEPT.get(arm, 'hidden')}"
             kept = "–" if arm in ("labels", "sequence") else f"{megabytes(folder):.0f}"
-            cells = [arm, asked[arm], f"{scored[arm].mean():.3f}", *shown, f"{seconds[arm]:.0f}", kept]
+            cells = [arm, seeds[arm], f"{scored[arm].mean():.3f}", *shown, f"{seconds[arm]:.0f}", kept]
             print("| " + " | ".join(map(str, cells)) + " |")
 
 
