@@ -77,25 +77,46 @@ BERT = {
         "intermediate_size": 8,
     },
 }
+LLAMA = {  # wide enough to be cut to 192
+    "_target_": BERT["_target_"],
+    "config": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 600,
+    },
+}
 
 
 def with_made_up_texts(config: dict[str, Any], folder: Path) -> None:
     """Put a few texts in the place of files, and a small BERT in that of folders which runs to come will write."""
-    data, reads = config["data"], config["teacher"]["checkpoint"] is not None
+    teacher = config["teacher"]
+    data, reads = config["data"], teacher["checkpoint"] is not None or teacher["answers"] is not None
+    made = LLAMA if config["task"]["_target_"].endswith("CausalLM") else BERT
     label = data.get("label", "label")
     for split in ("train", "test"):
         lines = [f"{split} text number {i},{i % 3}" for i in range(40)]
         (folder / f"{split}.csv").write_text("\n".join([f"text,{label}", *lines]) + "\n")
     files = {split: str(folder / f"{split}.csv") for split in ("train", "test")}
-    few = {"val_fraction": 0.2, "test_fraction": None, "train_size": None, "vocabulary": None, "cache": None}
+    few = {
+        "val": None,
+        "val_fraction": 0.2,
+        "test_fraction": None,
+        "train_size": None,
+        "vocabulary": None,
+        "cache": None,
+    }
     config["data"] = {**data, **files, **few, "batch_size": 8, "tokenizer": {"vocabulary": 200, "kind": "wordpiece"}}
     config["teacher"] = {
-        **config["teacher"],
-        "model": BERT if reads else None,
+        **teacher,
+        "model": made if reads else None,
         "checkpoint": None,
+        "answers": None,  # kept ones are not there yet: the network answers
         "allow_random": True,
     }
-    config["student"] = {**config["student"], "model": config["student"]["model"] and BERT, "checkpoint": None}
+    config["student"] = {**config["student"], "model": config["student"]["model"] and made, "checkpoint": None}
 
 
 def not_downloaded(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,10 +152,11 @@ def test_every_row_builds(name: str, tmp_path: Path) -> None:
     for row, config in configs.items():
         read = rows_read(config["teacher"]["checkpoint"], tmp_path)
         if config["data"].get("tokenizer") is not None:
+            kept = config["teacher"]["answers"] is not None
             with_made_up_texts(config, tmp_path)
             module = build.distiller(config, build.datamodule(config))
             assert list(module.objective.terms) == [term for term, node in config["loss"].items() if node], row
-            assert (module.teacher is None) == (not read), row
+            assert (module.teacher is None) == (not (read or kept)), row
             continue
         models = [not_downloaded(configs[other]["student"]["model"]) for other in read]
         given = {"model": models[0] if len(models) == 1 else models, "checkpoint": None, "allow_random": True}
