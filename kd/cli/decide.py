@@ -103,17 +103,19 @@ def main(argv: Sequence[str]) -> int:
         decision = decide(examples, settings, validation, cost)
         rows, command = len(examples), shlex.join(["kd", "decide", *argv])
         about = _about(given, decision, rows, bench, command) if "page" in given else None
-        decide_tables.show(decision, console)
-        found = asdict(decision)
-        if "write" in given:
+        if "write" in given:  # files first: who reads the tables may stop before their end
             record.write_text(Path(given["write"]), sources.table(examples))
         if about is not None:
             from kd.deploy.page.write import write  # start-up: matplotlib
 
             write(Path(given["page"]), decision, about)
-            print(given["page"])
+        found = asdict(decision)
     if out is not None:
         record.write_text(out, json.dumps(_finite(found), indent=2, ensure_ascii=False) + "\n")
+    if "examples" not in given:
+        decide_tables.show(decision, console)
+        if about is not None:
+            print(given["page"])
     return 0
 
 

@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
     larger = sum(int(row["parameters"]) > most for row in named)
     more = f"; {larger} have more than {given.max_params} parameters" if larger else ""
     print(f"{counted(len(chosen), 'network')}{more}")
-    print("choose one with model@student=NAME, of timm with model@student=timm student.model.name=NAME")
+    if chosen:
+        print("choose one with model@student=NAME, of timm with model@student=timm student.model.name=NAME")
     return 0
 
 
@@ -79,7 +80,7 @@ def _table(rows: Sequence[dict[str, str]]) -> Table:
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("kd models", usage=USAGE, add_help=False, exit_on_error=False)
     parser.add_argument("part", nargs="?", default="")
-    parser.add_argument("--max-params", default=DEFAULT)
+    parser.add_argument("--max-params", default=None)
     parser.add_argument("--min-params", default="0")
     parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--write", action="store_true")
@@ -90,6 +91,8 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         options = ("--max-params", "--min-params", "--pretrained", "--write")
         raise KdError(f"{unknown[0]} is not an option of kd models{did_you_mean(unknown[0], options)}")
+    if given.max_params is None:
+        given.max_params = DEFAULT if given.min_params == "0" else "1000G"  # all that are larger
     return given
 
 

@@ -37,6 +37,11 @@ def examples(given: Mapping[str, Any]) -> tuple[Examples, Examples | float | Non
     if where is None:
         return read(path, Columns(**chosen), encoding), None
     if Path(where).is_file():
+        if Path(where).read_bytes() == Path(path).read_bytes():
+            raise KdError(
+                f"validation = {where} holds the examples that are decided on: a threshold that is chosen on them says "
+                "nothing of others (validation=0.5 takes half of them)"
+            )
         return read(path, Columns(**chosen), encoding), read(where, Columns(**chosen), encoding)
     try:
         share = float(where)

@@ -65,7 +65,7 @@ class FrozenNorms(Callback):
             raise KdError(
                 f"recipe.frozen_norms = true keeps the batch statistics that the student came with, and {which}: "
                 "give it weights (student.checkpoint=FILE, student.model.pretrained=true), or set "
-                "recipe.frozen_norms=null and recipe.frozen_body=null"
+                "recipe.frozen_norms=null recipe.frozen_body=null recipe.body_lr=null"
             )
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:

@@ -425,6 +425,9 @@ def test_a_run_decides_and_writes_its_examples(kd, tmp_path, teacher_run) -> Non
     assert set(of_csv["calibration"]) == {"student", "teacher"}
     (tmp_path / "plain.csv").write_text("\n".join(",".join(line.split(",")[:4]) for line in
         (tmp_path / "examples.csv").read_text().splitlines()))  # fmt: skip
+    said = kd("decide", "examples.csv", "validation=examples.csv")
+    assert said.code == 1
+    assert "validation = examples.csv holds the examples that are decided on" in said.err
     said = kd("decide", "examples.csv", "validation=plain.csv")
     assert said.code == 0, said.err
     assert "no cascade: the validation examples have no confidence of the student" in said.out

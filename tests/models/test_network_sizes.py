@@ -81,7 +81,10 @@ def test_the_list(kd: Any) -> None:
             ["--max-params", "many"],
             "--max-params many is not allowed: it must be a number, such as 500000, 500K or 1.5M",
         ),
-        (["--min-params", "6M"], "--min-params 6M is not allowed: it is more than --max-params 5M"),
+        (
+            ["--min-params", "6M", "--max-params", "5M"],
+            "--min-params 6M is not allowed: it is more than --max-params 5M",
+        ),
         (["--max-parms", "1M"], "--max-parms is not an option of kd models (near: --max-params"),
     ],
 )
