@@ -55,6 +55,7 @@ def script(given: Student, file: str) -> str:
             pairs=given.pairs,
             answers=given.answers,
             causal=given.task.architecture == "causal_lm",
+            longest=getattr(given.task, "max_answer_length", None),
         )
     )
 
