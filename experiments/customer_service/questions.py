@@ -5,7 +5,7 @@
 Banking77's 10,003 training questions (``banking77/train.csv`` in ``KD_DATA``), without repetitions, are shuffled once;
 3,000 of them stand for the log of a month. Written to ``runs/customer_service`` (below ``KD_RUNS``, where that is set):
 ``labelled.csv``, ``log.csv`` (a column ``prompt``, no labels), and ``log_gold.csv``, the same with the labels of the
-set, which the row ``log_gold`` of ``study.yaml`` alone reads.
+set, with which ``flagship.py`` compares the API's.
 """
 
 from __future__ import annotations

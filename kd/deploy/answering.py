@@ -44,7 +44,7 @@ class AnswerPredictor(Predictor):
             errors: dict[int, str] = {}
             for row in range(part.start, min(part.stop, len(inputs))):
                 try:
-                    questions.append(self._question(inputs[row], row))
+                    questions.append(self._question(inputs[row], row, skip_unreadable))
                 except KdError as error:
                     if not skip_unreadable:
                         raise
@@ -56,15 +56,19 @@ class AnswerPredictor(Predictor):
                 else:
                     yield next(found)
 
-    def _question(self, item: Any, row: int) -> Question:
-        """Make a question of an input. ``KdError`` for what is none, and a context of which no token is left."""
+    def _question(self, item: Any, row: int, tried: bool) -> Question:
+        """Make a question of an input. ``KdError`` for what is none.
+
+        ``tried``: also for a context of which the tokenizer leaves nothing, which a whole batch ends with otherwise.
+        """
         if not (isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) for text in item)):
             raise KdError(f"the run answers pairs (question, context), input {row} is none: {str(item)[:80]!r}")
         if empty := [name for name, text in zip(("question", "context"), item, strict=True) if not text.strip()]:
             raise KdError(f"the {empty[0]} of input {row} is empty")
         text, context = item
         question = Question(text, context, [], row)
-        windows_of(self.tokenizer, [question], *self.sizes, "input", characters=False)
+        if tried:
+            windows_of(self.tokenizer, [question], *self.sizes, "input", characters=False)
         return question
 
     def _answers(self, questions: Sequence[Question], batch_size: int) -> Iterator[Prediction]:

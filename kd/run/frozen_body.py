@@ -56,9 +56,13 @@ class FrozenNorms(Callback):
     ``KdError`` where one of them has no statistics yet, as in a new decoder: it would never normalise.
     """
 
+    def __init__(self) -> None:
+        self._norms: list[nn.Module] = []
+
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Refuse a student without statistics."""
+        """Find the batch norms, once, and refuse a student without statistics."""
         norms = {name: part for name, part in module.student.named_modules() if isinstance(part, _NormBase)}
+        self._norms = list(norms.values())
         new = [name for name, norm in norms.items() if norm.running_mean is not None and not norm.running_mean.any()]
         if new:
             which = "it has none" if len(new) == len(norms) else f"{new[0]} has none"
@@ -70,9 +74,8 @@ class FrozenNorms(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Freeze before each step: validation, and the end of ``frozen_body``, put them back into training mode."""
-        for part in module.student.modules():
-            if isinstance(part, _NormBase):
-                part.training = False
+        for norm in self._norms:
+            norm.training = False
 
 
 def freeze(student: nn.Module) -> None:
