@@ -142,7 +142,6 @@ def test_pixels_of_a_teacher_that_are_kept_teach_as_the_live_one(runs: Path, mon
 
 
 def test_an_exported_student_writes_masks_without_torch(runs: Path, capsys) -> None:
-    pytest.importorskip("onnxruntime")
     folder = runs / "onnx"
     assert main(["export", str(runs / "student"), f"out={folder}", "quantize=static"]) == 0
     assert "test/miou" in capsys.readouterr().out
