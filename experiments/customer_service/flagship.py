@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(run: str) -> int:
-    """Label the log, once: each server has a port of its own, with which an earlier answer cannot go on. The exit code."""
+    """Label the log, once: another server has another port, and `kd generate` goes on with the same alone."""
     if (FOLDER / "answers.csv").is_file():
         print(f"{FOLDER / 'answers.csv'} is there")
         return 0
