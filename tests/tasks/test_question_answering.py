@@ -30,7 +30,8 @@ from kd.losses.base import UNLABELLED, Batch, Output, Setup
 from kd.losses.logits.ce import CrossEntropy
 from kd.losses.logits.kd import KnowledgeDistillation
 from kd.tasks.base import Want
-from kd.tasks.question_answering import MASKED, QuestionAnswering, best_spans
+from kd.tasks.question_answering import MASKED, QuestionAnswering
+from kd.tasks.spans import Scored, answered, best_spans
 from tests.data.test_text_questions import asked, data
 from tests.tiny_language import BERT
 
@@ -185,6 +186,22 @@ def test_the_likeliest_span_is_that_of_all_pairs() -> None:
             best = max(pairs, key=lambda pair: pairs[pair])
             assert (int(first[line]), int(last[line])) == best
             assert scores[line] == pairs[best]
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 1.0])
+def test_the_answer_of_a_question_is_the_likeliest_of_all_of_its_windows(threshold: float | None) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    question = torch.randint(0, 20, (90,), generator=drawn)  # in any order, equal scores among them
+    score, none = torch.randint(0, 6, (2, 90), generator=drawn).float().unbind(0)
+    none += 4
+    found = answered(question, Scored(score, none, torch.zeros(90, 2)), threshold)
+    assert found.question.tolist() == sorted(set(question.tolist()))
+    for number, window, lacks in zip(*(part.tolist() for part in found), strict=True):
+        of = (question == number).nonzero().flatten().tolist()
+        best, least = max(of, key=lambda i: score[i]), min(of, key=lambda i: none[i])
+        assert lacks == (threshold is not None and bool(none[least] - score[best] > threshold))
+        assert window == (least if lacks else best)
+    assert 0 < found.none.sum() < len(found.none) or threshold is None
 
 
 def official(predicted: str, answers: list[str]) -> tuple[float, float]:
