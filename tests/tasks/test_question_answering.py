@@ -347,6 +347,28 @@ def network(role: str, model: dict[str, Any]) -> list[str]:
     return [f"model@{role}=transformers", f"{role}.model.pretrained=false", f"{role}.model.config={{{inside}}}"]
 
 
+def check_ids(folder: Path, rows: list[dict[str, Any]], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """SQuAD's own file and other tables keep the ids of their questions; {id: answer} is for SQuAD's script."""
+    nested = [
+        {"context": row["context"], "qas": [{"question": row["question"], "id": f"q{i}"}]} for i, row in enumerate(rows)
+    ]
+    (folder / "dev.json").write_text(json.dumps({"version": "2", "data": [{"paragraphs": nested}]}))
+    named = ["id," + said[0], *(f"q{i},{line}" for i, line in enumerate(said[1:]))]
+    assert run(capsys, "predict", f"{folder}/s", f"{folder}/dev.json").splitlines() == named
+    flat = [json.dumps({**row, "id": f"q{i}"}) for i, row in enumerate(rows)]
+    (folder / "dev.jsonl").write_text("\n".join(flat))
+    run(capsys, "predict", f"{folder}/s", f"{folder}/dev.jsonl", f"out={folder}/found.jsonl")
+    lines = [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
+    assert [list(line) for line in lines] == [["id", "input", "answer", "probability"]] * 15
+    run(capsys, "predict", f"{folder}/s", f"{folder}/dev.json", f"out={folder}/found.json")
+    assert json.loads((folder / "found.json").read_text()) == {line["id"]: line["answer"] for line in lines}
+    for name, words in (("test.jsonl", "needs an id for each question"), ("twice.jsonl", "q3 is there twice")):
+        (folder / "twice.jsonl").write_text("\n".join([*flat, flat[3]]))
+        assert main(["predict", f"{folder}/s", f"{folder}/{name}", f"out={folder}/none.json"]) == 1
+        assert words in capsys.readouterr().err
+        assert not (folder / "none.json").exists()
+
+
 @pytest.mark.slow
 def test_a_teacher_its_student_and_what_transformers_loads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A BERT with token types teaches a DistilBERT, which has none."""
@@ -380,9 +402,7 @@ def test_a_teacher_its_student_and_what_transformers_loads(folder: Path, capsys:
     assert len(said) == 16
     assert main(["predict", f"{folder}/s", f"{folder}/test.jsonl", "top=2"]) == 1
     assert "are of classes, and the run answers none" in capsys.readouterr().err
-    nested = [{"context": row["context"], "qas": [{"question": row["question"], "id": "x"}]} for row in rows]
-    (folder / "dev.json").write_text(json.dumps({"version": "2", "data": [{"paragraphs": nested}]}))
-    assert run(capsys, "predict", f"{folder}/s", f"{folder}/dev.json").splitlines() == said
+    check_ids(folder, rows, said, capsys)
     given = kd.load(folder / "s")
     pair = (rows[0]["question"], rows[0]["context"])
     for wrong in ("what is this ?", None, {"question": "a", "context": "b"}):
