@@ -422,6 +422,12 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def unit_length(tensor: Tensor, dim: int = 1) -> Tensor:
+    """Divided by its L2 norm along ``dim``; zeros stay so, without a gradient that grows beyond all bounds."""
+    norms = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
+    return tensor / norms.masked_fill(norms == 0, math.inf)
+
+
 def check_same_shape(what: str, student: Tensor, teacher: Tensor) -> None:
     """``ValueError`` when the shapes differ: broadcasting would give a number, and a wrong one."""
     if student.shape != teacher.shape:

@@ -119,6 +119,7 @@ NOT_LEAST = {  # equal networks lose something, and move on: why
     "semckd": "projections of its own, between all layers",
     "ttm": "the teacher's powers beside the student at T = 1",
     "uskd": "labels, no teacher",
+    "vitkd": "hidden tokens are generated",
     "wkd_logit": "of the label −p_t(y) log p_s(y), and a plan with entropy moves mass",
     "vkd": "the teacher alone is layer-normalised",
     "wttm": "the teacher's powers beside the student at T = 1",
@@ -128,6 +129,7 @@ NEARLY = {"dist": 1e-5}  # 1e-8 is added to the product of the norms
 BEYOND = {  # where the gradient itself is above 65504, so that a loss scaler skips the step: when, and why
     "fsp,variant=paper": ("far apart", "a sum of fourth powers over all entries of the flow matrices"),
     "ickd,variant=paper": ("far apart", "a sum of fourth powers over the Gram matrices"),
+    "hint,variant=unit": ("dead", "rounding behind batch norm of what is constant is brought to unit length"),
     "ft,epochs=0.0": ("dead", "three batch norms in a row, each multiplies what is constant by 316"),
     "ft,epochs=0.0,variant=code": ("dead", "three batch norms in a row, each multiplies what is constant by 316"),
 }
@@ -137,6 +139,7 @@ ORDERED = {  # why the order of a batch matters
     "dkpp": "permuted at random",
     "mgd": "masked at random",
     "semckd": "its attention reads similarities by the place in the batch",
+    "vitkd": "masked at random",
 }
 UNORDERED = {"cc,variant=paper"}
 ALONE = {  # what refuses a batch of one

@@ -30,7 +30,9 @@ from kd.losses.features.reviewkd import KnowledgeReview
 from kd.losses.features.semckd import Embedding, SemanticCalibration
 from kd.losses.features.simkd import ReusedClassifier
 from kd.losses.features.srrl import SoftmaxRegression
+from kd.losses.features.theia import FeatureTranslation
 from kd.losses.features.vid import VariationalInformation
+from kd.losses.features.vitkd import TokenGeneration, ViTDistillation
 from kd.losses.features.vkd import OrthogonalProjection
 from kd.losses.relations._queue import Queue
 from kd.losses.relations._rows import Rows
@@ -67,9 +69,9 @@ def wider() -> nn.Module:
     return resnet(8, (4, 6, 8, 10), num_classes=3, input_shape=SHAPE)
 
 
-def vit() -> nn.Module:
+def vit(classes: int = 3) -> nn.Module:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **sizes)
 
 
 def batch(index: bool = True) -> Batch:
@@ -175,6 +177,40 @@ def test_mgd_masks_positions_or_channels() -> None:
         kept = seen.pop()
         assert (kept.mean(dims) == kept.amax(dims)).all()  # masked as a whole
         assert 0 < kept.mean() < 1
+
+
+def test_vitkd_hides_tokens_and_shows_the_others() -> None:
+    generation, tokens = TokenGeneration(2, 0.7), 1 + torch.rand(2, 16, 2)
+    seen: list[Tensor] = []
+    generation.layers.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(2).transpose(1, 2)))
+    noise = torch.rand(2, 16)
+    _, hidden = generation(tokens, noise)
+    assert hidden.sum(1).tolist() == [12, 12]  # int(16 · 0.3) are kept
+    assert (noise[hidden].view(2, 12).amin(1) > noise[~hidden].view(2, 4).amax(1)).all()
+    assert (seen[0][hidden] == 0).all()
+    assert torch.equal(seen[0][~hidden], tokens[~hidden])
+
+
+def test_directions_alone_are_compared_at_unit_length() -> None:
+    student, teacher = normal(4, 3, 2, 2), normal(4, 3, 2, 2)
+    cosine = F.cosine_similarity(student.flatten(1), teacher.flatten(1)).mean()
+    torch.testing.assert_close(f.hint_loss(3 * student, teacher, "unit"), 2 - 2 * cosine)
+    torch.testing.assert_close(f.translated_distance([3 * student], [teacher], 1.0, 0.0), 1 - cosine)
+
+
+def test_theia_learns_from_several_teachers_without_heads() -> None:
+    term = FeatureTranslation([-1, -1], ["0.blocks.1", "1.blocks.0"])
+    teachers = Teacher([vit(classes=0), vit(classes=0)])
+    made = Distiller(conv(), teachers, Objective({"term": term}), Classification(), 3, partial(torch.optim.SGD, lr=0.1))
+    made.prepare(batch(), torch.arange(6), torch.arange(6) % 3)
+    teacher, student = made.answer_both(made.task.rows(batch()))
+    first, second = (f.translated_distance([s], [t]) for s, t in term.compared(student, teacher))
+    torch.testing.assert_close(term(student, teacher, batch()), (first + second) / 2)
+    assert first != second
+    targets = [t for _, t in term.compared(student, teacher)]
+    for target in targets:  # each channel of mean 0 and deviation 1
+        torch.testing.assert_close(target.mean((0, 2, 3)), torch.zeros(16), rtol=0, atol=1e-5)
+        torch.testing.assert_close(target.var((0, 2, 3), correction=0), torch.ones(16), rtol=0, atol=1e-3)
 
 
 # ---------------------------------------------------------------------- banks and queues
@@ -375,6 +411,8 @@ def test_preactivations_are_what_relu_makes_the_stage_of() -> None:
         partial(TokenSimilarity, queue=4),
         partial(RelationalRepresentation, queue=4),
         SemanticCalibration,
+        FeatureTranslation,
+        partial(ViTDistillation, (0, -1), (0, -1)),
         ChannelWiseDivergence,
     ],
 )
@@ -417,6 +455,14 @@ def test_maps_beside_tokens_train(term, student, teacher) -> None:
             True,
             r"vid cannot compare .*layer3 .*fc:input",
         ),
+        (lambda: ViTDistillation([-1], [-1]), vit, vit, True, "vitkd mimics the first layers .* two taps or more"),
+        (
+            lambda: FeatureTranslation([-1], ["fc:input"]),
+            conv,
+            wider,
+            True,
+            "theia cannot compare .*layer3 .*fc:input .*tap maps",
+        ),
         (lambda: FlowOfSolution([-1], [-1]), conv, wider, True, "fsp compares each layer with the next one"),
         (lambda: FlowOfSolution(adapter="identity"), conv, wider, True, "adapter = identity needs equal widths"),
         (lambda: ReusedClassifier([-1], [-1]), conv, vit, True, r"simkd cannot compare .*tap maps .* on both sides"),
@@ -452,6 +498,8 @@ def test_refused_before_the_first_batch(make, student, teacher, index: bool, sen
         (lambda: Relational(w_angle=-1), "w_angle = -1"),
         (lambda: RelationalRepresentation(embedding=0), "embedding = 0"),
         (lambda: SemanticCalibration(samples=0), "samples = 0"),
+        (lambda: FeatureTranslation(w_smooth=-1), "w_smooth = -1"),
+        (lambda: ViTDistillation(masked=1), "masked = 1"),
         (lambda: TokenSimilarity(w_local=-1), "w_local = -1"),
         (lambda: ClassAttentionTransfer(resolution=0), "resolution = 0"),
     ],

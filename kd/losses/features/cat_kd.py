@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import Batch, Output, at_least_float32, check_choice
+from kd.losses.base import Batch, Output, at_least_float32, check_choice, unit_length
 from kd.losses.feature_term import full_precision
 from kd.losses.features._class_maps import ClassMaps
 
@@ -33,15 +31,9 @@ def class_attention_transfer(
         shapes = f"the student's are {tuple(student_cam.shape)}, the teacher's {tuple(teacher_cam.shape)}"
         raise ValueError(f"class activation maps must be of the same samples and classes: {shapes}")
     pooled = [F.adaptive_avg_pool2d(at_least_float32(m), resolution).flatten(2) for m in (student_cam, teacher_cam)]
-    student, teacher = (_unit(m) for m in pooled) if normalize else pooled
+    student, teacher = (unit_length(m, 2) for m in pooled) if normalize else pooled
     squares = (student - teacher).square()
     return squares.mean() if variant == "code" else squares.sum(2).mean()
-
-
-def _unit(pooled: Tensor) -> Tensor:
-    """Each class's map divided by its norm; one of zeros stays so, without a gradient that grows beyond all bounds."""
-    norms = torch.linalg.vector_norm(pooled, dim=2, keepdim=True)
-    return pooled / norms.masked_fill(norms == 0, math.inf)
 
 
 class ClassAttentionTransfer(ClassMaps):

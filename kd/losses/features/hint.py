@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd.losses.adapters import KINDS, match
-from kd.losses.base import Batch, Output, Setup, Term, at_least_float32, check_choice, check_same_shape
+from kd.losses.base import Batch, Output, Setup, Term, at_least_float32, check_choice, check_same_shape, unit_length
 
 __all__ = ["hint_loss"]
 
-VARIANTS = ("code", "paper")
+VARIANTS = ("code", "paper", "unit")
 
 
 def hint_loss(student_feature: Tensor, teacher_feature: Tensor, variant: str = "code") -> Tensor:
@@ -21,12 +21,16 @@ def hint_loss(student_feature: Tensor, teacher_feature: Tensor, variant: str = "
 
     ``variant``: ``"code"``, the mean of squared differences over all elements (the implementations that the CIFAR-100
     tables come from, weight 100); ``"paper"``, Eq. 3: ½ Σ (r(f_s) − f_t)² per sample, mean over the batch. The paper's
-    value is larger by half the number of elements of a sample.
+    value is larger by half the number of elements of a sample. ``"unit"``, the L2 loss of MMRazor: Σ (s/‖s‖ − t/‖t‖)²
+    per sample, each flattened, mean over the batch: the direction of the whole feature alone counts.
     """
     check_choice("variant", variant, VARIANTS)
     check_same_shape("features", student_feature, teacher_feature)
-    squares = (at_least_float32(student_feature) - at_least_float32(teacher_feature)).square()
-    return squares.mean() if variant == "code" else squares.flatten(1).sum(1).mean() / 2
+    student, teacher = (at_least_float32(f).flatten(1) for f in (student_feature, teacher_feature))
+    if variant == "unit":
+        return (unit_length(student) - unit_length(teacher)).square().sum(1).mean()
+    squares = (student - teacher).square()
+    return squares.mean() if variant == "code" else squares.sum(1).mean() / 2
 
 
 class Hint(Term):

@@ -13,6 +13,7 @@ from kd.losses import functional as f
 from kd.losses.dense.mgd import Generation
 from kd.losses.features.reviewkd import Fusion
 from kd.losses.features.simkd import Projector
+from kd.losses.features.vitkd import TokenGeneration
 from tests.losses.references._case import Case
 
 
@@ -221,6 +222,29 @@ def rrd(case: Case) -> Tensor:
     return f.relational_representation(own, other, queue, **case.hyper)
 
 
+def vitkd(case: Case) -> Tensor:
+    hyper = case.hyper
+    lows = [
+        (
+            F.linear(case["student_low"][:, n], case["align2_weight"][n], case["align2_bias"][n]),
+            case["teacher_low"][:, n],
+        )
+        for n in range(len(case["align2_weight"]))
+    ]
+    generation = TokenGeneration(len(case["mask_token"]), hyper["lambda"]).double()
+    generation.mask_token.data = case["mask_token"].data
+    for number, conv in enumerate((generation.layers[0], generation.layers[2])):
+        conv.weight.data, conv.bias.data = (case[f"gen{number}_{part}"].data for part in ("weight", "bias"))
+    aligned = F.linear(case["student_high"], case["align_weight"], case["align_bias"])
+    generated, hidden = generation(aligned, case["mask_noise"])
+    high = f.hidden_token_distance(generated, case["teacher_high"], hidden, hyper["lambda"])
+    return hyper["alpha"] * f.mimicking_distance(*zip(*lows, strict=True)) + hyper["beta"] * high
+
+
+def theia(case: Case) -> Tensor:
+    return f.translated_distance(case.layers("student"), case.layers("teacher"))
+
+
 def fsp_columns(case: Case) -> Tensor:
     """Max pooling; norms of the columns of the difference, summed, divided by B."""
     students, teachers = case.layers("student"), case.layers("teacher")
@@ -256,6 +280,9 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "ft_repdistiller": factors_by_attention,
     "dcd": dcd,
     "rrd": rrd,
+    "vitkd": vitkd,
+    "theia": theia,
+    "l2_normalised": lambda case: f.hint_loss(*pair(case), "unit"),
     "itrd_mutual": lambda case: f.mutual_information(*pair(case)),
 }
 SINGLE = {"ofd_margin", "semckd"}
