@@ -612,10 +612,18 @@ def test_files_of_prompts(name: str, content: str, expected: list[str] | None, t
     ("name", "content", "sentence"),
     [
         ("p.jsonl", '{"question": "a"}', "must have a column prompt or messages: it has question"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}', "row 2: the prompt is empty"),
-        ("p.jsonl", '{"prompt": "\\ud800"}', "row 1: the text is not valid Unicode"),
-        ("p.jsonl", '{"prompt": [{"role": "robot", "content": "b"}]}', "row 1: a message must have a role"),
-        ("p.jsonl", '{"messages": [{"role": "assistant", "content": "b"}]}', "row 1: the messages are all of"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}', r"row 2 of .*p\.jsonl: the prompt is empty"),
+        ("p.jsonl", '{"prompt": "\\ud800"}', r"row 1 of .*p\.jsonl: the text is not valid Unicode"),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "robot", "content": "b"}]}',
+            r"row 1 of .*p\.jsonl: a message must have a role",
+        ),
+        (
+            "p.jsonl",
+            '{"messages": [{"role": "assistant", "content": "b"}]}',
+            r"row 1 of .*p\.jsonl: the messages are all of",
+        ),
         ("p.jsonl", "{", "is not valid JSON in line 1"),
         ("p.pdf", "x", "its ending must be one of"),
     ],

@@ -126,8 +126,8 @@ def _about(given: dict[str, Any], decision: Any, rows: int, bench: Any, command:
     if "run" in given:
         from kd.deploy.samples import pictures  # start-up: torch
 
-        shown = pictures(given["run"], "test", [d.row for d in decision.disagreements if d.text is None])
-        return facts.of_run(given["run"], command, bench, shown)
+        found = pictures(given["run"], "test", [d.row - 1 for d in decision.disagreements if d.text is None])
+        return facts.of_run(given["run"], command, bench, {index + 1: image for index, image in found.items()})
     path, shown = given["predictions"], {}
     if "image" in given:
         from kd.deploy.samples import pictures_of_table  # start-up: torch

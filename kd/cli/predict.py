@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         texts = [read.columns[column] for column in columns]
         items: list[Any] = list(zip(*texts, strict=True)) if predictor.pairs else texts[0]
         ids = read.columns.get(inputs.ID)
+        predictor.row = read.row
     else:
         items = list(inputs.image_files(given))
     if out is not None and out.suffix == ".json":

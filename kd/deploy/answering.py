@@ -62,20 +62,20 @@ class AnswerPredictor(Predictor):
         ``tried``: also for a context of which the tokenizer leaves nothing, which a whole batch ends with otherwise.
         """
         if not (isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) for text in item)):
-            raise KdError(f"the run answers pairs (question, context), input {row} is none: {str(item)[:80]!r}")
+            raise KdError(f"the run answers pairs (question, context), {self.row(row)} is none: {str(item)[:80]!r}")
         if empty := [name for name, text in zip(("question", "context"), item, strict=True) if not text.strip()]:
-            raise KdError(f"the {empty[0]} of input {row} is empty")
+            raise KdError(f"the {empty[0]} of {self.row(row)} is empty")
         text, context = item
         question = Question(text, context, [], row)
         if tried:
-            windows_of(self.tokenizer, [question], *self.sizes, "input", characters=False)
+            windows_of(self.tokenizer, [question], *self.sizes, self.row, characters=False)
         return question
 
     def _answers(self, questions: Sequence[Question], batch_size: int) -> Iterator[Prediction]:
         """Answer questions, ``batch_size`` windows at a time."""
         if not questions:
             return
-        windows = windows_of(self.tokenizer, questions, *self.sizes, "input", characters=True)
+        windows = windows_of(self.tokenizer, questions, *self.sizes, self.row, characters=True)
         found = [
             self._scored(windows, np.arange(len(windows))[part]) for part in chunks(range(len(windows)), batch_size)
         ]

@@ -26,7 +26,7 @@ class Examples:
 
     ``label``: None: there are none; "" where an example has none. ``confidence``: student or teacher → (n,), 0 to 1;
     ``probabilities``: student or teacher → (n, classes), in the order of ``classes``. ``columns``: others by name;
-    ``rows``: the number of each example in its table, the first is 1.
+    ``rows``: the number of each example in its table, or in the data of a run, the first is 1.
     """
 
     where: str
@@ -127,7 +127,7 @@ def check(examples: Examples) -> None:
         if (lacking & differ).any() or (~lacking & ~differ).any():
             row = examples.rows[np.flatnonzero(lacking & differ if (lacking & differ).any() else lacking)[0]]
             raise KdError(
-                f"{where} has no label in row {row}: each example must have one, or else exactly those on which "
+                f"row {row} of {where} has no label: each example must have one, or else exactly those on which "
                 "student and teacher disagree"
             )
     if label is not None and examples.labelled and len({*label}) < 2:

@@ -32,7 +32,7 @@ def examples_of_run(run: str) -> tuple[Examples, Examples]:
     texts = samples.texts(run, "test")
     if not texts:
         return val, test
-    return val, replace(test, text=np.asarray([texts[int(row)] for row in test.rows], dtype=object))
+    return val, replace(test, text=np.asarray([texts[int(row) - 1] for row in test.rows], dtype=object))
 
 
 def _own_run_of_teacher(config: dict[str, Any], test: Examples) -> str:
@@ -77,7 +77,7 @@ def _of_split(run: str, config: dict[str, Any], split: str) -> Examples:
         f"run = {run}, {split}",
         **answers,
         label=classes[student["target"]],
-        rows=student["index"],
+        rows=student["index"] + 1,
         classes=names,
         confidence=confidence,
         probabilities=probabilities,

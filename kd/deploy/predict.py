@@ -46,7 +46,8 @@ class Prediction:
 class Predictor:
     """A run's student or teacher with all that it needs for new inputs: pre-processing and the names of the classes.
 
-    ``spans``: whether a label is a part of the input (answers to questions), and no class.
+    ``spans``: whether a label is a part of the input (answers to questions), and no class. ``row``: what errors call an
+    input, by its place from 0.
 
     ``answer``: from prepared inputs to logits (B, classes); ``class_names``; ``prepare``: from inputs as they come to
     prepared ones. Made by :func:`load`.
@@ -57,6 +58,7 @@ class Predictor:
     ) -> None:
         self.answer, self.prepare = answer, prepare
         self.spans = False
+        self.row: Callable[[int], str] = lambda place: f"input {place + 1}"
         self.class_names: list[str] = list(facts.get("class_names") or [])
         self.regression: bool = facts["regression"]
         self.reads_texts: bool = facts["reads_texts"]

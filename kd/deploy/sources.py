@@ -70,12 +70,12 @@ def all_slices(found: Examples) -> list[str]:
 
 
 def table(found: Examples) -> str:
-    """Write examples as a csv that ``kd decide`` reads."""
+    """Write examples of a run as a csv that ``kd decide`` reads; ``index``: as in the run, from 0."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     sure = [who for who in SIDES if who in found.confidence]
     writer.writerow(["index", "label", *SIDES, *(f"{who}_confidence" for who in sure)])
     label = [""] * len(found) if found.label is None else found.label
     confidence = [[f"{value:.6f}" for value in found.confidence[who]] for who in sure]
-    writer.writerows(zip(found.rows, label, found.student, found.teacher, *confidence, strict=True))
+    writer.writerows(zip(found.rows - 1, label, found.student, found.teacher, *confidence, strict=True))
     return text.getvalue()

@@ -109,7 +109,9 @@ class LocalTeacher:
             )
         except Exception as error:  # whatever the template raises
             reason = str(error).splitlines()[0]
-            raise KdError(f"row {prompt.index + 1}: the chat template refuses the messages: {reason}") from None
+            raise KdError(
+                f"row {prompt.index + 1} of the prompts: the chat template refuses the messages: {reason}"
+            ) from None
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def too_long(self, ids: Sequence[int]) -> str:

@@ -59,7 +59,7 @@ def read_prompts(file: Path, references: str | None = None, system: str | None =
     wanted = records.columns[references] if references is not None else [None] * len(records)
     found: dict[str, Prompt] = {}
     for index, (value, reference) in enumerate(zip(records.columns[column], wanted, strict=True)):
-        where = f"{file}, row {index + 1}"
+        where = records.row(index)
         if column == "text" and not str(value).strip():  # an empty line of a text file
             continue
         content = _content(value, system is not None, where)

@@ -215,7 +215,7 @@ def test_questions_without_an_answer() -> None:
     for number, (_, answers) in enumerate(made.parts["test"].asked):
         targets = windows.targets[windows.question == number]
         assert (targets == 0).all() == (not answers)
-    with pytest.raises(KdError, match=r"row \d+ has no answer: set data\.unanswerable=true"):
+    with pytest.raises(KdError, match=r"row \d+ of data\.train has no answer: set data\.unanswerable=true"):
         data(rows)
 
 
@@ -227,17 +227,23 @@ ROW = {"question": "who ?", "context": "It was the river.", "answers": {"text": 
     [
         (
             {"answers": {"text": ["the river"], "answer_start": [6]}},
-            r"row 12: the answer 'the river' is not in its context at answer_start = 6: ' the rive' is there",
+            r"row 13 of data\.train: the answer 'the river' is not in its context at answer_start = 6: ' the rive'",
         ),
         ({"answers": {"text": ["river."], "answer_start": [-6]}}, "answer_start = -6"),
         ({"answers": {"text": [" "], "answer_start": [2]}}, "the answer ' ' is not in its context"),
-        ({"answers": None}, r"row 12 has no answer: set data\.unanswerable=true"),
+        ({"answers": None}, r"row 13 of data\.train has no answer: set data\.unanswerable=true"),
         ({"answers": {"text": ["river"]}}, r"data\.answers = answers must be \{text: \[TEXT, …\], answer_start"),
         ({"answers": {"text": ["river"], "answer_start": ["11"]}}, r"it is \{'text': \['river'\], 'answer_start'"),
         ({"answers": {"text": ["a", "b"], "answer_start": [1]}}, r"data\.answers = answers must be"),
         ({"answers": "river"}, r"data\.answers = answers must be .*it is river"),
-        ({"context": " "}, r"row 12: data\.context = context must be a text that is not empty, it is ' '"),
-        ({"question": None}, r"row 12: data\.question = question must be a text that is not empty, it is None"),
+        (
+            {"context": " "},
+            r"row 13 of data\.train: data\.context = context must be a text that is not empty, it is ' '",
+        ),
+        (
+            {"question": None},
+            r"row 13 of data\.train: data\.question = question must be a text that is not empty, it is None",
+        ),
     ],
 )
 def test_a_row_that_is_no_question_is_one_sentence(change: dict[str, Any], sentence: str) -> None:

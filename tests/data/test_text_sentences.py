@@ -316,6 +316,10 @@ def file_of(tmp_path: Path, text: str | bytes, name: str = "x.csv") -> str:
         ({"test_fraction": 0.1}, r"data\.test_fraction = 0\.1 is not allowed"),
         ({"train": [{"text": " ", "label": "a"}]}, r"no text in data\.text = text: all are empty"),
         ({"train": [{"text": 3, "label": "a"}]}, r"data\.text = text of data\.train holds no texts: 3"),
+        (
+            {"train": [{"text": "a", "label": "1"}] * 30 + [{"text": "a", "label": "one"}], "numbers": True},
+            r"row 31 of data\.train has a label that is no number",
+        ),
         ({"train": [{"text": "a", "label": 0.5}]}, r"data\.label = label .* such as 0\.5"),
         (
             {"train": [{"text": str(i), "label": f"{i // 2},5"} for i in range(45)]},

@@ -253,12 +253,17 @@ def test_a_run_shows_its_images(kd, tmp_path, teacher_run) -> None:
               f"hydra.run.dir={out}", "protocol.keep_predictions=true")  # fmt: skip
     assert said.code == 0, said.err
     result = json.loads((out / "result.json").read_text())
-    said = kd("decide", "run", "page=d.html", "show=7", "out=d.json")
+    said = kd("decide", "run", "page=d.html", "show=7", "out=d.json", "write=d.csv")
     assert said.code == 0, said.err
     page, found = read(tmp_path / "d.html"), json.loads((tmp_path / "d.json").read_text())
     assert found["slices"][0]["column"] == "class"
-    pictures = samples.pictures("run", "test", [d["row"] for d in found["disagreements"]])
+    pictures = samples.pictures("run", "test", [d["row"] - 1 for d in found["disagreements"]])
     assert len(pictures) == 7
+    with (tmp_path / "d.csv").open() as file:
+        written = {int(row["index"]): (row["student"], row["teacher"]) for row in csv.DictReader(file)}
+    with np.load(out / "predictions_test.npz") as kept:
+        assert {*written} == {*kept["index"].tolist()}
+    assert all(written[d["row"] - 1] == (d["student"], d["teacher"]) for d in found["disagreements"])
     assert {*pictures.values()} <= {*page.addresses}
     student, teacher = result["student"]["parameters"], result["teacher"]["parameters"]
     assert f"smaller by {100 * (1 - student / teacher):.1f} % {student:,} of {teacher:,} parameters" in page.text

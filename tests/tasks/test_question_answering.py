@@ -403,16 +403,19 @@ def test_a_teacher_its_student_and_what_transformers_loads(folder: Path, capsys:
     assert main(["predict", f"{folder}/s", f"{folder}/test.jsonl", "top=2"]) == 1
     assert "are of classes, and the run answers none" in capsys.readouterr().err
     check_ids(folder, rows, said, capsys)
+    (folder / "empty.jsonl").write_text(json.dumps({**rows[0], "context": " "}))
+    assert main(["predict", f"{folder}/s", f"{folder}/test.jsonl", f"{folder}/empty.jsonl"]) == 1
+    assert f"the context of row 1 of {folder}/empty.jsonl is empty" in capsys.readouterr().err
     given = kd.load(folder / "s")
     pair = (rows[0]["question"], rows[0]["context"])
     for wrong in ("what is this ?", None, {"question": "a", "context": "b"}):
-        with pytest.raises(KdError, match=r"answers pairs \(question, context\), input 1 is none"):
+        with pytest.raises(KdError, match=r"answers pairs \(question, context\), input 2 is none"):
             given.predict([pair, wrong])
-    with pytest.raises(KdError, match="the context of input 1 is empty"):
+    with pytest.raises(KdError, match="the context of input 2 is empty"):
         given.predict([pair, ("what?", " ")])
     first, second, third = given.predict([pair, ("what?", ""), pair], skip_unreadable=True)
     assert first == third
-    assert (second.input, second.label, second.error) == ("what?", None, "the context of input 1 is empty")
+    assert (second.input, second.label, second.error) == ("what?", None, "the context of input 2 is empty")
     loaded = transformers.AutoModelForQuestionAnswering.from_pretrained(folder / "s" / "selected")
     assert type(loaded).__name__ == "DistilBertForQuestionAnswering"
     kept = [*network("student", small), f"teacher.checkpoint={folder}/t", "protocol.keep_predictions=true"]

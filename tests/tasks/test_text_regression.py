@@ -188,7 +188,7 @@ def test_a_resumed_run_is_the_same(folder: Path, capsys: pytest.CaptureFixture[s
         ("loss=[kd]", "loss.kd needs a teacher"),
         ("loss=[ce]", "loss.ce is for classes, and a row of this task is a number: use loss=[mse]"),
         ("data.numbers=false", "csv holds numbers such as "),
-        ("data.label=one", " in data.label = one, row 0; data.numbers = true needs a finite number a text"),
+        ("data.label=one", "/train.csv has a label that is no number, or none: "),
     ],
 )
 def test_what_cannot_be_is_one_sentence(

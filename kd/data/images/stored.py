@@ -29,7 +29,7 @@ class StoredImage(NamedTuple):
         return io.BytesIO(self.read_bytes())
 
     def __str__(self) -> str:
-        return f"image {self.number} of {self.where}"
+        return f"the image in row {self.number + 1} of {self.where}"
 
 
 class NamedContent(FileContent):
@@ -40,7 +40,7 @@ class NamedContent(FileContent):
         self.names = names
 
     def name(self, position: int) -> str:
-        """Give its path as it is written, or its number."""
+        """Give its path as it is written, or its row."""
         return self.names[position]
 
 
@@ -60,4 +60,8 @@ def images_of(dataset: Any, column: str, where: str) -> tuple[list[Any], list[in
         return files, [file.stat().st_size if file.is_file() else -1 for file in files], list(map(str, files))
     sizes = np.asarray(compute.binary_length(bytes_)).tolist()
     numbers = range(len(rows))
-    return [StoredImage(rows, column, number, where) for number in numbers], sizes, list(map(str, numbers))
+    return (
+        [StoredImage(rows, column, number, where) for number in numbers],
+        sizes,
+        [f"row {number + 1}" for number in numbers],
+    )

@@ -56,5 +56,5 @@ class TextContent:
     head = read
 
     def name(self, position: int) -> str:
-        """Give its number and beginning."""
-        return f"{self.called} {position} ({self.keys[position][:30]!r})"
+        """Give its number, from 1, and its beginning."""
+        return f"{self.called} {position + 1} ({self.keys[position][:30]!r})"

@@ -61,9 +61,7 @@ def dialogues(records: Records, tokenizer: Any) -> list[Dialogue]:
             f"{records.where} has messages, and data.tokenizer has no chat template: use one that has, or "
             "write prompt and completion as texts"
         )
-    return [
-        _rendered(messages, first, tokenizer, f"{records.where}, row {i}") for i, (messages, first) in enumerate(rows)
-    ]
+    return [_rendered(messages, first, tokenizer, records.row(i)) for i, (messages, first) in enumerate(rows)]
 
 
 def answers_of(

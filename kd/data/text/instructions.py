@@ -40,7 +40,7 @@ class Instructions(Documents):
         contexts = columns.get("context") or [None] * len(found)
         prompts = [self._prompt(one, two) for one, two in zip(columns["instruction"], contexts, strict=True)]
         completions = [(text or "").strip() for text in columns["response"]]
-        return Records({"prompt": prompts, "completion": completions}, found.where)
+        return Records({"prompt": prompts, "completion": completions}, found.where, files=found.files)
 
     def _prompt(self, instruction: str, context: str | None) -> str:
         """One instruction as a text that its answer follows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kd.errors import KdError, did_you_mean
@@ -77,8 +77,8 @@ def positions(labels: Sequence[str | None], places: Mapping[str, int], where: st
     return [None if label is None else places[label] for label in labels]
 
 
-def numbers_of(labels: Sequence[str | None], rows: Sequence[int], column: str | None, where: str) -> list[float]:
-    """Return labels as numbers to regress on. ``rows``: of the file, for the error.
+def numbers_of(labels: Sequence[str | None], column: str | None, row: Callable[[int], str]) -> list[float]:
+    """Return labels as numbers to regress on. ``row``: what errors call the row of a label, by its place.
 
     Raises ``KdError`` where one is no finite number, or missing.
     """
@@ -86,8 +86,8 @@ def numbers_of(labels: Sequence[str | None], rows: Sequence[int], column: str | 
     wrong = next((place for place, number in enumerate(found) if not abs(number) <= LARGEST), None)
     if wrong is not None:
         raise KdError(
-            f"{where} has a label that is no number, or none: {labels[wrong]!r} in data.label = {column}, row "
-            f"{rows[wrong]}; data.numbers = true needs a finite number a text"
+            f"{row(wrong)} has a label that is no number, or none: {labels[wrong]!r} in data.label = {column}; "
+            "data.numbers = true needs a finite number a text"
         )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Questions(TextModule):
         self.columns = {"question": question, "context": context, "answers": answers}
         self.unanswerable, self.overlap = unanswerable, overlap
         self.max_length, self.stride, self.question_length = max_length, stride, question_length
+        self._sources: dict[str, Records] = {}  # split → what its rows are called by, without the rows
 
     def build(self) -> dict[str, Any]:
         """Read, split and tokenise."""
@@ -88,11 +90,12 @@ class Questions(TextModule):
         found = read(self.given[split], self.root, self.encoding, split, self.delimiter)
         if "paragraphs" in found.columns and self.columns["context"] not in found.columns:
             found = of_articles(found, self.columns)
+        self._sources[split] = replace(found, columns={})
         texts = [self._texts(found, key) for key in ("question", "context")]
         answers = found.column(self.columns["answers"], "answers")
         rows = zip(*texts, answers, strict=True)
         return [
-            Question(text, context, self._answers(value, context, f"{found.where}, row {row}"), row)
+            Question(text, context, self._answers(value, context, found.row(row)), row)
             for row, (text, context, value) in enumerate(rows)
         ]
 
@@ -102,8 +105,7 @@ class Questions(TextModule):
         wrong = next((i for i, value in enumerate(values) if not isinstance(value, str) or not value.strip()), None)
         if wrong is not None:
             raise KdError(
-                f"{found.where}, row {wrong}: data.{key} = {name} must be a text that is not empty, it is "
-                f"{values[wrong]!r}"
+                f"{found.row(wrong)}: data.{key} = {name} must be a text that is not empty, it is {values[wrong]!r}"
             )
         return values
 
@@ -194,7 +196,8 @@ class Questions(TextModule):
         key = digest_of([str(question) for question in questions], "windows 1", *settings, characters)
 
         def make() -> Windows:
-            return windows_of(self.tokenizer, questions, *settings, split, characters)
+            source = self._sources.get(split, self._sources["train"])  # val or test is cut from train
+            return windows_of(self.tokenizer, questions, *settings, source.row, characters)
 
         windows = store.cached(self.cache, f"{key}-{self.tokenizer_digest}", make, Windows)
         asked = [(question.context, [text for text, _ in question.answers]) for question in questions]

@@ -31,13 +31,22 @@ FEW = 30  # texts of val or test: with fewer, one is more than 3 points of accur
 
 @dataclass(frozen=True)
 class Texts:
-    """Rows of one split; ``labels``: as they are written, None: none; ``index`` (n,): their row in the source."""
+    """Rows of one split; ``labels``: as written, None: none; ``index`` (n,): their row in ``source``, from 0."""
 
     first: list[str]
     second: list[str] | None
     labels: list[str | None]
     index: Tensor
-    where: str
+    source: Records
+
+    @property
+    def where(self) -> str:
+        """What errors call the source."""
+        return self.source.where
+
+    def row(self, place: int) -> str:
+        """What errors call the row of a text, by its place here."""
+        return self.source.row(int(self.index[place]))
 
     def __len__(self) -> int:
         return len(self.first)
@@ -161,7 +170,7 @@ class Sentences(TextModule):
             raise KdError(f"{records.where} has no text in data.text = {self.columns['text']}: all are empty")
         if len(kept) < len(first):
             log.warning("%s: %s of %s texts are empty and left out", records.where, len(first) - len(kept), len(first))
-        whole = Texts(first, second, labels, torch.arange(len(first)), records.where)
+        whole = Texts(first, second, labels, torch.arange(len(first)), replace(records, columns={}))
         return whole.take(kept)
 
     def _words(self, records: Records, key: str) -> list[str]:
@@ -197,7 +206,7 @@ class Sentences(TextModule):
 
     def _targets(self, texts: Texts, split: str) -> Tensor:
         if self.numbers and self.masking is None:
-            return torch.tensor(numbers_of(texts.labels, texts.index.tolist(), self.columns["label"], texts.where))
+            return torch.tensor(numbers_of(texts.labels, self.columns["label"], texts.row))
         places = {name: place for place, name in enumerate(self.class_names)}
         if self.label_names is not None and not any(NUMBER.fullmatch(name) for name in self.class_names):
             places = {**{str(place): place for place in range(len(places))}, **places}

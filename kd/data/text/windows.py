@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +21,7 @@ Answer = tuple[str, int]
 
 
 class Question(NamedTuple):
-    """A question on a context, and its answers: the first one is learned, any of them is right. ``row``: for errors."""
+    """A question on a context, and its answers: the first is learned, any is right. ``row``: in its source, from 0."""
 
     text: str
     context: str
@@ -72,13 +72,19 @@ class _Encoded(NamedTuple):
 
 
 def windows_of(
-    tokenizer: Any, questions: Sequence[Question], length: int, stride: int, most: int, where: str, characters: bool
+    tokenizer: Any,
+    questions: Sequence[Question],
+    length: int,
+    stride: int,
+    most: int,
+    row: Callable[[int], str],
+    characters: bool,
 ) -> Windows:
     """Divide contexts into windows of at most ``length`` tokens, each with its question, as BERT does.
 
     ``stride``: tokens of the context from the beginning of a window to that of the next one; the last window ends with
     the context. ``most``: tokens of a question, which is truncated. A window that does not hold the whole answer has
-    none. ``where``: how errors call the questions; ``characters``: whether they are kept.
+    none. ``row``: what errors call a row by its number; ``characters``: whether they are kept.
 
     ``KdError`` for a context, or an answer, of which the tokenizer leaves nothing.
     """
@@ -86,10 +92,8 @@ def windows_of(
     types: list[list[int]] = []
     places: list[np.ndarray] = []
     facts: list[tuple[int, ...]] = []
-    for number, (question, found) in enumerate(
-        zip(questions, _encoded(tokenizer, questions, most, where), strict=True)
-    ):
-        answer = _tokens_of_answer(question, found.places, where)
+    for number, (question, found) in enumerate(zip(questions, _encoded(tokenizer, questions, most, row), strict=True)):
+        answer = _tokens_of_answer(question, found.places, row)
         before, inside, behind = found.ids
         room = length - len(before) - len(behind)
         for begin in range(0, max(1, len(inside) - room + stride), stride):
@@ -114,7 +118,7 @@ def windows_of(
     )
 
 
-def _encoded(tokenizer: Any, questions: Sequence[Question], most: int, where: str) -> Iterator[_Encoded]:
+def _encoded(tokenizer: Any, questions: Sequence[Question], most: int, row: Callable[[int], str]) -> Iterator[_Encoded]:
     """Tokenise questions with their contexts, nothing of which is truncated."""
     for start in range(0, len(questions), AT_ONCE):
         part = questions[start : start + AT_ONCE]
@@ -132,7 +136,7 @@ def _encoded(tokenizer: Any, questions: Sequence[Question], most: int, where: st
         for place, question in enumerate(part):
             sides = found.sequence_ids(place)
             if 1 not in sides:
-                raise KdError(f"{where}, row {question.row}: the tokenizer leaves nothing of its context")
+                raise KdError(f"{row(question.row)}: the tokenizer leaves nothing of its context")
             begin, end = sides.index(1), sides.index(1) + sides.count(1)
             of_question = [i for i in range(begin) if sides[i] == 0]
             lost = set(of_question[most:])
@@ -145,7 +149,7 @@ def _encoded(tokenizer: Any, questions: Sequence[Question], most: int, where: st
             )
 
 
-def _tokens_of_answer(question: Question, places: np.ndarray, where: str) -> tuple[int, int] | None:
+def _tokens_of_answer(question: Question, places: np.ndarray, row: Callable[[int], str]) -> tuple[int, int] | None:
     """Return the first and the last token of the context that share a character with the first answer."""
     if not question.answers:
         return None
@@ -153,7 +157,7 @@ def _tokens_of_answer(question: Question, places: np.ndarray, where: str) -> tup
     first = int(np.searchsorted(places[:, 1], begin, side="right"))
     last = int(np.searchsorted(places[:, 0], begin + len(text), side="left")) - 1
     if first > last:
-        raise KdError(f"{where}, row {question.row}: the tokenizer leaves nothing of the answer {text!r}")
+        raise KdError(f"{row(question.row)}: the tokenizer leaves nothing of the answer {text!r}")
     return first, last
 
 
