@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,12 +100,14 @@ class Rows:
     ids: Sequence[str] | None = None
 
     def write(self, file: IO[str], found: Iterable[Any], kind: str) -> int:
-        """Write all predictions as ``kind``, an ending; return how many are errors."""
+        """Write all predictions as ``kind``, an ending, nothing before the first; return how many are errors."""
         writer, names, failed = csv.writer(file), self.names(), 0
+        found = iter(found)
+        first = next(found, None)  # of the first batch, which may end in an error
         answers: dict[str, str] = {}
         if kind == ".csv":
             writer.writerow(names)
-        for number, one in enumerate(found):
+        for number, one in enumerate(chain([first], found)):
             failed += bool(one.error)
             own = {} if self.ids is None else {"id": self.ids[number]}
             if kind == ".json":

@@ -106,9 +106,13 @@ def test_an_image_that_cannot_be_read(images: Path, tmp_path: Path, capsys: pyte
     bad, out = tmp_path / "bad.png", tmp_path / "found.csv"
     bad.write_text("no image")
     arguments = ["predict", str(images / "run"), str(bad), str(good), f"out={out}"]
-    assert main(arguments) == 1
-    assert str(bad) in capsys.readouterr().err
-    assert not out.exists()
+    capsys.readouterr()
+    for argv in (arguments[:-1], arguments, [*arguments[:-1], f"out={out.with_suffix('.jsonl')}"]):
+        assert main(argv) == 1
+        said = capsys.readouterr()
+        assert str(bad) in said.err
+        assert said.out == ""  # no header without a row
+        assert list(tmp_path.iterdir()) == [bad]  # and no part of a file
     assert main([*arguments, "skip_unreadable=true"]) == 1
     first, second = csv.DictReader(io.StringIO(out.read_text()))
     assert first["label"] == ""
