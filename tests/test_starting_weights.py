@@ -20,6 +20,7 @@ from kd.errors import KdError
 from kd.models.cifar_resnet import resnet
 from kd.records import weight_files
 from kd.run import input_statistics
+from kd.run.frozen_body import refuse_random
 from kd.run.optim import Groups, arguments
 from kd.run.starting_weights import put
 
@@ -212,11 +213,49 @@ def test_batch_norms_keep_their_statistics(kd: Any) -> None:
 
 
 def test_statistics_that_are_not_there_are_not_kept(kd: Any) -> None:
-    said = kd("train", "model@student=resnet8", "recipe=finetune", "recipe.epochs=2", "hardware=cpu", "data=digits")
+    said = kd("train", *FAST, "recipe.frozen_norms=true")
     assert said.code == 1
     assert (
         "recipe.frozen_norms = true keeps the batch statistics that the student came with, and it has none" in said.err
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["model@student=resnet8", "recipe=finetune"],
+            "recipe.frozen_body = 0.5 would freeze random weights: give the student weights (student.checkpoint=FILE, "
+            "student.model.pretrained=true), or set recipe.frozen_body=null recipe.frozen_norms=null recipe.body_lr=",
+        ),
+        (
+            ["model@student=timm", "student.model.name=test_resnet.r160_in1k", "recipe=linear_probe"],
+            "recipe.frozen_body = 1 would freeze random weights: give the student weights (student.checkpoint=FILE, "
+            "student.model.pretrained=true), or set recipe.frozen_body=null\n",
+        ),
+    ],
+)
+def test_a_body_of_random_weights_is_not_frozen(overrides: list[str], sentence: str, kd: Any) -> None:
+    said = kd("train", *overrides, "recipe.epochs=2", "hardware=cpu", "data=digits")
+    assert said.code == 1
+    assert sentence in said.err
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"checkpoint": "a.pt"},
+        {"surgery": {"layers": [0, 2]}},
+        {"model": {"_target_": "kd.models.timm_model.timm_model", "name": "resnet18", "pretrained": True}},
+        {"model": {"_target_": "mine.Net", "weights": "DEFAULT"}},  # of another's network it is not known
+    ],
+)
+def test_a_body_that_comes_with_weights_may_be_frozen(weights: dict[str, Any]) -> None:
+    recipe = {"frozen_body": 0.5, "frozen_norms": None, "body_lr": None}
+    student = {"model": {"_target_": "kd.models.mlp.mlp"}, "checkpoint": None, "surgery": None}
+    refuse_random({**student, **weights}, recipe)
+    with pytest.raises(KdError, match="would freeze random weights"):
+        refuse_random(student, recipe)
 
 
 def test_what_is_not_allowed_of_the_body() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -82,6 +82,22 @@ def freeze(student: nn.Module) -> None:
     """Let no gradient reach the body. ``KdError`` where nothing says which layer is the classifier."""
     for parameter in body_parameters(student):
         parameter.requires_grad_(False)
+
+
+def refuse_random(student: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Refuse ``recipe.frozen_body`` where the student's weights are random; ``student``: its section of a config.
+
+    Networks of kd and timm say by ``pretrained`` whether they come with weights; of any other network it is not known.
+    """
+    model = student["model"] or {}
+    known = str(model.get("_target_", "")).startswith(("kd.models.", "timm."))
+    fetched = model.get("pretrained") and model.get("name", "") is not None  # transformers: of no name, a random one
+    if known and not (student["checkpoint"] or student.get("surgery") or fetched or model.get("checkpoint_path")):
+        without = " ".join(f"recipe.{key}=null" for key in ("frozen_body", "frozen_norms", "body_lr") if recipe[key])
+        raise KdError(
+            f"recipe.frozen_body = {recipe['frozen_body']:g} would freeze random weights: give the student weights "
+            f"(student.checkpoint=FILE, student.model.pretrained=true), or set {without}"
+        )
 
 
 def head_names(student: nn.Module, key: str) -> tuple[str, ...]:
