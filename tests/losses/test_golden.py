@@ -143,7 +143,7 @@ def test_every_file_of_our_own_has_a_method() -> None:
         ("at-b", "at"),
         ("kd_hard_3", "hard_label"),
         ("fitnet_2", "hint"),
-        ("kdsvd", None),
+        ("kdsvd", "kdsvd"),
         ("kd_logits_mse", None),
         ("attention", None),
     ],

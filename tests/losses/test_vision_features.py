@@ -25,6 +25,7 @@ from kd.losses.features._class_maps import class_activation_maps
 from kd.losses.features.cat_kd import ClassAttentionTransfer
 from kd.losses.features.fsp import FlowOfSolution
 from kd.losses.features.ft import FactorTransfer
+from kd.losses.features.kdsvd import SingularVectorRelations
 from kd.losses.features.ofd import OverhaulDistillation
 from kd.losses.features.reviewkd import KnowledgeReview
 from kd.losses.features.semckd import Embedding, SemanticCalibration
@@ -189,6 +190,43 @@ def test_vitkd_hides_tokens_and_shows_the_others() -> None:
     assert (noise[hidden].view(2, 12).amin(1) > noise[~hidden].view(2, 4).amax(1)).all()
     assert (seen[0][hidden] == 0).all()
     assert torch.equal(seen[0][~hidden], tokens[~hidden])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 6, 2, 2)], ids=["tall", "wide"])
+def test_singular_vectors_and_their_gradient_are_those_of_torch(shape: tuple[int, ...]) -> None:
+    """Their sign is anybody's choice: the products of a vector with itself are compared."""
+    feature, weight = normal(*shape, grad=True), normal(2, shape[1], shape[1], 2)
+    values, vectors = f.singular_vectors(feature, 2)
+    _, expected, rows = torch.linalg.svd(feature.flatten(2).transpose(1, 2), full_matrices=False)
+    torch.testing.assert_close(values, expected[:, :2].detach())
+    ours, theirs = (
+        torch.autograd.grad((weight * v[:, :, None] * v[:, None]).sum(), feature)
+        for v in (vectors, rows[:, :2].transpose(1, 2))
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_singular_vectors_without_a_direction_have_a_finite_gradient() -> None:
+    dead = torch.zeros(2, 3, 2, 2, requires_grad=True)
+    equal = torch.eye(4).view(1, 4, 2, 2).requires_grad_()
+    for feature in (dead, equal):
+        f.singular_vectors(feature, 2)[1].square().sum().backward()
+        assert feature.grad.abs().max() < 1
+
+
+def test_kdsvd_is_blind_to_signs_and_to_what_the_student_has_besides() -> None:
+    student, teacher = ([normal(2, 5, 4, 4) for _ in range(2)] for _ in range(2))
+    assert f.singular_vector_relations([-t for t in teacher], teacher, 2) < 1e-24
+    # a third vector is larger in the student than the one that the teacher has
+    vectors = torch.linalg.qr(normal(5, 5)).Q
+    left = torch.linalg.qr(normal(16, 16)).Q[:, :5]
+
+    def made(*values: float) -> Tensor:
+        return ((left * torch.tensor(values).double()) @ vectors.T).T.reshape(1, 5, 4, 4)
+
+    of_teacher, of_student = made(9, 0.5, 0.4, 0.3, 0.2), made(5, 9, 0.4, 0.3, 0.2)
+    assert f.singular_vector_relations([of_student] * 2, [of_teacher] * 2) < 1e-24
+    assert f.singular_vector_relations(student, teacher) > 1e-3
 
 
 def test_directions_alone_are_compared_at_unit_length() -> None:
@@ -463,6 +501,14 @@ def test_maps_beside_tokens_train(term, student, teacher) -> None:
             True,
             "theia cannot compare .*layer3 .*fc:input .*tap maps",
         ),
+        (lambda: SingularVectorRelations([-1], [-1]), conv, wider, True, "kdsvd compares each layer with the next one"),
+        (
+            lambda: SingularVectorRelations([0, 1], [0, 1], k=7),
+            conv,
+            wider,
+            True,
+            r"k = 7 is not allowed: kdsvd .*layer1 .* at most 6$",
+        ),
         (lambda: FlowOfSolution([-1], [-1]), conv, wider, True, "fsp compares each layer with the next one"),
         (lambda: FlowOfSolution(adapter="identity"), conv, wider, True, "adapter = identity needs equal widths"),
         (lambda: ReusedClassifier([-1], [-1]), conv, vit, True, r"simkd cannot compare .*tap maps .* on both sides"),
@@ -500,6 +546,7 @@ def test_refused_before_the_first_batch(make, student, teacher, index: bool, sen
         (lambda: SemanticCalibration(samples=0), "samples = 0"),
         (lambda: FeatureTranslation(w_smooth=-1), "w_smooth = -1"),
         (lambda: ViTDistillation(masked=1), "masked = 1"),
+        (lambda: SingularVectorRelations(k=0), "k = 0"),
         (lambda: TokenSimilarity(w_local=-1), "w_local = -1"),
         (lambda: ClassAttentionTransfer(resolution=0), "resolution = 0"),
     ],

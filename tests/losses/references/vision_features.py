@@ -245,6 +245,12 @@ def theia(case: Case) -> Tensor:
     return f.translated_distance(case.layers("student"), case.layers("teacher"))
 
 
+def kdsvd_of_columns(case: Case) -> Tensor:
+    """The matrix that is decomposed has channels and rows in one dimension, the columns in the other."""
+    sides = ([x.permute(0, 3, 1, 2).flatten(2).unsqueeze(3) for x in case.layers(s)] for s in ("student", "teacher"))
+    return f.singular_vector_relations(*sides, case.hyper["k"])
+
+
 def fsp_columns(case: Case) -> Tensor:
     """Max pooling; norms of the columns of the difference, summed, divided by B."""
     students, teachers = case.layers("student"), case.layers("teacher")
@@ -282,10 +288,11 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "rrd": rrd,
     "vitkd": vitkd,
     "theia": theia,
+    "kdsvd_mdistiller": kdsvd_of_columns,
     "l2_normalised": lambda case: f.hint_loss(*pair(case), "unit"),
     "itrd_mutual": lambda case: f.mutual_information(*pair(case)),
 }
-SINGLE = {"ofd_margin", "semckd"}
+SINGLE = {"ofd_margin", "semckd", "kdsvd_mdistiller"}
 EQUAL = {
     "sp": {"mdistiller", "kd_zoo"},
     "rkd": {"mdistiller", "kd_zoo", "torchdistill", "mmrazor_without_l2_norm"},
