@@ -63,9 +63,10 @@ def timm_model(
 def first_part(network: nn.Module, prune: Mapping[str, Any] | None) -> nn.Module:
     """Cut a network of timm behind one of its stages, in place, with a new classifier on what is kept.
 
-    ``prune``: ``indices``, a list of stages of which the largest decides, and what else timm's
+    ``prune``: ``indices``, a list of one stage, the last one that is kept, from 0, and what else timm's
     ``prune_intermediate_layers`` takes (EfficientNet: ``extra_blocks``, groups of blocks, the stem is 0); None: nothing
-    is. ``pruned`` of the network names the tensors that are gone, which a file of the whole network still has.
+    is. timm takes several stages as well, the largest of which decides, and negative ones: they are refused. ``pruned``
+    of the network names the tensors that are gone, which a file of the whole network still has.
 
     Raises ``ValueError`` for a network that timm cannot cut, and for stages that are not there.
     """
@@ -74,12 +75,16 @@ def first_part(network: nn.Module, prune: Mapping[str, Any] | None) -> nn.Module
     if not hasattr(network, "prune_intermediate_layers"):
         raise ValueError(f"prune = {prune} is not allowed: timm cannot cut {type(network).__name__}")
     indices = prune.get("indices") if isinstance(prune, Mapping) else None
-    if not isinstance(indices, Sequence) or isinstance(indices, str) or not indices:
-        raise ValueError(f"prune = {prune} is not allowed: it must be {{indices: [STAGE]}}, the last one that is kept")
+    stages = list(indices) if isinstance(indices, Sequence) else []
+    if len(stages) != 1 or type(stages[0]) is not int or stages[0] < 0:
+        raise ValueError(
+            f"prune = {prune} is not allowed: it must be {{indices: [STAGE]}}, the last stage that is kept, one number, "
+            "0 or more"
+        )
     whole, classes = set(network.state_dict()), network.num_classes
     pool = getattr(network, "global_pool", None) or getattr(getattr(network, "head", None), "global_pool", None)
     try:
-        network.prune_intermediate_layers(**{**prune, "indices": list(indices)})  # type: ignore[operator]
+        network.prune_intermediate_layers(**{**prune, "indices": stages})  # type: ignore[operator]
         network.reset_classifier(classes, getattr(pool, "pool_type", pool))  # type: ignore[operator]
     except (AssertionError, TypeError, IndexError) as error:
         reason = (str(error).splitlines() or ["there is no such stage"])[0].rstrip(".")

@@ -75,9 +75,12 @@ def test_what_cannot_be_cut() -> None:
         timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune={"indices": [9]})
     with pytest.raises(ValueError, match=r"is not allowed: .*unexpected keyword argument 'stages'"):
         timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune={"indices": [2], "stages": 2})
-    for nothing in ({"indices": 2}, {"indices": []}, {}, 3):
-        with pytest.raises(ValueError, match=r"it must be \{indices: \[STAGE\]\}"):
-            timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune=nothing)  # type: ignore[arg-type]
+    several: list[Any] = [[], [1, 2], [-1], [True], [1.0], "2", ["2"], 2, None]
+    for wrong in (*({"indices": indices} for indices in several), {}, 3):
+        with pytest.raises(
+            ValueError, match=r"it must be \{indices: \[STAGE\]\}, the last stage that is kept, one number, 0 or"
+        ):
+            timm_model("resnet18", num_classes=5, input_shape=SHAPE, prune=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is not allowed: "):
         timm_model("vit_base_patch16_siglip_224", num_classes=5, input_shape=(3, 224, 224), prune={"indices": [1]})
     with pytest.raises(ValueError, match="timm cannot cut Linear"):
