@@ -78,8 +78,8 @@ def first_part(network: nn.Module, prune: Mapping[str, Any] | None) -> nn.Module
     stages = list(indices) if isinstance(indices, Sequence) else []
     if len(stages) != 1 or type(stages[0]) is not int or stages[0] < 0:
         raise ValueError(
-            f"prune = {prune} is not allowed: it must be {{indices: [STAGE]}}, the last stage that is kept, one number, "
-            "0 or more"
+            f"prune = {prune} is not allowed: it must be {{indices: [STAGE]}}, the last stage that is kept, one number "
+            "from 0"
         )
     whole, classes = set(network.state_dict()), network.num_classes
     pool = getattr(network, "global_pool", None) or getattr(getattr(network, "head", None), "global_pool", None)
