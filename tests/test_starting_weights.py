@@ -212,6 +212,14 @@ def test_batch_norms_keep_their_statistics(kd: Any) -> None:
     assert not any(torch.equal(before[name], after[name]) for name in after.keys() - statistics)
 
 
+@pytest.mark.parametrize("frozen", ["recipe.frozen_norms=true", "recipe.frozen_body=1.0"])
+def test_a_last_batch_of_one_image_under_frozen_batch_norms(kd: Any, frozen: str) -> None:
+    odd = ["recipe=crd", "data.train_size=33", "recipe.epochs=1"]
+    assert "leaves a last batch of one image" in kd("train", *FAST, *odd).err
+    before, after = trained(kd, *odd, frozen)
+    assert not torch.equal(before["fc.weight"], after["fc.weight"])
+
+
 def test_statistics_that_are_not_there_are_not_kept(kd: Any) -> None:
     said = kd("train", *FAST, "recipe.frozen_norms=true")
     assert said.code == 1

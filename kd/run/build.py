@@ -160,7 +160,8 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
         **optim.arguments(config, own),
         **taken_by(get_object(config["distiller"]["_target_"]), peers, recipe),
     )
-    compatibility.check(module, data, recipe["batch_size"])
+    frozen_norms = bool(recipe["frozen_norms"]) or recipe["frozen_body"] == 1.0
+    compatibility.check(module, data, recipe["batch_size"], frozen_norms)
     batch = next(iter(data.train_dataloader()))
     length = {"epochs": recipe["epochs"], "steps": recipe.get("steps")}
     channels_last = hardware.settings(config)["channels_last"]

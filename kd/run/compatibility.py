@@ -18,15 +18,18 @@ from kd.tasks.base import Task
 log = logging.getLogger(__name__)
 
 
-def check(module: Distiller, data: Any, batch_size: int) -> None:
-    """Refuse, with one sentence, what the data cannot give or what would be silently wrong."""
+def check(module: Distiller, data: Any, batch_size: int, frozen_norms: bool = False) -> None:
+    """Refuse, with one sentence, what the data cannot give or what would be silently wrong.
+
+    ``frozen_norms``: the student's batch norms stay in eval mode for the whole run, as do those of a frozen body.
+    """
     _labels(module, data)
     if isinstance(data, AdaptedData) and group.joined():
         for split in SPLITS:
             refuse_unsharded(getattr(data, f"{split}_dataloader")(), split, group.world_size())
     if module.teacher is not None and module.teacher.cache:
         _cache(module.teacher.cached_by, data)
-    _last_batch(module, data, batch_size)
+    _last_batch(module, data, batch_size, frozen_norms)
 
 
 def _labels(module: Distiller, data: Any) -> None:
@@ -57,7 +60,7 @@ def _cache(key: str, data: Any) -> None:
         )
 
 
-def _last_batch(module: Distiller, data: Any, size: int) -> None:
+def _last_batch(module: Distiller, data: Any, size: int, frozen_norms: bool) -> None:
     """Refuse a last batch that is too small: each process needs a row of the last batch, and batch norm two."""
     count, processes = data.sizes["train"], group.world_size()
     if count is None:  # a stream: what it ends with is not known
@@ -65,7 +68,7 @@ def _last_batch(module: Distiller, data: Any, size: int) -> None:
     if size > count:
         log.warning("recipe.batch_size = %d is more than the %d training samples: an epoch is one step", size, count)
     last = 0 if data.drop_last else count % size
-    batch_norm = any(
+    batch_norm = not frozen_norms and any(
         isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.student.modules()
     )
     if last and batch_norm and last // processes < 2:
