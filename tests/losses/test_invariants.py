@@ -115,6 +115,7 @@ NOT_LEAST = {  # equal networks lose something, and move on: why
     "ofa": "heads of its own on the stages of the student",
     "reviewkd": "fusions of its own between the features",
     "rrd": "the teacher is sharpened, and has a random embedding",
+    "scalekd": "projectors of its own",
     "sdd,base=nkd": "that of nkd",
     "semckd": "projections of its own, between all layers",
     "ttm": "the teacher's powers beside the student at T = 1",

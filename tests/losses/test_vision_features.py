@@ -28,6 +28,7 @@ from kd.losses.features.ft import FactorTransfer
 from kd.losses.features.kdsvd import SingularVectorRelations
 from kd.losses.features.ofd import OverhaulDistillation
 from kd.losses.features.reviewkd import KnowledgeReview
+from kd.losses.features.scalekd import CrossAttentionProjector, ScaleDistillation
 from kd.losses.features.semckd import Embedding, SemanticCalibration
 from kd.losses.features.simkd import ReusedClassifier
 from kd.losses.features.srrl import SoftmaxRegression
@@ -227,6 +228,24 @@ def test_kdsvd_is_blind_to_signs_and_to_what_the_student_has_besides() -> None:
     of_teacher, of_student = made(9, 0.5, 0.4, 0.3, 0.2), made(5, 9, 0.4, 0.3, 0.2)
     assert f.singular_vector_relations([of_student] * 2, [of_teacher] * 2) < 1e-24
     assert f.singular_vector_relations(student, teacher) > 1e-3
+
+
+def test_the_views_of_scalekd_see_scale_and_mean_not() -> None:
+    whole, varying, teacher = (normal(2, 4, 3, 3) for _ in range(3))
+    found = f.dual_view_distance(whole, varying, teacher)
+    scaled = f.dual_view_distance(2 * whole, 3 * varying + normal(2, 4, 1, 1), teacher)
+    torch.testing.assert_close(found, scaled)
+    assert f.dual_view_distance(teacher, teacher, teacher) < 1e-24
+
+
+def test_scalekd_projects_to_any_grid() -> None:
+    projector, feature = CrossAttentionProjector((2, 3, 4, 4), (2, 6, 5, 2)).eval(), torch.randn(2, 3, 4, 4)
+    found = projector(feature)
+    assert found.shape == (2, 6, 5, 2)
+    with torch.no_grad():
+        projector.queries[3] += 1  # the query of row 1, column 1 changes that position alone
+    changed = (projector(feature) != found).any(1).nonzero()[:, 1:].unique(dim=0)
+    assert changed.tolist() == [[1, 1]]
 
 
 def test_directions_alone_are_compared_at_unit_length() -> None:
@@ -450,6 +469,7 @@ def test_preactivations_are_what_relu_makes_the_stage_of() -> None:
         partial(RelationalRepresentation, queue=4),
         SemanticCalibration,
         FeatureTranslation,
+        ScaleDistillation,
         partial(ViTDistillation, (0, -1), (0, -1)),
         ChannelWiseDivergence,
     ],
@@ -494,12 +514,15 @@ def test_maps_beside_tokens_train(term, student, teacher) -> None:
             r"vid cannot compare .*layer3 .*fc:input",
         ),
         (lambda: ViTDistillation([-1], [-1]), vit, vit, True, "vitkd mimics the first layers .* two taps or more"),
-        (
-            lambda: FeatureTranslation([-1], ["fc:input"]),
-            conv,
-            wider,
-            True,
-            "theia cannot compare .*layer3 .*fc:input .*tap maps",
+        *(
+            (
+                partial(make, [-1], ["fc:input"]),
+                conv,
+                wider,
+                True,
+                f"{name} cannot compare .*layer3 .*fc:input .*tap maps",
+            )
+            for make, name in ((FeatureTranslation, "theia"), (ScaleDistillation, "scalekd"))
         ),
         (lambda: SingularVectorRelations([-1], [-1]), conv, wider, True, "kdsvd compares each layer with the next one"),
         (
@@ -547,6 +570,7 @@ def test_refused_before_the_first_batch(make, student, teacher, index: bool, sen
         (lambda: FeatureTranslation(w_smooth=-1), "w_smooth = -1"),
         (lambda: ViTDistillation(masked=1), "masked = 1"),
         (lambda: SingularVectorRelations(k=0), "k = 0"),
+        (lambda: ScaleDistillation(w_varying=-1), "w_varying = -1"),
         (lambda: TokenSimilarity(w_local=-1), "w_local = -1"),
         (lambda: ClassAttentionTransfer(resolution=0), "resolution = 0"),
     ],

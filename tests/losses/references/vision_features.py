@@ -14,6 +14,7 @@ from kd.losses.dense.mgd import Generation
 from kd.losses.features.reviewkd import Fusion
 from kd.losses.features.simkd import Projector
 from kd.losses.features.vitkd import TokenGeneration
+from kd.losses.layouts import tokens_to_map
 from tests.losses.references._case import Case
 
 
@@ -241,6 +242,13 @@ def vitkd(case: Case) -> Tensor:
     return hyper["alpha"] * f.mimicking_distance(*zip(*lows, strict=True)) + hyper["beta"] * high
 
 
+def scalekd(case: Case) -> Tensor:
+    """Behind the projectors, tokens."""
+    whole, varying = (tokens_to_map(case[f"student_feature_{n}"]) for n in range(2))
+    weight, other = case.hyper["alpha_spatial"], case.hyper["alpha_frequency"]
+    return weight * f.dual_view_distance(whole, varying, case["teacher_feature_0"], other / weight)
+
+
 def theia(case: Case) -> Tensor:
     return f.translated_distance(case.layers("student"), case.layers("teacher"))
 
@@ -288,6 +296,7 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "rrd": rrd,
     "vitkd": vitkd,
     "theia": theia,
+    "scalekd": scalekd,
     "kdsvd_mdistiller": kdsvd_of_columns,
     "l2_normalised": lambda case: f.hint_loss(*pair(case), "unit"),
     "itrd_mutual": lambda case: f.mutual_information(*pair(case)),
