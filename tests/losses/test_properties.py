@@ -332,7 +332,7 @@ def test_attention_refuses_vectors_by_name() -> None:
             lambda: Hint(adapter="mlp"),
             "^adapter = mlp is not allowed: it must be auto, conv_bn_relu, conv, linear or identity$",
         ),
-        (lambda: Hint(variant="both"), "^variant = both is not allowed: it must be code or paper$"),
+        (lambda: Hint(variant="both"), "^variant = both is not allowed: it must be code, paper or unit$"),
         (lambda: AttentionTransfer(variant="both"), "^variant = both is not allowed: it must be code or paper$"),
         (lambda: AttentionTransfer(p=0.5), "^p = 0.5 is not allowed: it must be a finite number, 1 or more$"),
         (lambda: kl_divergence(normal(2, 3), normal(2, 1), 1.0), r"one shape: the student's is \(2, 3\), the teacher"),
