@@ -21,6 +21,7 @@ FLAGS = {  # → the limit in hydra.sweeper.limits
     "--max-params": "parameters",
     "--max-macs": "macs",
     "--max-mb": "mb",
+    "--max-peak-mb": "peak_mb",
     "--max-ms": "ms",
     "--max-latency-ratio": "latency_ratio",
     "--max-cost": "cost_month",
@@ -41,6 +42,7 @@ trained. The same command again goes on; with more --trials as well.
   kd search model@student=timm student.model.name=A,B,C … --max-ms 5          sizes of your own
 
   --max-params 50k        parameters; --max-macs 2M: multiply-accumulates of a sample; --max-mb 1.5: weights in memory
+  --max-peak-mb 40        memory of a pass of one sample with the weights, as kd bench measures it: seconds a network
   --max-latency-ratio 0.5 time of a pass of one sample ÷ the teacher's, of interleaved rounds, on this machine
   --max-ms 2              that time itself, in milliseconds
   --max-cost 100 --cost NAME|FILE.yaml    money a month, by prices by the hour as kd cost takes them; requests a second

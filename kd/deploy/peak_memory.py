@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kd.deploy.subjects import Subject, subject
+from kd.deploy.subjects import Subject, of_config, subject
 from kd.errors import KdError
 
 
@@ -27,16 +29,19 @@ def on_cuda(measured: Subject, inputs: Mapping[str, Tensor], device: torch.devic
     return int(torch.cuda.max_memory_allocated(device))
 
 
-def in_fresh_process(source: list[Any], samples: int, length: int, threads: int) -> int:
+def in_fresh_process(source: list[Any] | Mapping[str, Any], samples: int, length: int, threads: int) -> int:
     """Return bytes of the weights, and of what a pass of so many samples adds to the resident memory.
 
-    ``source``: the arguments of :func:`~kd.deploy.subjects.subject`. ``KdError`` when that process fails.
+    ``source``: the arguments of :func:`~kd.deploy.subjects.subject`, or the config of a run, whose student is measured
+    with random weights. ``KdError`` when that process fails.
     """
     asked = json.dumps({"source": source, "samples": samples, "length": length, "threads": threads})
-    done = subprocess.run([sys.executable, "-m", __name__, asked], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", __name__]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise KdError(f"the peak memory of {source[0]} cannot be measured (memory=false leaves it out): {reason}")
+        what = "the student" if isinstance(source, Mapping) else f"{source[0]} (memory=false leaves it out)"
+        raise KdError(f"the peak memory cannot be measured of {what}: {reason}")
     return int(done.stdout.splitlines()[-1])
 
 
@@ -44,7 +49,8 @@ def main(argument: str) -> None:
     """Measure in this process, and print the bytes."""
     asked = json.loads(argument)
     torch.set_num_threads(asked["threads"])
-    measured = subject(*asked["source"])
+    source = asked["source"]
+    measured = of_config(source)["student"] if isinstance(source, dict) else subject(*source)
     with torch.inference_mode():
         measured.module(**measured.example(1, asked["length"]))  # what the libraries make once
         inputs = measured.example(asked["samples"], asked["length"])
@@ -54,7 +60,12 @@ def main(argument: str) -> None:
 
 
 def _reset() -> int:
-    """Forget the peak so far, where the system can; return the bytes from which it is counted."""
+    """Forget the peak so far, where the system can; return the bytes from which it is counted.
+
+    What the first pass has left is given back, where libc can: a pass that reuses it would seem to take nothing.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # glibc
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _field("VmRSS")
@@ -75,4 +86,4 @@ def _field(name: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.stdin.read())

@@ -14,7 +14,7 @@ EPOCHS = {"last": "last epoch", "selected": "val-selected"}
 SHARES = {"error", "gap", "retention"}  # kept as fractions, shown in percent
 WHOLE = {"errors", "parameters", "macs", "adapter_parameters"}
 LOWER = {"errors", "error", "gap", "loss", "latency_ms", "parameters", "macs", "wall_clock_s"}
-LOWER |= {"latency_ratio", "ms", "mb", "cost_month"}  # of a search with limits
+LOWER |= {"latency_ratio", "ms", "mb", "peak_mb", "cost_month"}  # of a search with limits
 WORDS = {
     "error": "error rate",
     "latency_ms": "latency",
@@ -23,9 +23,10 @@ WORDS = {
     "latency_ratio": "time ÷ the teacher's",
     "ms": "time of a pass",
     "mb": "weights",
+    "peak_mb": "memory of a pass",
     "cost_month": "cost a month",
 }
-UNITS = {"latency_ms": "ms a sample", "wall_clock_s": "s", "macs": "MACs", "ms": "ms", "mb": "MB"}
+UNITS = {"latency_ms": "ms a sample", "wall_clock_s": "s", "macs": "MACs", "ms": "ms", "mb": "MB", "peak_mb": "MB"}
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,20 @@ NAMES = {  # limit → what it limits
     "parameters": "parameters",
     "macs": "multiply-accumulates of a sample",
     "mb": "MB of weights in memory",
+    "peak_mb": "MB that a pass takes, weights among them",
     "ms": "milliseconds of a pass",
     "latency_ratio": "the time of a pass ÷ the teacher's",
     "cost_month": "money a month",
 }
-DEAREST = ("latency_ratio", "ms", "cost_month", "macs", "mb", "parameters")  # the first limited one is an objective
+DEAREST = (
+    "latency_ratio",
+    "ms",
+    "cost_month",
+    "macs",
+    "peak_mb",
+    "mb",
+    "parameters",
+)  # the first limited one is an objective
 TIMED = ("ms", "latency_ratio", "cost_month")
 BATCH, ROUNDS = 1, 30  # of a pass that is timed, and how often
 STUDENTS = 48  # that are measured before a search begins, where there are no more
@@ -113,7 +122,7 @@ class Candidates:
 
             pool.preload()
             timed = any(name in TIMED for name in self.limits)
-            call = functools.partial(measure, new, timed, BATCH, ROUNDS)
+            call = functools.partial(measure, new, timed, BATCH, ROUNDS, "peak_mb" in self.limits)
             for key, found in pool.run_in_subprocess(call).items():
                 self.known[key] = self._priced(found)
 

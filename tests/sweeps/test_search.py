@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -49,6 +50,28 @@ def test_networks_are_counted_and_timed_beside_the_teacher() -> None:
     assert "ms" not in measure({"small": configs["small"]}, timed=False, batch_size=1, rounds=3)["small"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say what one pass adds")
+def test_memory_is_that_of_a_pass_and_not_of_the_weights_alone() -> None:
+    """The first two layers hold input and output, 16 maps each, at once; weights are the same at both sizes."""
+    sizes = (64, 128)
+    configs = {
+        str(edge): checked(["model@student=resnet8", "data=fake", f"data.shape=[3,{edge},{edge}]", "hardware=cpu"])
+        for edge in sizes
+    }
+    found = measure(configs, timed=False, batch_size=1, rounds=3, memory=True)
+    added = [found[str(edge)]["peak_mb"] - found[str(edge)]["mb"] for edge in sizes]
+    for edge, beside in zip(sizes, added, strict=True):
+        maps = 4e-6 * 16 * edge**2
+        assert 2 * maps < beside < 20 * maps
+    assert "peak_mb" not in measure({"64": configs["64"]}, timed=False, batch_size=1, rounds=3)["64"]
+
+
+def test_a_network_that_takes_too_much_memory_is_above_the_limit(made) -> None:
+    found = made({"peak_mb": 20})
+    assert found.above({"a": config(16), "b": config(32)}) == {"b": "peak_mb 32.5 is above 20"}
+    assert objective({"peak_mb": 20, "mb": 1}) == "peak_mb"
+
+
 # ---------------------------------------------------------------------- limits
 
 
@@ -62,6 +85,8 @@ def made(tmp_path, monkeypatch: pytest.MonkeyPatch):
         widths = {key: config["student"]["model"]["hidden"][0] for key, config in new.items()}
         asked.extend(map(str, widths.values()))
         numbers = {key: {"parameters": w, "macs": w, "samples_per_second": float(w)} for key, w in widths.items()}
+        memory = call.args[4]
+        numbers = {key: found | ({"peak_mb": found["macs"] + 0.5} if memory else {}) for key, found in numbers.items()}
         return {**numbers, **{key: {ERROR: "of no use"} for key, w in widths.items() if w == 3}}
 
     monkeypatch.setattr(pool, "run_in_subprocess", instead)
