@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kd.config import timm_source
 from kd.config.composition import CONF
-from kd.config.sizes_table import read
+from kd.config.sizes_table import MOST, read
 from kd.errors import KdError, counted, did_you_mean
 
 DEFAULT = "5M"
@@ -28,6 +28,7 @@ USAGE = f"""kd models [NAME-PART] [--max-params {DEFAULT}] [--min-params N] [--p
 
 Lists networks by their number of parameters: those of conf/model, and timm's. Parameters and MACs (multiply-accumulates
 of one image) are those of the shown size of the images and number of classes; other classes change the last layer.
+MACs are counted up to {MOST // 1_000_000}M parameters, and blank above, and where a pass cannot be done without values.
 
   kd models                              up to {DEFAULT} parameters
   kd models mobilenet --max-params 10M   names with this part; K, M and G are thousands, millions and billions
@@ -59,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
     larger = sum(int(row["parameters"]) > most for row in named)
     more = f"; {larger} have more than {given.max_params} parameters" if larger else ""
     print(f"{counted(len(chosen), 'network')}{more}")
+    if blank := sum(not row["macs"] for row in chosen):
+        print(f"{counted(blank, 'network')} without MACs: they are counted up to {MOST // 1_000_000}M parameters")
     if chosen:
         print("choose one with model@student=NAME, of timm with model@student=timm student.model.name=NAME")
     return 0

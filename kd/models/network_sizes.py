@@ -48,7 +48,7 @@ def _counted(library: str, name: str, network: nn.Module, shape: tuple[int, ...]
     row = {"library": library, "name": name, "parameters": parameters, "macs": ""}
     row |= {"input": "x".join(map(str, shape)), "classes": classes}
     if parameters <= MOST:
-        row["macs"] = _macs(network.eval(), shape)
+        row["macs"] = _macs(network.eval().requires_grad_(False), shape)
     return row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kd.config.sizes_table import MOST, read
 from kd.models.network_sizes import of_timm, write
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050", "test_vit3"])
 def test_the_table_is_what_is_counted(name: str) -> None:
     row = next(row for row in read() if row["name"] == name)
     counted = of_timm(name)
@@ -28,9 +29,11 @@ def test_published_sizes() -> None:
     assert int(sizes["resnet20"]["parameters"]) == 278_324  # with 100 classes
     assert int(sizes["resnet18"]["parameters"]) == 11_689_512
     assert int(sizes["mobilenetv3_small_100"]["macs"]) == pytest.approx(57e6, rel=0.03)  # Howard 2019: 56 M
-    assert sizes["resnet18"]["macs"] == (
-        "" if int(sizes["resnet18"]["parameters"]) > MOST else sizes["resnet18"]["macs"]
-    )
+    assert int(sizes["resnet18"]["macs"]) == pytest.approx(1.8e9, rel=0.02)  # He 2016, Table 1
+
+
+def test_macs_are_there_up_to_a_size() -> None:
+    assert [row["name"] for row in read() if bool(row["macs"]) != (int(row["parameters"]) <= MOST)] == []
 
 
 def test_the_networks_of_this_package_are_in_it() -> None:
@@ -71,6 +74,15 @@ def test_the_list(kd: Any) -> None:
     counts = [int(line.split("│")[3].strip().replace(",", "")) for line in lines]
     assert counts == sorted(counts)
     assert max(counts) <= 2_000_000
+    assert "without MACs" not in said.out
+
+
+def test_what_is_blank_is_said(kd: Any) -> None:
+    said = kd("models", "vit_huge_patch14_224", "--max-params", "1G")
+    assert said.code == 0
+    assert re.search(
+        r"^[1-9]\d* networks? without MACs: they are counted up to 100M parameters", said.out, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize(
