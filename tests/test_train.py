@@ -10,15 +10,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from kd.data.images.digits import Digits
 from kd.data.images.parts import Source
 from kd.records import record
-from kd.run import cost, finish
+from kd.run import callbacks, cost, finish
 
 FAST = ["recipe.epochs=2", "hardware=cpu"]
 
@@ -499,3 +501,23 @@ def test_a_damaged_checkpoint_cannot_be_resumed(kd, tmp_path, monkeypatch) -> No
     checkpoint.write_bytes(whole)
     said = kd("train", "resume=run")
     assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize(
+    ("validations", "epoch"),
+    [
+        ([(0.80, 0.9), (0.85, 0.8), (0.85, 0.6), (0.85, 0.7), (0.80, 0.1)], 2),
+        ([(0.85, 0.6), (0.85, 0.6)], 0),
+        ([(0.85, None), (0.85, None), (0.9, None), (0.9, None)], 2),
+    ],
+    ids=["lower NLL", "earlier", "no NLL"],
+)
+def test_of_equal_validations_that_of_the_lower_nll_is_selected(validations, epoch) -> None:
+    selected = callbacks.SelectedWeights(None, "val/acc1", "max", {})
+    module = SimpleNamespace(history={}, steps_done=0, deployed=nn.Linear(1, 1))
+    for number, (accuracy, nll) in enumerate(validations):
+        module.history[number] = {"val/acc1": accuracy} | ({} if nll is None else {"val/nll": nll})
+        state = SimpleNamespace(fn="fit")
+        trainer = SimpleNamespace(state=state, callback_metrics=module.history[number], current_epoch=number)
+        selected.on_validation_end(trainer, module)
+    assert (selected.epoch, selected.best) == (epoch, max(accuracy for accuracy, _ in validations))

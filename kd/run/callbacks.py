@@ -26,12 +26,15 @@ from kd.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
+TIE = "val/nll"  # decides between equal values of what is monitored
+
 
 class SelectedWeights(Callback):
     """Keeps the student of the best validation, as a file that loads without this package.
 
-    ``monitor``: a metric of the validation split; ``mode``: "max" or "min". Ties go to the earlier epoch. Without a
-    ``monitor`` the last validation stands. Without a ``run_dir`` they are kept in memory.
+    ``monitor``: a metric of the validation split; ``mode``: "max" or "min". Of equal ones that of the lower NLL on
+    validation is the better, where there is an NLL, else the earlier: of 20 images many epochs get the same number
+    right. Without a ``monitor`` the last validation stands. Without a ``run_dir`` they are kept in memory.
 
     The checkpoint of that epoch is written first and knows the digest of the weights, which are among its own: a run
     that is killed between the two writes finds them there (:mod:`kd.run.resume`).
@@ -51,11 +54,17 @@ class SelectedWeights(Callback):
         if trainer.state.fn != "fit":
             return
         value = float(trainer.callback_metrics[self.monitor]) if self.monitor is not None else None
-        if value is None or self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+        if value is None or self.best is None or self._better(value, module.history[trainer.current_epoch]):
             self.best, self.epoch, self.step = value, trainer.current_epoch, module.steps_done
             self.metrics = dict(module.history[trainer.current_epoch])
             self.unwritten = weights.whole_state(module.deployed)
             self.digest = weights.digest(self.unwritten)
+
+    def _better(self, value: float, metrics: dict[str, float]) -> bool:
+        assert self.best is not None
+        if value == self.best:
+            return TIE in metrics and TIE in self.metrics and metrics[TIE] < self.metrics[TIE]
+        return value > self.best if self.mode == "max" else value < self.best
 
     def write(self) -> None:
         """Write what was kept; once its checkpoint is there."""
