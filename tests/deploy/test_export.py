@@ -269,3 +269,20 @@ def test_bad_arguments(argv: list[str], words: str, images: Path, capsys: pytest
     assert main(["export", str(images / "run"), *argv]) == 1
     assert words in capsys.readouterr().err
     assert not (images / "run" / "export").exists() or not list((images / "run" / "export").iterdir())
+
+
+def test_static_int8_knows_the_range_behind_a_relu6(tmp_path: Path) -> None:
+    """The convolution's output goes from some −1,000 to 1,000, what the next layer reads from 0 to 6."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
+    with torch.no_grad():
+        network[0].weight.mul_(600)
+    images = torch.randn(64, 3, 8, 8)
+    file, out = tmp_path / "model.onnx", tmp_path / "int8.onnx"
+    batch = {"x": {0: torch.export.Dim("batch")}}
+    torch.onnx.export(network.eval(), (images,), file, input_names=["x"], dynamic_shapes=(batch["x"],), dynamo=True)
+    samples = [{"x": one[None].numpy()} for one in images]
+    onnx_runtime.quantise(file, out, "static", samples)
+    plain, small = (onnx_runtime.answers(each) for each in (file, out))
+    wanted, found = (np.concatenate([answer(sample) for sample in samples]) for answer in (plain, small))
+    assert np.abs(found - wanted).max() < 0.1 * wanted.std()
