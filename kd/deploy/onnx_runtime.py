@@ -131,7 +131,8 @@ def quantise(file: Path, out: Path, how: str, calibration: Iterable[Mapping[str,
                     prepared, out, op_types_to_quantize=[*INT8_OPS], use_external_data_format=large, **options
                 )
             else:
-                quantization.quantize_static(  # of every operator: a ReLU6 left out has its input's wider range quantised
+                # every operator: where a ReLU6 is left out, the wider range of its input is quantised
+                quantization.quantize_static(
                     prepared, out, _Reader(calibration), per_channel=True, use_external_data_format=large
                 )
             session(out)
