@@ -86,3 +86,13 @@ class FeatureTerm(Term):
         pairs = self.compared(student, teacher)
         with full_precision(pairs[0][0]):
             return torch.stack([self.distance(s, t) for s, t in pairs]).sum()
+
+
+class ConsecutiveTerm(FeatureTerm):
+    """A loss of what each tapped layer has to do with the next one."""
+
+    def prepare(self, setup: Setup) -> None:
+        """Build the adapters. ``ValueError`` for a single tap: it has no next one."""
+        super().prepare(setup)
+        if len(self.adapters) < 2:
+            raise ValueError(f"{self.method} compares each layer with the next one: name two taps or more on each side")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.adapters import POINTWISE, pointwise
-from kd.losses.base import Batch, Output, Setup, at_least_float32, check_choice, check_same_shape
-from kd.losses.feature_term import FeatureTerm, full_precision
+from kd.losses.base import Batch, Output, at_least_float32, check_choice, check_same_shape
+from kd.losses.feature_term import ConsecutiveTerm, full_precision
 from kd.losses.layouts import Tapped
 
 __all__ = ["flow_matrix", "flow_of_solution"]
@@ -50,7 +50,7 @@ def flow_of_solution(
     return torch.stack(values).sum()
 
 
-class FlowOfSolution(FeatureTerm):
+class FlowOfSolution(ConsecutiveTerm):
     """:func:`flow_of_solution` of the tapped maps; null is all stages.
 
     The paper trains with it alone first (the code of the CIFAR-100 tables: 30 epochs), then with labels: a schedule on
@@ -72,12 +72,6 @@ class FlowOfSolution(FeatureTerm):
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
         """Maps on the teacher's grid, the student's of the teacher's width."""
         return pointwise(self.method, self.adapter, student, teacher)
-
-    def prepare(self, setup: Setup) -> None:
-        """Build the adapters. ``ValueError`` for a single tap: it has no next one."""
-        super().prepare(setup)
-        if len(self.adapters) < 2:
-            raise ValueError(f"{self.method} compares each layer with the next one: name two taps or more on each side")
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The sum over the pairs of layers."""

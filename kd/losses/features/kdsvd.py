@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.adapters import POINTWISE, pointwise
-from kd.losses.base import Batch, Output, Setup, at_least_float32, check_choice, check_same_shape
-from kd.losses.feature_term import FeatureTerm, full_precision
+from kd.losses.base import Batch, Output, at_least_float32, check_choice, check_same_shape
+from kd.losses.feature_term import ConsecutiveTerm, full_precision
 from kd.losses.layouts import Tapped
 
 __all__ = ["singular_vector_relations", "singular_vectors"]
@@ -75,7 +75,7 @@ def singular_vector_relations(
     return torch.stack(total).sum()
 
 
-class SingularVectorRelations(FeatureTerm):
+class SingularVectorRelations(ConsecutiveTerm):
     """:func:`singular_vector_relations` of the tapped maps; null is all stages.
 
     ``k``: how many singular vectors. ``adapter``: see :func:`~kd.losses.adapters.pointwise`; without one the widths
@@ -104,12 +104,6 @@ class SingularVectorRelations(FeatureTerm):
                 f"channels or positions, so it must be at most {min(width, grid[0] * grid[1])}"
             )
         return adapter
-
-    def prepare(self, setup: Setup) -> None:
-        """Build the adapters. ``ValueError`` for a single tap: it has no next one."""
-        super().prepare(setup)
-        if len(self.adapters) < 2:
-            raise ValueError(f"{self.method} compares each layer with the next one: name two taps or more on each side")
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The sum over the pairs of layers."""
