@@ -20,7 +20,7 @@ from kd.errors import KdError
 from kd.models.cifar_resnet import resnet
 from kd.records import weight_files
 from kd.run import input_statistics
-from kd.run.optim import Groups
+from kd.run.optim import Groups, arguments
 from kd.run.starting_weights import put
 
 FAST = ["hardware=cpu", "recipe.epochs=1", "data=fake", "data.shape=[3,16,16]", "data.train_images=64"]
@@ -232,7 +232,19 @@ def test_finetune_is_what_it_was_for_texts() -> None:
     text = checked(["data=text", "data.train=x.csv", "data.test=y.csv", "task=text_classification", "recipe=finetune"])
     recipe = text["recipe"]
     assert (recipe["epochs"], recipe["optimizer"]["lr"], recipe["warmup"]) == (4, 5e-5, 0.5)
+    assert (recipe["optimizer"]["_target_"], recipe["optimizer"]["momentum"]) == ("torch.optim.AdamW", None)
     assert recipe["ema"] is recipe["body_lr"] is recipe["frozen_body"] is recipe["frozen_norms"] is None
+
+
+def test_what_is_null_of_an_optimizer_is_as_the_optimizer_has_it() -> None:
+    images = checked(["recipe=finetune"])["recipe"]["optimizer"]
+    assert (images["_target_"], images["lr"], images["momentum"]) == ("torch.optim.SGD", 0.03, 0.9)
+    adamw = ["recipe.optimizer._target_=torch.optim.AdamW", "recipe.optimizer.lr=1e-3"]
+    values = checked(["recipe=finetune", *adamw, "recipe.optimizer.momentum=null"])
+    (made,) = arguments(values, ())["optimizer"](nn.Linear(2, 2).parameters()).param_groups
+    assert (made["lr"], made["weight_decay"], made["betas"]) == (1e-3, 1e-3, (0.9, 0.999))
+    with pytest.raises(KdError, match=r"recipe\.optimizer\.momentum"):
+        checked(["recipe=finetune", *adamw])
 
 
 @pytest.mark.data

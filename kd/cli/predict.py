@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ Answers new, unlabelled images or texts with the student of a run, in their orde
   cat questions.txt | kd predict RUN -                texts of standard input, a line each
 
   out=FILE                  .csv or .jsonl, complete or not there; default: csv on standard output
+                            a column id of the inputs comes along; .json of answers to questions: {id: answer}, which
+                            SQuAD's evaluation script reads
   top=K                     the K likeliest classes and their probabilities
   probabilities=true        the probability of each class
   column=NAME               of the texts (two of a pair: column=question,answer); default: as in the run
@@ -45,8 +48,8 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 1
     own, given = parsed(argv)
     out = None if own["out"] is None else Path(own["out"])
-    if out is not None and (out.suffix not in (".csv", ".jsonl") or not out.resolve().parent.is_dir()):
-        raise KdError(f"out = {out} is not allowed: it must be a .csv or .jsonl in a folder that is there")
+    if out is not None and (out.suffix not in (".csv", ".jsonl", ".json") or not out.resolve().parent.is_dir()):
+        raise KdError(f"out = {out} is not allowed: it must be a .csv, .jsonl or .json in a folder that is there")
 
     from kd.deploy import inputs  # start-up: kd predict --help needs none of them
     from kd.deploy.predict import load  # start-up: torch
@@ -54,23 +57,28 @@ def main(argv: Sequence[str]) -> int:
     predictor = load(own["run"], own["who"], own["weights"])
     if (predictor.spans or predictor.regression) and (own["top"] > 1 or own["probabilities"]):
         raise KdError("top and probabilities are of classes, and the run answers none: leave them out")
+    ids: list[str] | None = None
     if predictor.reads_texts:
         columns = predictor.columns if own["column"] is None else tuple(own["column"].split(","))
         if len(columns) != 1 + predictor.pairs:
             raise KdError(f"column = {own['column']} is not allowed: the run reads {1 + predictor.pairs} of them")
-        firsts, seconds = inputs.texts(given, columns, own["encoding"])
-        items: list[Any] = list(firsts) if seconds is None else list(zip(firsts, seconds, strict=True))
+        read = inputs.texts(given, columns, own["encoding"])
+        texts = [read.columns[column] for column in columns]
+        items: list[Any] = list(zip(*texts, strict=True)) if predictor.pairs else texts[0]
+        ids = read.columns.get(inputs.ID)
     else:
         items = list(inputs.image_files(given))
+    if out is not None and out.suffix == ".json":
+        _check_ids(out, predictor.spans, ids)
     found = predictor.stream(items, own["batch_size"], own["skip_unreadable"])
     console = Console(file=sys.stderr)
     if out is not None and console.is_terminal:
         found = iter(track(found, "", total=len(items), console=console, transient=True))
-    shown = Rows(predictor, own["top"], own["probabilities"], own["skip_unreadable"])
+    shown = Rows(predictor, own["top"], own["probabilities"], own["skip_unreadable"], ids)
     if out is None:
-        return 1 if shown.write(sys.stdout, found, jsonl=False) else 0
+        return 1 if shown.write(sys.stdout, found, ".csv") else 0
     with replacing(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        failed = shown.write(file, found, out.suffix == ".jsonl")
+        failed = shown.write(file, found, out.suffix)
     print(f"{out}: {len(items) - failed:,} of {len(items):,} inputs")
     return 1 if failed else 0
 
@@ -79,40 +87,48 @@ def main(argv: Sequence[str]) -> int:
 class Rows:
     """What is written of each prediction.
 
-    ``top``: so many classes; ``whole``: the probability of each; ``errors``: whether there is a column for them.
+    ``top``: so many classes; ``whole``: the probability of each; ``errors``: whether there is a column for them;
+    ``ids``: what the inputs' table calls each, None where it does not.
     """
 
     predictor: Any
     top: int
     whole: bool
     errors: bool
+    ids: Sequence[str] | None = None
 
-    def write(self, file: IO[str], found: Iterable[Any], jsonl: bool) -> int:
-        """Write a row for each prediction; return how many are errors."""
-        writer, failed = csv.writer(file), 0
-        names = self.names()
-        if not jsonl:
+    def write(self, file: IO[str], found: Iterable[Any], kind: str) -> int:
+        """Write all predictions as ``kind``, an ending; return how many are errors."""
+        writer, names, failed = csv.writer(file), self.names(), 0
+        answers: dict[str, str] = {}
+        if kind == ".csv":
             writer.writerow(names)
-        for one in found:
+        for number, one in enumerate(found):
             failed += bool(one.error)
-            if jsonl:
-                file.write(json.dumps(self.mapping(one), ensure_ascii=False) + "\n")
-                continue
-            cells = [one.input, *([] if one.error else self.cells(one))]
-            cells += [""] * (len(names) - self.errors - len(cells))
-            writer.writerow([*cells, *([one.error] if self.errors else [])])
+            own = {} if self.ids is None else {"id": self.ids[number]}
+            if kind == ".json":
+                answers |= {} if one.error else {own["id"]: one.label}
+            elif kind == ".jsonl":
+                file.write(json.dumps({**own, **self.mapping(one)}, ensure_ascii=False) + "\n")
+            else:
+                cells = [*own.values(), one.input, *([] if one.error else self.cells(one))]
+                cells += [""] * (len(names) - self.errors - len(cells))
+                writer.writerow([*cells, *([one.error] if self.errors else [])])
+        if kind == ".json":
+            json.dump(answers, file, ensure_ascii=False)
         return failed
 
     def names(self) -> list[str]:
         """Return the columns of the csv."""
+        first = ["input"] if self.ids is None else ["id", "input"]
         last = ["error"] if self.errors else []
         if self.predictor.regression:
-            return ["input", "value", *last]
+            return [*first, "value", *last]
         if self.predictor.spans:
-            return ["input", "answer", "probability", *last]
+            return [*first, "answer", "probability", *last]
         more = [f"{kind}_{place}" for place in range(2, self.top + 1) for kind in ("label", "probability")]
         each = [f"p({name})" for name in self.predictor.class_names] if self.whole else []
-        return ["input", "label", "probability", *more, *each, *last]
+        return [*first, "label", "probability", *more, *each, *last]
 
     def cells(self, one: Any) -> list[str]:
         """Return a prediction's cells, after the input's; empty where there are fewer classes than ``top``."""
@@ -136,6 +152,16 @@ class Rows:
         if self.top > 1:
             found["top"] = [{"label": name, "probability": probability} for name, probability in one.top(self.top)]
         return {**found, "probabilities": dict(one.probabilities)} if self.whole else found
+
+
+def _check_ids(out: Path, answers: bool, ids: Sequence[str] | None) -> None:
+    """Refuse {id: answer} where the run answers no questions, or an id is missing or there twice."""
+    if not answers:
+        raise KdError(f"out = {out} is not allowed: .json is {{id: answer}} of questions, set .csv or .jsonl")
+    if ids is None or "" in ids:
+        raise KdError(f"out = {out} needs an id for each question, in a column id: set .csv or .jsonl without")
+    if twice := next((name for name, count in Counter(ids).items() if count > 1), None):
+        raise KdError(f"out = {out} needs ids that differ, and {twice} is there twice: set .csv or .jsonl")
 
 
 def parsed(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -139,6 +139,8 @@ def _of_the_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tu
             continue
         names = [*known.names, *(OBJECTIVE_KEYS if path.startswith("loss.") and path.count(".") == 1 else ())]
         others = [key for key in node if key not in names and key not in INSTANTIATE]
+        if path.startswith("recipe.") and path.endswith(".optimizer"):  # there null is left out
+            others = [key for key in others if node[key] is not None]
         kept = [
             key for key in others if f"{path}.{key}" not in line
         ]  # of the chosen option, which a typed target keeps

@@ -13,7 +13,7 @@ from kd.data.text.windows import Question, Windows, windows_of
 from kd.deploy.inputs import chunks
 from kd.deploy.predict import Prediction, Predictor
 from kd.errors import KdError
-from kd.tasks.question_answering import best_spans
+from kd.tasks.spans import Scored, answered, scored
 
 
 class AnswerPredictor(Predictor):
@@ -77,19 +77,21 @@ class AnswerPredictor(Predictor):
             return
         windows = windows_of(self.tokenizer, questions, *self.sizes, "input", characters=True)
         found = [
-            self._spans(windows, np.arange(len(windows))[part]) for part in chunks(range(len(windows)), batch_size)
+            self._scored(windows, np.arange(len(windows))[part]) for part in chunks(range(len(windows)), batch_size)
         ]
-        scored, nothing, spans, log_sums = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-        for number, question in enumerate(questions):
-            of = np.flatnonzero(windows.question == number)
-            best, none = of[scored[of].argmax()], of[nothing[of].argmin()]
-            lacking = self.unanswerable and nothing[none] - scored[best] > self.task.no_answer_threshold
-            score, window = (nothing[none], none) if lacking else (scored[best], best)
-            text = "" if lacking else question.context[slice(*spans[best])]
-            yield Prediction(question.text, text, float(np.exp(score - log_sums[window])))
+        all_scored = Scored(*(torch.cat(parts) for parts in zip(*(one for one, _ in found), strict=True)))
+        log_sums = torch.cat([sums for _, sums in found])
+        threshold = self.task.no_answer_threshold if self.unanswerable else None
+        chosen = answered(torch.from_numpy(windows.question), all_scored, threshold)
+        scores = torch.where(chosen.none, all_scored.none[chosen.window], all_scored.score[chosen.window])
+        probabilities = (scores - log_sums[chosen.window]).exp()
+        spans = all_scored.characters[chosen.window]
+        facts = zip(chosen.none.tolist(), spans.tolist(), probabilities.tolist(), strict=True)
+        for question, (none, span, probability) in zip(questions, facts, strict=True):
+            yield Prediction(question.text, "" if none else question.context[slice(*span)], probability)
 
-    def _spans(self, windows: Windows, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Score windows (n,): likeliest span, no answer, the span's characters (n, 2), log of the sum of all pairs."""
+    def _scored(self, windows: Windows, chosen: np.ndarray) -> tuple[Scored, Tensor]:
+        """Score windows (n,), and return the log of the sum over all pairs of positions as well, (n,)."""
         rows = [slice(*windows.offsets[window : window + 2]) for window in chosen]
         width = max(row.stop - row.start for row in rows)
 
@@ -106,14 +108,11 @@ class AnswerPredictor(Predictor):
         assert windows.characters is not None
         places, context = torch.arange(width), torch.from_numpy(windows.context[chosen])
         inside = (places >= context[:, :1]) & (places < context[:, 1:])
-        null = torch.from_numpy(windows.null[chosen]).unsqueeze(1)
-        logits = self.answer(inputs).float().cpu()
-        logits = logits.masked_fill(~inside.scatter(1, null, True).unsqueeze(1), -torch.inf)
-        scores, first, last = best_spans(logits[:, 0], logits[:, 1], inside, self.task.max_answer_length)
-        nothing = logits.gather(2, null.unsqueeze(1).expand(-1, 2, 1)).sum((1, 2))
-        characters, lines = padded(windows.characters, 0), torch.arange(len(rows))
-        spans = torch.stack([characters[lines, first, 0], characters[lines, last, 1]], 1)
-        return scores.numpy(), nothing.numpy(), spans.numpy(), logits.logsumexp(2).sum(1).numpy()
+        null = torch.from_numpy(windows.null[chosen])
+        allowed = inside.scatter(1, null.unsqueeze(1), True)
+        logits = self.answer(inputs).float().cpu().masked_fill(~allowed.unsqueeze(1), -torch.inf)
+        found = scored(logits, allowed, null, padded(windows.characters, 0), self.task.max_answer_length)
+        return found, logits.logsumexp(2).sum(1)
 
 
 def _name(item: Any) -> str:

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from kd.data.text.records import Records, joined, of_articles, read
 from kd.errors import KdError, did_you_mean
 
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+ID = "id"  # a column that comes along
 
 
 def image_files(given: Sequence[str]) -> list[Path]:
@@ -36,51 +38,50 @@ def image_files(given: Sequence[str]) -> list[Path]:
     return found
 
 
-def texts(given: Sequence[str], columns: Sequence[str], encoding: str = "utf-8") -> tuple[list[str], list[str] | None]:
+def texts(given: Sequence[str], columns: Sequence[str], encoding: str = "utf-8") -> Records:
     """Read texts, or pairs of them where ``columns`` names two, from tables, .txt (a line each) and ``-`` (the input).
 
-    ``KdError`` for a file or column that is not there, and where there is no text.
+    The columns are called as ``columns`` are; a column ``id``, where a table has one, comes along: text, "" where there
+    is none. ``KdError`` for a file or column that is not there, and where there is no text.
     """
-    firsts: list[str] = []
-    seconds: list[str] = []
-    for name in given:
-        found = _lines(name, encoding) if _plain(name) else _columns(name, columns, encoding)
-        if len(found) < len(columns):
-            raise KdError(f"data = {name} has a text a line: the run reads pairs, give a table with two columns")
-        firsts += found[0]
-        seconds += found[1] if len(columns) > 1 else []
-    if not firsts:
+    parts = [_lines(name, columns, encoding) if _plain(name) else _columns(name, columns, encoding) for name in given]
+    if any(ID in part.columns for part in parts):
+        for part in parts:
+            part.columns.setdefault(ID, [""] * len(part))
+    found = joined(parts)
+    if not len(found):
         raise KdError(f"data = {', '.join(given)} has no text")
-    return firsts, seconds if len(columns) > 1 else None
+    return found
 
 
 def _plain(name: str) -> bool:
     return name == "-" or Path(name).suffix.lower() not in TABLES
 
 
-def _lines(name: str, encoding: str) -> list[list[str]]:
-    if name == "-":
-        return [[line for line in sys.stdin.read().splitlines() if line.strip()]]
+def _lines(name: str, columns: Sequence[str], encoding: str) -> Records:
+    if len(columns) > 1:
+        raise KdError(f"data = {name} has a text a line: the run reads pairs, give a table with two columns")
     path = Path(name).expanduser()
-    if not path.is_file():
+    if name != "-" and not path.is_file():
         raise KdError(f"data = {name} is no file: give .txt, {', '.join(TABLES)}, or - for standard input")
     try:
-        return [[line for line in path.read_text(encoding).splitlines() if line.strip()]]
+        text = sys.stdin.read() if name == "-" else path.read_text(encoding)
     except (UnicodeDecodeError, LookupError) as error:
         raise KdError(f"{path} is not {encoding}: {error}") from None
+    return Records({columns[0]: [line for line in text.splitlines() if line.strip()]}, name)
 
 
-def _columns(name: str, columns: Sequence[str], encoding: str) -> list[list[str]]:
-    from kd.data.text.records import of_articles, read  # start-up: pandas
-
+def _columns(name: str, columns: Sequence[str], encoding: str) -> Records:
     table = read(str(Path(name).expanduser().absolute()), None, encoding, "data")
     if "paragraphs" in table.columns and len(columns) == 2 and columns[1] not in table.columns:  # SQuAD's own file
-        table = of_articles(table, dict(zip(("question", "context"), columns, strict=True)))
+        table = of_articles(table, dict(zip(("question", "context", ID), (*columns, ID), strict=True)))
     for column in columns:
         if column not in table.columns:
             near = did_you_mean(column, table.columns)
             raise KdError(f"{name} has no column {column}{near}: it has {', '.join(table.columns)} (set column=NAME)")
-    return [["" if value is None else str(value) for value in table.columns[column]] for column in columns]
+    kept = [column for column in (*columns, ID) if column in table.columns]
+    written = {column: ["" if value is None else str(value) for value in table.columns[column]] for column in kept}
+    return Records(written, name)
 
 
 def chunks(items: Sequence[object], size: int) -> Iterator[slice]:

@@ -127,7 +127,7 @@ def load(run: str | Path, who: str = "student", weights: str = "selected") -> Pr
     given = student(run, weights)
     config, task = given.config, given.task
     if task.architecture == "question_answering":
-        from kd.deploy.answering import AnswerPredictor  # start-up: torchmetrics; it is made of what is here
+        from kd.deploy.answering import AnswerPredictor  # start-up: of one task; it is made of what is here
 
         positions = _answer(given, who)
         return AnswerPredictor(lambda tokens: positions(tokens).unflatten(0, (-1, 2)), given.tokenizer, config, task)

@@ -50,6 +50,7 @@ def arguments(config: Mapping[str, Any], own_optimizers: Sequence[str]) -> dict[
 
 def _optimizer(node: Mapping[str, Any], path: str, params: Any) -> torch.optim.Optimizer:
     given = list(params)
+    node = {key: value for key, value in node.items() if value is not None}  # null: as the optimiser has it
     if not (given and isinstance(given[0], Mapping)):
         return make(node, path, params=given)
     made = make({**node, "_partial_": True, "_convert_": "all"}, path)  # Hydra would take groups for a config

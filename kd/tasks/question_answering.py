@@ -22,6 +22,7 @@ from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch, Output, Term
 from kd.tasks.base import Meter, Task, Want
 from kd.tasks.metrics import Metric
+from kd.tasks.spans import Scored, answered, scored
 
 MASKED = -1e4  # the logit of a position that is no answer: 0 in a softmax up to T = 90, and finite, in halves as well
 RULES = {"max_answer_length": whole(1), "no_answer_threshold": number()}
@@ -122,22 +123,6 @@ class QuestionAnswering(Task):
         return f"has an F1 of {found:.1%}: is it trained?" if found < WORSE else ""
 
 
-def best_spans(start: Tensor, end: Tensor, context: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the likeliest span of each window, of all that lie in the context and have at most ``most`` positions.
-
-    ``start``, ``end`` (windows, positions): logits; ``context`` (windows, positions) bool, at least one each and all
-    one after the other. Returns the sum of the two logits, the first and the last position, (windows,) each. All spans
-    are compared, so that the result is that of BERT's n-best lists with as many entries as there are positions.
-    """
-    width = start.shape[1]
-    start = start.masked_fill(~context, -torch.inf)
-    end = end.masked_fill(~context, -torch.inf)
-    spans = [F.pad(start[:, : width - n] + end[:, n:], (0, n), value=-torch.inf) for n in range(min(most, width))]
-    scores, places = torch.stack(spans, 1).flatten(1).max(1)
-    first = places % width
-    return scores, first, first + places // width
-
-
 class AnswerMeter(Meter):
     """The metrics of one pass. All windows of a question are on one process (:class:`kd.data.text.windows`)."""
 
@@ -146,9 +131,9 @@ class AnswerMeter(Meter):
         self.names, self.most, self.threshold = names, most, threshold
         self.nll, self.agreement, self.kl = (MeanMetric(nan_strategy="disable") for _ in range(3))
         self.texts = SQuAD()
-        self.spans: dict[int, tuple[float, str]] = {}  # question → score and text of its likeliest span so far
-        self.nulls: dict[int, float] = {}  # question → the least score of "none is in this window"
-        self.wanted: dict[int, list[str]] = {}
+        self.questions: list[int] = []  # of each window
+        self.windows: list[Scored] = []  # of each batch
+        self.asked: dict[int, tuple[str, list[str]]] = {}  # question → its context and its answers
         self.unanswerable = False
 
     def update(self, student: Output, batch: Batch, teacher: Output | None = None) -> None:
@@ -164,34 +149,27 @@ class AnswerMeter(Meter):
         self._answer(logits.unflatten(0, (-1, 2)), batch)
 
     def _answer(self, logits: Tensor, batch: Batch) -> None:
-        """Keep the likeliest span of each question: ``logits`` (windows, 2, width)."""
+        """Keep the likeliest span of each window: ``logits`` (windows, 2, width)."""
         if "asked" not in batch.extra:
             raise KdError(
                 "task = question_answering measures the texts of answers, which batches of val and test must bring "
                 "along: give those of kd.data.text.questions.Questions"
             )
-        null = batch.extra["null"].unsqueeze(1)
-        context = batch.extra["allowed"].scatter(1, null, False)
-        scores, first, last = best_spans(logits[:, 0], logits[:, 1], context, self.most)
-        nothing = logits.gather(2, null.unsqueeze(1).expand(-1, 2, 1)).sum((1, 2))
-        characters = batch.extra["characters"]
-        begin = characters[..., 0].gather(1, first.unsqueeze(1)).squeeze(1)
-        end = characters[..., 1].gather(1, last.unsqueeze(1)).squeeze(1)
+        allowed, null, characters = (batch.extra[name] for name in ("allowed", "null", "characters"))
+        self.windows.append(scored(logits, allowed, null, characters, self.most))
+        self.questions += [question for question, *_ in batch.extra["asked"]]
+        self.asked |= {question: (context, wanted) for question, context, wanted in batch.extra["asked"]}
         self.unanswerable = bool(batch.extra["unanswerable"])
-        found = zip(scores.tolist(), nothing.tolist(), begin.tolist(), end.tolist(), strict=True)
-        for (question, text, wanted), (score, none, one, other) in zip(batch.extra["asked"], found, strict=True):
-            self.wanted[question] = wanted
-            self.nulls[question] = min(none, self.nulls.get(question, none))
-            if question not in self.spans or score > self.spans[question][0]:
-                self.spans[question] = (score, text[one:other])
 
     def predicted(self) -> dict[int, str]:
         """The answer to each question of this process; "" where it has none."""
-        found = {question: text for question, (_, text) in self.spans.items()}
-        if self.unanswerable:
-            above = {question: self.nulls[question] - score for question, (score, _) in self.spans.items()}
-            found |= {question: "" for question, difference in above.items() if difference > self.threshold}
-        return found
+        if not self.windows:
+            return {}
+        windows = Scored(*(torch.cat(parts).cpu() for parts in zip(*self.windows, strict=True)))
+        found = answered(torch.tensor(self.questions), windows, self.threshold if self.unanswerable else None)
+        facts = (part.tolist() for part in (found.question, found.none, windows.characters[found.window]))
+        answers = zip(*facts, strict=True)
+        return {question: "" if none else self.asked[question][0][slice(*span)] for question, none, span in answers}
 
     def compute(self, with_teacher: bool) -> dict[str, float]:
         """The metrics by name; F1 and exact match as shares."""
@@ -199,7 +177,7 @@ class AnswerMeter(Meter):
         self.texts.reset()
         self.texts.update(
             [{"prediction_text": text, "id": str(question)} for question, text in answers.items()],
-            [{"answers": {"text": self.wanted[q] or [""], "answer_start": []}, "id": str(q)} for q in answers],
+            [{"answers": {"text": self.asked[q][1] or [""], "answer_start": []}, "id": str(q)} for q in answers],
         )
         found = {name: float(value) / 100 for name, value in self.texts.compute().items()}
         found |= {name: float(getattr(self, name).compute()) for name in ("nll", *(("agreement", "kl") * with_teacher))}

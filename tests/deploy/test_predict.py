@@ -125,14 +125,18 @@ def test_texts_of_a_table_of_lines_and_of_standard_input(
     whole = pd.read_csv(texts / "train.csv")["text"].tolist()
     asked = [whole[row] for row in torch.cat(kept["index"]).tolist()]
     (tmp_path / "new.csv").write_text("question\n" + "\n".join(asked) + "\n")
+    named = [f"{place},{text}" for place, text in enumerate(asked)]
+    (tmp_path / "named.csv").write_text("id,question\n" + "\n".join(named) + "\n")
     (tmp_path / "new.txt").write_text("\n".join(asked) + "\n\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(asked)))
     expected = torch.cat(kept["logits"]).softmax(1).max(1).values
-    for source in ([str(tmp_path / "new.csv"), "column=question"], [str(tmp_path / "new.txt")], ["-"]):
+    tables = ([str(tmp_path / f"{name}.csv"), "column=question"] for name in ("new", "named"))
+    for source in (*tables, [str(tmp_path / "new.txt")], ["-"]):
         capsys.readouterr()
         assert main(["predict", str(texts / "run"), *source, "batch_size=5"]) == 0
         rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
         assert [row["input"] for row in rows] == asked
+        assert [row.get("id") for row in rows] == [str(i) if "named" in source[0] else None for i in range(len(asked))]
         assert [float(row["probability"]) for row in rows] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
@@ -157,9 +161,12 @@ def test_what_cannot_be_is_one_sentence(images: Path, texts: Path, tmp_path: Pat
         (["run", "x.png", "top=0"], "top = 0"),
         (["run", "x.png", "tpo=1"], "near: top"),
         (["run", "x.png", "out=a.txt"], "out = a.txt"),
+        (["run", "{image}", "out=a.json"], ".json is {id: answer} of questions"),
         (["run", "x.png", "skip_unreadable=1"], "true or false"),
     ],
 )
 def test_bad_arguments(argv: list[str], words: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", str(images / "run") if argv[0] == "run" else argv[0], *argv[1:]]) == 1
+    image = str(next((images / "pets" / "test" / "bee").iterdir()))
+    argv = [str(images / "run") if argv[0] == "run" else argv[0], *(image if a == "{image}" else a for a in argv[1:])]
+    assert main(["predict", *argv]) == 1
     assert words in capsys.readouterr().err

@@ -114,7 +114,9 @@ NOT_LEAST = {  # equal networks lose something, and move on: why
     "nkd": "its part of the label is −p_t(y) log p_s(y) without the other classes",
     "ofa": "heads of its own on the stages of the student",
     "reviewkd": "fusions of its own between the features",
+    "rrd": "the teacher is sharpened, and has a random embedding",
     "sdd,base=nkd": "that of nkd",
+    "semckd": "projections of its own, between all layers",
     "ttm": "the teacher's powers beside the student at T = 1",
     "uskd": "labels, no teacher",
     "wkd_logit": "of the label −p_t(y) log p_s(y), and a plan with entropy moves mass",
@@ -134,6 +136,7 @@ ORDERED = {  # why the order of a batch matters
     "crd": "negatives are drawn at random",
     "dkpp": "permuted at random",
     "mgd": "masked at random",
+    "semckd": "its attention reads similarities by the place in the batch",
 }
 UNORDERED = {"cc,variant=paper"}
 ALONE = {  # what refuses a batch of one

@@ -27,6 +27,7 @@ from kd.losses.features.fsp import FlowOfSolution
 from kd.losses.features.ft import FactorTransfer
 from kd.losses.features.ofd import OverhaulDistillation
 from kd.losses.features.reviewkd import KnowledgeReview
+from kd.losses.features.semckd import Embedding, SemanticCalibration
 from kd.losses.features.simkd import ReusedClassifier
 from kd.losses.features.srrl import SoftmaxRegression
 from kd.losses.features.vid import VariationalInformation
@@ -38,6 +39,7 @@ from kd.losses.relations.crd import Contrast, ContrastiveDistillation
 from kd.losses.relations.lightly_v1 import QueueSimilarity
 from kd.losses.relations.lightly_v3 import TokenSimilarity
 from kd.losses.relations.rkd import Relational
+from kd.losses.relations.rrd import RelationalRepresentation
 from kd.losses.relations.sp import SimilarityPreserving
 from kd.models.cifar_resnet import resnet
 from kd.models.mobilenetv2 import mobilenetv2
@@ -233,7 +235,7 @@ def test_a_queue_keeps_the_newest() -> None:
     assert queue(torch.tensor([[6.0], [7.0]])).flatten().tolist() == [6, 7, 5]
 
 
-@pytest.mark.parametrize("make", [ContrastiveDistillation, QueueSimilarity])
+@pytest.mark.parametrize("make", [ContrastiveDistillation, QueueSimilarity, RelationalRepresentation])
 def test_the_dry_pass_changes_no_bank(make: type[Term]) -> None:
     term = make(**({"negatives": 3} if make is ContrastiveDistillation else {"queue": 6}))
     made = prepared(conv(), wider(), term)
@@ -241,8 +243,25 @@ def test_the_dry_pass_changes_no_bank(make: type[Term]) -> None:
     assert banks
     made.losses(made.task.rows(batch()))
     assert all(not torch.equal(dict(term.named_buffers())[n], before) for n, before in banks.items())
-    if make is QueueSimilarity:
+    if make is not ContrastiveDistillation:
         assert (banks["queues.0.rows"] == 0).all()
+
+
+def test_semckd_pairs_every_layer_with_every_other() -> None:
+    term = SemanticCalibration([0, 1, 2], [-1, -2], samples=16)
+    made = prepared(conv(), wider(), term)
+    widths = [(p[0].in_channels, p[-1].out_channels) for p in term.projections]
+    assert widths == [(4, 10), (4, 8), (6, 10), (6, 8), (8, 10), (8, 8)]
+    assert (len(term.queries), len(term.keys)) == (3, 2)
+    made.losses(made.task.rows(batch())).total.backward()
+    assert all(p.grad.abs().sum() > 0 for p in [*term.queries.parameters(), *term.projections.parameters()])
+
+
+def test_the_queries_of_semckd_read_as_many_similarities_as_they_take() -> None:
+    embedding, feature = Embedding(4).double(), normal(6, 3)
+    padded = torch.cat([feature[:2] @ feature[:2].T, torch.zeros(2, 2, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(embedding(feature[:2]), F.normalize(embedding.layers(padded), dim=1))
+    torch.testing.assert_close(embedding(feature), F.normalize(embedding.layers(feature @ feature[:4].T), dim=1))
 
 
 # ---------------------------------------------------------------------- heads that stay
@@ -354,6 +373,8 @@ def test_preactivations_are_what_relu_makes_the_stage_of() -> None:
         OrthogonalProjection,
         partial(SoftmaxRegression, (-1,), ("before_classifier",)),
         partial(TokenSimilarity, queue=4),
+        partial(RelationalRepresentation, queue=4),
+        SemanticCalibration,
         ChannelWiseDivergence,
     ],
 )
@@ -381,6 +402,14 @@ def test_maps_beside_tokens_train(term, student, teacher) -> None:
             "crd keeps a row .* does not tell their index",
         ),
         (lambda: QueueSimilarity(queue=7), conv, wider, True, r"queue = 7 is not allowed: .* at most 6$"),
+        (lambda: RelationalRepresentation(queue=7), conv, wider, True, r"queue = 7 is not allowed: rrd .* at most 6$"),
+        (
+            lambda: SemanticCalibration([-1], ["fc:input"]),
+            conv,
+            wider,
+            True,
+            r"semckd cannot compare .*layer3 .*fc:input .*tap maps",
+        ),
         (
             lambda: VariationalInformation([-1], ["fc:input"]),
             conv,
@@ -421,6 +450,8 @@ def test_refused_before_the_first_batch(make, student, teacher, index: bool, sen
         (lambda: ContrastiveDistillation(negatives_from="classes"), "negatives_from = classes"),
         (lambda: CorrelationCongruence(embedding=0), "embedding = 0"),
         (lambda: Relational(w_angle=-1), "w_angle = -1"),
+        (lambda: RelationalRepresentation(embedding=0), "embedding = 0"),
+        (lambda: SemanticCalibration(samples=0), "samples = 0"),
         (lambda: TokenSimilarity(w_local=-1), "w_local = -1"),
         (lambda: ClassAttentionTransfer(resolution=0), "resolution = 0"),
     ],

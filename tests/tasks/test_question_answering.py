@@ -30,7 +30,8 @@ from kd.losses.base import UNLABELLED, Batch, Output, Setup
 from kd.losses.logits.ce import CrossEntropy
 from kd.losses.logits.kd import KnowledgeDistillation
 from kd.tasks.base import Want
-from kd.tasks.question_answering import MASKED, QuestionAnswering, best_spans
+from kd.tasks.question_answering import MASKED, QuestionAnswering
+from kd.tasks.spans import Scored, answered, best_spans
 from tests.data.test_text_questions import asked, data
 from tests.tiny_language import BERT
 
@@ -187,6 +188,22 @@ def test_the_likeliest_span_is_that_of_all_pairs() -> None:
             assert scores[line] == pairs[best]
 
 
+@pytest.mark.parametrize("threshold", [None, 0.0, 1.0])
+def test_the_answer_of_a_question_is_the_likeliest_of_all_of_its_windows(threshold: float | None) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    question = torch.randint(0, 20, (90,), generator=drawn)  # in any order, equal scores among them
+    score, none = torch.randint(0, 6, (2, 90), generator=drawn).float().unbind(0)
+    none += 4
+    found = answered(question, Scored(score, none, torch.zeros(90, 2)), threshold)
+    assert found.question.tolist() == sorted(set(question.tolist()))
+    for number, window, lacks in zip(*(part.tolist() for part in found), strict=True):
+        of = (question == number).nonzero().flatten().tolist()
+        best, least = max(of, key=lambda i: score[i]), min(of, key=lambda i: none[i])
+        assert lacks == (threshold is not None and bool(none[least] - score[best] > threshold))
+        assert window == (least if lacks else best)
+    assert 0 < found.none.sum() < len(found.none) or threshold is None
+
+
 def official(predicted: str, answers: list[str]) -> tuple[float, float]:
     """SQuAD's own script: exact match and F1 beside the best answer, after its normalisation."""
 
@@ -330,6 +347,28 @@ def network(role: str, model: dict[str, Any]) -> list[str]:
     return [f"model@{role}=transformers", f"{role}.model.pretrained=false", f"{role}.model.config={{{inside}}}"]
 
 
+def check_ids(folder: Path, rows: list[dict[str, Any]], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """SQuAD's own file and other tables keep the ids of their questions; {id: answer} is for SQuAD's script."""
+    nested = [
+        {"context": row["context"], "qas": [{"question": row["question"], "id": f"q{i}"}]} for i, row in enumerate(rows)
+    ]
+    (folder / "dev.json").write_text(json.dumps({"version": "2", "data": [{"paragraphs": nested}]}))
+    named = ["id," + said[0], *(f"q{i},{line}" for i, line in enumerate(said[1:]))]
+    assert run(capsys, "predict", f"{folder}/s", f"{folder}/dev.json").splitlines() == named
+    flat = [json.dumps({**row, "id": f"q{i}"}) for i, row in enumerate(rows)]
+    (folder / "dev.jsonl").write_text("\n".join(flat))
+    run(capsys, "predict", f"{folder}/s", f"{folder}/dev.jsonl", f"out={folder}/found.jsonl")
+    lines = [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
+    assert [list(line) for line in lines] == [["id", "input", "answer", "probability"]] * 15
+    run(capsys, "predict", f"{folder}/s", f"{folder}/dev.json", f"out={folder}/found.json")
+    assert json.loads((folder / "found.json").read_text()) == {line["id"]: line["answer"] for line in lines}
+    for name, words in (("test.jsonl", "needs an id for each question"), ("twice.jsonl", "q3 is there twice")):
+        (folder / "twice.jsonl").write_text("\n".join([*flat, flat[3]]))
+        assert main(["predict", f"{folder}/s", f"{folder}/{name}", f"out={folder}/none.json"]) == 1
+        assert words in capsys.readouterr().err
+        assert not (folder / "none.json").exists()
+
+
 @pytest.mark.slow
 def test_a_teacher_its_student_and_what_transformers_loads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A BERT with token types teaches a DistilBERT, which has none."""
@@ -363,9 +402,7 @@ def test_a_teacher_its_student_and_what_transformers_loads(folder: Path, capsys:
     assert len(said) == 16
     assert main(["predict", f"{folder}/s", f"{folder}/test.jsonl", "top=2"]) == 1
     assert "are of classes, and the run answers none" in capsys.readouterr().err
-    nested = [{"context": row["context"], "qas": [{"question": row["question"], "id": "x"}]} for row in rows]
-    (folder / "dev.json").write_text(json.dumps({"version": "2", "data": [{"paragraphs": nested}]}))
-    assert run(capsys, "predict", f"{folder}/s", f"{folder}/dev.json").splitlines() == said
+    check_ids(folder, rows, said, capsys)
     given = kd.load(folder / "s")
     pair = (rows[0]["question"], rows[0]["context"])
     for wrong in ("what is this ?", None, {"question": "a", "context": "b"}):

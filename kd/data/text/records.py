@@ -33,16 +33,26 @@ MARKS = {  # the first bytes of files that say their encoding; those of UTF-32 b
 class Records:
     """Columns of equal length.
 
-    ``where``: how errors call them; ``classes``: column → names of its numbers; ``plain``: lines without anything else.
+    ``where``: how errors call them; ``classes``: column → names of its numbers; ``plain``: lines without anything else;
+    ``files``: where they are of several, how errors call each, and its number of rows.
     """
 
     columns: dict[str, list[Any]]
     where: str
     classes: dict[str, list[str]] = field(default_factory=dict)
     plain: bool = False
+    files: Sequence[tuple[str, int]] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
+
+    def row(self, place: int) -> str:
+        """Say for errors which row of which file one is, counted from 1 without the header; ``place``: from 0."""
+        for file, rows in self.files:
+            if place < rows:
+                return f"row {place + 1} of {file}"
+            place -= rows
+        return f"row {place + 1} of {self.where}"
 
     def column(self, name: str, key: str) -> list[Any]:
         """Return a column. ``KdError`` that names those that are there; ``key``: the option that chooses it."""
@@ -73,7 +83,7 @@ def read(source: Source, root: str | None, encoding: str, key: str, delimiter: s
     if all(isinstance(row, Mapping) for row in source):
         return _of_rows(list(source), f"data.{key}")
     parts = [read_file(located(path, root, key), encoding, delimiter) for path in source]
-    return _joined(parts)
+    return joined(parts)
 
 
 def located(path: str | Path, root: str | None, key: str) -> Path:
@@ -110,14 +120,15 @@ def read_file(path: Path, encoding: str, delimiter: str | None = None) -> Record
 def of_articles(found: Records, names: Mapping[str, str]) -> Records:
     """Return a row a question of SQuAD's own file, whose articles have paragraphs, and these their questions.
 
-    ``names``: how the columns ``question``, ``context`` and ``answers`` are to be called; one that is not in it is left
-    out. ``KdError`` for a file of another form.
+    ``names``: how the columns ``question``, ``context``, ``answers`` and ``id`` are to be called; one that is not in it
+    is left out. ``KdError`` for a file of another form.
     """
     rows: dict[str, list[Any]] = {name: [] for name in names.values()}
     try:
         for paragraph in (one for paragraphs in found.columns["paragraphs"] for one in paragraphs):
             for each in paragraph["qas"]:
-                values = {"question": each["question"], "context": paragraph["context"], "answers": each.get("answers")}
+                values = {"question": each["question"], "context": paragraph["context"]}
+                values |= {key: each.get(key) for key in ("answers", "id")}
                 for key, name in names.items():
                     rows[name].append(values[key])
     except (AttributeError, KeyError, TypeError):
@@ -184,7 +195,7 @@ def _of_rows(rows: list[Any], where: str) -> Records:
     return Records({name: [row.get(name) for row in rows] for name in names}, where)
 
 
-def _joined(parts: Sequence[Records]) -> Records:
+def joined(parts: Sequence[Records]) -> Records:
     """Put files one after the other; ``KdError`` where their columns differ."""
     first = parts[0]
     for other in parts[1:]:
@@ -192,7 +203,8 @@ def _joined(parts: Sequence[Records]) -> Records:
             raise KdError(f"{first.where} and {other.where} have other columns: {', '.join(differ)}")
     columns = {name: [value for part in parts for value in part.columns[name]] for name in first.columns}
     where = first.where if len(parts) == 1 else f"{first.where} and {len(parts) - 1} more"
-    return Records(columns, where, plain=all(part.plain for part in parts))
+    files = [(part.where, len(part)) for part in parts] if len(parts) > 1 else []
+    return Records(columns, where, plain=all(part.plain for part in parts), files=files)
 
 
 # ---------------------------------------------------------------------- Hugging Face

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kd.losses.adapters import width_of
 from kd.losses.base import Setup, check_temperature
 from kd.losses.feature_term import FeatureTerm
+from kd.losses.layouts import Tapped
 
 
 class Queue(nn.Module):
@@ -51,12 +52,16 @@ class QueueTerm(FeatureTerm):
         self.queue, self.temperature = queue, check_temperature(temperature)
         self.queues = nn.ModuleList()
 
+    def width(self, teacher: Tapped) -> int:
+        """How many numbers a feature in the queue has."""
+        return width_of(teacher)
+
     def prepare(self, setup: Setup) -> None:
         """Build the projectors and the queues. ``ValueError`` where a queue is larger than the training set."""
         super().prepare(setup)
         _check_size(self.method, self.queue, setup)
         features = self.pairs(setup.student, setup.teacher)
-        made = (Queue(self.queue, width_of(teacher)) for _, teacher in self.tapped(setup))
+        made = (Queue(self.queue, self.width(teacher)) for _, teacher in self.tapped(setup))
         self.queues = nn.ModuleList(queue.to(s) for queue, (s, _) in zip(made, features, strict=True))
 
 

@@ -213,6 +213,14 @@ def dcd(case: Case) -> Tensor:
     return f.discriminative_consistency(embedded(case, "student"), embedded(case, "teacher"), **case.hyper)
 
 
+def rrd(case: Case) -> Tensor:
+    """The batch is in the first rows of the queue."""
+    own, other = embedded(case, "student"), embedded(case, "teacher")
+    queue = torch.cat([other, case["queue"][len(other) :]])
+    torch.testing.assert_close(queue, case["updated_queue"])
+    return f.relational_representation(own, other, queue, **case.hyper)
+
+
 def fsp_columns(case: Case) -> Tensor:
     """Max pooling; norms of the columns of the difference, summed, divided by B."""
     students, teachers = case.layers("student"), case.layers("teacher")
@@ -247,9 +255,10 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "ft": factors,
     "ft_repdistiller": factors_by_attention,
     "dcd": dcd,
+    "rrd": rrd,
     "itrd_mutual": lambda case: f.mutual_information(*pair(case)),
 }
-SINGLE = {"ofd_margin"}
+SINGLE = {"ofd_margin", "semckd"}
 EQUAL = {
     "sp": {"mdistiller", "kd_zoo"},
     "rkd": {"mdistiller", "kd_zoo", "torchdistill", "mmrazor_without_l2_norm"},
