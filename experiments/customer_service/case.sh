@@ -11,6 +11,7 @@ python "$HERE/questions.py"
 kd study customer_service --only teacher "$@"
 python "$HERE/flagship.py" "$RUNS/study_customer_service/teacher/seed0"
 kd study customer_service "$@"
+rm -rf "$RUN/export" # of a run of this script before
 kd export "$RUN" quantize=dynamic weights=last
 kd bench "$RUN" against=teacher backends=onnx,int8 batch_sizes=1 length=16 rounds=20 out="$RUN/bench.json"
 kd cost customer_service

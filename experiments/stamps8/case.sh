@@ -6,6 +6,7 @@ RUN=${KD_RUNS:-runs}/study_stamps8/soft/seed0
 
 python "$HERE/weights.py"
 kd study stamps8 "$@"
+rm -rf "$RUN/export" # of a run of this script before
 kd export "$RUN" quantize=static weights=last
 kd bench "$RUN" against=teacher backends=onnx,int8 batch_sizes=1 rounds=20 out="$RUN/bench.json"
 # images a second by ONNX Runtime, one at a time, as measured just now
