@@ -60,7 +60,7 @@ def _cache(key: str, data: Any) -> None:
         )
 
 
-def _last_batch(module: Distiller, data: Any, size: int, frozen_norms: bool) -> None:
+def _last_batch(module: Distiller, data: Any, size: int, frozen_norms: bool = False) -> None:
     """Refuse a last batch that is too small: each process needs a row of the last batch, and batch norm two."""
     count, processes = data.sizes["train"], group.world_size()
     if count is None:  # a stream: what it ends with is not known
