@@ -62,4 +62,4 @@ def test_the_lines_of_the_python_api() -> None:
 
 def test_no_placeholder_is_left() -> None:
     assert not re.findall(r"[A-Z]+_OUTPUT", README)
-    assert 150 <= len(README.splitlines()) <= 275  # the Python API has a section of its own, fine-tuning to deployment a screen
+    assert 150 <= len(README.splitlines()) <= 275  # the Python API has a section, fine-tuning to deployment a screen
