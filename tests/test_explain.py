@@ -142,7 +142,7 @@ def option(folder: Path, name: str, text: str) -> Path:
             "conf/model/outside_own.yaml with model:, below it _target_: outside_own.net",
         ),
         ("loss.ce._target_=outside_own.net", "loss=ce", "--config-dir conf loss=[outside_own]"),
-        ("recipe.optimizer._target_=torch.optim.LBFGS", "recipe=sgd_cosine", "leave them out, ~recipe.optimizer."),
+        ("recipe.optimizer._target_=torch.optim.LBFGS", "recipe=sgd_cosine", "set recipe.optimizer.momentum=null"),
     ],
 )
 def test_another_target_leaves_the_keys_of_the_chosen_option(own: Path, target: str, choice: str, advice: str) -> None:

@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
     out = None if own["out"] is None else Path(own["out"])
     if out is not None and (out.suffix not in (".csv", ".jsonl", ".json") or not out.resolve().parent.is_dir()):
         raise KdError(f"out = {out} is not allowed: it must be a .csv, .jsonl or .json in a folder that is there")
+    if out is not None and out.exists():  # it may be one of the inputs
+        raise KdError(f"out = {out} is there already: give another file, or delete it")
 
     from kd.deploy import inputs  # start-up: kd predict --help needs none of them
     from kd.deploy.predict import load  # start-up: torch

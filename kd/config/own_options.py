@@ -44,6 +44,8 @@ def kept(path: str, target: str, keys: Sequence[str]) -> str:
     some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     own = target.partition(".")[0]
     advice = f"leave them out, ~{path}.{keys[0]} for example"
+    if name == "optimizer":
+        advice = f"set {' '.join(f'{path}.{key}=null' for key in keys)}"
     if group in ("loss", "model", "data", "task", "distiller"):
         chosen = f"loss=[{own}]" if group == "loss" else f"{choice}={own}"
         outer = {"loss": f"{own}:, below it ", "model": "model:, below it "}.get(group, "")

@@ -174,3 +174,11 @@ def test_bad_arguments(argv: list[str], words: str, images: Path, capsys: pytest
     argv = [str(images / "run") if argv[0] == "run" else argv[0], *(image if a == "{image}" else a for a in argv[1:])]
     assert main(["predict", *argv]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_no_file_is_written_over(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "texts.csv"
+    kept.write_text("text\nmine\n")
+    assert main(["predict", str(images / "run"), str(kept), f"out={kept}"]) == 1
+    assert f"out = {kept} is there already: give another file, or delete it" in capsys.readouterr().err
+    assert kept.read_text() == "text\nmine\n"

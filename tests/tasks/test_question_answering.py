@@ -360,8 +360,8 @@ def check_ids(folder: Path, rows: list[dict[str, Any]], said: list[str], capsys:
     run(capsys, "predict", f"{folder}/s", f"{folder}/dev.jsonl", f"out={folder}/found.jsonl")
     lines = [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
     assert [list(line) for line in lines] == [["id", "input", "answer", "probability"]] * 15
-    run(capsys, "predict", f"{folder}/s", f"{folder}/dev.json", f"out={folder}/found.json")
-    assert json.loads((folder / "found.json").read_text()) == {line["id"]: line["answer"] for line in lines}
+    run(capsys, "predict", f"{folder}/s", f"{folder}/dev.json", f"out={folder}/answers.json")
+    assert json.loads((folder / "answers.json").read_text()) == {line["id"]: line["answer"] for line in lines}
     for name, words in (("test.jsonl", "needs an id for each question"), ("twice.jsonl", "q3 is there twice")):
         (folder / "twice.jsonl").write_text("\n".join([*flat, flat[3]]))
         assert main(["predict", f"{folder}/s", f"{folder}/{name}", f"out={folder}/none.json"]) == 1
