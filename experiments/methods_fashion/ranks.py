@@ -15,7 +15,7 @@ from scipy.stats import studentized_range
 from kd.report.stats import ranks
 
 MEASURE = "last/test/acc1"
-LABELS = ("alone", "smoothing", "longer")  # rows without a teacher, the same in both pairs
+LABELS = ("alone", "faster", "smoothing", "longer")  # rows without a teacher, the same in both pairs
 PAIRS = ("within", "across")
 
 
