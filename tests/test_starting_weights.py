@@ -292,6 +292,8 @@ def test_what_is_null_of_an_optimizer_is_as_the_optimizer_has_it() -> None:
     assert (made["lr"], made["weight_decay"], made["betas"]) == (1e-3, 1e-3, (0.9, 0.999))
     with pytest.raises(KdError, match=r"recipe\.optimizer\.momentum"):
         checked(["recipe=finetune", *adamw])
+    with pytest.raises(KdError, match=r"recipe\.optimizer\.momentun is not an argument of torch\.optim\.SGD.*momentum"):
+        checked(["recipe=finetune", "+recipe.optimizer.momentun=null"])
 
 
 @pytest.mark.data

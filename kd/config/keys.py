@@ -43,6 +43,9 @@ MADE = {
     "recipe.scheduler": "choose a recipe with a schedule, or set recipe.scheduler._target_",
 }
 
+# of those that recipes set, or whose key a typed target leaves below it
+OPTIMIZER_KEYS = ("momentum", "dampening", "nesterov", "weight_decay", "betas", "eps")
+
 
 def problems(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield one sentence for each key that there is not, or that has no effect.
@@ -139,8 +142,8 @@ def _of_the_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tu
             continue
         names = [*known.names, *(OBJECTIVE_KEYS if path.startswith("loss.") and path.count(".") == 1 else ())]
         others = [key for key in node if key not in names and key not in INSTANTIATE]
-        if path.startswith("recipe.") and path.endswith(".optimizer"):  # there null is left out
-            others = [key for key in others if node[key] is not None]
+        if path.startswith("recipe.") and path.endswith(".optimizer"):  # null of another optimiser's key is left out
+            others = [key for key in others if node[key] is not None or key not in OPTIMIZER_KEYS]
         kept = [
             key for key in others if f"{path}.{key}" not in line
         ]  # of the chosen option, which a typed target keeps

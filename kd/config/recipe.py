@@ -29,8 +29,8 @@ RULES = {
 # of optimisers and schedulers: torch finds out late, or not at all, that a value is no number, infinite, or a period of
 # 0; that a rate is negative it says itself
 NUMBERS = {
-    **dict.fromkeys(("lr", "gamma", "eta_min"), number()),
-    **dict.fromkeys(("momentum", "weight_decay", "eps"), number().or_null),  # null: as the optimiser has it
+    **dict.fromkeys(("lr", "eps", "gamma", "eta_min"), number()),
+    **dict.fromkeys(("momentum", "weight_decay"), number().or_null),  # null: as the optimiser has it
     **dict.fromkeys(("T_max", "T_0", "step_size", "total_iters"), number(least=1)),
 }
 EMA = {"decay": number(least=0, below=1), "warmup": FLAG}
