@@ -147,7 +147,6 @@ def test_a_recipes_optimiser_and_scheduler_can_be_made(name: str) -> None:
     from kd.run import build
 
     config = config_of(f"recipe={name}")
-    config["recipe"]["frozen_body"] = None  # of random weights it is refused
     module = build.distiller(config, build.datamodule(config))
     made = module.configure_optimizers()
     optimizer = made["optimizer"]

@@ -233,8 +233,8 @@ def test_statistics_that_are_not_there_are_not_kept(kd: Any) -> None:
     [
         (
             ["model@student=resnet8", "recipe=finetune"],
-            "recipe.frozen_body = 0.5 would freeze random weights: give the student weights (student.checkpoint=FILE, "
-            "student.model.pretrained=true), or set recipe.frozen_body=null recipe.frozen_norms=null recipe.body_lr=",
+            "recipe.frozen_body = 0.5 would freeze random weights: give the student weights "
+            "(student.checkpoint=FILE), or set recipe.frozen_body=null recipe.frozen_norms=null recipe.body_lr=",
         ),
         (
             ["model@student=timm", "student.model.name=test_resnet.r160_in1k", "recipe=linear_probe"],

@@ -28,7 +28,7 @@ USAGE = f"""kd models [NAME-PART] [--max-params {DEFAULT}] [--min-params N] [--p
 
 Lists networks by their number of parameters: those of conf/model, and timm's. Parameters and MACs (multiply-accumulates
 of one image) are those of the shown size of the images and number of classes; other classes change the last layer.
-MACs are counted up to {MOST // 1_000_000}M parameters, and blank above, and where a pass cannot be done without values.
+MACs are counted up to {MOST // 1_000_000}M parameters, and blank above.
 
   kd models                              up to {DEFAULT} parameters
   kd models mobilenet --max-params 10M   names with this part; K, M and G are thousands, millions and billions

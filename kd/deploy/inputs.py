@@ -80,8 +80,15 @@ def _columns(name: str, columns: Sequence[str], encoding: str) -> Records:
             near = did_you_mean(column, table.columns)
             raise KdError(f"{name} has no column {column}{near}: it has {', '.join(table.columns)} (set column=NAME)")
     kept = [column for column in (*columns, ID) if column in table.columns]
-    written = {column: ["" if value is None else str(value) for value in table.columns[column]] for column in kept}
+    written = {column: [_written(value) for value in table.columns[column]] for column in kept}
     return Records(written, name)
+
+
+def _written(value: object) -> str:
+    """Write a cell; whole numbers of a column with gaps, which are floats, as they were."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return "" if value is None else str(value)
 
 
 def chunks(items: Sequence[object], size: int) -> Iterator[slice]:

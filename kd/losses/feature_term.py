@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kd.losses.base import Batch, Output, Setup, Term, at_least_float32
 from kd.losses.layouts import Tapped
 
-__all__ = ["FeatureTerm", "full_precision"]
+__all__ = ["ConsecutiveTerm", "FeatureTerm", "full_precision"]
 
 
 def full_precision(tensor: Tensor) -> Any:
@@ -89,7 +89,7 @@ class FeatureTerm(Term):
 
 
 class ConsecutiveTerm(FeatureTerm):
-    """A loss of what each tapped layer has to do with the next one."""
+    """A loss of the relations between consecutive layers."""
 
     def prepare(self, setup: Setup) -> None:
         """Build the adapters. ``ValueError`` for a single tap: it has no next one."""

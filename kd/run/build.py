@@ -28,7 +28,7 @@ from kd.losses.base import Term
 from kd.parallel import group
 from kd.records import weight_files
 from kd.run import compatibility, input_statistics, networks, optim, weights
-from kd.run.frozen_body import freeze, refuse_random
+from kd.run.frozen_body import freeze
 from kd.run.hardware import checkpoint_gradients
 from kd.run.teacher_tokenizer import KEY, with_teacher_tokenizer
 from kd.tasks.base import Task
@@ -133,10 +133,8 @@ def distiller(config: Mapping[str, Any], data: Any) -> Distiller:
     cut = config["student"].get("surgery")
     teacher = networks.teacher(config, data, built_task) if cut else None
     net = networks.student(config, data, built_task, teacher)
-    if share := settings(config)["frozen_body"]:
-        refuse_random(config["student"], settings(config))
-        if share == 1:
-            freeze(net)
+    if settings(config)["frozen_body"] == 1:
+        freeze(net)
     peers = {
         name: networks.network(
             node, f"networks.{name}", data.num_classes, data.input_shape, **networks.of_text(data, built_task)

@@ -89,14 +89,17 @@ def refuse_random(student: Mapping[str, Any], recipe: Mapping[str, Any]) -> None
 
     Networks of kd and timm say by ``pretrained`` whether they come with weights; of any other network it is not known.
     """
+    if not recipe["frozen_body"]:
+        return
     model = student["model"] or {}
     known = str(model.get("_target_", "")).startswith(("kd.models.", "timm."))
-    fetched = model.get("pretrained") and model.get("name", "") is not None  # transformers: of no name, a random one
+    fetched = model.get("pretrained") and not ("name" in model and model["name"] is None)  # of no name: a random one
     if known and not (student["checkpoint"] or student.get("surgery") or fetched or model.get("checkpoint_path")):
         without = " ".join(f"recipe.{key}=null" for key in ("frozen_body", "frozen_norms", "body_lr") if recipe[key])
+        download = ", student.model.pretrained=true" if "pretrained" in model else ""
         raise KdError(
             f"recipe.frozen_body = {recipe['frozen_body']:g} would freeze random weights: give the student weights "
-            f"(student.checkpoint=FILE, student.model.pretrained=true), or set {without}"
+            f"(student.checkpoint=FILE{download}), or set {without}"
         )
 
 

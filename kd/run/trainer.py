@@ -22,7 +22,7 @@ from kd.run import build, callbacks, compatibility, cost, finish, hardware, libr
 from kd.run.average import AverageStudent
 from kd.run.data_facts import facts
 from kd.run.ending import Ending
-from kd.run.frozen_body import FrozenBody, FrozenNorms
+from kd.run.frozen_body import FrozenBody, FrozenNorms, refuse_random
 from kd.tracking import loggers
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ def fit(config: dict[str, Any], run_dir: Path, checkpoint: Path | None) -> dict[
     Of several processes each runs it, and the first one writes.
     """
     begin(config)
+    refuse_random(config["student"], settings(config))
     data = build.datamodule(config)
     module = build.distiller(config, data)
     compatibility.check_steps(settings(config), module)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import kd
 from kd.cli.main import main
+from kd.deploy import inputs
 from kd.deploy.predict import _of_images
 from kd.errors import KdError
 from kd.run.evaluate import evaluate, run_config
@@ -182,3 +183,8 @@ def test_no_file_is_written_over(images: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(["predict", str(images / "run"), str(kept), f"out={kept}"]) == 1
     assert f"out = {kept} is there already: give another file, or delete it" in capsys.readouterr().err
     assert kept.read_text() == "text\nmine\n"
+
+
+def test_whole_ids_of_a_column_with_gaps_are_written_as_they_were(tmp_path: Path) -> None:
+    pd.DataFrame({"id": [1, None, 3], "text": ["a", "b", "c"]}).to_parquet(tmp_path / "asked.parquet")
+    assert inputs.texts([str(tmp_path / "asked.parquet")], ["text"]).columns["id"] == ["1", "", "3"]

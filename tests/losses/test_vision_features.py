@@ -578,3 +578,9 @@ def test_refused_before_the_first_batch(make, student, teacher, index: bool, sen
 def test_settings_are_checked(make, key: str) -> None:
     with pytest.raises(ValueError, match=f"^{key} is not allowed: it must be "):
         make()
+
+
+def test_scalekd_refuses_another_grid() -> None:
+    projector = CrossAttentionProjector((2, 8, 4, 4), (2, 6, 3, 3))
+    with pytest.raises(ValueError, match=r"scalekd has learned positions for maps of \(8, 4, 4\).*\(8, 6, 6\)"):
+        projector(torch.randn(2, 8, 6, 6))

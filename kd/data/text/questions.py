@@ -196,7 +196,7 @@ class Questions(TextModule):
         key = digest_of([str(question) for question in questions], "windows 1", *settings, characters)
 
         def make() -> Windows:
-            source = self._sources.get(split, self._sources["train"])  # val or test is cut from train
+            source = self._sources[split if split in self._sources else "train"]  # val or test is cut from train
             return windows_of(self.tokenizer, questions, *settings, source.row, characters)
 
         windows = store.cached(self.cache, f"{key}-{self.tokenizer_digest}", make, Windows)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.adapters import Convert, check_maps
@@ -57,16 +58,26 @@ class CrossAttentionProjector(nn.Module):
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.queries = nn.Parameter(torch.randn(self.grid[0] * self.grid[1], target))
         self.query = nn.Sequential(nn.Linear(target, target), nn.ReLU())
-        heads = math.gcd(target, max(1, target // PER_HEAD))
-        self.attention = nn.MultiheadAttention(target, heads, kdim=width, vdim=width, batch_first=True)
+        self.heads = math.gcd(target, max(1, target // PER_HEAD))
+        self.asked, self.key, self.value = nn.Linear(target, target), nn.Linear(width, target), nn.Linear(width, target)
+        self.out = nn.Linear(target, target)
         self.norm = nn.LayerNorm(target)
         self.block = nn.Sequential(nn.Linear(target, 4 * target), nn.ReLU(), nn.Linear(4 * target, target))
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, C, H, W) → (B, D, h, w)."""
+        if feature.shape[1:] != self.positions.shape:
+            raise ValueError(
+                f"scalekd has learned positions for maps of {tuple(self.positions.shape)}, as in the first batch, and "
+                f"this one is of {tuple(feature.shape[1:])}: give images of one size"
+            )
         tokens = map_to_tokens(self.local(feature) + self.positions)
-        queries = (SHARPNESS * self.query(self.queries)).to(tokens).expand(len(feature), -1, -1)
-        found = self.norm(self.attention(queries, tokens, tokens, need_weights=False)[0])
+        asked = self.asked(self.query(self.queries)).to(tokens).expand(len(feature), -1, -1)
+        parts = asked, self.key(tokens), self.value(tokens)
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        scale = SHARPNESS / math.sqrt(query.shape[3])
+        attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        found = self.norm(self.out(attended.transpose(1, 2).flatten(2)))
         return (found + self.block(found)).transpose(1, 2).unflatten(2, self.grid)
 
 
