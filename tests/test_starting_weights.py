@@ -273,6 +273,8 @@ def test_what_is_not_allowed_of_the_body() -> None:
         checked(["recipe.frozen_body=3"])
     with pytest.raises(KdError, match=r"recipe\.body_lr = slow is not allowed: it must be a rate"):
         checked(["recipe.body_lr=slow"])
+    with pytest.raises(KdError, match=r"recipe\.body_lr = x0 trains nothing .*recipe\.frozen_body=true"):
+        checked(["recipe.body_lr=x0"])
 
 
 def test_finetune_is_what_it_was_for_texts() -> None:

@@ -4,7 +4,8 @@
 
 Cases: ``all`` (4 × 256 tokens, all of them supervised, V = 32,768), ``prompts`` (half of each row is a prompt),
 ``large`` (4 × 64 tokens, V = 131,072), ``on_policy`` (8 prompts of 64 tokens, 64 new ones), ``classification`` (32 × 64
-tokens, 77 classes). Teachers are random networks of 4 layers × 256, students of 2 × 128: Llama, BERT for the last case.
+tokens, 77 classes), ``kept`` (the rows of ``all``: a step with the top 64 of the teacher's tokens from the disk beside one with
+labels alone). Teachers are random networks of 4 layers × 256, students of 2 × 128: Llama, BERT for ``classification``.
 The loss is forward KL + ½ CE, on-policy forward KL; AdamW; float32, one thread.
 
 The bare loop makes all logits of both networks; also with the allocator's setting of ``hardware.keep_memory``. ``kd``
@@ -13,7 +14,7 @@ have no CE; DistillationTrainer, which always samples, is handed the completions
 is no dependency: ``pip install --no-deps --target=FOLDER trl==1.16.0`` and ``trl=FOLDER``.
 
 Each run is a process of its own, and they take turns. The first step warms up; time is the CPU's in the others. Ratios
-are medians over the rounds, each to a bare loop of its round. Memory is the peak resident set over what is there once
+are medians over the rounds, each to the first line in its round. Memory is the peak resident set over what is there once
 the libraries are loaded, less the weights of both networks. ``loss``: of the first step, by which one sees that the
 work is the same.
 """
@@ -44,11 +45,14 @@ from kd.losses.base import Batch
 from kd.run import build, callbacks, trainer
 from kd.tracking import loggers
 
+FORWARD = ("loss=[kd]", "loss.kd.temperature=1")  # forward KL alone
+
 
 class Rows(L.LightningDataModule):
     """The rows of a case as a data module; validation and test are two short ones, which cost next to nothing."""
 
     mean: tuple[float, ...] = ()
+    random_view = None  # the same rows in every epoch: answers may be kept
 
     def __init__(self, case: Mapping[str, Any], steps: int) -> None:
         super().__init__()
@@ -71,6 +75,7 @@ class Rows(L.LightningDataModule):
         return [self.made(replace(self.case, tokens=4, prompt=1), 2)]
 
     test_dataloader = val_dataloader
+    answering_dataloader = train_dataloader
 
 
 class Steps(L.Callback):
@@ -87,12 +92,12 @@ class Steps(L.Callback):
         self.meter.step()
 
 
-def ours(case: Case, steps: int, meter: Meter, folder: Path, *more: str) -> None:
-    """``kd``, as ``kd train`` builds it."""
+def ours(case: Case, steps: int, meter: Meter, folder: Path, *more: str, loss: tuple[str, ...] = ()) -> None:
+    """``kd``, as ``kd train`` builds it; ``loss``: settings in the place of the case's."""
     facts = ",".join(f"{key}: {value}" for key, value in vars(case).items() if key != "title")
     shape = f"vocabulary: {case.vocabulary}, tokens: {case.tokens}, classes: {case.classes}"
     node = f"{{_target_: text_work.network, {shape}, layers: "
-    loss = ["loss=[kd]"] if case.new else ["loss=[ce,kd]", "loss.ce.weight=0.5"]
+    mixed = (FORWARD[0],) if case.new else ("loss=[ce,kd]", "loss.ce.weight=0.5")
     own = ["distiller=on_policy", "distiller.share=1.0", f"distiller.max_new_tokens={case.new}"] if case.new else []
     values = checked(
         [
@@ -101,8 +106,7 @@ def ours(case: Case, steps: int, meter: Meter, folder: Path, *more: str) -> None
             *(
                 f"teacher.model={node}4, width: 256}}",
                 "teacher.allow_random=true",
-                *loss,
-                "loss.kd.temperature=1",
+                *(loss or (*mixed, FORWARD[1])),
                 *own,
             ),
             f"task={'text_classification' if case.classes else 'causal_lm'}",
@@ -125,6 +129,28 @@ def ours_mapped(case: Case, steps: int, meter: Meter, folder: Path) -> None:
     ours(case, steps, meter, folder, "hardware.keep_memory=false")
 
 
+def ours_alone(case: Case, steps: int, meter: Meter, folder: Path) -> None:
+    """``kd`` with labels alone, no teacher."""
+    ours(case, steps, meter, folder, "teacher.model=null", loss=("loss=[ce]",))
+
+
+def ours_live(case: Case, steps: int, meter: Meter, folder: Path) -> None:
+    """``kd`` with forward KL alone, the teacher in the same process."""
+    ours(case, steps, meter, folder, loss=FORWARD)
+
+
+def ours_kept(case: Case, steps: int, meter: Meter, folder: Path) -> None:
+    """``kd`` with the teacher's top 64 tokens from the disk, which it writes there before the first step."""
+    kept = f"{{_target_: kd.distill.cache.CachedAnswers, k: 64, folder: '{folder}'}}"
+    ours(case, steps, meter, folder, f"teacher.answers={kept}", loss=("loss=[topk_kl]", "loss.topk_kl.k=64"))
+
+
+def ours_hidden(case: Case, steps: int, meter: Meter, folder: Path) -> None:
+    """``kd`` with the teacher's last hidden states from the disk, which give all its logits."""
+    kept = f"{{_target_: kd.distill.cache.CachedAnswers, what: hidden, folder: '{folder}'}}"
+    ours(case, steps, meter, folder, f"teacher.answers={kept}", loss=FORWARD)
+
+
 CONTENDERS: dict[str, Callable[[Case, int, Meter, Path], None]] = {
     "bare loop": text_work.bare,
     "bare loop, memory kept": text_work.bare_kept,
@@ -134,10 +160,19 @@ CONTENDERS: dict[str, Callable[[Case, int, Meter, Path], None]] = {
     "kd": ours,
     "kd, keep_memory=false": ours_mapped,
 }
+OF_KEPT: dict[str, Callable[[Case, int, Meter, Path], None]] = {
+    "kd, labels alone": ours_alone,
+    "kd, live teacher": ours_live,
+    "kd, top 64 kept": ours_kept,
+    "kd, hidden states kept": ours_hidden,
+}
 
 
-def contenders(case: Case, trl: str | None) -> list[str]:
-    """The names of those that can do the work and are installed; says which are not."""
+def contenders(name: str, trl: str | None) -> list[str]:
+    """The names of those that can do the work of a case and are installed; says which are not."""
+    if name == "kept":
+        return list(OF_KEPT)
+    case = CASES[name]
     there = trl is not None or importlib.util.find_spec("trl") is not None
     names = [name for name in CONTENDERS if not (case.classes and "TRL" in name)]
     names = [name for name in names if not (case.new and name == "transformers.Trainer")]
@@ -153,7 +188,7 @@ def measure(name: str, contender: str, options: Mapping[str, str]) -> tuple[floa
     trainer.quieten()
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        CONTENDERS[contender](case, steps, meter, Path(folder))
+        (OF_KEPT if name == "kept" else CONTENDERS)[contender](case, steps, meter, Path(folder))
     weights = sum(p.numel() * p.element_size() for net in text_work.pair(case) for p in net.parameters())
     return meter.found(weights)
 
@@ -174,7 +209,7 @@ def compare(name: str, options: Mapping[str, str]) -> None:
     trl, given = options.get("trl"), [f"{key}={value}" for key, value in options.items()]
     path = os.pathsep.join([str(Path(__file__).parent), *([trl] if trl else []), os.environ.get("PYTHONPATH", "")])
     variables = {**os.environ, "PYTHONPATH": path, "WANDB_MODE": "disabled", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    names = contenders(CASES[name], trl)
+    names = contenders(name, trl)
     found: dict[str, list[list[float]]] = {contender: [] for contender in names}
     for _ in range(int(options.get("rounds", 5))):
         for contender in names:
@@ -184,7 +219,7 @@ def compare(name: str, options: Mapping[str, str]) -> None:
                 raise SystemExit(f"{contender} has failed: {done.stderr.strip().splitlines()[-1]}")
             found[contender].append([float(word) for word in done.stdout.split()[-3:]])
     print(f"{sized(name, options).title}")
-    first = found["bare loop"]
+    first = found[names[0]]
     for contender, runs in found.items():
         seconds, peak, loss = (statistics.median(column) for column in zip(*runs, strict=True))
         ratio = statistics.median(run[0] / other[0] for run, other in zip(runs, first, strict=True))

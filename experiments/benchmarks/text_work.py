@@ -35,6 +35,7 @@ CASES = {
     "large": Case("all positions, V = 131,072", 131_072, 4, 64),
     "on_policy": Case("on-policy, 64 new tokens", 32_768, 8, 128, prompt=64, new=64),
     "classification": Case("sentences of 77 classes", 32_768, 32, 64, classes=77),
+    "kept": Case("answers kept on the disk, V = 32,768", 32_768, 4, 256),
 }
 
 

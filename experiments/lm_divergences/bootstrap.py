@@ -36,7 +36,7 @@ def blocks(data: Any, folder: Path) -> np.ndarray:
     """Return the mean loss (blocks,) in nats a token of each whole block of the test text, of whole passages."""
     network = AutoModelForCausalLM.from_pretrained(folder).eval()
     losses: list[np.ndarray] = []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode():
         for batch in data.test_dataloader():
             ids = batch.inputs["input_ids"]
             logits = network(**batch.inputs).logits[:, :-1].float()

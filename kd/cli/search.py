@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     limits = {limit: _amount(flag, own[flag]) for flag, limit in FLAGS.items() if flag in own}
     if not limits:
         raise KdError(f"kd search needs a limit: {', '.join(FLAGS)}")
+    if not (trials := own.get("--trials", "20")).isdecimal() or int(trials) < 1:
+        raise KdError(f"--trials {trials} is not allowed: it must be a whole number, 1 or more")
     config_dir = own.get("--config-dir")
     fixed = _fixed(overrides)
     if CUT in fixed and not any(o.startswith(f"{SURGERY}.") for o in fixed):

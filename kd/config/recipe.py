@@ -77,6 +77,8 @@ def problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield from _of_the_validations(recipe, protocol)
     if not RATE.fits(rate := recipe["body_lr"]) and factor(rate) is None:
         yield f"recipe.body_lr = {rate} is not allowed: it must be a rate (1e-4), a factor of it (x0.1), or null"
+    elif rate == 0 or factor(rate) == 0:
+        yield f"recipe.body_lr = {rate} trains nothing of the body: set recipe.frozen_body=true in its place"
     yield from _of_the_groups(recipe)
     yield from _of_the_average(recipe["ema"], config["hardware"])
     yield from _of_the_networks(recipe["networks"], config["networks"])

@@ -423,7 +423,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def unit_length(tensor: Tensor, dim: int = 1) -> Tensor:
-    """Divided by its L2 norm along ``dim``; zeros stay so, without a gradient that grows beyond all bounds."""
+    """Divide by the L2 norm along ``dim``; zeros stay so, without a gradient that grows beyond all bounds."""
     norms = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
     return tensor / norms.masked_fill(norms == 0, math.inf)
 

@@ -252,6 +252,7 @@ def test_students_are_every_combination_of_their_axes() -> None:
     [
         (["loss=[ce]"], "kd search needs a limit: --max-params"),
         (["--max-parms", "5"], r"--max-parms is not understood: .* \(near: --max-params"),
+        (["--max-params", "5", "--trials", "0"], "--trials 0 is not allowed: it must be a whole number, 1 or more"),
         (["--max-params", "many"], "--max-params = many is not allowed: it must be a number above 0, such as"),
         (["--max-params"], "kd search does not understand this: .*expected one argument"),
         (["--max-ms", "3", "runs"], "runs is not understood"),

@@ -87,13 +87,12 @@ class SemanticCalibration(FeatureTerm):
         super().__init__(student_taps, teacher_taps)
         if samples < 1:
             raise ValueError(f"samples = {samples} is not allowed: it must be 1 or more")
-        self.samples, self.layers = samples, (0, 0)
+        self.samples = samples
         self.projections, self.queries, self.keys = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
     def _names(self, student: Output, teacher: Output) -> tuple[list[str | int], list[str | int]]:
         """Every tap of the student beside every one of the teacher."""
         students, teachers = super()._names(student, teacher)
-        self.layers = len(students), len(teachers)
         return [s for s in students for _ in teachers], [t for _ in students for t in teachers]
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
@@ -109,14 +108,15 @@ class SemanticCalibration(FeatureTerm):
         )
         like = self.pairs(setup.student, setup.teacher)[0][0]
         self.queries, self.keys = (
-            nn.ModuleList(Embedding(self.samples).to(like) for _ in range(count)) for count in self.layers
+            nn.ModuleList(Embedding(self.samples).to(like) for _ in names)
+            for names in super()._names(setup.student, setup.teacher)
         )
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The loss of all pairs."""
         compared, features = self.compared(student, teacher), self.pairs(student, teacher)
         own = [at_least_float32(layer(s)) for layer, (s, _) in zip(self.projections, compared, strict=True)]
-        count = self.layers[1]
+        count = len(self.keys)
         with full_precision(own[0]):
             queries = [embed(s) for embed, (s, _) in zip(self.queries, features[::count], strict=True)]
             keys = [embed(t) for embed, (_, t) in zip(self.keys, features[:count], strict=True)]
