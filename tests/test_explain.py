@@ -328,3 +328,9 @@ def test_an_argument_that_no_network_of_timm_takes() -> None:
 
 def test_an_error_of_another_kind_is_a_sentence() -> None:
     assert explain(ValueError("no number"), ["a.b=1", "seed=2"]) == "a.b=1 cannot be set: no number"
+
+
+def test_a_deleted_key_whose_value_depends_on_another() -> None:
+    with pytest.raises(KdError, match=r"momentum is not allowed, its value .*: write recipe\.optimizer\.momentum=null"):
+        checked(["recipe=finetune", "~recipe.optimizer.momentum"])
+    assert checked(["recipe=finetune", "recipe.optimizer.momentum=null"])["recipe"]["optimizer"]["momentum"] is None
