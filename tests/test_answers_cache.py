@@ -22,6 +22,7 @@ from kd.data.images.imagefolder import ImageFolder
 from kd.data.text.lm import Documents
 from kd.distill import cache_build, cache_shards
 from kd.distill.cache import CachedAnswers
+from kd.distill.cache_key import facts_of_run
 from kd.distill.cache_forms import Form, narrowed
 from kd.distill.teacher import Teacher
 from kd.errors import KdError, MachineFailure
@@ -279,6 +280,14 @@ def test_documents_are_read_by_their_row_whatever_batch_they_are_in(tmp_path: Pa
     for batch in map(CausalLM().rows, own.train_dataloader()):
         expected = teacher(batch.inputs, batch).logits.log_softmax(-1)
         torch.testing.assert_close(cached.answer(batch, Want()).logits, expected, rtol=1e-4, atol=1e-4)
+
+    def facts(**other: str) -> dict[str, Any]:
+        return facts_of_run(
+            Documents(root=str(tmp_path), **{**files, **other}, length=16, tokenizer=own.tokenizer), CausalLM(), cached.form
+        )
+
+    assert facts(val="test.txt", test="val.txt") == facts()  # other texts to validate on change no answer
+    assert facts(train="val.txt", val="train.txt")["data"] != facts()["data"]
 
 
 @pytest.mark.parametrize("options", [{"what": "topk", "k": 4, "temperatures": [2]}, {"precision": "bfloat16"}])

@@ -4,8 +4,9 @@
 
 ``DATA`` holds ``austen.train.txt``, ``austen.valid.txt``, ``brown.train.txt`` and ``brown.valid.txt``. Of each corpus
 ``FOLDER`` gets ``.train.txt`` (some 260 kB in passages of 4 kB at equal distances, whole lines), ``.held.txt`` (the
-first 100 kB of the other file) and ``.prompts.jsonl``: the first 32 tokens of every 128 of the training text, in the
-tokenizer of the teacher (``runs/encoders/smollm2``), which is to go on.
+first 100 kB of the other file), ``.few.txt`` (its first 5 kB, for runs that measure nothing) and ``.prompts.jsonl``: the
+first 32 tokens of every 128 of the training text, in the tokenizer of the teacher (``runs/encoders/smollm2``), which is
+to go on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CORPORA = ("austen", "brown")
-TRAIN, PASSAGE, HELD = 240_000, 4_000, 100_000  # characters
+TRAIN, PASSAGE, HELD, FEW = 240_000, 4_000, 100_000, 5_000  # characters
 BLOCK, PROMPT = 128, 32  # tokens
 
 
@@ -35,30 +36,32 @@ def passages(lines: Sequence[str]) -> list[str]:
     return kept
 
 
-def first(lines: Sequence[str]) -> list[str]:
-    """Return the lines that begin within the first ``HELD`` characters."""
+def first(lines: Sequence[str], characters: int) -> list[str]:
+    """Return the lines that begin within the first ``characters``."""
     kept: list[str] = []
     for line in lines:
-        if sum(map(len, kept)) >= HELD:
+        if sum(map(len, kept)) >= characters:
             break
         kept.append(line)
     return kept
 
 
 def main(data: Path, folder: Path, tokenizer: str) -> None:
-    """Write three files a corpus, and print their sizes."""
+    """Write four files a corpus, and print their sizes."""
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     for name in CORPORA:
         train = "".join(passages((data / f"{name}.train.txt").read_text().splitlines(keepends=True)))
-        held = "".join(first((data / f"{name}.valid.txt").read_text().splitlines(keepends=True)))
+        other = (data / f"{name}.valid.txt").read_text().splitlines(keepends=True)
+        held = "".join(first(other, HELD))
         ids = tokens(train)["input_ids"]
         starts = range(0, len(ids) - BLOCK, BLOCK)
         prompts = [json.dumps({"prompt": tokens.decode(ids[start : start + PROMPT])}) for start in starts]
         (folder / f"{name}.train.txt").write_text(train)
         (folder / f"{name}.held.txt").write_text(held)
+        (folder / f"{name}.few.txt").write_text("".join(first(other, FEW)))
         (folder / f"{name}.prompts.jsonl").write_text("\n".join(prompts) + "\n")
         print(f"{name}: {len(train):,} and {len(held):,} characters, {len(ids):,} tokens, {len(prompts)} prompts")
 

@@ -154,10 +154,12 @@ def answering(data: Any, view: int | None = None) -> Any:
 def _data(data: Any) -> str:
     found, own = hashlib.blake2b(digest_size=8), own_kind(data)
     if own is not None:
-        found.update(json.dumps([own.content, own.split_facts], sort_keys=True, default=str).encode())
         found.update(own.train_index.numpy().tobytes())
-        for array in own.parts["train"].arrays() if isinstance(own, TextModule) else ():
-            found.update(np.ascontiguousarray(array).data)
+        if isinstance(own, TextModule):  # the inputs themselves: other texts to validate on change no answer
+            for array in own.parts["train"].arrays():
+                found.update(np.ascontiguousarray(array).data)
+        else:
+            found.update(json.dumps([own.content, own.split_facts], sort_keys=True, default=str).encode())
         return found.hexdigest()
     seen = sorted(_samples(answering(data)))
     for index, one in seen:
