@@ -4,7 +4,7 @@
 
 ``DATA`` holds ``austen.train.txt``, ``austen.valid.txt``, ``brown.train.txt`` and ``brown.valid.txt``. Of each corpus
 ``FOLDER`` gets ``.train.txt`` (some 260 kB in passages of 4 kB at equal distances, whole lines), ``.held.txt`` (the
-first 100 kB of the other file), ``.few.txt`` (its first 5 kB, for runs that measure nothing) and ``.prompts.jsonl``: the
+first 100 kB of the other file), ``.few.txt`` (the next 5 kB, for runs that measure nothing) and ``.prompts.jsonl``: the
 first 32 tokens of every 128 of the training text, in the tokenizer of the teacher (``runs/encoders/smollm2``), which is
 to go on.
 """
@@ -55,15 +55,15 @@ def main(data: Path, folder: Path, tokenizer: str) -> None:
     for name in CORPORA:
         train = "".join(passages((data / f"{name}.train.txt").read_text().splitlines(keepends=True)))
         other = (data / f"{name}.valid.txt").read_text().splitlines(keepends=True)
-        held = "".join(first(other, HELD))
+        held = first(other, HELD)
         ids = tokens(train)["input_ids"]
         starts = range(0, len(ids) - BLOCK, BLOCK)
         prompts = [json.dumps({"prompt": tokens.decode(ids[start : start + PROMPT])}) for start in starts]
         (folder / f"{name}.train.txt").write_text(train)
-        (folder / f"{name}.held.txt").write_text(held)
-        (folder / f"{name}.few.txt").write_text("".join(first(other, FEW)))
+        (folder / f"{name}.held.txt").write_text("".join(held))
+        (folder / f"{name}.few.txt").write_text("".join(first(other[len(held) :], FEW)))
         (folder / f"{name}.prompts.jsonl").write_text("\n".join(prompts) + "\n")
-        print(f"{name}: {len(train):,} and {len(held):,} characters, {len(ids):,} tokens, {len(prompts)} prompts")
+        print(f"{name}: {len(train):,} and {sum(map(len, held)):,} characters, {len(ids):,} tokens, {len(prompts)} prompts")
 
 
 if __name__ == "__main__":
