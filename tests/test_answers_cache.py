@@ -22,8 +22,8 @@ from kd.data.images.imagefolder import ImageFolder
 from kd.data.text.lm import Documents
 from kd.distill import cache_build, cache_shards
 from kd.distill.cache import CachedAnswers
-from kd.distill.cache_key import facts_of_run
 from kd.distill.cache_forms import Form, narrowed
+from kd.distill.cache_key import facts_of_run
 from kd.distill.teacher import Teacher
 from kd.errors import KdError, MachineFailure
 from kd.losses.base import Batch, Output, TopK
@@ -282,9 +282,8 @@ def test_documents_are_read_by_their_row_whatever_batch_they_are_in(tmp_path: Pa
         torch.testing.assert_close(cached.answer(batch, Want()).logits, expected, rtol=1e-4, atol=1e-4)
 
     def facts(**other: str) -> dict[str, Any]:
-        return facts_of_run(
-            Documents(root=str(tmp_path), **{**files, **other}, length=16, tokenizer=own.tokenizer), CausalLM(), cached.form
-        )
+        data = Documents(root=str(tmp_path), **{**files, **other}, length=16, tokenizer=own.tokenizer)
+        return facts_of_run(data, CausalLM(), cached.form)
 
     assert facts(val="test.txt", test="val.txt") == facts()  # other texts to validate on change no answer
     assert facts(train="val.txt", val="train.txt")["data"] != facts()["data"]

@@ -75,7 +75,7 @@ def test_a_set_is_known_by_its_content_not_its_name() -> None:
     same_data({"split": {**facts, "set": facts["set"].replace("Digits", "Optdigits")}}, data, "teacher")
     same_data({"split": {**facts, "set": "Digits 000000000000", "test_fraction": 0.9}}, data, "teacher")
     renamed = {**facts, "set": facts["set"].replace("Digits", "Optdigits"), "test_fraction": 0.9}
-    with pytest.raises(KdError, match=r"on this run's test images: data\.test_fraction 0\.9 there and 0\.4 here"):
+    with pytest.raises(KdError, match=r"on this run's test samples: data\.test_fraction 0\.9 there and 0\.4 here"):
         same_data({"split": renamed}, data, "teacher")
 
 
@@ -89,9 +89,9 @@ def test_weights_that_saw_test_images_are_refused_and_other_images_are_said(capl
     assert "trained on" not in caplog.text
     changed = {**facts, "content": "0" * 12}
     same_data(changed, data, "teacher.checkpoint = t")
-    assert "teacher.checkpoint = t was trained on other images than this run's data, or files of" in caplog.text
+    assert "teacher.checkpoint = t was trained on other samples than this run's data, or files of" in caplog.text
     assert f"content {'0' * 12} there, {data.content} here" in caplog.text
-    with pytest.raises(KdError, match=r"t was trained on images that are test images now \(at least \d+: number \d+, "):
+    with pytest.raises(KdError, match=r"t has seen samples .* are test samples now \(at least \d+: number \d+, "):
         same_data({**changed, "seen": facts_of(other)["seen"]}, data, "teacher.checkpoint = t")
 
 

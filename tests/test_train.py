@@ -289,7 +289,7 @@ def test_classes_with_other_names_are_refused(kd, tmp_path, teacher_run) -> None
 
 def test_another_split_is_refused(kd, teacher_run) -> None:
     said = kd("train", *FAST, "data.split_seed=5", f"teacher.checkpoint={teacher_run}", "loss=[kd]")
-    fails(said, "may have been trained on this run's test images")
+    fails(said, "may have been trained on this run's test samples")
 
 
 def test_another_image_size_must_be_decided(kd) -> None:
@@ -436,7 +436,7 @@ def test_a_failed_start_can_be_repeated_in_its_directory(kd, tmp_path) -> None:
 def test_a_student_does_not_start_from_weights_that_saw_its_test_images(kd, teacher_run) -> None:
     start = ["model@student=mlp_teacher", f"student.checkpoint={teacher_run}"]
     assert kd("train", *FAST, *start).code == 0
-    fails(kd("train", *FAST, *start, "data.split_seed=1"), "may have been trained on this run's test images")
+    fails(kd("train", *FAST, *start, "data.split_seed=1"), "may have been trained on this run's test samples")
 
 
 @pytest.mark.parametrize("debug", ["fast", "overfit", "anomaly"])

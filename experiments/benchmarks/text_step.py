@@ -4,9 +4,8 @@
 
 Cases: ``all`` (4 × 256 tokens, all of them supervised, V = 32,768), ``prompts`` (half of each row is a prompt),
 ``large`` (4 × 64 tokens, V = 131,072), ``on_policy`` (8 prompts of 64 tokens, 64 new ones), ``classification`` (32 × 64
-tokens, 77 classes), ``kept`` (the rows of ``all``: a step with the top 64 of the teacher's tokens from the disk beside one with
-labels alone). Teachers are random networks of 4 layers × 256, students of 2 × 128: Llama, BERT for ``classification``.
-The loss is forward KL + ½ CE, on-policy forward KL; AdamW; float32, one thread.
+tokens, 77 classes), ``kept`` (the rows of ``all``: steps with the teacher's answers from the disk beside one with labels
+alone). Teachers are random networks of 4 layers × 256, students of 2 × 128: Llama, BERT for ``classification``. The loss is forward KL + ½ CE, on-policy forward KL; AdamW; float32, one thread.
 
 The bare loop makes all logits of both networks; also with the allocator's setting of ``hardware.keep_memory``. ``kd``
 is Distiller and Trainer as ``kd train`` builds them, with a metrics file; also without that setting. TRL's trainers
@@ -14,9 +13,9 @@ have no CE; DistillationTrainer, which always samples, is handed the completions
 is no dependency: ``pip install --no-deps --target=FOLDER trl==1.16.0`` and ``trl=FOLDER``.
 
 Each run is a process of its own, and they take turns. The first step warms up; time is the CPU's in the others. Ratios
-are medians over the rounds, each to the first line in its round. Memory is the peak resident set over what is there once
-the libraries are loaded, less the weights of both networks. ``loss``: of the first step, by which one sees that the
-work is the same.
+are medians over the rounds, each to the first line in its round. Memory is the peak resident set over what is there
+once the libraries are loaded, less the weights of both networks. ``loss``: of the first step, by which one sees that
+the work is the same.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def main(data: Path, folder: Path, tokenizer: str) -> None:
         (folder / f"{name}.held.txt").write_text("".join(held))
         (folder / f"{name}.few.txt").write_text("".join(first(other[len(held) :], FEW)))
         (folder / f"{name}.prompts.jsonl").write_text("\n".join(prompts) + "\n")
-        print(f"{name}: {len(train):,} and {sum(map(len, held)):,} characters, {len(ids):,} tokens, {len(prompts)} prompts")
+        sizes = f"{len(train):,} and {sum(map(len, held)):,} characters"
+        print(f"{name}: {sizes}, {len(ids):,} tokens, {len(prompts)} prompts")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[st
         role, value = network.groups()
         return f"{found[1]} is not allowed, {role} is a section: write {_network(role, value, search)}"
     if found and found[1].startswith("~") and "interpolation" in text + cause:  # Hydra reads what it deletes
-        return f"{found[1]} is not allowed, its value depends on another key: write {found[1][1:].partition('=')[0]}=null"
+        key = found[1][1:].partition("=")[0]
+        return f"{found[1]} is not allowed, its value depends on another key: write {key}=null"
     if found:
         return f"{found[1]} is not allowed: {_lower(cause.splitlines()[0]) if cause else 'wrong type'}"
     found = re.search(r"Ambiguous value for argument '([^']+)'", text)

@@ -42,7 +42,7 @@ def _restriction(data: Any) -> Any:
 def same_data(recorded: Mapping[str, Any], data: Any, source: str, advice: str | None = "") -> None:
     """Refuse weights (``source``, with the facts recorded beside them) of other classes or of another split.
 
-    Weights of the same set must not have been trained on this run's test images, nor silently on its val. ``advice``:
+    Weights of the same set must not have been trained on this run's test samples, nor silently on its val. ``advice``:
     what to do about other classes; None: they may be others.
     """
     theirs, ours = recorded.get("class_names") or None, list(data.class_names)
@@ -67,25 +67,25 @@ def same_data(recorded: Mapping[str, Any], data: Any, source: str, advice: str |
     cut = split.get("test_fraction") and here.get("test_fraction")
     if cut and "cut_by" in here and "cut_by" not in split:  # whichever files were added since
         raise KdError(
-            f"{source} may have been trained on this run's test images: it is of an older kd, which divided folders in "
-            "another way than by the names of the files; train it anew"
+            f"{source} may have been trained on this run's test samples: it is of an older kd, which divided folders "
+            "in another way than by the names of the files; train it anew"
         )
     differ = ", ".join(f"data.{k} {split.get(k)} there and {here.get(k)} here" for k in _unequal(split, here))
     if moved and here.get("test_fraction"):
-        raise KdError(f"{source} may have been trained on this run's test images: {differ}")
+        raise KdError(f"{source} may have been trained on this run's test samples: {differ}")
     if moved:
-        log.warning("%s may have been trained on this run's validation images: %s", source, differ)
-    _same_images(recorded, data, source)
+        log.warning("%s may have been trained on this run's validation samples: %s", source, differ)
+    _same_samples(recorded, data, source)
 
 
 def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [key for key in {**other, **one} if one.get(key) != other.get(key)]
 
 
-def _same_images(recorded: Mapping[str, Any], data: Any, source: str) -> None:
-    """Refuse weights that have seen images which are test images now; say when they were trained on other ones.
+def _same_samples(recorded: Mapping[str, Any], data: Any, source: str) -> None:
+    """Refuse weights that have seen samples which are test samples now; say when they were trained on other ones.
 
-    Files may have been renamed, added or exchanged since. Weights that do not say on which images they were trained
+    Files may have been renamed, added or exchanged since. Weights that do not say on which samples they were trained
     (of other programs) are left to the user, and so is a data module that cannot tell.
     """
     content = recorded.get("content")
@@ -94,10 +94,11 @@ def _same_images(recorded: Mapping[str, Any], data: Any, source: str) -> None:
     if known := data.seen_in_test(recorded["seen"]) if recorded.get("seen") else ():
         some = f"{', '.join(known[:3])}{' …' if len(known) > 3 else ''}"
         raise KdError(
-            f"{source} was trained on images that are test images now (at least {len(known)}: {some}): the data has "
-            "changed since. Train it anew on the data as it is, or take these images out of the test set"
+            f"{source} has seen samples in training or validation that are test samples now (at least "
+            f"{len(known)}: {some}): the data has changed since. Train it anew on the data as it is, or take these "
+            "samples out of the test set"
         )
     log.warning(
-        "%s was trained on other images than this run's data, or files of other names: content %s there, %s here",
+        "%s was trained on other samples than this run's data, or files of other names: content %s there, %s here",
         *(source, content, data.content),
     )
