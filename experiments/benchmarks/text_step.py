@@ -4,8 +4,9 @@
 
 Cases: ``all`` (4 × 256 tokens, all of them supervised, V = 32,768), ``prompts`` (half of each row is a prompt),
 ``large`` (4 × 64 tokens, V = 131,072), ``on_policy`` (8 prompts of 64 tokens, 64 new ones), ``classification`` (32 × 64
-tokens, 77 classes), ``kept`` (the rows of ``all``: steps with the teacher's answers from the disk beside one with labels
-alone). Teachers are random networks of 4 layers × 256, students of 2 × 128: Llama, BERT for ``classification``. The loss is forward KL + ½ CE, on-policy forward KL; AdamW; float32, one thread.
+tokens, 77 classes), ``kept`` (the rows of ``all``, the teacher's answers from the disk, beside labels alone). Teachers
+are random networks of 4 layers × 256, students of 2 × 128: Llama, BERT for ``classification``. The loss is forward KL +
+½ CE, on-policy and kept forward KL; AdamW; float32, one thread.
 
 The bare loop makes all logits of both networks; also with the allocator's setting of ``hardware.keep_memory``. ``kd``
 is Distiller and Trainer as ``kd train`` builds them, with a metrics file; also without that setting. TRL's trainers
