@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -24,10 +25,15 @@ from kd.distill import cache_build, cache_shards
 from kd.distill.cache import CachedAnswers
 from kd.distill.cache_forms import Form, narrowed
 from kd.distill.cache_key import facts_of_run
+from kd.distill.distiller import Distiller
+from kd.distill.objective import Objective
 from kd.distill.teacher import Teacher
 from kd.errors import KdError, MachineFailure
-from kd.losses.base import Batch, Output, TopK
-from kd.losses.logits.kd import kl_divergence
+from kd.losses.base import Batch, Output, Term, TopK
+from kd.losses.logits.ctkd import CurriculumTemperature
+from kd.losses.logits.kd import KnowledgeDistillation, kl_divergence
+from kd.losses.logits.normkd import NormalisedLogits
+from kd.losses.logits.ttm import TransformedTeacher
 from kd.losses.tokens.hinge_ranking import HingeRanking
 from kd.losses.tokens.topk_kl import TopKKL, topk_kl_divergence
 from kd.models.transformers_model import transformers_model
@@ -626,6 +632,32 @@ def test_samples_and_rows_that_are_not_there_are_refused(tmp_path: Path) -> None
         CachedAnswers(None, Digits(), path=str(tmp_path / "none"))
     with pytest.raises(KdError, match="output projection is known"):
         ready(of_images(tmp_path / "images", what="hidden"))
+
+
+SOFTENED: dict[str, tuple[Callable[[], Term], str]] = {
+    "kd at 4": (
+        lambda: KnowledgeDistillation(temperature=4.0),
+        r"loss\.it softens all classes \(T = 4\.0\), and the top 5 of \d+ classes",
+    ),
+    "a learned temperature": (CurriculumTemperature, r"loss\.it softens all classes \(T = learned\)"),
+    "a power of the teacher": (lambda: TransformedTeacher(gamma=0.5), r"loss\.it softens all classes \(T = 2\.0\)"),
+    "the spread of a row": (NormalisedLogits, r"loss\.it reads every class, and the top 5"),
+    "kd at 1": (lambda: KnowledgeDistillation(temperature=1.0), ""),
+    "the top-k at a stored temperature": (lambda: TopKKL(5, temperature=2.0), ""),
+}
+
+
+@pytest.mark.parametrize("name", SOFTENED)
+def test_a_tail_in_equal_parts_is_read_at_its_temperature_alone(tmp_path: Path, name: str) -> None:
+    made, sentence = SOFTENED[name]
+    cached = of_tokens(tmp_path, k=5, temperatures=[1, 2])
+    student = transformers_model(
+        None, pretrained=False, config={**LLAMA, "num_hidden_layers": 1}, architecture="causal_lm"
+    )
+    distiller = Distiller(student, cached, Objective({"it": made()}), task=CausalLM(), num_classes=VOCABULARY)
+    with pytest.raises(KdError, match=sentence) if sentence else contextlib.nullcontext():
+        distiller.prepare(next(iter(cached.data.train_dataloader())))
+    assert distiller.prepared is not bool(sentence)
 
 
 # ---------------------------------------------------------------------- images: views that are replayed

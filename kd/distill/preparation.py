@@ -17,7 +17,7 @@ from kd.distill.objective import Objective
 from kd.distill.optimisation import OptimisationModule
 from kd.distill.taps import Taps, resolve, unfuse
 from kd.errors import KdError, RunFailure, framed
-from kd.losses.base import UNLABELLED, Batch, Output, Setup, Term
+from kd.losses.base import UNLABELLED, Batch, Output, Setup, Term, TopK
 from kd.losses.networks import in_eval
 from kd.models.folding import channels_last, to_channels_last
 from kd.parallel import group
@@ -98,6 +98,8 @@ class PreparationModule(OptimisationModule):
             teacher, student = self._dry(few)
             self._student_channels_last(few, channels_last)
             self._compare(student, teacher, two_tokenizers=few.of_teacher is not few)
+            if teacher is not None and teacher.topk is not None and teacher.topk.ids.shape[-1] < teacher.topk.classes:
+                self._check_topk(teacher.topk)
             self._check_labels(batch)
             self._want = self._want._replace(logits=bool(self.objective.needs("teacher_logits")))
             networks = {"student": self.student, **self._teacher_networks()}
@@ -195,6 +197,21 @@ class PreparationModule(OptimisationModule):
             raise KdError(
                 f"{key} keeps answers to the samples as they are, {type(self).__name__} composes others: set {undo}"
             )
+
+    def _check_topk(self, topk: TopK) -> None:
+        """Refuse terms to which a tail in equal parts says something false: it is right at T = 1, in its sum alone."""
+        known = f"the top {topk.ids.shape[-1]} of {topk.classes} classes are known of the teacher"
+        for name, term in self.objective.items():
+            if term.reads_topk or not term.needs_teacher_logits:
+                continue
+            if (temperature := getattr(term, "temperature", 1.0)) != 1 or term.every_class:
+                reads = (
+                    "reads every class" if temperature == 1 else f"softens all classes (T = {temperature or 'learned'})"
+                )
+                raise KdError(
+                    f"loss.{name} {reads}, and {known}: keep what=hidden (of images what=logits) in teacher.answers, "
+                    "or set loss=[topk_kl], or T = 1"
+                )
 
     def _resolve_taps(self) -> None:
         terms = self.objective.items()

@@ -89,7 +89,7 @@ class _Undeclared(Tensor):
 
 @dataclass
 class TopK:
-    """A teacher of which the k likeliest classes are known, by ascending cost of storage all that a cache keeps.
+    """A teacher of which the k likeliest classes are known, all that a cache of the top-k keeps.
 
     ``ids`` (rows, k) int64, ``log_probs`` (rows, k): log softmax of these classes at T = 1; ``classes``: how many there
     are. The mass of the tail, 1 − Σ exp(log_probs), is spread over the other classes evenly.
@@ -298,6 +298,9 @@ class Term(nn.Module):
     ``every_class``
         Whether it gives each class a share, or measures the size or spread of all logits: of rows in which most
         positions are masked (question answering) it would read the masked ones.
+    ``reads_topk``
+        Whether it reads ``Output.topk`` where a teacher has no more than that; other terms then see logits whose tail
+        is in equal parts, which are those of T = 1 alone.
     ``over``
         What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``, the real ``"positions"`` of
         ``batch.mask``; or ``"batch"``: it is no plain mean
@@ -320,6 +323,7 @@ class Term(nn.Module):
     regression: bool = False
     two_tokenizers: bool = False
     every_class: bool = False
+    reads_topk: bool = False
     over: str = "rows"
 
     student_taps: Sequence[str | int] | None = ()

@@ -31,6 +31,7 @@ class TransformedTeacher(Term):
     def __init__(self, gamma: float = 0.1) -> None:
         super().__init__()
         self.gamma = check_positive("gamma", gamma)
+        self.temperature = 1 / self.gamma  # of the teacher
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """The mean over the rows."""

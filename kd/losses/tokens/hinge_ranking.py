@@ -33,6 +33,8 @@ def hinge_ranking(
 class HingeRanking(Term):
     """:func:`hinge_ranking` with the teacher's stored top-k (``Output.topk``), else with that of its logits."""
 
+    reads_topk = True
+
     def __init__(self, k: int = 32, margin: float | None = None) -> None:
         super().__init__()
         self.k = check_k(k)

@@ -29,6 +29,8 @@ def logistic_ranking(student_logits: Tensor, teacher_log_probs: Tensor, teacher_
 class LogisticRanking(Term):
     """:func:`logistic_ranking` with the teacher's stored top-k (``Output.topk``), else with that of its logits."""
 
+    reads_topk = True
+
     def __init__(self, k: int = 32) -> None:
         super().__init__()
         self.k = check_k(k)

@@ -76,6 +76,8 @@ class TopKKL(Term):
     which gives the tail less than it has. ``k`` above what is there means all of it.
     """
 
+    reads_topk = True
+
     def __init__(self, k: int = 128, temperature: float = 1.0, form: str = "tail") -> None:
         super().__init__()
         self.k = check_k(k)
