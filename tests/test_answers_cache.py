@@ -660,6 +660,15 @@ def test_a_tail_in_equal_parts_is_read_at_its_temperature_alone(tmp_path: Path, 
     assert distiller.prepared is not bool(sentence)
 
 
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_live_teacher_is_measured_where_it_is_to_be(tmp_path: Path, evaluate: bool) -> None:
+    cached = of_images(tmp_path, evaluate=evaluate)
+    distiller = Distiller(points(1), cached, Objective({"kd": KnowledgeDistillation()}), num_classes=10)
+    distiller.prepare(next(iter(cached.data.train_dataloader())))
+    assert distiller.measures_teacher is distiller.comparable is evaluate
+    assert cached.live  # own text is answered all the same
+
+
 # ---------------------------------------------------------------------- images: views that are replayed
 
 

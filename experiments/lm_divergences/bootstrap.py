@@ -29,7 +29,7 @@ ARMS = (
     *("top4", "top64", "sequence", "on_policy"),
 )
 PASSAGE = 8  # blocks of 128 predicted tokens
-KEPT = {"top4": "top4", "top64": "top64"}  # the folder of kept answers, where it is not that of hidden states
+KEPT = {"top4": "top64", "top64": "top64"}  # the folder of kept answers, where it is not that of hidden states
 
 
 def blocks(data: Any, folder: Path) -> np.ndarray:

@@ -21,13 +21,15 @@ class Answers(nn.Module, ABC):
     It is never trained by the recipe's optimiser, and not kept in checkpoints while it is frozen.
 
     ``live``: whether :meth:`answer` also knows samples outside the training set; only then is the teacher measured on
-    validation and test, and the student's agreement with it. ``cache``: whether it keeps what it answered for the
-    training set, so that it must see the same input in every epoch; ``cached_by``: the setting that does it.
+    validation and test, and the student's agreement with it, unless ``evaluated`` is False. ``cache``: whether it keeps
+    what it answered for the training set, so that it must see the same input in every epoch; ``cached_by``: the setting
+    that does it.
     ``sources``: of each run directory that its weights come from, :func:`kd.records.weight_files.source_of`.
     ``networks``: the live networks, if there are any.
     """
 
     live = False
+    evaluated = True
     cache = False
     cached_by = "teacher.answers"
 

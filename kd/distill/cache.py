@@ -44,7 +44,8 @@ class CachedAnswers(Answers):
     sentence says of what. With it the live teacher may be left out, which then is not measured.
 
     ``shard_samples``: samples of a file; None: about 64 MiB. ``verify``: read every byte when it is opened, and not the
-    sizes and headers of the files alone.
+    sizes and headers of the files alone. ``evaluate``: False: the live teacher is not measured on validation and test,
+    which may take longer than all steps of a small student.
 
     Images that are cropped and flipped at random need ``data.augment.period=K`` (or ``data.teacher_view=clean``): their
     augmentation repeats after K epochs, and the cache keeps the answers to these K views.
@@ -68,8 +69,10 @@ class CachedAnswers(Answers):
         path: str | None = None,
         shard_samples: int | None = None,
         verify: bool = False,
+        evaluate: bool = True,
     ) -> None:
         super().__init__()
+        self.evaluated = evaluate
         self.form = Form(what, k, temperatures, precision)
         self.data, self.task, self.verify = data, task if task is not None else Classification(), verify
         if what == "topk" and not self.task.distribution:

@@ -79,7 +79,7 @@ class EvaluationModule(L.LightningModule):
         self.teacher_metrics: dict[str, dict[str, float]] = {}  # split → metrics
         self.teacher_tested: dict[str, Any] = {}
         self.predictions: dict[str, list[Tensor]] | None = None  # filled by test/validation when a list is put here
-        self.measures_teacher = teacher is not None and teacher.live  # by the student's metrics
+        self.measures_teacher = teacher is not None and teacher.live and teacher.evaluated  # by the student's metrics
         self.comparable = self.measures_teacher  # whether the two networks' rows and logits mean the same
         self.average: nn.Module | None = None  # of :attr:`trained` over the steps; see kd.run.average
         self._deployed: list[nn.Module] = []  # in a list: its modules belong to the student and the terms
