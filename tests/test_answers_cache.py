@@ -21,6 +21,7 @@ from kd.data.base import AdaptedData
 from kd.data.images.digits import Digits
 from kd.data.images.imagefolder import ImageFolder
 from kd.data.text.lm import Documents
+from kd.data.text.sentences import Sentences
 from kd.distill import cache_build, cache_shards
 from kd.distill.cache import CachedAnswers
 from kd.distill.cache_forms import Form, narrowed
@@ -293,6 +294,42 @@ def test_documents_are_read_by_their_row_whatever_batch_they_are_in(tmp_path: Pa
 
     assert facts(val="test.txt", test="val.txt") == facts()  # other texts to validate on change no answer
     assert facts(train="val.txt", val="train.txt")["data"] != facts()["data"]
+    end = own.tokenizer.eos_token
+    (tmp_path / "several.jsonl").write_text("".join(json.dumps({"text": w}) + "\n" for w in ("the river", "was wide")))
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": f"the river{end}was wide"}) + "\n")
+    several, one = ({**files, "train": f"{name}.jsonl"} for name in ("several", "one"))
+    assert facts(**several)["data"] != facts(**one)["data"]  # which documents see one another
+
+
+def test_the_longest_text_of_validation_changes_no_answer(tmp_path: Path) -> None:
+    for name, longest in {"train": 3, "short": 2, "long": 9, "test": 2}.items():
+        rows = "".join(f"{name} {'was ' * n},{n % 2}\n" for n in range(1, longest + 1))
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{rows}")
+    made = [
+        Sentences(
+            root=str(tmp_path),
+            train="train.csv",
+            val=val,
+            test="test.csv",
+            tokenizer={"vocabulary": 60},
+            max_length=None,
+        )
+        for val in ("short.csv", "long.csv")
+    ]
+    one, other = (facts_of_run(data, Classification(), Form(what="logits")) for data in made)
+    assert made[0].input_shape != made[1].input_shape
+    assert one == other
+
+
+def test_a_folder_of_something_else_is_no_place_for_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("text\n")
+    for place, sentence in (
+        (tmp_path, "the folder has something else in it"),
+        (tmp_path / "mine.csv", "and no folder"),
+    ):
+        with pytest.raises(KdError, match=rf"^teacher\.answers\.path = \S+ is not allowed: .*{sentence}"):
+            ready(of_tokens(tmp_path, path=str(place)))
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.csv"]
 
 
 @pytest.mark.parametrize("options", [{"what": "topk", "k": 4, "temperatures": [2]}, {"precision": "bfloat16"}])

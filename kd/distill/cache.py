@@ -223,9 +223,13 @@ class CachedAnswers(Answers):
     def _open(self, facts: dict[str, Any]) -> bool:
         """Whether the cache is complete; it is open then. ``KdError``: damaged, or of something else."""
         place = self._place(facts)
+        if place.exists() and not place.is_dir():
+            raise KdError(f"teacher.answers.path = {place} is not allowed: it is there, and no folder")
         try:
             manifest = cache_shards.read_json(place / cache_shards.MANIFEST)
             plan = manifest if manifest is not None else cache_shards.read_json(place / cache_shards.PLAN)
+            if plan is None and self.path is not None:
+                _check_new(place)
             if plan is not None and (differs := cache_key.difference(plan["facts"], facts)):
                 raise KdError(f"teacher.answers: {place} {differs}")
             if manifest is None:
@@ -256,6 +260,14 @@ class CachedAnswers(Answers):
         builder = Builder(self._place(facts), facts, self._living(), self.task, self.form, loader, order, views, device)
         builder.sample_bytes, builder.shard_samples = self._sample_bytes, self.shard_samples
         builder.complete()
+
+
+def _check_new(place: Path) -> None:
+    """Refuse a folder that has something else in it: a cache would be written between."""
+    if place.is_dir() and any(not name.startswith(".") for name in os.listdir(place)):  # a dot: what others begin
+        raise KdError(
+            f"teacher.answers.path = {place} is not allowed: the folder has something else in it, and no cache"
+        )
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

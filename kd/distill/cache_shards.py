@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kd.errors import KdError
-from kd.records.durable import replacing
+from kd.records.durable import mark, replacing
 
 ABOUT = "kd"  # the entry of the metadata
 SMALL = 1 << 28  # bytes of a cache that is held on the device of the training
-VERSION = 1  # of the files; another number is another cache
+VERSION = 2  # of the files; another number is another cache
 PLAN, MANIFEST, HEAD = "plan.json", "manifest.json", "head.safetensors"
 TYPES = {"F16": "<f2", "BF16": "<i2", "F32": "<f4", "U8": "|u1", "U16": "<u2", "I32": "<i4", "I64": "<i8"}
 
@@ -47,11 +46,6 @@ def write(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -
     with replacing(file, f".{mark()}") as temporary:
         temporary.write_bytes(whole)
     return {"file": file.name, "bytes": len(whole), "digest": digest}
-
-
-def mark() -> str:
-    """What tells the temporary files of this process from those of others."""
-    return f"{socket.gethostname()}.{os.getpid()}.{os.urandom(3).hex()}"
 
 
 class File:

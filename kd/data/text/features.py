@@ -51,9 +51,9 @@ class Vectors:
             rows=self.rows._replace(positions=self.rows.positions[chosen]),
         )
 
-    def arrays(self) -> Iterator[np.ndarray]:
-        """Give all numbers that the inputs are made of: for a digest of them."""
-        yield self.inputs.numpy()
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Give all numbers that the inputs are made of, by name: for a digest of them."""
+        yield "inputs", self.inputs.numpy()
 
 
 class VectorLoader(Loader):

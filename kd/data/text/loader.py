@@ -57,10 +57,12 @@ class Part:
             teacher=None if self.teacher is None else self.teacher.take(chosen),
         )
 
-    def arrays(self) -> Iterator[np.ndarray]:
-        """Give all numbers that the inputs are made of: for a digest of them."""
-        found = (self.tokens.ids, self.tokens.types, self.tokens.supervised, self.begin, self.end)
-        yield from (array for array in found if array is not None)
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Give all numbers that the inputs are made of, by name: for a digest of them."""
+        tokens = self.tokens  # its offsets say where a document begins, which may not see the one before
+        found = {"ids": tokens.ids, "types": tokens.types, "supervised": tokens.supervised, "offsets": tokens.offsets}
+        found |= {"begin": self.begin, "end": self.end}
+        yield from ((name, np.asarray(array)) for name, array in found.items() if array is not None)
 
 
 def part_of(tokens: Tokens, targets: Tensor, index: Tensor, rows: Rows) -> Part:
