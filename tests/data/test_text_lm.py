@@ -342,6 +342,26 @@ def test_only_what_the_assistant_says_is_predicted(files) -> None:
     assert data.tokenizer.decode(row[row != UNLABELLED]).strip().startswith("and slow river")
 
 
+@pytest.mark.parametrize("kind", ["texts", "messages"])
+def test_no_end_is_predicted_of_a_completion_that_was_cut_off(files, kind) -> None:
+    tokenizer = documents(files).tokenizer
+    tokenizer.chat_template = CHATML
+    rows = []
+    for i in range(12):
+        pair = {"prompt": f"home in {i}", "completion": f"the slow river {i}"}
+        if kind == "messages":
+            roles = {"prompt": "user", "completion": "assistant"}
+            pair = {name: [{"role": role, "content": pair[name]}] for name, role in roles.items()}
+        rows.append({**pair, "finish_reason": ["stop", "length"][i % 2]})
+    given = {"train": table(files, "t.jsonl", rows), "val": table(files, "v.jsonl", rows), "test": "v.jsonl"}
+    data = documents(files, tokenizer=tokenizer, length=200, overlap="keep", **given)
+    for batch in batches(data):
+        for row, index in zip(batch.targets, batch.index.tolist(), strict=True):
+            said = data.tokenizer.decode(row[row != UNLABELLED])
+            assert said.split()[:3] == ["the", "slow", "river"]
+            assert ((tokenizer.eos_token if kind == "texts" else "</s>") in said) is (index % 2 == 0)
+
+
 def test_prompts_that_fill_a_row_are_left_out(files, caplog) -> None:
     pairs = [
         {"prompt": "she walked home in the rain " * (1 + 9 * (i == 0)), "completion": f"slow {i}"} for i in range(20)

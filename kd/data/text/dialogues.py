@@ -40,16 +40,20 @@ def dialogues(records: Records, tokenizer: Any) -> list[Dialogue]:
 
     Of ``messages``, a list of {role, content} a row, what the assistant says is to be predicted; of a pair the
     completion, which is a text, or as the prompt a list of messages. Messages become a text by the chat template of
-    the tokenizer. ``KdError`` for other columns and values, and for a tokenizer without a template.
+    the tokenizer. A completion whose ``finish_reason`` is ``length``, as ``kd generate`` and servers write it, was cut
+    off: no end follows it. ``KdError`` for other columns and values, and for a tokenizer without a template.
     """
+    cut: Sequence[bool] = [reason == "length" for reason in records.columns.get("finish_reason", ())]
     if "messages" in records.columns:
         rows = [(messages, 0) for messages in records.columns["messages"]]
+        cut = ()
     elif {"prompt", "completion"} <= set(records.columns):
         prompts, completions = records.columns["prompt"], records.columns["completion"]
         pairs = list(zip(prompts, completions, strict=True))
         if all(isinstance(text, str) for pair in pairs for text in pair):
             spans = [[(len(p), len(p) + len(c))] for p, c in pairs]
-            return [Dialogue(p + c, span, True, span) for (p, c), span in zip(pairs, spans, strict=True)]
+            ends = [not one for one in cut] or [True] * len(pairs)
+            return [Dialogue(p + c, s, end, s) for (p, c), s, end in zip(pairs, spans, ends, strict=True)]
         if not all(isinstance(part, Sequence) and not isinstance(part, str) for pair in pairs for part in pair):
             raise KdError(f"{records.where}: prompt and completion must both be texts, or both lists of messages")
         rows = [([*prompt, *completion], len(prompt)) for prompt, completion in pairs]
@@ -61,7 +65,8 @@ def dialogues(records: Records, tokenizer: Any) -> list[Dialogue]:
             f"{records.where} has messages, and data.tokenizer has no chat template: use one that has, or "
             "write prompt and completion as texts"
         )
-    return [_rendered(messages, first, tokenizer, records.row(i)) for i, (messages, first) in enumerate(rows)]
+    found = [_rendered(messages, first, tokenizer, records.row(i)) for i, (messages, first) in enumerate(rows)]
+    return [_cut(one) if off else one for one, off in zip(found, cut, strict=True)] if cut else found
 
 
 def answers_of(
@@ -102,6 +107,12 @@ def _rendered(messages: Any, first: int, tokenizer: Any, where: str) -> Dialogue
             place = -1 if said is None else text.find(said, *spans[-1])
             answers.append((place, place + len(said)) if said is not None and place >= 0 else (-1, -1))
     return Dialogue(text, spans, False, answers)
+
+
+def _cut(whole: Dialogue) -> Dialogue:
+    """Leave what a template writes behind the last answer out of what is to be predicted."""
+    place, end = whole.answers[-1] if whole.answers else (-1, -1)
+    return whole if place < 0 else whole._replace(spans=[*whole.spans[:-1], (whole.spans[-1][0], end)])
 
 
 def _template(tokenizer: Any, messages: Sequence[Any], answering: bool, where: str) -> str:
