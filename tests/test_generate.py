@@ -372,6 +372,13 @@ def test_other_settings_are_refused(name, complete, ask, server, tmp_path) -> No
     assert ask("a", "b", concurrency=2, timeout=4).done == 2  # these may change
 
 
+def test_settings_under_which_nothing_was_completed_may_be_mended(ask, server) -> None:
+    server.script["a"] = [fails(401)]
+    with pytest.raises(KdError):
+        ask("a", concurrency=1, max_new_tokens=8)
+    assert ask("a", concurrency=1, max_new_tokens=9).done == 1
+
+
 def test_completions_of_other_prompts_are_not_thrown_away(ask, tmp_path) -> None:
     ask("a", "b")
     with pytest.raises(KdError, match="has completions of 1 prompt not in"):

@@ -201,7 +201,7 @@ def test_a_killed_run_resumes_to_the_same_weights(kd, tmp_path, teacher_run, mon
         load = Digits.load
         inverted = lambda self: Source(load(self).train._replace(inputs=255 - load(self).train.inputs))  # noqa: E731
         patched.setattr(Digits, "load", inverted)
-        fails(kd("train", "resume=killed"), "the data is not what it was when the run began: the images are others")
+        fails(kd("train", "resume=killed"), "the data is not what it was when the run began: the samples are others")
     said = kd("train", "resume=killed")
     assert said.code == 0, said.err
     assert "epoch 1/" not in said.out

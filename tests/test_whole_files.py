@@ -11,6 +11,7 @@ import torch
 from kd.config.compose import checked
 from kd.records import record
 from kd.records.weight_files import CHECKPOINT
+from kd.run import weights
 from kd.run.callbacks import WholeCheckpoints
 from kd.run.train import train
 from kd.tracking.loggers import MetricsFile
@@ -62,3 +63,9 @@ def test_a_new_column_does_not_empty_the_curves_first(tmp_path: Path, monkeypatc
     MetricsFile(tmp_path, done=3).log_metrics({"test/acc1": 0.5}, step=3)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
     assert rows == ["step,test/acc1,train/loss", "0,,1.0", "1,,0.0", "2,,-1.0", "3,0.5,"]
+
+
+def test_a_colleague_may_read_the_weights(tmp_path: Path) -> None:
+    weights.write({"w": torch.zeros(2)}, tmp_path / "student.safetensors", {})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "student.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -15,8 +15,8 @@ is no dependency: ``pip install --no-deps --target=FOLDER trl==1.16.0`` and ``tr
 
 Each run is a process of its own, and they take turns. The first step warms up; time is the CPU's in the others. Ratios
 are medians over the rounds, each to the first line in its round. Memory is the peak resident set over what is there
-once the libraries are loaded, less the weights of both networks. ``loss``: of the first step, by which one sees that
-the work is the same.
+once the libraries are loaded, less the weights of the networks; of kept answers also while they are made. ``loss``: of
+the first step, by which one sees that the work is the same.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ def measure(name: str, contender: str, options: Mapping[str, str]) -> tuple[floa
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         (OF_KEPT if name == "kept" else CONTENDERS)[contender](case, steps, meter, Path(folder))
-    weights = sum(p.numel() * p.element_size() for net in text_work.pair(case) for p in net.parameters())
+    held = text_work.pair(case)[: 1 if contender == "kd, labels alone" else 2]
+    weights = sum(p.numel() * p.element_size() for network in held for p in network.parameters())
     return meter.found(weights)
 
 

@@ -17,6 +17,7 @@ from kd.deploy import onnx_runtime
 from kd.deploy.student import FromRaw, Raw, Student
 from kd.errors import KdError
 from kd.records import record
+from kd.records.durable import share
 
 TIMM = "kd.models.timm_model.timm_model"
 Answer = Callable[[Raw], np.ndarray]  # raw inputs to answers
@@ -27,6 +28,7 @@ def safetensors(given: Student, module: FromRaw, example: Raw, folder: Path, ops
     """Write the plain state dict, and what makes the network as ``network.json``."""
     state = {name: tensor.contiguous().clone() for name, tensor in given.network.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    share(folder / "model.safetensors")
     if given.node is not None:
         record.write_text(folder / "network.json", json.dumps(given.node, indent=2) + "\n")
     loaded = copy.deepcopy(module)
@@ -77,7 +79,8 @@ def hf(given: Student, module: FromRaw, example: Raw, folder: Path, opset: int |
         inner.config.label2id = {name: number for number, name in enumerate(given.class_names)}
     inner.save_pretrained(folder, safe_serialization=True)
     loaded = copy.deepcopy(module)
-    read = AUTO[given.task.architecture or ""].from_pretrained(folder, dtype=torch.float32).eval()
+    factory = AUTO[given.task.architecture or ""]
+    read = factory.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
     if hasattr(given.network, "pooling"):  # the encoder alone is of the library, its pooling is in the model card
         loaded.network.encoder = read
     else:

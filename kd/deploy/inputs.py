@@ -68,11 +68,14 @@ def _lines(name: str, columns: Sequence[str], encoding: str) -> Records:
         text = sys.stdin.read() if name == "-" else path.read_text(encoding)
     except (UnicodeDecodeError, LookupError) as error:
         raise KdError(f"{path} is not {encoding}: {error}") from None
-    return Records({columns[0]: [line for line in text.splitlines() if line.strip()]}, name)
+    return Records({columns[0]: [line for line in text.split("\n") if line.strip()]}, name)
 
 
 def _columns(name: str, columns: Sequence[str], encoding: str) -> Records:
-    table = read(str(Path(name).expanduser().absolute()), None, encoding, "data")
+    try:
+        table = read(str(Path(name).expanduser().absolute()), None, encoding, "data")
+    except KdError as error:  # kd predict's own keys have no section
+        raise KdError(str(error).replace("data.data = ", "data = ").replace("data.encoding", "encoding")) from None
     if "paragraphs" in table.columns and len(columns) == 2 and columns[1] not in table.columns:  # SQuAD's own file
         table = of_articles(table, dict(zip(("question", "context", ID), (*columns, ID), strict=True)))
     for column in columns:

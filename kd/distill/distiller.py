@@ -398,7 +398,7 @@ class Distiller(PreparationModule):
 
     def _refuse_other_data(self, before: Mapping[str, Any]) -> None:
         now = self.about.get("data", {})
-        for key, what in {"content": "the images are others", "split": "they are split otherwise"}.items():
+        for key, what in {"content": "the samples are others", "split": "they are split otherwise"}.items():
             if before.get(key) is not None and before[key] != now.get(key):
                 raise KdError(
                     f"the data is not what it was when the run began: {what} (data.{key} {before[key]} then, "

@@ -56,11 +56,11 @@ def completion(body: bytes, model: str, size: int, logprobs: int, media: str | N
     except (Malformed, Declined) as error:
         error.usage = usage
         raise
-    reason, told = _reason(choice), answer.get("model")
+    reason, named = _reason(choice), answer.get("model")
     if not isinstance(reason, (str, type(None))):
         raise Malformed(f"finish_reason is {_short(reason)}")
     counted = usage or Usage(estimate(size), estimate(len(text.encode())))
-    name = told if isinstance(told, str) and told and _is_unicode(told) else model
+    name = named if isinstance(named, str) and named and _is_unicode(named) else model
     return Completion(text, name, reason, counted.tokens_in, counted.tokens_out, usage is None, logprobs=found)
 
 
@@ -114,8 +114,8 @@ def _text(choice: Mapping[str, Any]) -> str:
 
 def _reason(choice: Mapping[str, Any]) -> Any:
     """Return why an answer ended: ``stop``, ``length``, another word of the server, or no word at all."""
-    told = choice.get("finish_reason")
-    return ENDS.get(told, told) if isinstance(told, str) else told
+    reason = choice.get("finish_reason")
+    return ENDS.get(reason, reason) if isinstance(reason, str) else reason
 
 
 def _usage(given: Any) -> Usage | None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kd.errors import MachineFailure
+
+_UMASK = os.umask(0o022)  # it can only be read by setting it
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -32,6 +36,16 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def mark() -> str:
+    """Return what tells the temporary files of this process from those of others: machine, process, six digits."""
+    return f"{socket.gethostname()}.{os.getpid()}.{os.urandom(3).hex()}"
+
+
+def share(path: Path) -> None:
+    """Give a file the mode that the umask allows, as ``open`` does: safetensors writes for the owner alone."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def _of_writing(error: RuntimeError) -> bool:

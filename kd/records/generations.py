@@ -82,6 +82,10 @@ class Generations:
         header = _object(whole[0])
         if header is None or not isinstance(header.get("settings"), dict):
             raise KdError(f"{self.partial} was not written by kd generate: move it away, or give another out")
+        known = [_object(line) or {} for line in whole[1:]]
+        if all("failed" in line and not line.get("wasted") for line in known) and header["settings"] != self.settings:
+            self.partial.unlink()  # there is nothing to go on with: settings that failed may be mended
+            return
         self._same(header["settings"], self.partial)
         for number, line in enumerate(whole[1:], 2):
             found = _object(line)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kd.errors import KdError
 from kd.parallel import group
-from kd.records.durable import replacing
+from kd.records.durable import replacing, share
 from kd.records.weight_files import locate
 
 
@@ -50,6 +50,7 @@ def write(state: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
             save_file(state, str(temporary), metadata={"kd": json.dumps(about), "format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from None
+        share(temporary)
 
 
 def digest(state: dict[str, Tensor]) -> str:

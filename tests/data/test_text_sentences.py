@@ -421,6 +421,30 @@ def test_a_mark_of_utf_8_is_no_latin_1(tmp_path) -> None:
         sentences(train=file_of(tmp_path, b"\xef\xbb\xbftext,label\na,b\n"), encoding="latin-1")
 
 
+@pytest.mark.parametrize(
+    ("content", "options", "said"),
+    [
+        (
+            b"text,label\na,b\n",
+            {"encoding": "utf-16"},
+            r"is not utf-16, whose files begin with a mark: .* such as utf-8",
+        ),
+        ("text,label\n“a”,b\n".encode("cp1252"), {}, r"set data\.encoding, for example data\.encoding=cp1252"),
+        (b"text;label\na, b;c\n", {}, r"has one column, text;label: set data\.delimiter, here 'data\.delimiter=\";\"'"),
+        (b"text;;label\na;;b\n", {"delimiter": ";;"}, r"data\.delimiter = ;; is not allowed: it must be one character"),
+    ],
+)
+def test_a_table_that_is_read_in_the_wrong_way(tmp_path, content, options, said) -> None:
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(KdError, match=said):
+        read(str(tmp_path / "x.csv"), None, **{"encoding": "utf-8", "key": "train", **options})
+
+
+def test_a_row_of_plain_text_ends_with_its_line(tmp_path) -> None:
+    (tmp_path / "x.txt").write_text("one\fpage\ntwo\u2028parts\n")
+    assert read(str(tmp_path / "x.txt"), None, "utf-8", "train").columns["text"] == ["one\fpage", "two\u2028parts"]
+
+
 def test_a_cell_may_be_longer_than_pythons_limit(tmp_path) -> None:
     long = "word " * 30_000
     records = read(file_of(tmp_path, f"text,label\n{long},a\n"), None, "utf-8", "train")

@@ -19,9 +19,11 @@ def delimited(text: str, where: str, kind: str, delimiter: str | None) -> dict[s
     ending. Empty lines are left out, and a column without a name is called by its place, from 0.
 
     Raises ``KdError`` for a line with more or fewer cells than the header, a quote that is not closed, two columns of
-    one name, and a header that another delimiter would divide.
+    one name, a header that another delimiter would divide, and a delimiter of more than one character.
     """
     between = "\t" if delimiter == "tab" else delimiter or DELIMITERS[kind]
+    if len(between) != 1:
+        raise KdError(f'data.delimiter = {delimiter} is not allowed: it must be one character, for example ";", or tab')
     csv.field_size_limit(LONGEST)
     reader = csv.reader(StringIO(text), delimiter=between, strict=True)
     rows: list[list[str]] = []
@@ -31,6 +33,8 @@ def delimited(text: str, where: str, kind: str, delimiter: str | None) -> dict[s
             if len(row) > 1 or "".join(row).strip():
                 if rows and len(row) != len(rows[0]):
                     raise KdError(_other_length(where, line, len(row), len(rows[0]), between))
+                if not rows and delimiter is None:  # before cells are counted by the wrong one
+                    _refuse_other_delimiter(row, where)
                 rows.append(row)
             line = reader.line_num + 1
     except csv.Error as error:
@@ -41,8 +45,6 @@ def delimited(text: str, where: str, kind: str, delimiter: str | None) -> dict[s
     if not rows:
         return {}
     names = [name or f"Unnamed: {place}" for place, name in enumerate(rows[0])]
-    if delimiter is None:
-        _refuse_other_delimiter(names, where)
     if twice := next((name for place, name in enumerate(names) if name in names[:place]), None):
         raise KdError(f"{where} has two columns named {twice}")
     return {name: [row[place] for row in rows[1:]] for place, name in enumerate(names)}

@@ -105,7 +105,8 @@ def read_file(path: Path, encoding: str, delimiter: str | None = None) -> Record
     if path.stat().st_size == 0:
         raise KdError(f"{path} is empty")
     if kind == ".txt":
-        found = Records({"text": decoded(path, encoding).splitlines()}, str(path), plain=True)
+        lines = decoded(path, encoding).removesuffix("\n").split("\n")  # not splitlines: a form feed ends no row
+        found = Records({"text": lines}, str(path), plain=True)
     elif kind in (".json", ".jsonl"):
         found = _of_rows(_json_rows(path, encoding), str(path))
     elif kind in DELIMITERS:
@@ -149,11 +150,14 @@ def decoded(path: Path, encoding: str) -> str:
     try:
         if marked is not None and not codecs.lookup(encoding).name.startswith(marked):
             raise KdError(f"{path} is {marked}, by its byte order mark, and not {encoding}: set data.encoding={marked}")
+        if marked is None and codecs.lookup(encoding).name in ("utf-16", "utf-32"):
+            raise KdError(f"{path} is not {encoding}, whose files begin with a mark: set data.encoding, such as utf-8")
         text = content.decode("utf-8-sig" if marked == "utf-8" else marked or encoding)
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        likely = "cp1252" if any(0x80 <= value <= 0x9F for value in content) else "latin-1"  # “ ” and € of Windows
         raise KdError(
-            f"{path} is not {encoding} ({byte}): set data.encoding, for example data.encoding=latin-1"
+            f"{path} is not {encoding} ({byte}): set data.encoding, for example data.encoding={likely}"
         ) from None
     except LookupError:
         raise KdError(f"data.encoding = {encoding} is not allowed: there is no encoding of this name") from None
