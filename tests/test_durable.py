@@ -15,7 +15,7 @@ from torch import nn
 
 from kd.errors import MachineFailure
 from kd.records import record
-from kd.records.durable import replacing
+from kd.records.durable import mark, replacing
 from kd.run import finish, weights
 from kd.run.callbacks import WholeCheckpoints
 
@@ -74,3 +74,13 @@ def test_an_error_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None
             assert str(failure.value) == f"{file} cannot be written: No space left on device"
     with pytest.raises(MachineFailure, match=r"b.txt cannot be written: there is no directory \S+gone any more"):
         record.write_text(tmp_path / "gone" / "b.txt", "new")
+
+
+def test_files_that_are_written_at_once_have_a_mark_each(tmp_path: Path) -> None:
+    file, marks = tmp_path / "file", {mark() for _ in range(3)}
+    with replacing(file, f".{mark()}") as first, replacing(file, f".{mark()}") as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert file.read_text() == "1"
+    assert len(marks) == 3
+    assert all(str(os.getpid()) in one for one in marks)

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from kd.cli.main import main
+from kd.data.text.collate import documents_apart
+from kd.data.text.lm import Documents
 from kd.distill.distiller import Distiller
 from kd.distill.objective import Objective
 from kd.errors import KdError
@@ -18,6 +20,7 @@ from kd.losses.logits.ce import CrossEntropy
 from kd.losses.logits.rkl import ReverseKL
 from kd.losses.tokens.minillm import MiniLLM, clipped_policy_gradient, minillm_advantages
 from kd.models.transformers_model import transformers_model
+from kd.run import compatibility
 from kd.setups.on_policy import OnPolicy
 from kd.setups.teacher_mixed import TeacherMixed
 from kd.tasks.tokens import CausalLM
@@ -33,10 +36,18 @@ class Attached:
     global_step = 3
 
 
-def on_policy(**options: Any) -> OnPolicy:
-    student, teacher = (transformers_model(config=SMALL, architecture="causal_lm") for _ in range(2))
+def unprepared(positions: tuple[int, int] = (32, 32), **options: Any) -> OnPolicy:
+    """With networks of so many ``positions``, those of the student and of the teacher."""
+    student, teacher = (
+        transformers_model(config={**SMALL, "max_position_embeddings": most}, architecture="causal_lm")
+        for most in positions
+    )
     objective = Objective({"ce": CrossEntropy(), "rkl": ReverseKL()})
-    made = OnPolicy(student, teacher, objective, CausalLM(), max_new_tokens=5, **options)
+    return OnPolicy(student, teacher, objective, CausalLM(), **{"max_new_tokens": 5, **options})
+
+
+def on_policy(**options: Any) -> OnPolicy:
+    made = unprepared(**options)
     made.prepare(Texts("causal_lm").batches("train")[0])
     return made
 
@@ -65,6 +76,26 @@ def test_padding_on_the_left_changes_no_answer() -> None:
     for prompt, (ids, _) in zip(prompts, together, strict=True):
         ((alone, _),) = module.write([prompt])
         assert torch.equal(ids, alone)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj"]}])
+def test_no_other_setting_of_the_students_generation_config_is_in_force(lora: dict[str, Any] | None) -> None:
+    """A published folder comes with penalties, beams and suppressed tokens: they would sample another distribution."""
+    module = on_policy(share=1.0)
+    network: Any = transformers_model(config=SMALL, architecture="causal_lm", lora=lora)
+    module.student = network
+    inner = network.get_base_model() if lora else network
+    prompts, plain = [torch.tensor([5, 6, 7]), torch.tensor([9])], inner.generation_config
+    written = []
+    for changed in ({}, {"repetition_penalty": 5.0, "num_beams": 2, "min_p": 0.9, "suppress_tokens": [*range(3, 30)]}):
+        own = inner.generation_config = type(plain).from_dict({**plain.to_dict(), **changed})
+        torch.manual_seed(0)
+        written.append(module.write(prompts))
+        assert inner.generation_config is own  # which the run's folder keeps
+    for (ids, _), (others, _) in zip(*written, strict=True):
+        assert torch.equal(ids, others)
+    inner.generation_config.eos_token_id = [*range(40)]  # the tokens that end a text are its own
+    assert [len(ids) - length for ids, length in module.write(prompts)] == [1, 1]
 
 
 def test_no_label_is_learned_from_the_students_own_text_and_modes_stay() -> None:
@@ -184,17 +215,96 @@ def test_options_that_cannot_be(options: dict[str, Any], sentence: str) -> None:
         OnPolicy(torch.nn.Linear(1, 1), None, Objective({"ce": CrossEntropy()}), CausalLM(), **options)
 
 
-def test_a_sample_without_a_prompt_and_a_student_that_cannot_write() -> None:
-    module = on_policy()
+@pytest.mark.parametrize(("key", "value"), [("temperature", 0.9), ("top_p", 0.9), ("replay", 10)])
+def test_minillm_is_of_samples_of_the_student_as_it_is(key: str, value: float) -> None:
+    """Its ratio to the student that sampled is 1, which it is not of an older one or of another distribution."""
+    made = Objective({"long": MiniLLM()})
+    networks = [torch.nn.Linear(1, 1) for _ in range(2)]
+    with pytest.raises(KdError, match=rf"loss\.long is not allowed with distiller\.{key} = {value}: it must be [01]"):
+        OnPolicy(*networks, made, CausalLM(), **{key: value})
+    assert OnPolicy(*networks, Objective({"rkl": ReverseKL()}), CausalLM(), **{key: value})
+
+
+def test_a_sharded_teacher_is_in_no_mixture() -> None:
+    module = on_policy(teacher_mix=0.2)
+    module.configure_model()  # of no other strategy
+    module._device_mesh = {"data_parallel": None}  # as Lightning sets it under FSDP
+    sentence = r"teacher_mix = 0\.2 is not allowed with hardware\.strategy = fsdp: .*hardware\.strategy=ddp"
+    with pytest.raises(KdError, match=sentence):
+        module.configure_model()
+
+
+def test_packed_documents_need_a_prompt_length_before_the_first_step() -> None:
     batch = Texts("causal_lm").batches("train")[0]
     whole = Batch(batch.inputs, batch.inputs["input_ids"], batch.index, batch.mask)
-    with pytest.raises(KdError, match=r"no prompt to go on with.*distiller\.prompt_length"):
-        module.prompts(whole)
-    module.prompt_length = 2
+    sentence = (
+        r"distiller\.prompt_length = null is not allowed: a sample has no prompt.* distiller\.prompt_length=NUMBER"
+    )
+    with pytest.raises(KdError, match=sentence):
+        unprepared().prepare(whole)
+    unprepared(share=0.0).prepare(whole)  # nothing is written
+    module = unprepared(prompt_length=2)
+    module.prepare(whole)
     assert [len(p) for p in module.prompts(whole)] == [2] * 8
-    module.student = torch.nn.Linear(2, 2)
-    with pytest.raises(KdError, match="needs a student that generates, Linear does not"):
-        module.write([torch.tensor([1])])
+
+
+def test_documents_apart_end_a_prompt_where_the_next_one_begins() -> None:
+    ids = torch.arange(3, 19).view(2, 8)
+    first = torch.zeros(2, 8, dtype=torch.bool)
+    first[0, 0], first[0, 3], first[1, 6] = True, True, True  # the second block begins within a document
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[1, 7] = False
+    places, mask = documents_apart(first.numpy(), real.numpy())
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.as_tensor(places)}
+    batch = Batch(inputs, torch.where(real & ~first, ids, UNLABELLED), torch.arange(2), real)
+    module = unprepared(share=1.0, prompt_length=5)
+    module.prepare(batch)
+    assert [p.tolist() for p in module.prompts(batch)] == [[3, 4, 5], [11, 12, 13, 14, 15]]
+
+
+@pytest.mark.parametrize(("positions", "side"), [((32, 64), "student"), ((64, 32), "teacher")])
+def test_more_positions_than_a_network_takes(positions: tuple[int, int], side: str) -> None:
+    batch = Texts("causal_lm").batches("train")[0]
+    unprepared(positions, max_new_tokens=29).prepare(batch)  # prompts of 3
+    module = unprepared(positions, max_new_tokens=30)
+    sentence = rf"distiller\.max_new_tokens = 30 .* of 3 tokens, .* 32 positions of the {side}: .*data\.length"
+    with pytest.raises(KdError, match=sentence):
+        module.prepare(batch)
+    with pytest.raises(KdError, match=sentence):  # of a batch with longer prompts than the first one
+        module.write([torch.tensor([4]), torch.tensor([4, 5, 6])])
+
+
+def test_the_longest_prompt_of_the_data_is_known_before_the_first_step() -> None:
+    rows = [{"prompt": f"say {word}", "completion": "it"} for word in ("a", "b", "c", "d", "e")]
+    rows += [{"prompt": "say " + "something " * 5, "completion": "it"}]
+    tokenizer = {"vocabulary": 300, "kind": "bpe"}
+    data = Documents(train=rows, val=rows[:1], test=rows[1:2], tokenizer=tokenizer, overlap="keep", batch_size=2)
+    data.setup()
+    module = unprepared()
+    lengths = [max(map(len, module.prompts(batch))) for batch in data.train_dataloader()]
+    longest = max(lengths)
+    assert min(lengths) < longest  # the first batch says nothing of it
+    compatibility.check(unprepared((longest + 5,) * 2), data, 2)
+    sentence = rf"distiller\.max_new_tokens = 5 is not allowed: .* of {longest} tokens"
+    with pytest.raises(KdError, match=sentence):
+        compatibility.check(unprepared((longest + 4,) * 2), data, 2)
+    compatibility.check(unprepared((longest + 4,) * 2, prompt_length=2), data, 2)
+
+
+def test_a_student_that_cannot_write() -> None:
+    module = unprepared()
+
+    class Other(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(**inputs)
+
+    module.student = Other(module.student)
+    with pytest.raises(KdError, match="needs a student that generates, Other does not"):
+        module.prepare(Texts("causal_lm").batches("train")[0])
 
 
 def test_the_share_grows_where_the_loss_has_stopped_falling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,3 +16,10 @@ def online() -> bool:
         return bool(socket.getaddrinfo(host, 443))
     except OSError:
         return False
+
+
+def reason(error: BaseException) -> str:
+    """Return why transformers did not load something, without a full stop: code of others is not run, or its words."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own, which is not run"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .")

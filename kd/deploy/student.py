@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd.config.hub import reason
 from kd.data.images.loader import affine
 from kd.errors import KdError
 from kd.records.weight_files import LAST, SELECTED
@@ -116,7 +117,10 @@ def _tokenizer(folder: Path) -> Any:
 
     if not (folder / "tokenizer_config.json").is_file():
         raise KdError(f"{folder} holds no tokenizer: the run ended before its first validation")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many kinds: a file that is damaged, a library that it needs
+        raise KdError(f"the tokenizer in {folder} cannot be loaded: {reason(error)}") from None
 
 
 class FromRaw(nn.Module, ABC):

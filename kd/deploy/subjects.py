@@ -224,14 +224,15 @@ def _transformers(name: str, pretrained: bool) -> Subject:
     """A model of the hub, or of a folder with ``config.json``, by the head that its configuration names."""
     from transformers import AutoConfig
 
-    from kd.config.hub import online  # start-up: with transformers
+    from kd.config.hub import online, reason  # start-up: with transformers
     from kd.models.transformers_model import transformers_model  # start-up: transformers
 
     try:
-        found = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir() or not online())
+        local = Path(name).is_dir() or not online()
+        found = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
         written = (found.architectures or [""])[0]
         task: Task = next((kind() for ending, kind in HEADS.items() if written.endswith(ending)), Embedding())
         network = transformers_model(name, pretrained, architecture=task.architecture)
     except (ValueError, OSError) as error:
-        raise KdError(f"hf:{name}: {str(error).splitlines()[0]}") from error
+        raise KdError(f"hf:{name}: {reason(error)}") from error
     return _made(f"hf:{name}", Student(Path(), Path(), {"data": {}}, None, network.eval(), task, {}))

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from kd.config.hub import online
+from kd.config.hub import online, reason
 from kd.losses.layouts import mean_of_positions
 from kd.models.base import stages
 
@@ -92,8 +92,9 @@ def transformers_model(
             raise ValueError(
                 f"{other[0]} = {kwargs[other[0]]} is of from_pretrained: with pretrained=false it does nothing"
             )
-        network = factory.from_config(made, **asked)
+        network = factory.from_config(made, trust_remote_code=False, **asked)
     refuse_small_vocabulary(network, tokenizer, name)
+    pad_as(network, tokenizer)
     if lora is not None:
         network = with_lora(network, lora)
     network.train()
@@ -126,11 +127,10 @@ def _fetched(name: str, fetch: Any, kind: str | None = None) -> Any:
             transformers.utils.logging.disable_progress_bar()
         return fetch(**({} if here or online() else {"local_files_only": True}))
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         own = f"; for one of your own size leave name out: config={{model_type: {kind}, …}}" if kind else ""
         raise ValueError(
-            f"name = {name} cannot be had of transformers ({reason}): give the folder of a network that is here, or be "
-            f"online{own}"
+            f"name = {name} cannot be had of transformers ({reason(error)}): give the folder of a network that is here, "
+            f"or be online{own}"
         ) from error
     finally:
         if bars:
@@ -156,6 +156,17 @@ def refuse_small_vocabulary(network: nn.Module, tokenizer: Any, name: str | None
             f"{name or 'the network'} has {rows} tokens, data.tokenizer {len(tokenizer)}: they do not belong together, "
             "give the tokenizer that the network was trained with"
         )
+
+
+def pad_as(network: Any, tokenizer: Any) -> None:
+    """Set the pad of a decoder that classifies, in its configuration, to the tokenizer's: it answers before the pads.
+
+    Encoders find pads by the attention mask; some count their positions by a pad of their own, which stays.
+    """
+    pad, classifies = getattr(tokenizer, "pad_token_id", None), _names(AUTO["sequence_classification"])
+    encoder = type(network.config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if pad is not None and not encoder and type(network).__name__ in classifies:
+        network.config.pad_token_id = network.config.get_text_config().pad_token_id = pad
 
 
 def with_lora(network: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
@@ -218,7 +229,7 @@ def description(network: nn.Module) -> dict[str, Any] | None:
     architecture = next((key for key, auto in AUTO.items() if type(inner).__name__ in _names(auto)), None)
     if architecture is None:
         return None
-    config = {k: v for k, v in inner.config.to_diff_dict().items() if k not in DROPPED}
+    config = {k: v for k, v in inner.config.to_diff_dict().items() if k not in (*DROPPED, *CODE)}
     node: dict[str, Any] = {
         "_target_": f"{__name__}.transformers_model",
         "config": config,

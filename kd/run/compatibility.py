@@ -6,13 +6,16 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd.data.base import LABELS, SPLITS, AdaptedData, refuse_unsharded
+from kd.data.text.base import TextModule
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
 from kd.parallel import group
+from kd.setups.on_policy import OnPolicy
 from kd.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ def check(module: Distiller, data: Any, batch_size: int, frozen_norms: bool = Fa
             refuse_unsharded(getattr(data, f"{split}_dataloader")(), split, group.world_size())
     if module.teacher is not None and module.teacher.cache:
         _cache(module.teacher.cached_by, data)
+    if isinstance(module, OnPolicy) and module.writes and isinstance(data, TextModule):
+        module.check_positions(_longest_prompt(data, module.prompt_length))
     _last_batch(module, data, batch_size, frozen_norms)
 
 
@@ -58,6 +63,17 @@ def _cache(key: str, data: Any) -> None:
             f"{key} needs a teacher that sees the same sample in every epoch, {data.random_view} changes it: set "
             f"{key.partition(' ')[0]}=null{other}"
         )
+
+
+def _longest_prompt(data: TextModule, most: int | None) -> int:
+    """Return the tokens of the longest prompt of train: ``most``, or None: those before the first supervised one."""
+    part = data.parts["train"]
+    if most is not None:
+        return min(most, int((part.end - part.begin).max()))
+    if (supervised := part.tokens.supervised) is None:
+        return 0
+    flags = np.asarray(supervised)
+    return max(int(flags[begin:end].argmax()) for begin, end in zip(part.begin, part.end, strict=True))
 
 
 def _last_batch(module: Distiller, data: Any, size: int, frozen_norms: bool = False) -> None:

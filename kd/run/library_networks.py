@@ -35,18 +35,20 @@ def cut_from(teacher: Answers | None, surgery: Mapping[str, Any]) -> nn.Module:
     return made if pooling is None else transformers_model.SentenceEncoder(made, pooling)
 
 
-def restrict(network: nn.Module, restriction: Any, source: str) -> None:
+def restrict(network: nn.Module, restriction: Any, tokenizer: Any, source: str) -> None:
     """Cut a network to the entries that the data keeps of its tokenizer; one of another library is left as it is.
 
-    ``KdError`` names the ``source`` of a network that cannot be cut.
+    ``tokenizer``: the restricted one, whose pad decoders that classify must know. ``KdError`` names the ``source`` of a
+    network that cannot be cut.
     """
     from kd.models import vocabulary  # start-up: transformers
-    from kd.models.transformers_model import library_network  # start-up: with it
+    from kd.models.transformers_model import library_network, pad_as  # start-up: with it
 
     inner = library_network(network)
     if inner is None:
         return
     try:
         vocabulary.restrict(inner, restriction)
+        pad_as(inner, tokenizer)
     except ValueError as error:
         raise KdError(f"{source}: {error}") from error

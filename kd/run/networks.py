@@ -59,7 +59,7 @@ def network(
     if not isinstance(built, nn.Module):
         raise KdError(f"{path}._target_ = {spec['_target_']} makes a {type(built).__name__}, not a torch module")
     if "restriction" in known:
-        library_networks.restrict(built, known["restriction"], path)
+        library_networks.restrict(built, known["restriction"], known["tokenizer"], path)
     return built
 
 
@@ -114,7 +114,7 @@ def trained(
     net = network(spec, path, classes, input_shape or data.input_shape, **given)
     starting_weights.put(net, state, about, source, path.partition(".")[0], new_head)
     if whole:
-        library_networks.restrict(net, data.restriction, str(source))
+        library_networks.restrict(net, data.restriction, data.tokenizer, str(source))
     return net
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd.config.hub import online
+from kd.config.hub import online, reason
 from kd.run.networks import teacher_members
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ def with_teacher_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
 
     local = Path(place).is_dir() or not online()
     try:
-        data[KEY] = AutoTokenizer.from_pretrained(place, local_files_only=local)
+        data[KEY] = AutoTokenizer.from_pretrained(place, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # of many kinds: no such name, no connection, a library that it needs
-        log.info("no tokenizer was found beside the teacher (%s: %s)", place, str(error).strip().splitlines()[0])
+        log.info("no tokenizer was found beside the teacher (%s: %s)", place, reason(error))
     return data
 
 

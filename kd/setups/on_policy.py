@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kd.config.rules import number, refusals, refuse, whole
+from kd.data.base import as_batch
 from kd.distill.distiller import Distiller, Step
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
 from kd.losses.networks import in_eval
+from kd.losses.tokens.minillm import MiniLLM
 from kd.setups.teacher_mixed import TeacherMixed
 
 RULES = {
@@ -38,8 +40,10 @@ class OnPolicy(Distiller):
     """Replaces the completions of a share of the batches by what the student samples for their prompts.
 
     ``share``: λ of GKD, the probability that a batch is the student's own text, the same on all processes.
-    ``max_new_tokens``, ``temperature``, ``top_p``: of the sampling; no gradient goes through it. ``prompt_length``:
-    positions of a sample that are its prompt; null: those before its first supervised position.
+    ``max_new_tokens``, ``temperature``, ``top_p``: of the sampling; no gradient goes through it, and nothing else that
+    the student's generation_config sets is in force but the tokens that end a text. ``prompt_length``: positions of a
+    sample that are its prompt; null: those before its first supervised position. Of a block of documents that do not
+    see one another it is no more than the first document.
 
     ``replay``: how many of the student's samples are kept; of the share a part that falls from 1 to 0 over the training
     is not written anew but drawn from them (DistiLLM; 0: all is written anew). ``grow``: by how much the share grows
@@ -47,13 +51,15 @@ class OnPolicy(Distiller):
     grow 0.1, epsilon 0.1, replay 1000); 0: it stays.
 
     ``teacher_mix``: α of MiniLLM (0.2 there), tokens are sampled from (1 − α) p_student + α p_teacher, and
-    ``loss=[minillm]`` weights them by p_student / mixture; at temperature 1, of one live teacher, without ``replay``.
+    ``loss=[minillm]`` weights them by p_student / mixture; of one live teacher that is not sharded. It and that loss
+    are of samples of the student as it is: ``temperature`` and ``top_p`` 1, no ``replay``.
 
     Sampled tokens are rows without a label, so that terms which read labels are 0 on them, and have no index.
     With ``teacher.answers`` the data's own batches are read from the disk, and the live teacher answers the student's
-    text alone. The student is a network of transformers, in eval mode while it writes. ``KdError`` for another one, and
-    for a sample without a prompt. Beside the losses it logs ``own_text`` (whether the step was on the student's text)
-    and ``generation`` (the share of the step's time so far that went into sampling).
+    text alone. The student is a network of transformers, in eval mode while it writes. ``KdError`` for another one, for
+    a sample without a prompt, and for more positions than a network takes. Beside the losses it logs ``own_text``
+    (whether the step was on the student's text) and ``generation`` (the share of the step's time so far that went into
+    sampling).
     """
 
     composes_own_text = True
@@ -79,31 +85,74 @@ class OnPolicy(Distiller):
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.prompt_length, self.replay = prompt_length, replay
         self.teacher_mix = teacher_mix
+        self._check_policy()
         self._mixes: tuple[Any, ...] = self._teacher_to_mix() if teacher_mix else ()  # no module of this one
         self.kept: list[tuple[Tensor, int]] = []  # ids of a sample, and how many of them are its prompt
         self.seconds = {"generation": 0.0, "all": 0.0}
         self._step_began = 0.0
 
-    def _teacher_to_mix(self) -> tuple[Any, ...]:
-        """Return the teacher's one network.
-
-        ``KdError`` where the mixture would be none of these two distributions, or not of the student that learns.
-        """
+    def _check_policy(self) -> None:
+        """Refuse samples of another distribution than the one that their importance is computed by."""
+        weighted = [f"distiller.teacher_mix = {self.teacher_mix}"] if self.teacher_mix else []
+        weighted += [f"loss.{name}" for name, term in self.objective.items() if isinstance(term, MiniLLM)]
         given = {"temperature": (self.temperature, 1), "top_p": (self.top_p, 1), "replay": (self.replay, 0)}
         for key, (value, wanted) in given.items():
-            if value != wanted:
-                raise KdError(
-                    f"distiller.teacher_mix = {self.teacher_mix} is not allowed with distiller.{key} = {value}: it "
-                    f"must be {wanted}"
-                )
-        live = self.teacher is not None and self.teacher.live
-        networks = tuple(getattr(self.teacher, "networks", ())) if live else ()
+            if weighted and value != wanted:
+                raise KdError(f"{weighted[0]} is not allowed with distiller.{key} = {value}: it must be {wanted}")
+
+    def _teacher_to_mix(self) -> tuple[Any, ...]:
+        """Return the teacher's one network. ``KdError`` where there is none, or there are several."""
+        networks = self._live_teachers()
         if len(networks) != 1:
             raise KdError(
                 f"distiller.teacher_mix = {self.teacher_mix} needs one live teacher, there are {len(networks)}: give "
                 "teacher.checkpoint=RUN or model@teacher=NAME"
             )
         return networks
+
+    def _live_teachers(self) -> tuple[Any, ...]:
+        live = self.teacher is not None and self.teacher.live
+        return tuple(getattr(self.teacher, "networks", ())) if live else ()
+
+    # ------------------------------------------------------------------ before the first batch
+
+    @property
+    def writes(self) -> bool:
+        """Whether any batch may become the student's own text."""
+        return self.share > 0 or self.grow > 0
+
+    def prepare(self, batch: Batch, *args: Any, **kwargs: Any) -> None:
+        """Prepare as every distiller, then refuse a student and prompts of which no text of its own can come."""
+        super().prepare(batch, *args, **kwargs)
+        if not self.writes:
+            return
+        if not hasattr(self.student, "generate"):
+            name = type(self.student).__name__
+            raise KdError(f"distiller = on_policy needs a student that generates, {name} does not")
+        self.check_positions(max(map(len, self.prompts(as_batch(batch)))))
+
+    def check_positions(self, longest: int) -> None:
+        """Refuse prompts of ``longest`` positions that with what is written are more than a network takes."""
+        for side, network in [("student", self.student), *(("teacher", network) for network in self._live_teachers())]:
+            most = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+            if most and longest + self.max_new_tokens > most:
+                raise KdError(
+                    f"distiller.max_new_tokens = {self.max_new_tokens} is not allowed: with the longest prompt, "
+                    f"of {longest} tokens, it is more than the {most} positions of the {side}: set a smaller one, or "
+                    "shorter prompts (data.length, distiller.prompt_length)"
+                )
+
+    def configure_model(self) -> None:
+        """Shard as every distiller; ``KdError`` with a mixture: the processes would call the teacher unequally often.
+
+        Of a process whose texts have ended transformers goes on to call the student alone.
+        """
+        if self._device_mesh is not None and self.teacher_mix:
+            raise KdError(
+                f"distiller.teacher_mix = {self.teacher_mix} is not allowed with hardware.strategy = fsdp: the teacher "
+                "must be whole in each process, set hardware.strategy=ddp"
+            )
+        super().configure_model()
 
     # ------------------------------------------------------------------ what a batch becomes
 
@@ -132,16 +181,22 @@ class OnPolicy(Distiller):
 
     def prompts(self, batch: Batch) -> list[Tensor]:
         """Return the ids of each sample's prompt. ``KdError`` for a sample that has none."""
-        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+        ids = batch.inputs["input_ids"]
+        mask = (batch.inputs["attention_mask"] if batch.mask is None else batch.mask).bool()
+        places = batch.inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
         found = []
-        for row, real, targets in zip(ids, mask, batch.targets, strict=True):
+        for row, real, place, targets in zip(ids, mask, places, batch.targets, strict=True):
             length = int(real.sum()) if self.prompt_length is None else min(self.prompt_length, int(real.sum()))
             supervised = (targets >= 0).nonzero().flatten()
             if self.prompt_length is None and len(supervised):
                 length = int(supervised[0])
+            begins = (place[real] == 0).nonzero().flatten()  # of documents that do not see one another
+            length = min(length, int(begins[1])) if len(begins) > 1 else length
             if length < 1:
                 raise KdError(
-                    "a sample has no prompt to go on with: give prompts and completions, or set distiller.prompt_length"
+                    f"distiller.prompt_length = {self.prompt_length or 'null'} is not allowed: a sample has no prompt "
+                    "to go on with, nothing before its first supervised position (packed documents have nothing "
+                    "there): set distiller.prompt_length=NUMBER, or give prompts and completions"
                 )
             found.append(row[real][:length])
         return found
@@ -150,28 +205,36 @@ class OnPolicy(Distiller):
     def write(self, prompts: list[Tensor]) -> list[tuple[Tensor, int]]:
         """Sample the student's completions, all prompts at once with a cache; ids with prompt, and its length."""
         network: Any = self.student
-        if not hasattr(network, "generate"):
-            raise KdError(f"distiller = on_policy needs a student that generates, {type(network).__name__} does not")
         start = time.perf_counter()
         pad = network.config.pad_token_id or 0
         ids = pad_sequence([prompt.flip(0) for prompt in prompts], batch_first=True, padding_value=pad).flip(1)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
         mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths).unsqueeze(1)
+        self.check_positions(ids.shape[1])  # of this batch; before the first one not all data tell their lengths
         mixed = [TeacherMixed(teacher, mask, self.teacher_mix) for teacher in self._mixes] or None
-        with in_eval(self.student):
-            written = network.generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                max_new_tokens=self.max_new_tokens,
-                do_sample=True,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=0,
-                pad_token_id=pad,
-                use_cache=True,
-                logits_processor=mixed,
-            )
-        ends = network.generation_config.eos_token_id
+        inner = network.get_base_model() if hasattr(network, "peft_config") else network
+        own = inner.generation_config
+        ends = own.eos_token_id
+        settings = type(own)(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=True,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=0,
+            num_beams=1,
+            repetition_penalty=1.0,
+            use_cache=True,
+            eos_token_id=ends,
+            pad_token_id=pad,
+        )
+        inner.generation_config = type(own)()  # its own would fill in what these leave out
+        try:
+            with in_eval(self.student):
+                written = network.generate(
+                    input_ids=ids, attention_mask=mask.long(), generation_config=settings, logits_processor=mixed
+                )
+        finally:
+            inner.generation_config = own
         ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], device=ids.device)
         samples = []
         for row, length in zip(written, lengths.tolist(), strict=True):

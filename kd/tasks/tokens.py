@@ -112,9 +112,9 @@ class Tokens(Task):
                 raise KdError(f"the {side} has a vocabulary of {number} tokens, the data's tokenizer {classes}")
         if len(set(found.values())) > 1:
             raise KdError(
-                f"the student has a vocabulary of {found['student']} tokens, the teacher of {found['teacher']}: what "
-                "compares them needs networks of one tokenizer, or data.teacher_tokenizer and a loss of two "
-                "tokenizers, loss=[ce,uld] or loss=[ce,gold]"
+                f"the student has a vocabulary of {found['student']} tokens, the teacher of {found['teacher']}, and "
+                "what compares them needs one size: data.vocabulary=corpus cuts both where they have one tokenizer and "
+                "are padded to other sizes; with two it is data.teacher_tokenizer and loss=[ce,uld] or loss=[ce,gold]"
             )
 
     def meter(self, classes: int | None) -> TokenMeter:

@@ -18,6 +18,7 @@ from kd.data.text.sentences import Sentences
 from kd.data.text.tokenizer import trained, wrapped
 from kd.errors import KdError
 from kd.run.data_facts import facts, same_data
+from tests.stranger import with_code
 
 WORDS = ("card", "money", "bank", "pin", "transfer", "late", "lost", "help")
 CLASSES = ("arrival", "limits", "top up")
@@ -216,6 +217,13 @@ def test_weights_that_are_not_there_are_refused(folder, tmp_path) -> None:
         features(copied)
     (copied / "model.safetensors").unlink()
     with pytest.raises(KdError, match="has no weights in the format safetensors"):
+        features(copied)
+
+
+def test_code_of_an_encoder_is_not_run(folder, tmp_path, monkeypatch) -> None:
+    copied = with_code(shutil.copytree(folder, tmp_path / "copy"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(KdError, match=r"data\.encoder = .* cannot be loaded: it comes with code of its own"):
         features(copied)
 
 

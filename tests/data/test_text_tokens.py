@@ -179,6 +179,26 @@ def test_what_decides_the_ids_is_in_the_name_of_the_cache(tmp_path) -> None:
     assert caches() == 9
 
 
+def test_how_a_tokenizer_cuts_and_types_is_in_the_name_of_the_cache(tmp_path) -> None:
+    """Neither is in the digest that weights record: they are the same tokens."""
+    made = tokenizer.trained(TEXTS, 100, "wordpiece", True)
+    rows = [{"text": text, "pair": text[::-1], "label": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
+    found, digests = [], set()
+    for side, types in (("right", True), ("left", True), ("right", False)):
+        one = tokenizer.wrapped(made, types)
+        one.truncation_side = side
+        given = {"train": rows[:60], "test": rows[60:], "text_pair": "pair", "max_length": 8, "overlap": "keep"}
+        data = Sentences(**given, cache=str(tmp_path), tokenizer=one)
+        data.setup()
+        found.append(data.parts["train"].tokens)
+        digests.add(data.tokenizer_digest)
+    right, left, plain = found
+    assert len(digests) == 1
+    assert not np.array_equal(right.ids, left.ids)
+    assert right.types is not None
+    assert plain.types is None
+
+
 # ---------------------------------------------------------------------- tokenizers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch, Output
 from kd.models.transformers_model import transformers_model
+from kd.models.vocabulary import restrict
 from kd.tasks.base import Want
 from kd.tasks.output_projection import hidden_rows, linear_of
 from kd.tasks.tokens import CausalLM, MaskedLM, Tokens
@@ -141,5 +143,27 @@ def test_vocabularies_that_do_not_belong_together() -> None:
     task.agree(wide, wide, 10, compared=True)  # padded to a round number
     with pytest.raises(KdError, match="the student has a vocabulary of 10 tokens, the data's tokenizer 11"):
         task.agree(narrow, wide, 11, compared=False)
-    with pytest.raises(KdError, match=r"the student has a vocabulary of 10 tokens, the teacher of 12"):
+    with pytest.raises(
+        KdError, match=r"the student has a vocabulary of 10 tokens, the teacher of 12.*corpus cuts both"
+    ):
         task.agree(narrow, wide, 10, compared=True)
+    with pytest.raises(KdError, match=r"10 tokens, the teacher of 12.*data\.teacher_tokenizer and loss=\[ce,uld\]"):
+        task.agree(narrow, wide, 10, compared=True)
+
+
+def test_vocabularies_padded_to_other_sizes_agree_once_they_are_restricted() -> None:
+    """The way out of the refusal: networks of one tokenizer with rows behind it, each its own number of them."""
+    torch.manual_seed(0)
+    config = {**LLAMA, "num_hidden_layers": 1, "pad_token_id": None}
+    pair = [
+        transformers_model(config={**config, "vocab_size": rows}, architecture="causal_lm").eval() for rows in (40, 48)
+    ]
+    kept, ids = [0, 1, 2, 5, 9, 30, 39], torch.tensor([[1, 5, 9, 39]])
+    with torch.no_grad():
+        before = [network(input_ids=ids).logits[..., kept] for network in pair]
+        for network in pair:
+            restrict(network, SimpleNamespace(kept=kept, whole=40))
+        after = [network(input_ids=torch.tensor([[1, 3, 4, 6]])).logits for network in pair]
+    for one, other in zip(before, after, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    CausalLM().agree(*(Output(logits.flatten(0, 1)) for logits in after), 7, compared=True)

@@ -163,9 +163,10 @@ class TextModule(lightning.LightningDataModule, ABC):
     def tokens(self, key: str, make: Any, tokenizer: str | None = None) -> store.Tokens:
         """Return token ids, from the cache if they are there; ``key``: digest of the texts and settings.
 
-        ``tokenizer``: the digest of another one than that of the data.
+        ``tokenizer``: the digest of the one whose ids alone they are; None: rows as the data's cuts and types them.
         """
-        return store.cached(self.cache, f"{key}-{tokenizer or self.tokenizer_digest}", make, store.Tokens)
+        whole = tokenizer or tokenizers.encoding_digest(self.tokenizer)
+        return store.cached(self.cache, f"{key}-{whole}", make, store.Tokens)
 
     def shrunk(self, train: Any) -> Any:
         """Return no more than ``train_size`` rows, stratified by their classes."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.config.hub import online
+from kd.config.hub import online, reason
 from kd.data.text.collate import padded
 from kd.data.text.encode import encode_texts
 from kd.data.text.store import Features
@@ -88,7 +88,7 @@ class Encoder:
 
         place = str(self.folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
             network, about = AutoModel.from_pretrained(
                 place,
                 local_files_only=True,
@@ -98,8 +98,7 @@ class Encoder:
                 output_loading_info=True,
             )
         except Exception as error:  # of many kinds: no model, a file that is damaged, a library that it needs
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise KdError(f"data.encoder = {self.name} cannot be loaded: {reason}") from None
+            raise KdError(f"data.encoder = {self.name} cannot be loaded: {reason(error)}") from None
         lacking = sorted(key for key in about["missing_keys"] if not key.startswith("pooler."))
         if lacking:
             raise KdError(f"data.encoder = {self.name} has no weights for {lacking[0]}: it would be random")
@@ -117,15 +116,15 @@ def _folder(name: str, root: str | None) -> Path:
         raise KdError(f"data.encoder = {name}: there is no such folder")
     from huggingface_hub import snapshot_download
 
-    reason = ""
+    why = ""
     for local in _local_first():
         try:
             return Path(snapshot_download(name, local_files_only=local, allow_patterns=list(FILES)))
         except Exception as error:  # of many kinds: no such name, no connection
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            why = reason(error)
     raise KdError(
         f"data.encoder = {name} cannot be loaded: it must be a folder (relative to paths.data, or here), or a name of "
-        f"the Hugging Face hub that can be reached or is in its cache ({reason})"
+        f"the Hugging Face hub that can be reached or is in its cache ({why})"
     )
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
+
+from kd.records.durable import mark
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +132,8 @@ def read(place: Path, key: str, kind: type[A]) -> A | None:
 def write(made: Arrays, place: Path, key: str) -> None:
     """Write a cache beside its place, flush it, and move it there. ``OSError`` when that is not possible."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{socket.gethostname()}.{os.getpid()}"
-    with _removed(place.with_name(f".{place.name}.{mark}.tmp")) as temporary:
+    own = mark()
+    with _removed(place.with_name(f".{place.name}.{own}.tmp")) as temporary:
         temporary.mkdir()
         arrays = {n: a for n in _names(type(made)) if (a := getattr(made, n)) is not None}
         for name, array in arrays.items():
@@ -152,7 +153,7 @@ def write(made: Arrays, place: Path, key: str) -> None:
                     raise
             if read(place, key, type(made)) is not None:  # another process was first
                 return
-            with _removed(place.with_name(f".{place.name}.{mark}.old")) as old:
+            with _removed(place.with_name(f".{place.name}.{own}.old")) as old:
                 os.rename(place, old)
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd.config.hub import reason
 from kd.data.text.content import digest_of
 from kd.data.text.records import online
 from kd.errors import KdError
-from kd.records.durable import replacing
+from kd.records.durable import mark, replacing
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +60,18 @@ def _named(name: str, root: str | None, key: str) -> Any:
     folder = next((p for p in (Path(name).expanduser(), Path(root or ".") / name) if p.is_dir()), None)
     if folder is None and name.startswith((".", "/", "~")):
         raise KdError(f"data.{key} = {name}: there is no such folder")
-    error: Exception | None = None
+    error = Exception()
     packed = _packed_in(folder)
     for local in (True, False) if folder is None and online() else (True,):  # what is in the cache needs no connection
         try:
-            return AutoTokenizer.from_pretrained(str(folder or name), local_files_only=local, **packed)
+            return AutoTokenizer.from_pretrained(
+                str(folder or name), local_files_only=local, trust_remote_code=False, **packed
+            )
         except Exception as failed:  # of many kinds: no such name, no connection, a library that it needs
             error = failed
     raise KdError(
         f"data.{key} = {name} cannot be loaded: it must be a folder with a tokenizer, or a name of the Hugging "
-        f"Face hub that can be reached or is in its cache ({str(error).strip().splitlines()[0]})"
+        f"Face hub that can be reached or is in its cache ({reason(error)})"
     ) from None
 
 
@@ -81,7 +84,11 @@ def _packed_in(folder: Path | None) -> dict[str, str]:
 
 
 def _pad_with_another(found: Any, key: str) -> None:
-    """Pad with a token that the tokenizer has: which one makes no difference, pads are known by the attention mask."""
+    """Pad with a token that the tokenizer has.
+
+    Pads are known by the attention mask, but to decoders that classify: these know them by the id in their
+    configuration, see :func:`kd.models.transformers_model.pad_as`.
+    """
     token = found.eos_token or found.unk_token
     if token is None:
         raise KdError(f"data.{key} has neither a pad nor an end token: set one of them in its files")
@@ -97,6 +104,12 @@ def digest(found: Any) -> str:
         whole = json.dumps({k: v for k, v in parts.items() if k not in ("truncation", "padding")}, sort_keys=True)
     special = json.dumps({k: str(v) for k, v in found.special_tokens_map.items()}, sort_keys=True)
     return hashlib.blake2b(f"{whole}{special}".encode(), digest_size=8).hexdigest()
+
+
+def encoding_digest(found: Any) -> str:
+    """Return 16 hexadecimal digits of all that decides which rows texts become: the side that is cut, token types."""
+    how = [digest(found), getattr(found, "truncation_side", "right"), *getattr(found, "model_input_names", [])]
+    return hashlib.blake2b(" ".join(how).encode(), digest_size=8).hexdigest()
 
 
 def most_tokens(found: Any) -> int | None:
@@ -217,14 +230,7 @@ def _kept(file: Path | None, key: str) -> Any:
 def _keep(file: Path, key: str, text: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file, f".{_mark()}") as temporary:
+        with replacing(file, f".{mark()}") as temporary:
             temporary.write_text(json.dumps({"key": key, "digest": digest_of([text]), "tokenizer": text}))
     except (OSError, KdError) as error:
         log.warning("the tokenizer is trained anew in each run: %s", error)
-
-
-def _mark() -> str:
-    import os
-    import socket
-
-    return f"{socket.gethostname()}.{os.getpid()}"

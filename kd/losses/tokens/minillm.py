@@ -98,9 +98,11 @@ class MiniLLM(Term):
 
     The long part is :func:`clipped_policy_gradient` over the tokens that the student has sampled, which the set-up that
     samples leaves in ``batch.extra["sampled"]`` (rows,) int64 (``distiller=on_policy``). A batch without them was not
-    sampled: only the single-step part is left. One step is made with each sample, by the student that wrote it, so that
-    ρ = 1 in the value; the authors make several. w is 1, or :func:`mixture_importance` where the tokens are those of a
-    mixture with the teacher (``distiller.teacher_mix``, which the set-up leaves in ``batch.extra["teacher_mix"]``).
+    sampled: only the single-step part is left. One step is made with each sample, by the student that wrote it (at
+    temperature 1, without dropout), so that p_old is p_s and ρ = 1 in the value; the authors make several. What an
+    older student wrote, or at another temperature or top-p, the set-up refuses beside this term. w is 1, or
+    :func:`mixture_importance` where the tokens are those of a mixture with the teacher (``distiller.teacher_mix``,
+    which the set-up leaves in ``batch.extra["teacher_mix"]``).
 
     ``gamma``, ``variant``: of :func:`minillm_advantages`; ``"code"`` normalises them over the batch of each process.
     ``"paper"`` weights the single-step part with w as well (section 2.2), ``"code"`` does not.
