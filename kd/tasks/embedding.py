@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, PearsonCorrCoef
 
-from kd.losses.base import Batch, Output
+from kd.errors import KdError
+from kd.losses.base import Batch, Output, Term
 from kd.losses.layouts import mean_of_positions
 from kd.tasks.base import Meter, Task, Want
 from kd.tasks.metrics import Metric
@@ -37,6 +38,16 @@ class Embedding(Task):
         raw = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
         hidden = raw if isinstance(raw, Tensor) else getattr(raw, "last_hidden_state", None)
         return Output(mean_of_positions(hidden, batch.mask) if hidden is not None and hidden.ndim == 3 else hidden)
+
+    def check_terms(self, terms: Iterable[tuple[str, Term]]) -> None:
+        """Refuse losses, by name, that read labels, or coordinates as if they were classes."""
+        for name, term in terms:
+            classes = (term.needs_student_logits or term.needs_teacher_logits) and not term.regression
+            if classes or term.needs_labels:
+                raise KdError(
+                    f"loss.{name} is for classes, and task = embedding has none: use loss=[mse] with "
+                    "loss.mse.against=teacher, or a loss of hidden states or of relations (cosine, hidden_mse, rkd)"
+                )
 
     def agree(self, student: Output, teacher: Output, classes: int | None, compared: bool) -> None:
         """Take any two widths: what compares them has an adapter."""
