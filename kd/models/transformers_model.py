@@ -129,8 +129,8 @@ def _fetched(name: str, fetch: Any, kind: str | None = None) -> Any:
     except (OSError, ValueError, ImportError) as error:
         own = f"; for one of your own size leave name out: config={{model_type: {kind}, …}}" if kind else ""
         raise ValueError(
-            f"name = {name} cannot be had of transformers ({reason(error)}): give the folder of a network that is here, "
-            f"or be online{own}"
+            f"name = {name} cannot be had of transformers ({reason(error)}): give the folder of a network that is "
+            f"here, or be online{own}"
         ) from error
     finally:
         if bars:
