@@ -32,6 +32,8 @@ def check(module: Distiller, data: Any, batch_size: int, frozen_norms: bool = Fa
             refuse_unsharded(getattr(data, f"{split}_dataloader")(), split, group.world_size())
     if module.teacher is not None and module.teacher.cache:
         _cache(module.teacher.cached_by, data)
+    if isinstance(data, TextModule):
+        _positions(module, data)
     if isinstance(module, OnPolicy) and module.writes and isinstance(data, TextModule):
         module.check_positions(_longest_prompt(data, module.prompt_length))
     _last_batch(module, data, batch_size, frozen_norms)
@@ -63,6 +65,22 @@ def _cache(key: str, data: Any) -> None:
             f"{key} needs a teacher that sees the same sample in every epoch, {data.random_view} changes it: set "
             f"{key.partition(' ')[0]}=null{other}"
         )
+
+
+def _positions(module: Distiller, data: TextModule) -> None:
+    """Refuse rows that may be longer than a network has positions for."""
+    teachers = (
+        module.teacher.networks if module.teacher is not None and getattr(data, "for_teacher", data) is data else ()
+    )
+    (longest,) = data.input_shape
+    for side, network in [("student", module.student), *(("teacher", teacher) for teacher in teachers)]:
+        known = (getattr(getattr(part, "config", None), "max_position_embeddings", None) for part in network.modules())
+        if (most := next(filter(None, known), None)) and longest > most:
+            key = "max_length" if hasattr(data, "max_length") else "length"
+            raise KdError(
+                f"data.{key} = {getattr(data, key)} is not allowed: rows may have {longest} tokens, the {side} takes "
+                f"{most}: set data.{key}={most} or less"
+            )
 
 
 def _longest_prompt(data: TextModule, most: int | None) -> int:
