@@ -173,3 +173,33 @@ def test_a_network_that_is_not_here_is_said_at_once(
     given = [a.replace("student=none", "student=transformers") for a in given if "model@teacher" not in a]
     assert main([*given, "student.model.name=nobody/nothing", "loss=[ce]"]) == 1
     assert "name = nobody/nothing cannot be had of transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "network", "said"),
+    [
+        (["data=lm", "task=causal_lm", "data.length=64"], "{model_type: gpt2, n_positions: 32", "length = 64"),
+        (
+            ["data=text", "data.label=label", "task=text_classification", "data.max_length=64"],
+            "{model_type: bert, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 32",
+            "max_length = 64",
+        ),
+    ],
+)
+def test_rows_that_a_network_has_no_positions_for(
+    data: list[str], network: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [" ".join(f"w{(i * j) % 17}" for j in range(1, 9)) for i in range(60)]
+    if data[0] == "data=lm":
+        rows = [json.dumps({"text": text}) for text in words]
+    else:
+        rows = [json.dumps({"text": text, "label": "ab"[i % 2]}) for i, text in enumerate(words)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    files = [f"data.train={tmp_path / 'rows.jsonl'}", "data.test_fraction=0.2", "data.val_fraction=0.2"]
+    config = (
+        f"student.model.config={network}, hidden_size: 16, intermediate_size: 16, n_layer: 1, n_embd: 16, n_head: 2}}"
+    )
+    where = ["hardware=cpu", "recipe=finetune", "recipe.epochs=1", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main(["train", *data, *files, "model@student=transformers", config, *where]) == 1
+    printed = capsys.readouterr().err
+    assert f"data.{said} is not allowed: rows may have 64 tokens, the student takes 32: set data." in printed
