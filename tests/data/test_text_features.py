@@ -221,7 +221,7 @@ def test_weights_that_are_not_there_are_refused(folder, tmp_path) -> None:
 
 
 def test_code_of_an_encoder_is_not_run(folder, tmp_path, monkeypatch) -> None:
-    copied = with_code(shutil.copytree(folder, tmp_path / "copy"))
+    copied = with_code(with_code(shutil.copytree(folder, tmp_path / "copy")), config=True)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(KdError, match=r"data\.encoder = .* cannot be loaded: it comes with code of its own"):
         features(copied)
