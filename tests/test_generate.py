@@ -862,6 +862,17 @@ def test_the_chat_template_is_used_where_there_is_one(model, tmp_path) -> None:
         LocalTeacher(str(model), Sampling(), system="s")
 
 
+def test_a_classifier_is_no_teacher_that_writes(model, tmp_path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    from kd.generate.local_teacher import LocalTeacher, Sampling
+
+    LlamaForSequenceClassification(LlamaConfig.from_pretrained(model)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    with pytest.raises(KdError, match=r"has no weights for lm_head\.weight: it is no causal language model"):
+        LocalTeacher(str(tmp_path), Sampling())
+
+
 def test_messages_need_a_template(model, tmp_path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "b"}]}')

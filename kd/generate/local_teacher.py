@@ -47,6 +47,10 @@ class LocalTeacher:
         try:
             self.tokenizer, _ = load_tokenizer(where, "bpe", list, None, None)
             network: Any = transformers_model(where, architecture="causal_lm")
+            if fresh := network.random_weights:
+                raise KdError(
+                    f"model = {name} has no weights for {', '.join(fresh[:4])}: it is no causal language model"
+                )
         except KdError as error:
             raise KdError(str(error).replace("data.tokenizer", "model's tokenizer")) from None
         except ValueError as error:

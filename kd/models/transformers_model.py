@@ -9,6 +9,7 @@ import copy
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,22 @@ def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any,
         ids["bos_token_id"] = ids["eos_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
         own = {"vocab_size": len(tokenizer), **{k: v for k, v in ids.items() if v is not None}, **own}
     try:
-        return transformers.AutoConfig.for_model(changes["model_type"], **own)
+        made = transformers.AutoConfig.for_model(changes["model_type"], **own)
     except (ValueError, TypeError) as error:
         raise ValueError(f"config.model_type = {changes['model_type']}: {str(error).splitlines()[0]}") from error
+    _refuse_mistyped(made, own)
+    return made
+
+
+def _refuse_mistyped(made: Any, own: Mapping[str, Any]) -> None:
+    """``ValueError`` for a key that looks like one of the configuration's and is none: transformers keeps any."""
+    try:
+        known = type(made)()
+    except (TypeError, ValueError):  # one of several networks has no defaults
+        return
+    for key in own:
+        if not hasattr(known, key) and (near := get_close_matches(key, known.to_dict(), cutoff=0.8)):
+            raise ValueError(f"config.{key} is no key of {made.model_type} (near: {', '.join(near)})")
 
 
 def _fetched(name: str, fetch: Any, kind: str | None = None) -> Any:
