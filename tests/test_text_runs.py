@@ -178,10 +178,14 @@ def test_a_network_that_is_not_here_is_said_at_once(
 @pytest.mark.parametrize(
     ("data", "network", "said"),
     [
-        (["data=lm", "task=causal_lm", "data.length=64"], "{model_type: gpt2, n_positions: 32", "length = 64"),
+        (
+            ["data=lm", "task=causal_lm", "data.length=64"],
+            "{model_type: gpt2, n_positions: 32, n_embd: 16, n_head: 2}",
+            "length = 64",
+        ),
         (
             ["data=text", "data.label=label", "task=text_classification", "data.max_length=64"],
-            "{model_type: bert, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 32",
+            "{model_type: bert, hidden_size: 16, num_attention_heads: 2, max_position_embeddings: 32}",
             "max_length = 64",
         ),
     ],

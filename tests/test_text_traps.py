@@ -173,7 +173,7 @@ def test_positions_begin_behind_the_padding_on_the_left() -> None:
 
 
 def test_an_end_that_is_also_the_pad_is_learned() -> None:
-    module = on_policy()
+    module = on_policy(max_new_tokens=6)
     samples = [(torch.tensor([5, 6, 7, 2]), 2), (torch.tensor([5, 8, 9, 4, 3, 2]), 3)]
     made = module._batch(samples, Texts("causal_lm").batches("train")[0])
     assert made.targets.tolist() == [[-1, -1, 7, 2, -1, -1], [-1, -1, -1, 4, 3, 2]]
