@@ -64,6 +64,11 @@ class Tokens(Task):
         if "positions" in batch.extra:
             return batch
         real = _real(batch)
+        if batch.targets.shape != real.shape:
+            raise KdError(
+                "this task predicts tokens, and the data has one target a text: choose data=lm, or "
+                "task=text_classification"
+            )
         targets, predicting = torch.where(real, batch.targets, UNLABELLED), real
         if self.shift:
             targets = F.pad(targets[:, 1:], (0, 1), value=UNLABELLED)

@@ -167,3 +167,9 @@ def test_vocabularies_padded_to_other_sizes_agree_once_they_are_restricted() -> 
     for one, other in zip(before, after, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
     CausalLM().agree(*(Output(logits.flatten(0, 1)) for logits in after), 7, compared=True)
+
+
+def test_labels_of_texts_are_no_tokens() -> None:
+    inputs = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    with pytest.raises(KdError, match=r"^this task predicts tokens, and the data has one target a text: .*data=lm"):
+        CausalLM().rows(Batch(inputs, torch.tensor([0, 1]), torch.arange(2)))
