@@ -22,6 +22,7 @@ from kd.data.text.options import RULES
 from kd.data.text.records import Records, of_articles, read
 from kd.data.text.split import apart, carve
 from kd.data.text.store import Tokens
+from kd.data.text.tokenizer import encoding_digest
 from kd.data.text.windows import Answer, Question, WindowLoader, WindowPart, Windows, special_tokens, windows_of
 from kd.errors import KdError, counted
 
@@ -199,7 +200,7 @@ class Questions(TextModule):
             source = self._sources[split if split in self._sources else "train"]  # val or test is cut from train
             return windows_of(self.tokenizer, questions, *settings, source.row, characters)
 
-        windows = store.cached(self.cache, f"{key}-{self.tokenizer_digest}", make, Windows)
+        windows = store.cached(self.cache, f"{key}-{encoding_digest(self.tokenizer)}", make, Windows)
         asked = [(question.context, [text for text, _ in question.answers]) for question in questions]
         return WindowPart(
             tokens=Tokens(windows.ids, windows.offsets, windows.types),
