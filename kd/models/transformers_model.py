@@ -128,7 +128,9 @@ def _refuse_mistyped(made: Any, own: Mapping[str, Any]) -> None:
     except (TypeError, ValueError):  # one of several networks has no defaults
         return
     for key in own:
-        if not key.endswith("_token_id") and not hasattr(known, key) and (near := get_close_matches(key, known.to_dict(), cutoff=0.8)):
+        if key.endswith("_token_id") or hasattr(known, key):
+            continue
+        if near := get_close_matches(key, known.to_dict(), cutoff=0.8):
             raise ValueError(f"config.{key} is no key of {made.model_type} (near: {', '.join(near)})")
 
 
