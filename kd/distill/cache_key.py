@@ -123,7 +123,7 @@ def _tokenizer(own: Any) -> str | None:
 
 def _seen(own: Any) -> str:
     """How samples become inputs: what the content of the data does not say."""
-    names = ("mean", "std", "input_shape", "image_size", "crop_pct")
+    names: tuple[str, ...] = ("mean", "std", "input_shape", "image_size", "crop_pct")
     if isinstance(own, TextModule):
         names = ("mean", "std")  # the longest row may be one of validation, and changes no answer
     found = {name: _plain(getattr(own, name)) for name in names if getattr(own, name, None)}
