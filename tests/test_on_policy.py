@@ -284,6 +284,7 @@ def test_the_longest_prompt_of_the_data_is_known_before_the_first_step() -> None
     lengths = [max(map(len, module.prompts(batch))) for batch in data.train_dataloader()]
     longest = max(lengths)
     assert min(lengths) < longest  # the first batch says nothing of it
+    data.most = longest + 4
     compatibility.check(unprepared((longest + 5,) * 2), data, 2)
     sentence = rf"distiller\.max_new_tokens = 5 is not allowed: .* of {longest} tokens"
     with pytest.raises(KdError, match=sentence):
