@@ -18,7 +18,7 @@ from kd.data.text.lm import Documents
 from kd.distill.distiller import Distiller
 from kd.distill.objective import Objective
 from kd.errors import KdError
-from kd.losses.base import UNLABELLED, Batch, Fused
+from kd.losses.base import UNLABELLED, Batch, Fused, Output
 from kd.losses.functional import fused_losses, kl_divergence
 from kd.losses.logits.ce import CrossEntropy
 from kd.losses.logits.kd import KnowledgeDistillation
@@ -125,6 +125,18 @@ def test_the_temperature_reaches_the_loss_and_its_square_is_the_factor(temperatu
     assert float(step.values["kd"]) == pytest.approx(temperature**2 * float(kl), rel=1e-4)
     ce = F.cross_entropy(logits[kept], batch.targets[:, 1:][kept])
     assert float(step.values["ce"]) == pytest.approx(float(ce), rel=1e-4)
+
+
+def test_labels_alone_make_no_logits_either() -> None:
+    module = Distiller(network(0).eval(), None, Objective({"ce": CrossEntropy()}), CausalLM())
+    batch = Texts("causal_lm").batches("train")[0]
+    module.prepare(batch)
+    rows = module.task.rows(batch)
+    with torch.no_grad():
+        output = module.eval().answer_of_student(rows)
+        value, _ = module.objective(output, Output(), rows)
+    assert output.made_logits is None
+    assert float(value[0]) == pytest.approx(float(F.cross_entropy(output.logits, rows.targets)), rel=1e-5)
 
 
 def test_a_last_chunk_that_is_not_full_is_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -381,7 +381,8 @@ class PreparationModule(OptimisationModule):
         """The student's output, with the taps of the terms."""
         self.student_taps.active = bool(self.student_taps.names)
         inputs = channels_last(batch.inputs) if self.channels_last else batch.inputs
-        output = self.task.answer(self.student, inputs, batch, self._want)
+        want = self._want._replace(logits=True)  # a term of labels alone asks the teacher for none
+        output = self.task.answer(self.student, inputs, batch, want)
         if self._two_heads and isinstance(output.raw, tuple):  # in training; an evaluated network answers their mean
             output.distilled = output.raw[1]
         if self.student_taps.active:
