@@ -134,9 +134,10 @@ def test_labels_alone_make_no_logits_either() -> None:
     rows = module.task.rows(batch)
     with torch.no_grad():
         output = module.eval().answer_of_student(rows)
+        assert output.hidden is not None
         value, _ = module.objective(output, Output(), rows)
-    assert output.made_logits is None
-    assert float(value[0]) == pytest.approx(float(F.cross_entropy(output.logits, rows.targets)), rel=1e-5)
+        assert output.made_logits is None
+        assert float(value[0]) == pytest.approx(float(F.cross_entropy(output.logits, rows.targets)), rel=1e-5)
 
 
 def test_a_last_chunk_that_is_not_full_is_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
