@@ -204,14 +204,12 @@ class PreparationModule(OptimisationModule):
         for name, term in self.objective.items():
             if term.reads_topk or not term.needs_teacher_logits:
                 continue
-            if (temperature := getattr(term, "temperature", 1.0)) != 1 or term.every_class:
-                reads = (
-                    "reads every class" if temperature == 1 else f"softens all classes (T = {temperature or 'learned'})"
-                )
-                raise KdError(
-                    f"loss.{name} {reads}, and {known}: keep what=hidden (of images what=logits) in teacher.answers, "
-                    "or set loss=[topk_kl], or T = 1"
-                )
+            way = "keep what=hidden (of images what=logits) in teacher.answers, or set loss=[topk_kl]"
+            if (temperature := getattr(term, "temperature", 1.0)) != 1:
+                softens = f"loss.{name} softens all classes (T = {temperature or 'learned'})"
+                raise KdError(f"{softens}, and {known}: {way}, or T = 1")
+            if term.every_class:
+                raise KdError(f"loss.{name} reads every class, and {known}: {way}")
 
     def _resolve_taps(self) -> None:
         terms = self.objective.items()

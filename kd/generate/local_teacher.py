@@ -17,6 +17,7 @@ from kd.data.text.encode import around
 from kd.data.text.tokenizer import tokenizer as load_tokenizer
 from kd.errors import KdError, MachineFailure
 from kd.generate.prompts import Prompt
+from kd.models.generation import generation_config
 from kd.models.transformers_model import transformers_model
 from kd.records.generations import Completion
 
@@ -72,29 +73,13 @@ class LocalTeacher:
         self._before = before if before == [self.tokenizer.bos_token_id] else []
         self.ends = self._end_tokens()
         self.network.generation_config = GenerationConfig()  # its own would fill in what ours leaves out
-        self.config = self._config()
+        drawn = sampling.max_new_tokens, sampling.temperature, sampling.top_p
+        self.config = generation_config(*drawn, ends=self.ends or None, pad=self.tokenizer.pad_token_id)
 
     def _end_tokens(self) -> list[int]:
         own = getattr(self.network.generation_config, "eos_token_id", None)
         found = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
         return sorted({int(token) for token in found if token is not None})
-
-    def _config(self) -> GenerationConfig:
-        """Every setting that changes what is drawn, so that none comes from the model's own generation_config."""
-        sampled = self.sampling.temperature != 0
-        drawn: dict[str, Any] = {"do_sample": sampled}
-        if sampled:
-            drawn |= {"temperature": 1.0 if self.sampling.temperature is None else self.sampling.temperature}
-            drawn |= {"top_k": 0, "top_p": 1.0 if self.sampling.top_p is None else self.sampling.top_p}
-        return GenerationConfig(
-            max_new_tokens=self.sampling.max_new_tokens,
-            num_beams=1,
-            repetition_penalty=1.0,
-            use_cache=True,
-            eos_token_id=self.ends or None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **drawn,
-        )
 
     # ------------------------------------------------------------------ prompts
 

@@ -21,6 +21,7 @@ from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
 from kd.losses.networks import in_eval
 from kd.losses.tokens.minillm import MiniLLM
+from kd.models.generation import generation_config
 from kd.setups.teacher_mixed import TeacherMixed
 
 RULES = {
@@ -215,18 +216,7 @@ class OnPolicy(Distiller):
         inner = network.get_base_model() if hasattr(network, "peft_config") else network
         own = inner.generation_config
         ends = own.eos_token_id
-        settings = type(own)(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=True,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=0,
-            num_beams=1,
-            repetition_penalty=1.0,
-            use_cache=True,
-            eos_token_id=ends,
-            pad_token_id=pad,
-        )
+        settings = generation_config(self.max_new_tokens, self.temperature, self.top_p, ends, pad)
         inner.generation_config = type(own)()  # its own would fill in what these leave out
         try:
             with in_eval(self.student):
