@@ -165,7 +165,7 @@ class TextModule(lightning.LightningDataModule, ABC):
 
         ``tokenizer``: the digest of the one whose ids alone they are; None: rows as the data's cuts and types them.
         """
-        whole = tokenizer or tokenizers.encoding_digest(self.tokenizer)
+        whole = tokenizer or tokenizers.encoding_digest(self.tokenizer, self.tokenizer_digest)
         return store.cached(self.cache, f"{key}-{whole}", make, store.Tokens)
 
     def shrunk(self, train: Any) -> Any:

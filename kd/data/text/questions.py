@@ -200,7 +200,8 @@ class Questions(TextModule):
             source = self._sources[split if split in self._sources else "train"]  # val or test is cut from train
             return windows_of(self.tokenizer, questions, *settings, source.row, characters)
 
-        windows = store.cached(self.cache, f"{key}-{encoding_digest(self.tokenizer)}", make, Windows)
+        whole = encoding_digest(self.tokenizer, self.tokenizer_digest)
+        windows = store.cached(self.cache, f"{key}-{whole}", make, Windows)
         asked = [(question.context, [text for text, _ in question.answers]) for question in questions]
         return WindowPart(
             tokens=Tokens(windows.ids, windows.offsets, windows.types),
