@@ -99,7 +99,7 @@ CASES: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
         no_metrics_of_the_teacher,
     ),
     "top-k answers": (
-        f"{BLOBS} {TAUGHT} teacher.answers={{_target_:toys.KeptTopK}} loss=[ce,kd]",
+        f"{BLOBS} {TAUGHT} teacher.answers={{_target_:toys.KeptTopK}} loss=[ce,kd] loss.kd.temperature=1",
         no_metrics_of_the_teacher,
     ),
     "reused classifier": (f"{BLOBS} {TAUGHT} loss=[reused]", head_is_deployed),
