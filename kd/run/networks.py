@@ -104,12 +104,14 @@ def trained(
     """Make a network with the weights of a ``file``: its state dict, what it says of itself, its name; see `network`.
 
     ``new_head``: but for its classifier, which is random, see :func:`kd.run.starting_weights.put`.
-    One that was trained with the whole tokenizer, which the data restricts, is cut to the kept tokens afterwards.
+    One that was not trained with the tokenizer as the data restricts it is cut to the kept tokens afterwards.
     """
     state, about, source = file
-    whole = more.get("restriction") is not None and about.get("data", {}).get("tokenizer") != data.tokenizer_digest
+    told = about.get("data", {})
+    cut = "vocabulary" in told and told.get("tokenizer") == data.tokenizer_digest
+    whole = more.get("restriction") is not None and not cut
     given = {**more, "restriction": None} if whole else more
-    recorded = about.get("data", {}).get("num_classes")  # where the data of this run does not tell
+    recorded = told.get("num_classes")  # where the data of this run does not tell
     classes = recorded if data.num_classes is None and not new_head else data.num_classes
     net = network(spec, path, classes, input_shape or data.input_shape, **given)
     starting_weights.put(net, state, about, source, path.partition(".")[0], new_head)

@@ -175,7 +175,7 @@ def test_sentences_and_dialogues_are_restricted_as_well(files: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"vocabulary": "train"}, "data.vocabulary = train is not allowed: it must be corpus or null"),
+        ({"vocabulary": "train"}, "data.vocabulary = train is not allowed: it must be corpus, tokenizer or null"),
         ({"tokenizer": {"kind": "bpe"}}, "data.vocabulary = corpus needs a tokenizer that is given"),
     ],
 )
@@ -275,3 +275,50 @@ def test_weights_of_the_whole_vocabulary_are_cut_and_restricted_ones_are_not(
     assert said.code == 1
     assert "another tokenizer" in said.err
     assert (files / "small" / SELECTED).is_file()
+
+
+def test_networks_padded_to_other_sizes_lose_the_rows_behind_the_tokenizer(files: Path, kd: Callable[..., Any]) -> None:
+    """A student with 7 and a teacher with 16 rows too many: refused with the way out, which resume and eval know."""
+    entries = len(AutoTokenizer.from_pretrained(files / "llama"))
+    for name, more in (("teacher", 16), ("student", 7)):
+        network = AutoModelForCausalLM.from_pretrained(files / "llama")
+        network.resize_token_embeddings(entries + more, mean_resizing=False)
+        network.save_pretrained(files / name)
+    pair = ("model@student=transformers", f"student.model.name={files / 'student'}", "loss=[ce,kd]")
+    pair += ("model@teacher=transformers", f"teacher.model.name={files / 'teacher'}")
+    said = kd(*arguments(files, "run", *pair, "data.vocabulary=null"))
+    assert said.code == 1
+    assert "data.vocabulary=tokenizer cuts both" in said.err
+
+    said = kd(*arguments(files, "run", *pair, "data.vocabulary=tokenizer"))
+    assert said.code == 0, said.err
+    for rows in (entries + 7, entries + 16):
+        assert f"has {rows} rows of vocabulary, data.tokenizer {entries} tokens" in said.out + said.err
+    record = json.loads((files / "run" / "result.json").read_text())
+    assert record["data"]["vocabulary"] == {"kept": entries, "of": entries}
+    loaded = AutoModelForCausalLM.from_pretrained(files / "run" / "selected")
+    assert loaded.config.vocab_size == len(AutoTokenizer.from_pretrained(files / "run" / "selected")) == entries
+    said = kd("eval", f"run={files / 'run'}", f"out={files / 'found.json'}")
+    assert said.code == 0, said.err
+    found = json.loads((files / "found.json").read_text())["metrics"]
+    expected = record["student"]["selected"]["test"]
+    assert {key: found[key] for key in ("nll", "kl")} == pytest.approx(
+        {k: expected[k] for k in ("nll", "kl")}, rel=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_padded_weights_of_a_run_are_cut_and_cut_ones_are_not(files: Path, kd: Callable[..., Any]) -> None:
+    """A teacher that was trained with its padding, then one without; the tokenizer is the same."""
+    network = AutoModelForCausalLM.from_pretrained(files / "llama")
+    network.resize_token_embeddings(len(AutoTokenizer.from_pretrained(files / "llama")) + 9, mean_resizing=False)
+    network.save_pretrained(files / "padded")
+    alone = ("model@student=transformers", f"student.model.name={files / 'padded'}", "loss=[ce]")
+    assert kd(*arguments(files, "padding", *alone, "data.vocabulary=null")).code == 0
+    for run, teacher in (("cut", "padding"), ("next", "cut")):
+        more = ("data.vocabulary=tokenizer", f"teacher.checkpoint={files / teacher}")
+        said = kd(*arguments(files, run, *FROM_TEACHER[:3], *more))
+        assert said.code == 0, said.err
+    records = {run: json.loads((files / run / "result.json").read_text()) for run in ("padding", "cut", "next")}
+    assert records["cut"]["teacher"]["parameters"] == records["padding"]["student"]["parameters"] - 9 * 32
+    assert records["next"]["teacher"]["parameters"] == records["cut"]["student"]["parameters"]

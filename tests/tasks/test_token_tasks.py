@@ -144,7 +144,7 @@ def test_vocabularies_that_do_not_belong_together() -> None:
     with pytest.raises(KdError, match="the student has a vocabulary of 10 tokens, the data's tokenizer 11"):
         task.agree(narrow, wide, 11, compared=False)
     with pytest.raises(
-        KdError, match=r"the student has a vocabulary of 10 tokens, the teacher of 12.*corpus cuts both"
+        KdError, match=r"the student has a vocabulary of 10 tokens, the teacher of 12.*=tokenizer cuts both"
     ):
         task.agree(narrow, wide, 10, compared=True)
     with pytest.raises(KdError, match=r"10 tokens, the teacher of 12.*data\.teacher_tokenizer and loss=\[ce,uld\]"):

@@ -23,7 +23,7 @@ from kd.data.text.collate import Special
 from kd.data.text.content import TextContent
 from kd.data.text.loader import Form, TextLoader
 from kd.data.text.options import RULES, plain
-from kd.data.text.vocabulary import Restriction, restrict
+from kd.data.text.vocabulary import Restriction, restrict, unpadded
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED
 
@@ -47,7 +47,8 @@ class TextModule(lightning.LightningDataModule, ABC):
     ``tokenizer``: name or folder of one of ``transformers``, an object, or {vocabulary, kind, lowercase}: it is trained
     on the training texts; null: trained, with 4,000 entries
     ``vocabulary``: ``corpus``: a given tokenizer is restricted to the entries that the training texts use, and networks
-    that know its whole vocabulary to these rows; null: the whole one
+    that know its whole vocabulary to these rows; ``tokenizer``: networks lose the rows behind the tokenizer's entries,
+    of which two that were padded to other sizes have other numbers; null: networks stay as they are
     ``cache``: folder for token ids and trained tokenizers; null: none
     ``masking``: share of the tokens that are masked and are the targets (masked language modelling); null: none is
     ``batch_size``: rows a step, over all processes together; ``eval_batch_size``: rows a batch and process
@@ -155,8 +156,10 @@ class TextModule(lightning.LightningDataModule, ABC):
             raise KdError(f"data.masking = {self.masking} needs a tokenizer with a mask token, data.tokenizer has none")
 
     def restrict_vocabulary(self, texts: Sequence[str]) -> None:
-        """Restrict the tokenizer to what the training ``texts`` use, where ``vocabulary`` says so."""
-        if self.vocabulary is not None:
+        """Restrict the tokenizer to what the training ``texts`` use, or networks to it, as ``vocabulary`` says."""
+        if self.vocabulary == "tokenizer":
+            self.restriction = unpadded(self.tokenizer, self.tokenizer_digest)
+        elif self.vocabulary == "corpus":
             self.tokenizer, self.restriction = restrict(self.tokenizer, self.tokenizer_digest, texts, self.cache)
             self.tokenizer_digest, self.special = tokenizers.digest(self.tokenizer), Special.of(self.tokenizer)
 

@@ -42,7 +42,7 @@ RULES = {
     "pooling": one_of("mean", "cls"),
     "normalise": FLAG,
     "document": one_of("file", "line", "paragraph"),
-    "vocabulary": one_of("corpus", None),
+    "vocabulary": one_of("corpus", "tokenizer", None),
     "encoding": NAME,
     "delimiter": Rule('one character, for example ";", or tab', _delimiter).or_null,
     **dict.fromkeys(("text", "question", "context", "answers"), NAME),

@@ -57,6 +57,12 @@ def restrict(tokenizer: Any, digest: str, texts: Sequence[str], cache: Path | No
     return restricted(tokenizer, kept), Restriction(kept, len(tokenizer), digest)
 
 
+def unpadded(tokenizer: Any, digest: str) -> Restriction:
+    """Keep all entries of a tokenizer of ``transformers``, and of networks no rows behind them."""
+    count = max(tokenizer.get_vocab().values()) + 1  # entries may leave numbers between them out
+    return Restriction(np.arange(count), count, digest)
+
+
 def needed(tokenizer: Any, used: Iterable[int]) -> np.ndarray:
     """Return the ids (n,) int64, in order, that a tokenizer of ``transformers`` needs for texts of the ids ``used``.
 
