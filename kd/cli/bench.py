@@ -109,7 +109,7 @@ def parsed(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _check(own: Mapping[str, Any]) -> None:
-    """``KdError`` for values that are not allowed."""
+    """Raise ``KdError`` for values that are not allowed."""
     refuse(refusals("", own, RULES))
     if own["source"] is None:
         raise KdError("kd bench needs a network: kd bench RUN, a weights file, timm:NAME or hf:NAME")

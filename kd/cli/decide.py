@@ -164,7 +164,7 @@ def parsed(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_form(given: dict[str, Any]) -> None:
-    """``KdError`` for keys that do not belong to what is decided on, or to one another."""
+    """Raise ``KdError`` for keys that do not belong to what is decided on, or to one another."""
     forms = [form for form in FORMS if form in given]
     if len(forms) != 1:
         both = f"given: {' and '.join(forms)}" if forms else "none is given"
@@ -185,7 +185,7 @@ def _check_form(given: dict[str, Any]) -> None:
 
 
 def _check_files(given: dict[str, Any]) -> None:
-    """``KdError`` for a name of another kind, or in a folder that does not exist, before anything is measured."""
+    """Raise ``KdError`` for a name of another kind, or in a folder that does not exist, before anything is measured."""
     for key, ending in (("write", ".csv"), ("page", ".html")):
         if key in given and not (given[key].endswith(ending) and Path(given[key]).resolve().parent.is_dir()):
             raise KdError(
@@ -194,7 +194,7 @@ def _check_files(given: dict[str, Any]) -> None:
 
 
 def _read(key: str, value: str) -> Any:
-    """A number where the key wants one; another text stays one, which its rule then refuses."""
+    """Read a number where the key wants one; another text stays one, which its rule then refuses."""
     if key in RULES and RULES[key] is not TEXT:
         for kind in (int, float):
             try:
@@ -205,7 +205,7 @@ def _read(key: str, value: str) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null instead."""
+    """Replace NaN and infinity by null: JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -83,7 +83,7 @@ def parsed(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(text: str, kind: str) -> Any:
-    """A value as its option wants it; one of another type stays a text, which the option then refuses."""
+    """Read a value as its option wants it; one of another type stays a text, which the option then refuses."""
     if "None" in kind and text == "null":
         return None
     if "bool" in kind and text in ("true", "false"):

@@ -116,7 +116,7 @@ def _explained(arguments: Any) -> Iterator[None]:
 
 
 def _refuse_typos(overrides: Sequence[str], config_dir: str | None) -> None:
-    """``KdError`` for keys that there are not, before a config is shown; values may be missing or wrong."""
+    """Raise ``KdError`` for keys that there are not, before a config is shown; values may be missing or wrong."""
     cfg = composed(overrides, config_dir)
     HydraConfig.instance().set_config(cfg)
     try:
@@ -144,7 +144,7 @@ def parse_flags(argv: list[str]) -> Any:
 
 @contextmanager
 def _arguments(argv: list[str]) -> Iterator[None]:
-    """Hydra reads ``sys.argv``."""
+    """Put the arguments into ``sys.argv``, where Hydra reads them."""
     before = sys.argv
     sys.argv = ["kd train", *argv]
     try:

@@ -52,7 +52,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the ``kd`` command. Returns the exit code."""
+    """Run the ``kd`` command, of which this is the entry point. Returns the exit code."""
     args = sys.argv[1:] if argv is None else argv
     if "" not in sys.path:  # so that _target_: mymodule.MyTerm finds a module of the working directory
         sys.path.append("")

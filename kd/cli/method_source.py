@@ -37,25 +37,25 @@ class Module:
         return plain(ast.get_docstring(self.tree) or "")
 
     def functions(self) -> list[Function]:
-        """The pure functions: those of ``__all__``, or without one all whose names are public."""
+        """List the pure functions: those of ``__all__``, or without one all whose names are public."""
         nodes = {n.name: n for n in self.tree.body if isinstance(n, ast.FunctionDef)}
         named = constant(self.tree.body, "__all__")
         names = [n for n in nodes if (n in named if named is not None else not n.startswith("_"))]
         return [Function(f"{n}({ast.unparse(nodes[n].args)})", paragraphs(nodes[n])) for n in names]
 
     def definition(self, name: str) -> ast.ClassDef | None:
-        """The class of this name, defined here."""
+        """Find the class of this name, defined here."""
         return next((n for n in self.tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
 
     def origin(self, name: str) -> str:
-        """The module from which a name is imported; empty if it is not."""
+        """Return the module from which a name is imported; empty if it is not."""
         froms = [n for n in self.tree.body if isinstance(n, ast.ImportFrom) and not n.level]
         return next((n.module or "" for n in froms if name in [a.asname or a.name for a in n.names]), "")
 
 
 @cache  # the base classes are those of all
 def source(module: str) -> Module | None:
-    """The source of a module, found without importing it."""
+    """Read the source of a module, found without importing it."""
     spec = find(module) if module else None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
@@ -66,7 +66,7 @@ def source(module: str) -> Module | None:
 
 
 def lineage(module: Module | None, name: str) -> Iterator[ast.ClassDef]:
-    """A class and its bases, as far as they can be read: the nearest first."""
+    """Yield a class and its bases, as far as they can be read: the nearest first."""
     found = None
     while module is not None and found is None:
         found = module.definition(name)
@@ -80,13 +80,13 @@ def lineage(module: Module | None, name: str) -> Iterator[ast.ClassDef]:
 
 
 def declared(classes: Sequence[ast.ClassDef], name: str, default: Any) -> Any:
-    """What the nearest class assigns to an attribute as a constant."""
+    """Return what the nearest class assigns to an attribute as a constant."""
     values = (constant(node.body, name) for node in classes)
     return next((value for value in values if value is not None), default)
 
 
 def constant(body: Sequence[ast.stmt], name: str) -> Any:
-    """The constant that a name is assigned to; None if it is not, or to something else."""
+    """Return the constant that a name is assigned to; None if it is not, or to something else."""
     for node in body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         flat = [t for target in targets for t in (target.elts if isinstance(target, ast.Tuple) else [target])]
@@ -98,7 +98,7 @@ def constant(body: Sequence[ast.stmt], name: str) -> Any:
 
 
 def paragraphs(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
-    """The docstring, by paragraphs, without the marks of reStructuredText."""
+    """Return the docstring, by paragraphs, without the marks of reStructuredText."""
     text = cleandoc(ast.get_docstring(node) or "")
     return [plain(part) for part in text.split("\n\n") if part]
 

@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def collect(config_dir: str | None = None) -> list[Method]:
-    """All terms of conf/loss and of ``config_dir``, by name. ``KdError`` for a folder or a file that cannot be read."""
+    """List all terms of conf/loss and ``config_dir``, by name. ``KdError`` for a folder or file that cannot be read."""
     if config_dir is not None and not Path(config_dir).is_dir():
         raise KdError(f"--config-dir {config_dir} is not a folder")
     folders = [CONF, *([Path(config_dir)] if config_dir is not None else [])]
@@ -161,7 +161,7 @@ def collect(config_dir: str | None = None) -> list[Method]:
 
 
 def table(methods: Sequence[Method]) -> str:
-    """The list as aligned text; what is longest, the paper, stands last."""
+    """Format the list as aligned text; what is longest, the paper, stands last."""
     rows = _rows(methods)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r[:-1], widths, strict=True)), r[-1]]).rstrip()
@@ -169,7 +169,7 @@ def table(methods: Sequence[Method]) -> str:
 
 
 def markdown(methods: Sequence[Method]) -> str:
-    """The list as Markdown tables, one for each kind, in the order of :data:`KINDS`."""
+    """Format the list as Markdown tables, one for each kind, in the order of :data:`KINDS`."""
     parts = []
     for kind, title in KINDS.items():
         if not (some := [m for m in methods if m.kind == kind]):
@@ -181,7 +181,7 @@ def markdown(methods: Sequence[Method]) -> str:
 
 
 def page(method: Method) -> str:
-    """What there is to know of one method."""
+    """Say what there is to know of one method."""
     module = method.module
     lines = [f"{method.name}: {method.header}", "", f"reads {method.reads}"]
     differences = []
@@ -201,7 +201,10 @@ def page(method: Method) -> str:
 
 
 def year(text: str) -> str:
-    """The last year that a citation gives; empty if it gives none. Numbers of arXiv have a point and do not count."""
+    """Find the last year that a citation gives; empty if it gives none.
+
+    Numbers of arXiv have a point and do not count.
+    """
     return next(reversed(re.findall(r"(?<![\d.])(?:19|20)\d\d(?![\d.]\d)", text)), "")
 
 
@@ -219,7 +222,7 @@ def _rows(methods: Sequence[Method]) -> list[list[str]]:
 
 
 def _steps() -> dict[str, str]:
-    """What a training step with each term costs relative to kd's, as it was measured; empty outside a checkout."""
+    """Read what a training step with each term costs relative to kd's, as it was measured; empty outside a checkout."""
     if not STEPS.is_file():
         return {}
     with STEPS.open(encoding="utf-8", newline="") as file:

@@ -83,7 +83,7 @@ def _parsed(argv: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
 
 
 def _numbers(text: str | None) -> list[int] | None:
-    """``0,1,5-7`` → 0, 1, 5, 6, 7."""
+    """Read ``0,1,5-7`` as 0, 1, 5, 6, 7."""
     if text is None:
         return None
     seeds: list[int] = []

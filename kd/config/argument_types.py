@@ -45,7 +45,7 @@ def _alternatives(node: ast.expr) -> Any:
 
 
 def _words(node: ast.expr) -> str | None:
-    """How a type is called; None for one that is not known here."""
+    """Say how a type is called; None for one that is not known here."""
     if isinstance(node, ast.Constant) and node.value is None:
         return PLAIN["None"]
     if isinstance(node, ast.Name) and node.id in PLAIN:

@@ -23,14 +23,14 @@ LISTS = {"loss": "loss terms", "logger": "loggers", "callbacks": "callbacks"}
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"a.b": value}`` for every leaf of nested mappings."""
+    """Return ``{"a.b": value}`` for every leaf of nested mappings."""
     if isinstance(node, Mapping) and node:
         return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): node}
 
 
 def key_of(override: str) -> str:
-    """``+loss.kd.temperature=4`` → ``loss.kd.temperature``; of a group its name, ``model@student``."""
+    """Return the key: ``+loss.kd.temperature=4`` → ``loss.kd.temperature``; of a group its name, ``model@student``."""
     return override.partition("=")[0].lstrip("+~")
 
 
@@ -53,7 +53,7 @@ def typed(overrides: Any) -> list[str]:
 
 
 def choices() -> dict[str, str]:
-    """Group (``model@student`` is one) → the option that was chosen. Hydra leaves out groups chosen as lists."""
+    """Map each group (``model@student`` is one) to the option chosen. Hydra leaves out groups chosen as lists."""
     chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     return {group: str(option) for group, option in chosen.items() if option is not None}
 

@@ -73,7 +73,7 @@ def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[st
 
 
 def _network(role: str, value: str, search: Sequence[str]) -> str:
-    """What a network's name, or else a place of weights, is to be given as."""
+    """Say what a network's name, or else a place of weights, is to be given as."""
     if value in composition.options("model", _roots(search)):
         return f"model@{role}={value}"
     return f"{role}.checkpoint={value} for its weights, or model@{role}=NAME for a network"
@@ -84,7 +84,7 @@ def _lower(sentence: str) -> str:
 
 
 def _missing_file(text: str, overrides: Sequence[str]) -> str:
-    """``data=digitz``: the option, the group's options that look like it, and all of them when they are few."""
+    """Explain ``data=digitz``: the option, the group's options that look like it, and all of them when they are few."""
     found = re.search(r"In '([^']+)': Could not (?:find|load) '([^']+)'", text)
     if not found:
         return text.splitlines()[0]
@@ -104,7 +104,7 @@ def _missing_file(text: str, overrides: Sequence[str]) -> str:
 
 
 def _network_of_timm(option: str, overrides: Sequence[str]) -> str:
-    """``model@student=lcnet_035``: there is no such file, but timm has the network."""
+    """Explain ``model@student=lcnet_035``: there is no such file, but timm has the network."""
     if option.partition(".")[0] not in timm_source.networks():
         return ""
     typed = [g for o in overrides for g in [o.partition("=")[0].lstrip("+")] if o.partition("=")[2] == option]
@@ -146,7 +146,7 @@ def _roots(search: Sequence[str]) -> list[Path]:
 
 
 def _arguments(cfg: DictConfig) -> Iterator[tuple[str, str]]:
-    """Path and name of every argument that a ``_target_`` takes, also of those that no file lists."""
+    """Yield path and name of every argument that a ``_target_`` takes, also of those that no file lists."""
     for path, node in targets(OmegaConf.to_container(cfg, resolve=False)):
         with contextlib.suppress(LookupError):
             yield from ((path, name) for name in arguments(node["_target_"]).names)
@@ -176,9 +176,9 @@ def _not_an_option(key: str, text: str, cause: str, overrides: Sequence[str], se
 
 
 def _of_other_terms(key: str, keys: Sequence[str], overrides: Sequence[str], search: Sequence[str]) -> str:
-    """``temperature=4`` without the term ``kd``: the term that has such a key, and how it is chosen; "" if one has it.
+    """Explain ``temperature=4`` without the term ``kd``: the term that has such a key, and how it is chosen.
 
-    ``keys``: those that there are, of the chosen terms.
+    "" if a chosen term has it. ``keys``: those that there are, of the chosen terms.
     """
     last = key.rpartition(".")[2]
     wanted = {last, ALIASES.get(last, last)}

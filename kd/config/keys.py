@@ -94,7 +94,7 @@ def _made(node: Any) -> bool:
 
 
 def _several_options(line: Mapping[str, str]) -> Iterator[str]:
-    """Hydra merges the files of a list, so that the last one wins."""
+    """Yield one sentence for each group of several options: Hydra merges a list's files, so that the last one wins."""
     for group in SINGLE:
         value = line.get(group, "").partition("=")[2]
         if value.startswith("[") and len(value.strip("[] ,").split(",")) > 1:
@@ -102,7 +102,7 @@ def _several_options(line: Mapping[str, str]) -> Iterator[str]:
 
 
 def _unknown(path: str, line: Mapping[str, str], known: Iterable[str]) -> str:
-    """``recipe.epocs=3: there is no option recipe.epocs (near: recipe.epochs)``, or with the file that has the key."""
+    """Say ``recipe.epocs=3: there is no option recipe.epocs (near: recipe.epochs)``, or with the file that sets it."""
     files = composition.files_with(path)
     where = next(_typed(path, line), "") or ", ".join(str(f) for f in files[:2])
     others = {key for key in known if key != path and not key.startswith(f"{path}.")}
@@ -115,7 +115,7 @@ def _typed(path: str, line: Mapping[str, str]) -> Iterator[str]:
 
 
 def _of_the_schema(values: Mapping[str, Any], line: Mapping[str, str]) -> Iterator[str]:
-    """``+foo=1`` can add a key that nothing reads, ``~data`` can take one away."""
+    """Yield one sentence for each key that ``+foo=1`` adds and nothing reads, or that ``~data`` takes away."""
     schema = [f.name for f in fields(Root)]
     for name in values.keys() - set(schema):
         yield _unknown(name, line, schema)
@@ -211,7 +211,10 @@ def _of_the_trainer(values: Mapping[str, Any], line: Mapping[str, str]) -> Itera
 
 
 def _below_targets(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...]) -> Iterator[str]:
-    """``data.augment.padd=3``: an argument that is a mapping has the keys that some configuration file spells."""
+    """Yield one sentence for each key as in ``data.augment.padd=3``.
+
+    An argument that is a mapping has the keys that some configuration file spells.
+    """
     every: list[Path] = []
     for path, override in line.items():
         *parents, key = path.split(".")
@@ -240,7 +243,7 @@ def _along(values: Mapping[str, Any], parts: Iterable[str]) -> Iterator[Mapping[
 
 
 def _not_chosen(values: Mapping[str, Any], line: Mapping[str, str], skip: tuple[str, ...]) -> Iterator[str]:
-    """Nodes that hold keys but no ``_target_``: what they are for was not chosen."""
+    """Yield one sentence for each node that holds keys but no ``_target_``: what it is for was not chosen."""
     for group, kind in LISTS.items():
         for name in () if group in skip else (n for n, node in values[group].items() if not _made(node)):
             yield _option_not_chosen(group, kind, name, values[group], line)

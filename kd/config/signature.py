@@ -179,7 +179,7 @@ def _of_class(spec: ModuleSpec, node: ast.ClassDef, depth: int) -> Arguments:
 
 
 def _with_bases(spec: ModuleSpec, node: ast.ClassDef, own: Arguments, depth: int) -> Arguments:
-    """``**kwargs`` of a subclass go to its base: its own names and those of the first base that can be read."""
+    """Join a subclass's own names and those of the first base that can be read: its ``**kwargs`` go to its base."""
     if not node.bases:
         return own
     base = node.bases[0]

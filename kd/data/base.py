@@ -57,19 +57,19 @@ class RunData(Protocol):
         """The targets of the training set, by sample."""
 
     def example(self) -> Any:
-        """Inputs of one sample, a batch of one: for counting operations and measuring latency."""
+        """Return inputs of one sample, a batch of one: for counting operations and measuring latency."""
 
     def train_dataloader(self) -> Any:
-        """Batches of train, shuffled anew in each epoch."""
+        """Return batches of train, shuffled anew in each epoch."""
 
     def val_dataloader(self) -> Any:
-        """Batches of val, in order."""
+        """Return batches of val, in order."""
 
     def test_dataloader(self) -> Any:
-        """Batches of test, in order."""
+        """Return batches of test, in order."""
 
     def answering_dataloader(self) -> Any:
-        """Batches of train once, in order, as a teacher answers them."""
+        """Return batches of train once, in order, as a teacher answers them."""
 
 
 class AdaptedData(LightningDataModule):
@@ -113,7 +113,7 @@ class AdaptedData(LightningDataModule):
         return {**counts, "labelled": counts["train"] if self._labels else 0}
 
     def example(self) -> Any:
-        """Inputs of the first training sample, a batch of one."""
+        """Return inputs of the first training sample, a batch of one."""
         return self.own.example() if hasattr(self.own, "example") else self._example
 
     def prepare_data(self) -> None:
@@ -132,19 +132,19 @@ class AdaptedData(LightningDataModule):
         self.own.teardown(stage)
 
     def train_dataloader(self) -> Batches:
-        """The own module's batches, made into :class:`~kd.losses.base.Batch`."""
+        """Return the own module's batches, made into :class:`~kd.losses.base.Batch`."""
         return Batches(self.own.train_dataloader(), self.called)
 
     def val_dataloader(self) -> Batches:
-        """As :meth:`train_dataloader`."""
+        """Return the batches of val, made as in :meth:`train_dataloader`."""
         return Batches(self.own.val_dataloader(), self.called)
 
     def test_dataloader(self) -> Batches:
-        """As :meth:`train_dataloader`."""
+        """Return the batches of test, made as in :meth:`train_dataloader`."""
         return Batches(self.own.test_dataloader(), self.called)
 
     def answering_dataloader(self) -> Batches:
-        """The training set once: for answers that are kept by their index."""
+        """Return the training set once: for answers that are kept by their index."""
         return self.train_dataloader()
 
 
@@ -159,15 +159,15 @@ class Loaders(LightningDataModule):
                 setattr(self, name, value)
 
     def train_dataloader(self) -> Any:
-        """The loader of the training set."""
+        """Return the loader of the training set."""
         return self._loaders["train"]
 
     def val_dataloader(self) -> Any:
-        """The loader that picks the checkpoint."""
+        """Return the loader that picks the checkpoint."""
         return self._loaders["val"]
 
     def test_dataloader(self) -> Any:
-        """The loader that is read once; None: there is no test set."""
+        """Return the loader that is read once; None: there is no test set."""
         return self._loaders["test"]
 
 
@@ -212,7 +212,7 @@ class Batches:
         self._ended = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and batches trained on, for a checkpoint in the middle of an epoch."""
+        """Return epoch and batches trained on, for a checkpoint in the middle of an epoch."""
         trained = self._handed - self._ahead()
         return {"epoch": self.epoch, "batch": trained, "ended": self._ended or trained == self._length()}
 
@@ -221,7 +221,10 @@ class Batches:
         self._resume = state
 
     def _ahead(self) -> int:
-        """Batches that Lightning has fetched and not trained on: one, where it cannot know the last one by a length."""
+        """Count the batches that Lightning has fetched and not trained on.
+
+        One, where it cannot know the last one by a length.
+        """
         return 0 if self._ended or not self._handed else 1
 
     def _length(self) -> int | None:
@@ -295,7 +298,7 @@ def bad_inputs(loader: Iterable[Any] | None, seconds: float = 10.0) -> str:
 
 
 def refuse_unsharded(loader: Any, split: str, processes: int) -> None:
-    """``KdError`` for a loader that gives each of several processes the same batches."""
+    """Raise ``KdError`` for a loader that gives each of several processes the same batches."""
     inner = loader.loader if isinstance(loader, Batches) else loader
     sharded = isinstance(getattr(inner, "sampler", None), DistributedSampler)
     sampler: Any = getattr(inner, "sampler", None)
@@ -312,7 +315,7 @@ def refuse_unsharded(loader: Any, split: str, processes: int) -> None:
 
 
 def _length(loader: Any) -> int | None:
-    """The number of batches; None of a stream: a loader of an ``IterableDataset`` has a length that raises."""
+    """Count the batches; None of a stream: a loader of an ``IterableDataset`` has a length that raises."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):

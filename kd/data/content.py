@@ -133,7 +133,7 @@ class Rows(NamedTuple):
 
 
 def digest(contents: Sequence[Content], more: bytes) -> str:
-    """Twelve hexadecimal digits of contents and of ``more`` (labels, class names), the same wherever the data lies."""
+    """Hash contents and ``more`` (labels, class names) to twelve hex digits, the same wherever the data lies."""
     found = hashlib.blake2b(more)
     for content in contents:
         for part in content.parts():
@@ -179,7 +179,7 @@ def overlap(recorded: Mapping[str, Any], test: Rows, own: Sequence[Rows]) -> lis
 
 
 def copies(test: Rows, train: Rows) -> int:
-    """How many ``test`` images in memory are training images as well; 0 for files, which are not read for it."""
+    """Count the ``test`` images in memory that are training images as well; 0 for files, which are not read for it."""
     if not all(isinstance(rows.content, ArrayContent) for rows in (test, train)):
         return 0
     # 64 bits of each image: quicker than to find its size
@@ -189,13 +189,13 @@ def copies(test: Rows, train: Rows) -> int:
 
 
 def _among(rows: Rows, places: np.ndarray, samples: set[str]) -> dict[int, str]:
-    """Place → content of those ``rows`` whose content is one of ``samples``."""
+    """Map place to content, of those ``rows`` whose content is one of ``samples``."""
     read = ((int(place), _hash(rows.content, int(rows.positions[place]))) for place in places)
     return {place: image for place, image in read if image in samples}
 
 
 def _keys(rows: Rows, by: str) -> np.ndarray:
-    """The place of each row in the order, 0 to 2^53: sizes that lie close together are far apart in it."""
+    """Return the place of each row in the order, 0 to 2^53: sizes that lie close together are far apart in it."""
     positions = rows.positions.numpy()
     numbers = rows.content.sizes()[positions] if by == "size" else rows.content.marks(positions)
     mixed = numbers.astype(np.uint64)

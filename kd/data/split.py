@@ -9,28 +9,28 @@ from torch import Tensor
 
 
 def mix(*parts: object) -> int:
-    """A 63-bit seed made of all ``parts``: (seed, epoch) pairs never collide as ``seed + epoch`` would."""
+    """Make a 63-bit seed of all ``parts``: (seed, epoch) pairs never collide as ``seed + epoch`` would."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def hashed(*parts: object) -> float:
-    """A number in [0, 1) that looks drawn by chance and depends on ``parts`` alone."""
+    """Return a number in [0, 1) that looks drawn by chance and depends on ``parts`` alone."""
     return mix(*parts) / 2**63
 
 
 def generator(*parts: object) -> torch.Generator:
-    """A CPU generator seeded with :func:`mix` of ``parts``."""
+    """Make a CPU generator seeded with :func:`mix` of ``parts``."""
     return torch.Generator().manual_seed(mix(*parts))
 
 
 def round_half_up(value: float) -> int:
-    """The nearest integer; halves go up."""
+    """Round to the nearest integer; halves go up."""
     return int(value + 0.5)
 
 
 def allocate(counts: list[int], total: int, minimum: int = 0) -> list[int]:
-    """``total`` shared out in proportion to ``counts`` by largest remainders, each share at most its count.
+    """Share ``total`` out in proportion to ``counts`` by largest remainders, each share at most its count.
 
     Every class that has a sample gets at least ``minimum``, even where the sum then exceeds ``total``.
     """
@@ -47,7 +47,7 @@ def allocate(counts: list[int], total: int, minimum: int = 0) -> list[int]:
 
 
 def stratified(targets: Tensor, total: int, *key: object, minimum: int = 0) -> tuple[Tensor, Tensor]:
-    """Positions of about ``total`` samples, drawn class by class, and the positions of the rest; both sorted.
+    """Return positions of about ``total`` samples, drawn class by class, and the positions of the rest; both sorted.
 
     ``targets``: (n,) int64, 0 or more. ``key``: seed and purpose; the same arguments always give the same split.
     """

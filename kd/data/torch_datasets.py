@@ -122,15 +122,15 @@ class TorchDatasets(lightning.LightningDataModule):
         return order[:total].sort().values, order[total:].sort().values
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled; each of several processes has a part."""
+        """Return batches of train, shuffled; each of several processes has a part."""
         return self._loader("train", self.batch_size // self._processes())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """In order."""
+        """Return batches of val, in order."""
         return self._loader("val", self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """In order."""
+        """Return batches of test, in order."""
         return self._loader("test", self.eval_batch_size)
 
     def _processes(self) -> int:
@@ -149,7 +149,7 @@ class TorchDatasets(lightning.LightningDataModule):
 
 
 def _check(split: str, dataset: Any) -> None:
-    """``KdError`` for what is no map-style dataset of tensors and labels, by its first item."""
+    """Raise ``KdError`` for what is no map-style dataset of tensors and labels, by its first item."""
     if dataset is None and split == "train":
         raise KdError("data.train = null is not allowed: it must be a dataset, {_target_: mymodule.MyDataset, …}")
     if dataset is None:

@@ -95,5 +95,5 @@ def _written(value: object) -> str:
 
 
 def chunks(items: Sequence[object], size: int) -> Iterator[slice]:
-    """Slices of ``size`` items each, the last one shorter."""
+    """Yield slices of ``size`` items each, the last one shorter."""
     return (slice(start, start + size) for start in range(0, len(items), size))

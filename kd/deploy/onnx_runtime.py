@@ -153,6 +153,6 @@ class _Reader:
         self.samples = iter(samples)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next sample."""
+        """Return the next sample."""
         found = next(self.samples, None)
         return None if found is None else dict(found)

@@ -137,20 +137,20 @@ class FromRaw(nn.Module, ABC):
         self.network, self._task = given.network, given.task
 
     def logits(self, answer: Any) -> Tensor:
-        """The answers in what the network returned. ``KdError`` where there are none."""
+        """Take the answers out of what the network returned. ``KdError`` where there are none."""
         found = self._task.logits(answer)
         if found is None:
             raise KdError(f"a {type(self.network).__name__} answers no logits: it cannot be exported with its inputs")
         return found
 
     def reference(self, inputs: Any) -> Tensor:
-        """What the network answers to a batch's inputs as the run prepares them."""
+        """Compute what the network answers to a batch's inputs as the run prepares them."""
         kept = {name: inputs[name] for name in self.names} if isinstance(inputs, Mapping) else {}
         with torch.inference_mode():
             return self.logits(self.network(**kept, **self.more()) if kept else self.network(inputs))
 
     def more(self) -> dict[str, Any]:
-        """Further arguments of the network."""
+        """Return further arguments of the network."""
         return {}
 
     @abstractmethod
@@ -175,7 +175,7 @@ class Pixels(FromRaw):
         return self.logits(self.network(images.float() * self.scale + self.shift))
 
     def raw(self, inputs: Any) -> Raw:
-        """The bytes of normalised images; exact where they were bytes."""
+        """Return the bytes of normalised images; exact where they were bytes."""
         return {"images": ((inputs - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8).numpy()}
 
 
@@ -188,7 +188,7 @@ class Maps(Pixels):
         self._maps, self.size = given.task.maps, tuple(given.facts["input_shape"][1:])
 
     def logits(self, answer: Any) -> Tensor:
-        """The maps, at the resolution of the images."""
+        """Return the maps, at the resolution of the images."""
         return self._maps(super().logits(answer), self.size)
 
 
@@ -202,7 +202,7 @@ class Vectors(FromRaw):
         return self.logits(self.network(inputs))
 
     def raw(self, inputs: Any) -> Raw:
-        """The same numbers."""
+        """Return the same numbers."""
         return {"inputs": inputs.float().numpy()}
 
 
@@ -215,7 +215,7 @@ class Tokens(FromRaw):
         self.causal = given.task.architecture == "causal_lm"
 
     def more(self) -> dict[str, Any]:
-        """A decoder keeps no keys and values: they would be further outputs."""
+        """Have a decoder keep no keys and values: they would be further outputs."""
         return {"use_cache": False} if self.causal else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -224,7 +224,7 @@ class Tokens(FromRaw):
         return self.logits(self.network(input_ids=input_ids, attention_mask=attention_mask, **types, **self.more()))
 
     def raw(self, inputs: Any) -> Raw:
-        """The ids."""
+        """Return the ids."""
         return {name: inputs[name].numpy() for name in self.names}
 
 

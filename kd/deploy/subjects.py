@@ -132,7 +132,7 @@ def _added(given: Student) -> int:
 
 
 def _teacher(run: str) -> Subject:
-    """The one network that taught, with the resizing of its input."""
+    """Return the one network that taught, with the resizing of its input."""
     beside = student(run)
     config = {**beside.config, "teacher": {**beside.config["teacher"], "allow_random": True}}
     data = recorded(beside.facts, beside.tokenizer)
@@ -188,7 +188,7 @@ def _bytes(checkpoint: Any, epoch: str | None) -> int | None:
 
 
 def _file(source: str) -> Subject:
-    """A weights file that says which network it belongs to."""
+    """Read a weights file that says which network it belongs to."""
     state, about = integrity.read_weights(source)
     facts = about.get("data") or {}
     if about.get("model") is None or about.get("heads"):
@@ -221,7 +221,7 @@ def _timm(name: str, pretrained: bool) -> Subject:
 
 
 def _transformers(name: str, pretrained: bool) -> Subject:
-    """A model of the hub, or of a folder with ``config.json``, by the head that its configuration names."""
+    """Load a model of the hub, or of a folder with ``config.json``, by the head that its configuration names."""
     from transformers import AutoConfig
 
     from kd.config.hub import online, reason  # start-up: with transformers

@@ -40,10 +40,10 @@ class Answers(nn.Module, ABC):
 
     @abstractmethod
     def answer(self, batch: Batch, want: Want) -> Output:
-        """The output for a batch that has been through ``task.rows``, without a graph unless ``want`` asks for one."""
+        """Answer a batch that has been through ``task.rows``, without a graph unless ``want`` asks for one."""
 
     def measured(self, batch: Batch) -> Output:
-        """The output for a batch of validation or test: where :attr:`live`."""
+        """Answer a batch of validation or test: where :attr:`live`."""
         return self.answer(batch, Want())
 
     def begin(self, batches: Iterable[Batch], device: torch.device) -> None:

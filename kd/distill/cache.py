@@ -117,11 +117,11 @@ class CachedAnswers(Answers):
         return self._aside[0]
 
     def forward(self, inputs: Any) -> Output:
-        """What the live teacher answers."""
+        """Return what the live teacher answers."""
         return self._living()(inputs)
 
     def measured(self, batch: Batch) -> Output:
-        """The live teacher's output on a batch of validation or test."""
+        """Return the live teacher's output on a batch of validation or test."""
         return self._living().measured(batch)
 
     def _living(self) -> Teacher:
@@ -142,7 +142,7 @@ class CachedAnswers(Answers):
             self.teacher.use_given()
 
     def train(self, mode: bool = True) -> CachedAnswers:
-        """Stays in eval, whatever a trainer calls."""
+        """Stay in eval, whatever a trainer calls."""
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CachedAnswers:
@@ -187,7 +187,7 @@ class CachedAnswers(Answers):
 
     @torch.no_grad()
     def _of_living(self, batch: Batch) -> Output:
-        """In the form of the kept answers, so that the terms see what they will see."""
+        """Put the live teacher's answer in the form of the kept ones, so that the terms see what they will see."""
         if self._digest is None:
             self._digest = cache_key.digest_of_teacher(self._living())  # before its weights are sharded or folded
         output = self._living().answer(batch, Want())
@@ -210,7 +210,7 @@ class CachedAnswers(Answers):
         self.held = cache_shards.held(self.rows, device, self.data.train_index is not None)
 
     def _facts(self, device: torch.device) -> dict[str, Any]:
-        """What decides the answers; without a live teacher what of it is known."""
+        """Return what decides the answers; without a live teacher what of it is known."""
         facts = cache_key.facts_of_run(self.data, self.task, self.form)
         if self.teacher is not None:
             self._digest = self._digest or cache_key.digest_of_teacher(self.teacher)
@@ -221,7 +221,7 @@ class CachedAnswers(Answers):
         return self.path or self.folder / cache_key.key_of(facts)
 
     def _open(self, facts: dict[str, Any]) -> bool:
-        """Whether the cache is complete; it is open then. ``KdError``: damaged, or of something else."""
+        """Open the cache if it is complete; tell whether it is. ``KdError``: damaged, or of something else."""
         place = self._place(facts)
         if place.exists() and not place.is_dir():
             raise KdError(f"teacher.answers.path = {place} is not allowed: it is there, and no folder")
@@ -275,7 +275,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _head(file: cache_shards.File) -> Head:
-    """The output projection that was kept beside the hidden states."""
+    """Make the output projection that was kept beside the hidden states."""
     weight = file.tensor("weight")
     bias = file.tensor("bias") if "bias" in file.arrays else None
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

@@ -109,7 +109,7 @@ class Builder:
         return [found[number] for number in range(count)]
 
     def _shard(self, number: int) -> tuple[dict[str, Any] | None, bool]:
-        """The entry of a shard that is there, or is made here (True); None: another process is making it."""
+        """Return the entry of a shard that is there, or is made here (True); None: another process is making it."""
         file = self.folder / shards.name_of(number)
         if entry := self._whole(file, number):
             return entry, False
@@ -124,7 +124,7 @@ class Builder:
             return None, False
 
     def _whole(self, file: Path, number: int) -> dict[str, Any] | None:
-        """The entry of a shard of this cache, of which every byte is right; None: it is to be made."""
+        """Return the entry of a shard of this cache, of which every byte is right; None: it is to be made."""
         try:
             there = shards.File(file)
             there.verify()
@@ -194,7 +194,7 @@ class Source:
         self.batch: Batch | None = None
 
     def read(self, view: int, first: int, last: int) -> Iterator[Batch]:
-        """The samples ``first`` to ``last`` of one view. Later ones are cheapest to read after earlier ones."""
+        """Yield the samples ``first`` to ``last`` of one view. Later ones are cheapest to read after earlier ones."""
         if view != self.view or first < self.at or not self._near(first):
             self._begin(view, first)
         while self.at < last:
@@ -212,7 +212,7 @@ class Source:
             self.at, self.batch = end, None
 
     def _near(self, first: int) -> bool:
-        """Whether the batches in between are read sooner than those from the beginning are skipped."""
+        """Tell whether the batches in between are read sooner than those from the beginning are skipped."""
         return not isinstance(self.given, Loader) or first - self.at < 2 * self.given.batch_size
 
     def _begin(self, view: int, first: int) -> None:
@@ -226,7 +226,7 @@ class Source:
 
 
 def cut(batch: Batch, first: int, last: int) -> Batch:
-    """Some samples of a batch that has not been through ``task.rows``."""
+    """Cut some samples out of a batch that has not been through ``task.rows``."""
     whole = len(batch)
     if (first, last) == (0, whole):
         return batch
@@ -234,7 +234,7 @@ def cut(batch: Batch, first: int, last: int) -> Batch:
 
 
 def as_dtype(batch: Batch, teacher: torch.nn.Module) -> Batch:
-    """The batch in the type of a network of half precision, as the training's batches are."""
+    """Cast the batch to the type of a network of half precision, as the training's batches are."""
     dtype = next((p.dtype for p in teacher.parameters()), torch.float32)
     if dtype not in (torch.float16, torch.bfloat16):
         return batch
@@ -242,7 +242,7 @@ def as_dtype(batch: Batch, teacher: torch.nn.Module) -> Batch:
 
 
 def rows_of_samples(task: Task, batch: Batch, rows: Batch, found: int) -> Tensor:
-    """How many of the ``found`` rows belong to each sample, (samples,): they come sample after sample.
+    """Count how many of the ``found`` rows belong to each sample, (samples,): they come sample after sample.
 
     ``batch``, ``rows``: before and after ``task.rows``. ``KdError`` where they are not distinct.
     """
@@ -267,7 +267,7 @@ def _count(task: Task, one: Batch) -> int:
 
 
 def order_of(batches: Any) -> np.ndarray:
-    """The index (samples,) of all batches, in order."""
+    """Return the index (samples,) of all batches, in order."""
     found = [index_of(as_batch(batch)) for batch in batches]
     return torch.cat(found).numpy().astype(np.int64)
 

@@ -58,7 +58,7 @@ class Form:
         return f"top {self.k} in {precision} at T = {', '.join(f'{t:g}' for t in self.temperatures)}"
 
     def encode(self, output: Output) -> tuple[Arrays, int | None]:
-        """Rows as tensors (rows, …) on the CPU, by name, and the number of classes (None: of hidden states)."""
+        """Return rows as tensors (rows, …) on the CPU, by name, and the number of classes (None: of hidden states)."""
         if self.what == "hidden":
             if output.hidden is None or output.head is None:
                 raise KdError(
@@ -116,7 +116,7 @@ def put_together(parts: Sequence[Arrays]) -> Arrays:
 
 
 def narrowed(arrays: Arrays) -> Arrays:
-    """The arrays of a shard, with the steps between ids in the smallest type that holds them."""
+    """Return the arrays of a shard, with the steps between ids in the smallest type that holds them."""
     if "ids" not in arrays:
         return arrays
     largest = int(arrays["ids"].max()) if arrays["ids"].numel() else 0
@@ -125,7 +125,7 @@ def narrowed(arrays: Arrays) -> Arrays:
 
 
 def _logits(output: Output) -> Iterator[Tensor]:
-    """The logits in single precision, a chunk of rows at a time where they are not yet made."""
+    """Yield the logits in single precision, a chunk of rows at a time where they are not yet made."""
     if output.hidden is not None and output.head is not None:
         for part in output.hidden.split(CHUNK):
             yield at_least_float32(output.head(part))
@@ -136,7 +136,7 @@ def _logits(output: Output) -> Iterator[Tensor]:
 
 
 def kept_projection(head: Any) -> tuple[Arrays, dict[str, str]]:
-    """The output projection as tensors, and the numbers that go with it, as text.
+    """Return the output projection as tensors, and the numbers that go with it, as text.
 
     ``KdError`` where it is more than a linear layer with a scale and a cap.
     """

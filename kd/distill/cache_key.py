@@ -36,12 +36,12 @@ DIFFERS = {
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits of all facts: the name of a cache."""
+    """Return sixteen hexadecimal digits of all facts: the name of a cache."""
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The end of a sentence on the first fact in which a cache differs from what a run needs; "" where none does.
+    """Return the end of a sentence on the first fact in which a cache differs from what a run needs; "" if none does.
 
     What is not known of one of the two (a teacher that is not there) is not compared.
     """
@@ -53,7 +53,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def facts_of_run(data: Any, task: Task, form: Form) -> dict[str, Any]:
-    """Facts that are known without the teacher; ``data`` is read once where it has no digest of its own."""
+    """Return facts that are known without the teacher; ``data`` is read once where it has no digest of its own."""
     own = own_kind(data) or getattr(data, "own", data)
     known = sorted((k, v) for k, v in vars(task).items() if isinstance(v, (str, int, float, bool, type(None))))
     return {
@@ -66,7 +66,7 @@ def facts_of_run(data: Any, task: Task, form: Form) -> dict[str, Any]:
 
 
 def arithmetic(teacher: nn.Module, device: torch.device) -> str:
-    """The precision that a teacher answers in, here and now."""
+    """Name the precision that a teacher answers in, here and now."""
     own = sorted({str(p.dtype).removeprefix("torch.") for p in teacher.parameters()})
     if torch.is_autocast_enabled(device.type):
         own.append(f"autocast to {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}")
@@ -74,7 +74,7 @@ def arithmetic(teacher: nn.Module, device: torch.device) -> str:
 
 
 def digest_of_teacher(teacher: Teacher) -> str:
-    """Digest of weights, architecture, how inputs are made and how several answers are combined."""
+    """Compute the digest of weights, architecture, how inputs are made and how several answers are combined."""
     found = hashlib.blake2b(digest_size=8)
     several = [] if len(teacher.networks) == 1 else [teacher.combine, *map(repr, teacher.shares)]
     for part in several:
@@ -122,7 +122,7 @@ def _tokenizer(own: Any) -> str | None:
 
 
 def _seen(own: Any) -> str:
-    """How samples become inputs: what the content of the data does not say."""
+    """Compute the digest of how samples become inputs: what the content of the data does not say."""
     names: tuple[str, ...] = ("mean", "std", "input_shape", "image_size", "crop_pct")
     if isinstance(own, TextModule):
         names = ("mean", "std")  # the longest row may be one of validation, and changes no answer
@@ -139,7 +139,7 @@ def _plain(value: Any) -> Any:
 
 
 def own_kind(data: Any) -> DataModule | TextModule | None:
-    """A data module of kd itself, which knows what it consists of; None: another one."""
+    """Return a data module of kd itself, which knows what it consists of; None: another one."""
     own = getattr(data, "own", data)
     if not isinstance(own, (DataModule, TextModule)):
         return None
@@ -148,7 +148,7 @@ def own_kind(data: Any) -> DataModule | TextModule | None:
 
 
 def answering(data: Any, view: int | None = None) -> Any:
-    """Batches of the training set once, in order; of one ``view`` where there are several."""
+    """Return batches of the training set once, in order; of one ``view`` where there are several."""
     loader = getattr(getattr(data, "own", data), "answering_dataloader", None) or data.answering_dataloader
     return loader() if view is None else loader(view)
 
@@ -190,7 +190,7 @@ def _update_all(found: Any, batch: Batch, place: int, count: int) -> None:
 
 
 def index_of(batch: Batch) -> Tensor:
-    """The index (samples,) of a batch. ``KdError`` where the data gives none."""
+    """Return the index (samples,) of a batch. ``KdError`` where the data gives none."""
     if batch.index is None:
         raise KdError("teacher.answers keeps answers by the index of each sample, the data gives none")
     return batch.index

@@ -33,7 +33,7 @@ class Damaged(Exception):
 
 
 def name_of(number: int) -> str:
-    """The file of a shard."""
+    """Name the file of a shard."""
     return f"shard-{number:05}.safetensors"
 
 
@@ -88,7 +88,7 @@ class File:
             raise Damaged(f"{self.path} is damaged: its bytes are others than when it was written")
 
     def tensor(self, name: str, array: np.ndarray | None = None) -> Tensor:
-        """An array, or rows of it, as a tensor of the type that was written; it is copied."""
+        """Return an array, or rows of it, as a tensor of the type that was written; it is copied."""
         found = torch.from_numpy(np.array(self.arrays[name] if array is None else array))
         return found.view(torch.bfloat16) if name in self.halves else found
 
@@ -163,7 +163,7 @@ class Rows:
         self.sorted = [index[order] for order in self.order]
 
     def samples(self, index: np.ndarray, view: int = 0) -> np.ndarray:
-        """Numbers of samples in the cache. ``KdError`` names the first one that is not there."""
+        """Return the numbers of samples in the cache. ``KdError`` names the first one that is not there."""
         known = self.sorted[view]
         places = np.minimum(np.searchsorted(known, index), len(known) - 1)
         wrong = known[places] != index
@@ -172,7 +172,7 @@ class Rows:
         return self.order[view][places]
 
     def read(self, index: np.ndarray, view: int = 0) -> dict[str, Tensor]:
-        """The rows of these samples, in their order, as tensors on the CPU."""
+        """Return the rows of these samples, in their order, as tensors on the CPU."""
         samples = self.samples(index, view)
         first, counts = self.begin[samples], self.begin[samples + 1] - self.begin[samples]
         ends = np.cumsum(counts)
@@ -215,7 +215,7 @@ class Held:
         )
 
     def read(self, index: Tensor, view: int = 0) -> dict[str, Tensor]:
-        """As :meth:`Rows.read`; samples that are not there are found out on the CPU alone."""
+        """Read as :meth:`Rows.read`; samples that are not there are found out on the CPU alone."""
         known = self.sorted[view]
         places = torch.searchsorted(known, index).clamp_(max=len(known) - 1)
         if self.device.type == "cpu" and not torch.equal(known[places], index):
@@ -226,7 +226,7 @@ class Held:
 
 
 def held(rows: Rows, device: torch.device, known: bool) -> Held | None:
-    """A small cache with one row a sample on the device; None of others. ``known``: that it has all samples."""
+    """Return a small cache with one row a sample on the device; None of others. ``known``: that it has all samples."""
     small = sum(file.bytes for file in rows.shards) <= SMALL
     plain = bool((np.diff(rows.begin) == 1).all())
     return Held(rows, device) if small and plain and (known or device.type == "cpu") else None

@@ -58,7 +58,7 @@ class Step:
     over: Mapping[str, str] = field(default_factory=dict)
 
     def beside(self, other: Step, name: str) -> Step:
-        """This step with another one on the same batch: the totals added, the other's values as ``name/…``."""
+        """Return this step with another one on the same batch: the totals added, the other's values as ``name/…``."""
         values = self.values | {f"{name}/{key}": value for key, value in other.values.items()}
         over = {**self.over, **{f"{name}/{key}": kind for key, kind in other.over.items()}}
         return replace(self, total=self.total + other.total, values=values, over=over)
@@ -173,7 +173,7 @@ class Distiller(PreparationModule):
         return self.score(student, teacher, batch)
 
     def score(self, student: Output, teacher: Output, batch: Batch) -> Step:
-        """The objective of two outputs on a batch, as one step. Each of several networks has one of its own."""
+        """Compute the objective of two outputs on a batch, as one step. Each of several networks has its own."""
         labelled = self.task.labelled(batch)
         rows = len(batch.targets) if batch.targets is not None else len(batch)
         shares = group.shares(rows, labelled, len(batch), batch.mask)
@@ -186,13 +186,13 @@ class Distiller(PreparationModule):
         return Step(total, {"loss": loss, **named}, rows, labelled, counts, over)
 
     def networks(self) -> dict[str, nn.Module]:
-        """What is trained, by name: the student, the terms' adapters, and the peers of a set-up."""
+        """Return what is trained, by name: the student, the terms' adapters, and the peers of a set-up."""
         return {"student": self.student, "objective": self.objective, **dict(self.peers.items())}
 
     # ------------------------------------------------------------------ a step
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step: named terms, their weighted sum, counts into the buffer."""
+        """Compute one step: named terms, their weighted sum, counts into the buffer."""
         batch = self.task.rows(self.compose(as_batch(batch)))
         self._inputs_of(batch, self._want.input_gradient)
         step = self.losses(batch)
@@ -223,7 +223,7 @@ class Distiller(PreparationModule):
         self.use_given()
 
     def _training_set(self) -> Iterator[Batch]:
-        """The training set once, in order, read when the first batch is asked for."""
+        """Yield the training set once, in order, read when the first batch is asked for."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "answering_dataloader"):
             raise KdError(

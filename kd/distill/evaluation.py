@@ -40,7 +40,7 @@ class NotFinite(StateMetric):
         self.seen = 0
 
     def update(self, logits: Tensor, index: Tensor | None) -> None:
-        """Logits (rows, classes) and the index (rows,) of their samples; else rows are counted as they come."""
+        """Add logits (rows, classes) and the index (rows,) of their samples; else rows are counted as they come."""
         bad = ~logits.flatten(1).isfinite().all(1)
         if index is None or len(index) != len(bad):
             index = torch.arange(self.seen, self.seen + len(bad), device=bad.device)
@@ -49,7 +49,7 @@ class NotFinite(StateMetric):
         self.first = torch.minimum(self.first, torch.where(bad, index, self.first).min())
 
     def compute(self) -> tuple[int, int]:
-        """Number of such rows, and the lowest index among them."""
+        """Return the number of such rows, and the lowest index among them."""
         return int(self.rows), int(self.first)
 
     def check(self, network: str, split: str) -> None:
@@ -167,11 +167,11 @@ class EvaluationModule(L.LightningModule):
             _keep(self.predictions, batch, output)
 
     def _measures_again(self, split: str) -> bool:
-        """Whether the teacher is measured in a pass: val of a frozen one is measured before the first epoch."""
+        """Tell whether the teacher is measured in a pass: val of a frozen one is measured before the first epoch."""
         return self.measures_teacher and (split == "test" or self.teacher_trained)
 
     def _answer_for(self, split: str, batch: Batch, batch_idx: int) -> Output:
-        """The teacher's output for a batch: a frozen one answers the same samples once, while that fits."""
+        """Return the teacher's output for a batch: a frozen one answers the same samples once, while that fits."""
         assert self.teacher is not None
         if self.teacher_trained:
             return self.teacher.measured(batch).to_float32()
@@ -249,7 +249,7 @@ def _without_autocast(device: torch.device) -> Any:
 
 
 def _check_metrics(metrics: dict[str, float], more: str = "") -> None:
-    """Logits may be finite, and so large that a metric is not."""
+    """Refuse metrics that are not finite: logits may be finite, and so large that a metric is not."""
     bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
     if bad is not None:
         raise RunFailure(f"{bad} = {metrics[bad]} is not finite{more}")
@@ -267,7 +267,7 @@ def measure(
     who: str = "the student",
     split: str = "the split",
 ) -> tuple[dict[str, float], list[float]]:
-    """The task's metrics of a network on a split, and its accuracy per class, outside of a trainer.
+    """Compute the task's metrics of a network on a split, and its accuracy per class, outside of a trainer.
 
     ``network`` and ``teacher`` answer a batch on the device, which is measured in float32; ``keep`` collects index,
     target and logits. ``RunFailure`` when logits or a metric are not finite; it says ``who`` and on which ``split``.

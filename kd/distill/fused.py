@@ -48,7 +48,7 @@ def from_hidden(
 
 
 def form_of(term: Term) -> Fused | None:
-    """What computes the term from hidden states, where the class that defines its ``forward`` says so."""
+    """Return what computes the term from hidden states, where the class that defines its ``forward`` says so."""
     if "forward" in vars(term) or _hooked(term) or term.over not in ("rows", "labelled"):
         return None
     owner = next(kind for kind in type(term).__mro__ if "fused" in vars(kind) or "forward" in vars(kind))
@@ -56,7 +56,7 @@ def form_of(term: Term) -> Fused | None:
 
 
 def projection_of(output: Output) -> Projection | None:
-    """The output projection, where it is a plain linear layer with at most a factor and a soft cap behind it."""
+    """Return the output projection, where it is a plain linear layer with at most a factor and a soft cap behind it."""
     head = output.head
     if (layer := linear_of(head)) is None:
         return None
@@ -69,7 +69,7 @@ def projection_of(output: Output) -> Projection | None:
 
 
 def rows_of(teacher: Output, rows: int, classes: int) -> TeacherRows | None:
-    """What is there of the teacher: logits that are made already, else hidden states, else a top-k.
+    """Return what is there of the teacher: logits that are made already, else hidden states, else a top-k.
 
     None where there is nothing, where it has a gradient, or is of another size: what compares them says so then.
     """
@@ -90,10 +90,10 @@ def rows_of(teacher: Output, rows: int, classes: int) -> TeacherRows | None:
 
 
 def _classes_of(targets: Tensor | None, rows: int) -> bool:
-    """Whether each row has one class, or none, for a target; not shares of them."""
+    """Tell whether each row has one class, or none, for a target; not shares of them."""
     return targets is not None and targets.dtype == torch.int64 and targets.shape == (rows,)
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody reads or changes what goes through a module."""
+    """Tell whether somebody reads or changes what goes through a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -70,7 +70,7 @@ class Objective(nn.Module):
         return list(self.terms)
 
     def needs(self, what: str) -> list[str]:
-        """The names of the terms that declare ``needs_<what>``: teacher, student_logits, teacher_logits, labels …"""
+        """Name the terms that declare ``needs_<what>``: teacher, student_logits, teacher_logits, labels …"""
         return [name for name, term in self.items() if getattr(term, f"needs_{what}")]
 
     @property
@@ -98,7 +98,7 @@ class Objective(nn.Module):
                 )
 
     def weight(self, name: str, epoch: float, epochs: float) -> float:
-        """The factor of a term at this (fractional) epoch."""
+        """Return the factor of a term at this (fractional) epoch."""
         schedule = self.schedules.get(name)
         return self.weights[name] * (schedule(epoch, epochs) if schedule else 1.0)
 
@@ -111,7 +111,7 @@ class Objective(nn.Module):
         epochs: float = 1,
         shares: Shares | None = None,
     ) -> tuple[list[Tensor], Tensor]:
-        """Each term's unweighted value, and their weighted sum (all scalars).
+        """Compute each term's unweighted value, and their weighted sum (all scalars).
 
         With ``shares`` the sum is this process's part: the mean of all parts is the objective of the whole batch. A
         term over the ``batch`` sees that of all processes, and its value is the whole already.
@@ -175,7 +175,7 @@ class _Gathered:
         self.longest: int | None = None  # of all processes, found where a term asks for the batch of all
 
     def seen_by(self, term: Term) -> tuple[Output, Output, Batch]:
-        """What a term declares that it reads; of the batch targets, index, mask and its length."""
+        """Return what a term declares that it reads; of the batch targets, index, mask and its length."""
         own = self.student.taught if term.needs_teacher_logits else self.student
         student = self._output(own, term.student_taps, term.needs_student_logits, term.needs_views)
         teacher = self._output(self.teacher, term.teacher_taps, term.needs_teacher_logits, term.needs_views)

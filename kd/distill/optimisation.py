@@ -46,7 +46,7 @@ class WarmUp:
         self.length, self.in_steps, self.start = length, in_steps, start
 
     def share(self, step: int, steps: int) -> float:
-        """The share of the scheduled rate at a step (0, 1, …) of a rise over so many."""
+        """Return the share of the scheduled rate at a step (0, 1, …) of a rise over so many."""
         return self.start + (1 - self.start) * min(1.0, step / max(1, steps))
 
 
@@ -86,16 +86,16 @@ class OptimisationModule(EvaluationModule, ABC):
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
-        """What is trained, by name."""
+        """Return what is trained, by name."""
 
     # ------------------------------------------------------------------ making them
 
     def trainable(self) -> list[nn.Parameter]:
-        """What the optimiser gets: the parameters of :meth:`networks` that want a gradient."""
+        """Return what the optimiser gets: the parameters of :meth:`networks` that want a gradient."""
         return [p for network in self.networks().values() for p in network.parameters() if p.requires_grad]
 
     def optimizer_names(self) -> list[str]:
-        """The name of each optimiser that there is: "" is the common one."""
+        """Return the name of each optimiser that there is: "" is the common one."""
         networks = self.networks()
         apart = {id(p) for name in self.own_optimizers for p in networks[name].parameters()}
         common = any(id(p) not in apart for p in self.trainable())
@@ -103,12 +103,12 @@ class OptimisationModule(EvaluationModule, ABC):
         return [*([""] if common else []), *own]
 
     def configure_optimizers(self) -> Any:
-        """The recipe's optimiser and schedule, or several of them: see ``own_optimizers``."""
+        """Make the recipe's optimiser and schedule, or several of them: see ``own_optimizers``."""
         made = [self._optimizer(name) for name in self.optimizer_names()]
         return made[0] if len(made) == 1 else made
 
     def _optimizer(self, name: str) -> dict[str, Any]:
-        """The common optimiser, or that of one network."""
+        """Make the common optimiser, or that of one network."""
         networks = self.networks()
         own = self.own_recipes.get(name, OwnRecipe())
         mine = {name: networks[name]} if name else {n: m for n, m in networks.items() if n not in self.own_optimizers}
@@ -142,7 +142,7 @@ class OptimisationModule(EvaluationModule, ABC):
         return most // (1 if self.automatic_optimization else max(1, len(self.trainer.optimizers)))
 
     def steps_an_epoch(self) -> int | None:
-        """Steps of the optimiser in an epoch; None for data without a length."""
+        """Count the steps of the optimiser in an epoch; None for data without a length."""
         batches = self.trainer.num_training_batches
         if batches == math.inf:
             return None
@@ -220,7 +220,7 @@ class OptimisationModule(EvaluationModule, ABC):
 
     @contextlib.contextmanager
     def _scheduled(self) -> Iterator[None]:
-        """Within, the rates are those of the schedules alone: many schedulers make the next one from the present."""
+        """Let the rates within be those of the schedules alone: many schedulers make the next one from the present."""
         groups = [group for made in self.trainer.optimizers for group in made.param_groups if SCHEDULED in group]
         for group in groups:
             group["lr"] = group.pop(SCHEDULED)

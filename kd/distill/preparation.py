@@ -357,7 +357,10 @@ class PreparationModule(OptimisationModule):
     # ------------------------------------------------------------------ the forward passes
 
     def answer_both(self, batch: Batch) -> tuple[Output, Output]:
-        """Teacher's and student's outputs with taps. The teacher runs first: the other order costs memory traffic."""
+        """Return teacher's and student's outputs with taps.
+
+        The teacher runs first: the other order costs memory traffic.
+        """
         teacher = self.answer_of_teacher(batch)
         student = self.answer_of_student(batch)
         for view in self.objective.views:
@@ -372,11 +375,11 @@ class PreparationModule(OptimisationModule):
         return teacher, student
 
     def answer_of_teacher(self, batch: Batch) -> Output:
-        """The teacher's output; empty without one. A set-up that supplies its own overrides this."""
+        """Return the teacher's output; empty without one. A set-up that supplies its own overrides this."""
         return Output() if self.teacher is None else self.teacher.answer(batch, self._want)
 
     def answer_of_student(self, batch: Batch) -> Output:
-        """The student's output, with the taps of the terms."""
+        """Return the student's output, with the taps of the terms."""
         self.student_taps.active = bool(self.student_taps.names)
         inputs = channels_last(batch.inputs) if self.channels_last else batch.inputs
         want = self._want._replace(logits=True)  # a term of labels alone asks the teacher for none
@@ -396,7 +399,7 @@ class PreparationModule(OptimisationModule):
             batch.inputs = batch.inputs.detach().requires_grad_()
 
     def forward(self, inputs: Any) -> Any:
-        """What the network that is deployed returns."""
+        """Return what the network that is deployed returns."""
         return self.deployed(**inputs) if isinstance(inputs, Mapping) else self.deployed(inputs)
 
     def _deployed_keys(self) -> dict[str, str]:
@@ -419,7 +422,7 @@ def _named(term: str) -> Iterator[None]:
 
 
 def _seen(term: Term, student: Output, teacher: Output, batch: Batch) -> tuple[Output, Output, Batch]:
-    """What a term may read, by its declarations."""
+    """Return what a term may read, by its declarations."""
     return (
         student if term.needs_student_logits else student.without_logits(),
         teacher if term.needs_teacher_logits else teacher.without_logits(),

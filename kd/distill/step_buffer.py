@@ -37,7 +37,7 @@ class StepBuffer:
         self.row_total = 0
 
     def add(self, values: Sequence[Tensor], rows: int) -> None:
-        """One step of so many rows: its values (0-d tensors, any dtype), in the order of the names."""
+        """Add one step of so many rows: its values (0-d tensors, any dtype), in the order of the names."""
         self.row_counts.append(rows)
         torch.stack([v.detach().float() for v in values], out=self.rows[self.filled])
         self.filled += 1
@@ -48,7 +48,7 @@ class StepBuffer:
         return self.filled == len(self.rows)
 
     def read(self) -> Tensor:
-        """The steps since the last reading, (steps, names) on the CPU; added to the epoch's sums and forgotten."""
+        """Read the steps since the last reading, (steps, names) on the CPU; added to the epoch's sums and forgotten."""
         window = self.rows[: self.filled].cpu()
         self.last = self._weighted(window)
         self.sums += self.last[0]
@@ -64,7 +64,10 @@ class StepBuffer:
         return (window.double() * factor).sum(0), sum(self.row_counts)
 
     def take_epoch(self) -> tuple[Tensor, int]:
-        """The weighted sums over all steps read since the last call (float64, names), and their rows; starts anew."""
+        """Return the weighted sums (float64, names) over all steps read since the last call, and their rows.
+
+        Both start anew.
+        """
         sums, rows = self.sums.clone(), self.row_total
         self.sums.zero_()
         self.row_total = 0

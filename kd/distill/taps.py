@@ -66,7 +66,7 @@ def _stage(network: nn.Module, number: int, side: str) -> str:
 
 
 def _preactivations(network: nn.Module, tap: str, side: str) -> list[str]:
-    """What enters the activations of one stage, by number or name, or of all."""
+    """Name what enters the activations of one stage, by number or name, or of all."""
     place = tap.partition(":")[0]
     if place == "all":
         return [before_activation(network, stage) for stage in _stages(network, side)]
@@ -85,7 +85,7 @@ def _before_classifier(network: nn.Module, side: str) -> str:
 
 
 def _projections(network: nn.Module, tap: str, side: str) -> list[str]:
-    """The modules that make the queries, keys or values: of one block, or of all that have them."""
+    """Find the modules that make the queries, keys or values: of one block, or of all that have them."""
     place, _, part = tap.partition(":")
 
     def inside(block: str) -> list[str]:  # the first is that of self-attention; a stage "…:input" is no block
@@ -156,13 +156,13 @@ def unfuse(network: nn.Module, taps: Sequence[str]) -> list[str]:
 
 
 def _around(name: str) -> list[str]:
-    """The names of a module and of all around it, the network ("") last."""
+    """Return the names of a module and of all around it, the network ("") last."""
     parts = name.split(".") if name else []
     return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
 
 
 def _implementation(module: nn.Module) -> str | None:
-    """Which attention a model of transformers runs: sdpa, eager, flash_attention_2 …; None of any other module."""
+    """Name the attention that a model of transformers runs: sdpa, eager, flash_attention_2 …; None of other modules."""
     config = getattr(module, "config", None)
     return getattr(config, "_attn_implementation", None) if hasattr(module, "set_attn_implementation") else None
 
@@ -248,7 +248,7 @@ class Taps:
             raise AllTapped
 
     def _tensor(self, name: str, value: Any) -> Tensor:
-        """The tensor that a tap names in what a module takes or answers."""
+        """Find the tensor that a tap names in what a module takes or answers."""
         first, *parts = name.partition("@")[0].partition(":")[2].split(".")
         for number, part in enumerate(parts):
             inside = _entries(value)
@@ -272,7 +272,7 @@ class Taps:
         return value
 
     def _as_map(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor with its channels in the second place, where it is a map; notes its layout."""
+        """Return the tensor with its channels in the second place, where it is a map; note its layout."""
         made = self._made.get((name, tensor.ndim))
         if made is None:
             try:
@@ -284,7 +284,7 @@ class Taps:
         return tensor.permute(0, 3, 1, 2) if made.kind == "NHWC" else tensor
 
     def take(self) -> dict[str, Tensor]:
-        """The tensors of the last forward pass by name; forgets them. ``KdError`` when one did not fire."""
+        """Take the tensors of the last forward pass by name; forget them. ``KdError`` when one did not fire."""
         silent = [name for name in self.names if name not in self._recorded]
         if silent:
             raise KdError(f"{self.side} tap {silent[0]} did not fire: {self._why(silent[0])}")
@@ -327,7 +327,7 @@ class Taps:
 
 
 def _entries(value: Any) -> dict[str, Any]:
-    """What is inside a tuple, a named tuple, a mapping: by number and by name."""
+    """Return what is inside a tuple, a named tuple, a mapping: by number and by name."""
     if isinstance(value, Mapping):
         numbered = {str(number): entry for number, entry in enumerate(value.values())}
         return {**numbered, **{str(key): entry for key, entry in value.items()}}

@@ -55,7 +55,7 @@ class InputMap(nn.Module):
         self.register_buffer("shift", ((own_mean - new_mean) / new_std).float().view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same images as the teacher expects them."""
+        """Return the same images as the teacher expects them."""
         if not self.same:
             x = x * self.scale + self.shift
         if self.resize is not None and x.shape[-2:] != (self.resize, self.resize):
@@ -188,11 +188,11 @@ class Teacher(Answers):
         return self.taps.layouts
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval, whatever a trainer calls."""
+        """Stay in eval, whatever a trainer calls."""
         return super().train(False)
 
     def answer(self, batch: Batch, want: Want) -> Output:
-        """Its output on its own view of the batch, if there is one; kept answers where the training set was answered.
+        """Answer on its own view of the batch, if there is one; by kept answers where the training set was answered.
 
         Nothing is computed that ``want`` does not ask for: without logits the pass ends at the last tap.
         """
@@ -204,7 +204,7 @@ class Teacher(Answers):
         return self(*_seen(batch), want)
 
     def measured(self, batch: Batch) -> Output:
-        """Its output on a batch of validation or test."""
+        """Return its output on a batch of validation or test."""
         own = batch.of_teacher
         return self(own.inputs, own)
 
@@ -234,7 +234,7 @@ class Teacher(Answers):
 
     @torch.no_grad()
     def begin(self, batches: Iterable[Batch], device: torch.device) -> None:
-        """With ``cache``: answer these images now, once for the whole training, into a table by ``batch.index``."""
+        """Answer these images now, with ``cache``: once for the whole training, into a table by ``batch.index``."""
         if not self.cache:
             return
         index, answers = [], []
@@ -261,6 +261,6 @@ class Teacher(Answers):
 
 
 def _seen(batch: Batch) -> tuple[Any, Batch]:
-    """The teacher's view of a batch of training, and the batch that this view belongs to."""
+    """Return the teacher's view of a batch of training, and the batch that this view belongs to."""
     own = batch.of_teacher
     return own.views.get("teacher", own.inputs), own

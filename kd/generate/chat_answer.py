@@ -119,7 +119,7 @@ def _reason(choice: Mapping[str, Any]) -> Any:
 
 
 def _usage(given: Any) -> Usage | None:
-    """The tokens as the server counts them; None where it does not, or says what cannot be."""
+    """Return the tokens as the server counts them; None where it does not, or says what cannot be."""
     if not isinstance(given, Mapping):
         return None
     found = [given.get(name) for name in ("prompt_tokens", "completion_tokens")]
@@ -129,7 +129,7 @@ def _usage(given: Any) -> Usage | None:
 
 
 def _logprobs(given: Any) -> list[dict[str, Any]] | None:
-    """The log-probabilities of the tokens; None where the server gives none."""
+    """Read the log-probabilities of the tokens; None where the server gives none."""
     if given is None or (isinstance(given, Mapping) and given.get("content") is None):
         return None
     tokens = given.get("content") if isinstance(given, Mapping) else None
@@ -185,7 +185,7 @@ def words_of(body: bytes) -> tuple[str, str]:
 
 
 def _short(value: Any) -> str:
-    """One line, without control characters: a terminal would obey them."""
+    """Shorten to one line, without control characters: a terminal would obey them."""
     text = str(value)[:LONGEST]
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 

@@ -107,7 +107,7 @@ class _Job:
             self.summary.cost = (self.summary.cost or 0.0) + there.wasted
 
     def missing(self) -> list[tuple[Prompt, int]]:
-        """The prompts, each with the number of a sample, that have no completion yet."""
+        """List the prompts, each with the number of a sample, that have no completion yet."""
         return [(p, n) for p in self.rows for n in range(self.chosen.n) if (p.id, n) not in self.there.done]
 
     # ------------------------------------------------------------------ asking
@@ -228,7 +228,7 @@ class _Job:
             self.progress(self.summary)
 
     def interruption(self) -> KeyboardInterrupt:
-        """What is raised after a signal."""
+        """Return what is raised after a signal."""
         return (Terminated if self.signalled == signal.SIGTERM else KeyboardInterrupt)(self.kept())
 
     def kept(self, how: str = "") -> str:

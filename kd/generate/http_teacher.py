@@ -225,7 +225,7 @@ class HttpTeacher:
         return b"".join(parts)
 
     def _session(self) -> requests.Session:
-        """One connection a thread."""
+        """Return the connection, one a thread."""
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
         session: requests.Session = self._local.session
@@ -237,7 +237,7 @@ class HttpTeacher:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause of an error of requests, in one line."""
+    """Name the innermost cause of an error of requests, in one line."""
     found: BaseException = error
     for _ in range(10):
         inner = getattr(found, "reason", None) or next((a for a in found.args if isinstance(a, BaseException)), None)

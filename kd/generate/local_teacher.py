@@ -155,7 +155,7 @@ class LocalTeacher:
         )
 
     def _text(self, prompt: list[int], new: list[int]) -> str:
-        """The characters that follow the prompt: some tokenizers drop the space before a first token."""
+        """Decode the characters that follow the prompt: some tokenizers drop the space before a first token."""
 
         def decoded(ids: list[int]) -> str:
             return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -164,7 +164,10 @@ class LocalTeacher:
         return whole[len(before) :] if whole.startswith(before) else decoded(new)
 
     def _logprobs(self, prompt: list[int], new: list[int], number: int) -> list[dict[str, Any]]:
-        """The model's log-probabilities at temperature 1, of the tokens and of the likeliest ones, by one more pass."""
+        """Compute the model's log-probabilities at temperature 1, of the tokens and of the likeliest ones.
+
+        They take one more pass.
+        """
         ids = torch.tensor([[*prompt, *new]], device=self.device)
         logits = self.network(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
         found = logits.log_softmax(-1)

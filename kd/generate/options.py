@@ -104,7 +104,7 @@ def settings(chosen: Options) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> str | None:
-    """A digest of the first and last bytes of a folder's weights: a model that was trained anew is another one."""
+    """Hash the first and last bytes of a folder's weights: a model that was trained anew is another one."""
     files = [f for f in sorted(folder.rglob("*")) if f.suffix in (".safetensors", ".bin", ".gguf")]
     found = hashlib.blake2b(digest_size=8)
     for file in files:

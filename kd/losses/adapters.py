@@ -37,7 +37,7 @@ class Convert(nn.Module):
         self.made, self.kind, self.size, self.keep_prefix = made, kind, size, keep_prefix
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, N, D) or (B, C, H, W) → the same."""
+        """Map (B, N, D) or (B, C, H, W) → the same."""
         if self.made.kind == self.kind == "tokens" and self.size is None:
             return feature[:, self.made.prefix :]
         found = feature if self.made == NCHW else tokens_to_map(feature, self.made.prefix)
@@ -56,26 +56,29 @@ class Pool(nn.Module):
         self.made = made
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, C, H, W), (B, N, D) or (B, D) → (B, width)."""
+        """Map (B, C, H, W), (B, N, D) or (B, D) → (B, width)."""
         if self.made.kind == "tokens":
             return feature[:, self.made.prefix :].mean(1)
         return feature if self.made == VECTOR else feature.mean((2, 3))
 
 
 def width_of(tap: Tapped) -> int:
-    """How many numbers a feature has at each position."""
+    """Count the numbers that a feature has at each position."""
     return tap.shape[2] if tap.layout.kind == "tokens" else tap.shape[1]
 
 
 def as_vectors(what: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-    """Two modules that make vectors (B, width) of maps, tokens or vectors. ``ValueError`` for an unknown layout."""
+    """Return two modules that make vectors (B, width) of maps, tokens or vectors.
+
+    ``ValueError`` for an unknown layout.
+    """
     if UNKNOWN in (student.layout, teacher.layout):
         raise cannot_compare(what, student, teacher, cure_of(student, teacher, ("maps, tokens or vectors",)))
     return Pool(student.layout), Pool(teacher.layout)
 
 
 def check_maps(what: str, student: Tapped, teacher: Tapped) -> tuple[Tapped, Tapped]:
-    """Both taps as maps (B, C, H, W). ``ValueError`` where one is neither a map nor a square grid of tokens."""
+    """Return both taps as maps (B, C, H, W). ``ValueError`` where one is neither a map nor a square grid of tokens."""
     if not {student.layout.kind, teacher.layout.kind} <= {"NCHW", "tokens"}:
         cure = cure_of(student, teacher, ("maps (B, C, H, W)", "tokens"))
         raise cannot_compare(what, student, teacher, cure)
@@ -87,7 +90,7 @@ def check_maps(what: str, student: Tapped, teacher: Tapped) -> tuple[Tapped, Tap
 
 
 def as_maps(what: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-    """Two modules that make maps (B, C, H, W) of one grid, the smaller of both; the widths stay."""
+    """Return two modules that make maps (B, C, H, W) of one grid, the smaller of both; the widths stay."""
     own, other = check_maps(what, student, teacher)
     size = (min(own.shape[2], other.shape[2]), min(own.shape[3], other.shape[3]))
     return Convert(student.layout, "NCHW", size), Convert(teacher.layout, "NCHW", size)
@@ -96,7 +99,7 @@ def as_maps(what: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.
 def pointwise(
     what: str, kind: str, student: Tapped, teacher: Tapped, norm: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """An adapter of maps by a 1×1 convolution, and what the teacher's map goes through (no parameters).
+    """Build an adapter of maps by a 1×1 convolution, and what the teacher's map goes through (no parameters).
 
     The student's grid is resampled to the teacher's. ``kind``: ``auto``, a convolution where the widths differ or
     ``norm`` says that batch norm follows it; ``conv``, always; ``conv_bn_relu``, with batch norm and ReLU behind it;
@@ -118,7 +121,7 @@ def pointwise(
 
 
 def match(what: str, kind: str, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-    """Two modules: the adapter of the student's tensor, and what the teacher's goes through (no parameters).
+    """Build two modules: the adapter of the student's tensor, and what the teacher's goes through (no parameters).
 
     Tensors of one layout are adapted as :func:`build_adapter` says. With ``auto`` they are compared in the teacher's
     layout otherwise, with ``conv`` and ``conv_bn_relu`` as maps, with ``linear`` as tokens: the student's grid is
@@ -185,13 +188,13 @@ def _resampled(student: Tapped, teacher: Tapped, kind: str) -> nn.Module:
 
 
 def _fits(size: Sequence[int], target: Sequence[int]) -> bool:
-    """Whether one of the convolutions brings a map of this size to the target."""
+    """Say whether one of the convolutions brings a map of this size to the target."""
     pairs = list(zip(size, target, strict=True))
     return all(2 * s == t for s, t in pairs) or all(s >= t for s, t in pairs)
 
 
 def build_adapter(kind: str, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module:
-    """A module that maps a tensor of ``student_shape`` to ``teacher_shape``; the first dimension is the batch.
+    """Build a module that maps a tensor of ``student_shape`` to ``teacher_shape``; the first dimension is the batch.
 
     ``kind``:
 

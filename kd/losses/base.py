@@ -39,7 +39,7 @@ class Batch:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Count the samples."""
         return len(_first_tensor(self.inputs))
 
     @property
@@ -54,7 +54,7 @@ class Batch:
         return view if isinstance(view, Batch) else self
 
     def few(self, count: int) -> Batch:
-        """The first ``count`` samples. Call it before ``task.rows``: afterwards targets may be rows, not samples."""
+        """Take the first ``count`` samples. Call before ``task.rows``: afterwards targets may be rows, not samples."""
         whole = len(self)
 
         def cut(tensor: Tensor) -> Tensor:
@@ -63,11 +63,11 @@ class Batch:
         return self.map(cut)
 
     def without_targets(self) -> Batch:
-        """The same batch with targets that cannot be read: what a term gets that declares that it reads none."""
+        """Return the same batch with targets that cannot be read: what a term gets that declares that it reads none."""
         return replace(self, targets=torch.empty(0).as_subclass(_Undeclared) if self.targets is not None else None)
 
     def to(self, device: Any) -> Batch:
-        """The batch with all its tensors on a device."""
+        """Return the batch with all its tensors on a device."""
         return self.map(lambda tensor: tensor.to(device))
 
     def cast(self, dtype: torch.dtype) -> Batch:
@@ -75,7 +75,7 @@ class Batch:
         return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every tensor changed, those inside of mappings and lists as well."""
+        """Return the batch with every tensor changed, those inside of mappings and lists as well."""
         return replace(self, **{f.name: _mapped(getattr(self, f.name), change) for f in fields(self)})
 
 
@@ -106,7 +106,7 @@ class TopK:
     log_sums: Tensor | None = None
 
     def at(self, temperature: float) -> Tensor:
-        """Log-probabilities (rows, k) at a temperature, of the distribution over all classes.
+        """Return log-probabilities (rows, k) at a temperature, of the distribution over all classes.
 
         ``ValueError`` for a temperature that nothing is known of; it names those of ``log_rests``.
         """
@@ -121,7 +121,7 @@ class TopK:
         raise ValueError(f"temperature = {temperature} is not stored with the teacher's top-k: it must be {there}")
 
     def dense(self) -> Tensor:
-        """Logits (rows, classes) whose softmax has these probabilities, and the tail's mass in equal parts."""
+        """Make logits (rows, classes) whose softmax has these probabilities, and the tail's mass in equal parts."""
         others = max(1, self.classes - self.ids.shape[-1])
         log_probs = at_least_float32(self.log_probs)
         if (rest := self.log_rests.get(1.0)) is not None:
@@ -198,13 +198,13 @@ class Output:
         return Output(self.distilled, self.features, raw=self.raw, members=self.members, views=views)
 
     def to_float32(self) -> Output:
-        """The same output with logits of at least single precision; what they are made from stays as it is."""
+        """Return the same output with logits of at least single precision; what they are made from stays as it is."""
         if self.has_logits:
             self._logits = at_least_float32(self.logits)
         return self
 
     def detach(self) -> Output:
-        """The same numbers without a graph: what one network answers, as the target of another."""
+        """Return the same numbers without a graph: what one network answers, as the target of another."""
         logits = None
         if self.has_logits:  # made here where nobody has read them yet: the head that makes them has a graph
             with torch.no_grad():
@@ -216,7 +216,7 @@ class Output:
         return Output(logits, features, hidden=hidden, topk=self.topk, raw=self.raw, members=members, views=views)
 
     def without_logits(self) -> Output:
-        """The same output with nothing to make logits from: what a term gets that declares that it reads none."""
+        """Return the same output with nothing to make logits from: what a term gets that declares it reads none."""
         return Output(features=self.features, raw=self.raw, members=self.members, views=self.views)
 
 
@@ -245,7 +245,7 @@ class Setup:
     layouts: Mapping[str, Mapping[str, Layout]] = field(default_factory=dict)
 
     def layout(self, side: str, tap: str | int, feature: Tensor) -> Layout:
-        """The layout of a recorded tensor. Of one that no network made: that of the contract, NCHW or plain tokens."""
+        """Tell a recorded tensor's layout. Of one that no network made: that of the contract, NCHW or plain tokens."""
         by_hand = {2: VECTOR, 3: Layout("tokens"), 4: NCHW}.get(feature.ndim, UNKNOWN)
         return self.layouts.get(side, {}).get(str(tap), by_hand)
 
@@ -347,25 +347,25 @@ class Term(nn.Module):
         """
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean loss over the rows, a scalar."""
+        """Compute the mean loss over the rows, a scalar."""
         raise TypeError(f"{type(self).__name__} does not define forward(student, teacher, batch)")
 
     def fused(self) -> Fused | None:
-        """What computes the same as :meth:`forward` from hidden states of tokens; None: nothing does.
+        """Return what computes the same as :meth:`forward` from hidden states of tokens; None: nothing does.
 
         It counts where the class that defines ``forward`` defines it: a subclass with another formula says it anew.
         """
         return None
 
     def deployed(self, student: nn.Module) -> nn.Module:
-        """The network that is evaluated, measured and exported: ``student``, or one with a head of this term.
+        """Return the network that is evaluated, measured and exported: ``student``, or one with a head of this term.
 
         It shares the student's weights (:func:`kd.models.base.with_module`): called once, after :meth:`prepare`.
         """
         return student
 
     def pairs(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
-        """The tapped tensors, student's and teacher's, side by side. ``ValueError`` when they are not equally many.
+        """Return the tapped tensors, student's and teacher's, side by side. ``ValueError`` if not equally many.
 
         Taps that are still ``None`` (no distiller has resolved them) stand for everything that was recorded.
         """
@@ -381,7 +381,7 @@ class Term(nn.Module):
         ]
 
     def tapped(self, setup: Setup) -> list[tuple[Tapped, Tapped]]:
-        """Names, shapes and layouts of the tapped tensors, side by side as :meth:`pairs` gives them."""
+        """Return names, shapes and layouts of the tapped tensors, side by side as :meth:`pairs` gives them."""
         found = []
         tensors = self.pairs(setup.student, setup.teacher)
         for names, pair in zip(zip(*self._names(setup.student, setup.teacher), strict=True), tensors, strict=True):
@@ -422,7 +422,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay: sums of squares and exponents overflow in halves."""
+    """Turn half precision into float32; float32 and float64 stay: sums of squares and exponents overflow in halves."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
@@ -433,14 +433,14 @@ def unit_length(tensor: Tensor, dim: int = 1) -> Tensor:
 
 
 def check_same_shape(what: str, student: Tensor, teacher: Tensor) -> None:
-    """``ValueError`` when the shapes differ: broadcasting would give a number, and a wrong one."""
+    """Refuse shapes that differ, with ``ValueError``: broadcasting would give a number, and a wrong one."""
     if student.shape != teacher.shape:
         shapes = f"the student's is {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}"
         raise ValueError(f"{what} must have one shape: {shapes}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
-    """The value, or ``ValueError`` when it is not one of the choices."""
+    """Return the value. ``ValueError`` when it is not one of the choices."""
     if value not in choices:
         allowed = f"{', '.join(choices[:-1])} or {choices[-1]}"
         raise ValueError(f"{name} = {value} is not allowed: it must be {allowed}")
@@ -448,7 +448,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def check_temperature(temperature: float) -> float:
-    """The temperature, or ``ValueError`` when it is not a finite number above zero."""
+    """Return the temperature. ``ValueError`` when it is not a finite number above zero."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature = {temperature} is not allowed: it must be a finite number above 0")
     return float(temperature)

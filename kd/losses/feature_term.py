@@ -16,7 +16,10 @@ __all__ = ["ConsecutiveTerm", "FeatureTerm", "full_precision"]
 
 
 def full_precision(tensor: Tensor) -> Any:
-    """No autocast on the device of a tensor: Gram matrices and sums of squares overflow in half precision."""
+    """Switch autocast off on the device of a tensor until the block ends.
+
+    Gram matrices and sums of squares overflow in half precision.
+    """
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -44,11 +47,11 @@ class FeatureTerm(Term):
         return type(self).__module__.rpartition(".")[2]
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """What student's and teacher's tensor of a pair go through. ``ValueError`` where they cannot be compared."""
+        """Return what student's and teacher's tensor of a pair go through. ``ValueError`` if not comparable."""
         return nn.Identity(), nn.Identity()
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair, a scalar."""
+        """Compute the loss of one pair, a scalar."""
         raise TypeError(f"{type(self).__name__} does not define distance(student, teacher)")
 
     def prepare(self, setup: Setup) -> None:
@@ -61,7 +64,7 @@ class FeatureTerm(Term):
             self.over = "batch"
 
     def compared(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
-        """The adapted features of each pair, in float32 or better.
+        """Return the adapted features of each pair, in float32 or better.
 
         ``ValueError`` before :meth:`prepare`, and in training for one sample where vectors go through batch norm.
         """
@@ -82,7 +85,7 @@ class FeatureTerm(Term):
         return any(isinstance(norm, nn.BatchNorm1d) or of_one_place for norm in norms)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs."""
+        """Compute the sum over the pairs."""
         pairs = self.compared(student, teacher)
         with full_precision(pairs[0][0]):
             return torch.stack([self.distance(s, t) for s, t in pairs]).sum()

@@ -46,7 +46,7 @@ class ClassHead(nn.Module):
         return any(isinstance(module, nn.BatchNorm2d) for module in self.body)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """The feature → (B, classes)."""
+        """Map the feature → (B, classes)."""
         found = self.body(feature)
         return self.classifier(found[:, self.prefix :].mean(1) if self.kind == "tokens" else found)
 

@@ -84,7 +84,7 @@ class Tapped:
         return (side, side) if patches > 0 and side * side == patches else None
 
     def as_map(self) -> Tapped:
-        """The same feature as a map (B, C, H, W). ``ValueError`` where it has no grid."""
+        """Return the same feature as a map (B, C, H, W). ``ValueError`` where it has no grid."""
         if self.layout.kind == "NCHW":
             return self
         if self.grid is None:
@@ -101,12 +101,12 @@ class Tapped:
 
 
 def cannot_compare(what: str, student: Tapped, teacher: Tapped, cure: str) -> ValueError:
-    """One sentence with both taps and their layouts, and what to do."""
+    """Make a ``ValueError`` of one sentence with both taps and their layouts, and what to do."""
     return ValueError(f"{what} cannot compare {student} with {teacher}: {cure}")
 
 
 def cure_of(student: Tapped, teacher: Tapped, wanted: Sequence[str]) -> str:
-    """What to do about a pair that does not fit: declare an unknown layout, or tap elsewhere."""
+    """Say what to do about a pair that does not fit: declare an unknown layout, or tap elsewhere."""
     unknown = [tap for tap in (student, teacher) if tap.layout == UNKNOWN]
     if unknown:
         kinds = {4: "NCHW or @NHWC", 3: "tokens"}.get(len(unknown[0].shape), "tokens")
@@ -121,7 +121,7 @@ def cure_of(student: Tapped, teacher: Tapped, wanted: Sequence[str]) -> str:
 
 
 def tokens_to_map(tokens: Tensor, prefix: int = 0) -> Tensor:
-    """(B, prefix + S², D) → (B, D, S, S): without prefix tokens. ``ValueError`` where the patches are no square."""
+    """Map (B, prefix + S², D) → (B, D, S, S): without prefix tokens. ``ValueError`` if the patches are no square."""
     patches = tokens.shape[1] - prefix
     side = math.isqrt(max(0, patches))
     if patches < 1 or side * side != patches:
@@ -132,7 +132,7 @@ def tokens_to_map(tokens: Tensor, prefix: int = 0) -> Tensor:
 
 
 def map_to_tokens(feature: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H·W, C), row by row."""
+    """Map (B, C, H, W) → (B, H·W, C), row by row."""
     return feature.flatten(2).transpose(1, 2)
 
 
@@ -150,7 +150,7 @@ def resample(feature: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def mean_of_positions(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean (samples, width) of hidden states (samples, positions, width) over the positions of ``mask``."""
+    """Average hidden states (samples, positions, width) over the positions of ``mask`` → (samples, width)."""
     if mask is None:
         return hidden.mean(1)
     weights = mask.float().unsqueeze(-1)  # a sum over many positions overflows in halves

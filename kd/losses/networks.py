@@ -37,7 +37,7 @@ class Classifier(NamedTuple):
 
 
 def classifier(network: nn.Module) -> Classifier:
-    """The layer that makes the logits, of two the first: its name, so that it can be tapped (``NAME:input``), and it.
+    """Find the layer that makes the logits, of two the first: its name, to tap it by (``NAME:input``), and it.
 
     Raises ``ValueError`` when there is none.
     """
@@ -45,7 +45,7 @@ def classifier(network: nn.Module) -> Classifier:
 
 
 def classifiers(network: nn.Module) -> list[Classifier]:
-    """The layers that make the logits: two where a distillation token has its own.
+    """Find the layers that make the logits: two where a distillation token has its own.
 
     timm says which (``get_classifier``); otherwise the last linear layer in ``fc``, ``head``, ``heads``,
     ``classifier`` or ``score``, or of the whole network.
@@ -69,7 +69,7 @@ def classifiers(network: nn.Module) -> list[Classifier]:
 
 
 def linear_classifier(method: str, networks: Mapping[str, nn.Module], side: str, width: int) -> nn.Linear:
-    """The classifier of the student or the teacher, where it is one linear layer on features of ``width``.
+    """Find the classifier of the student or the teacher, where it is one linear layer on features of ``width``.
 
     ``ValueError``, with the method and both widths, where it is another layer, or there are several teachers.
     """
@@ -89,12 +89,12 @@ def linear_classifier(method: str, networks: Mapping[str, nn.Module], side: str,
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy that is not trained."""
+    """Make a copy that is not trained."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 def batch_norm_before(network: nn.Module, tap: str, channels: int) -> _BatchNorm | None:
-    """The batch norm of ``channels`` channels behind the last convolution before a tap; None: there is none.
+    """Find the batch norm of ``channels`` channels behind the last convolution before a tap; None: there is none.
 
     Found among the modules around the tap, in the order of their registration; of a residual block it is that of the
     branch, not of the shortcut.
@@ -115,7 +115,7 @@ def _beside(name: str) -> bool:
 
 
 def with_module(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The same network, all its weights shared, with another module in the place of ``name``; itself it stays as it is.
+    """Return the same network, all weights shared, with another module in place of ``name``; itself it stays as it is.
 
     For :meth:`kd.losses.base.Term.deployed`: ``with_module(student, "fc", nn.Sequential(projector, head))``.
     """

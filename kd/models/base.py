@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 
 
 def stages(network: nn.Module) -> list[Stage]:
-    """The stages from the input to the output: module names, and the layouts of these modules' outputs.
+    """Return the stages from the input to the output: module names, and the layouts of these modules' outputs.
 
     Networks of ``kd.models`` say so in their attribute ``stages``; timm's in ``feature_info`` (a ViT: its blocks).
     Those of transformers are numbered as ``hidden_states`` are: the output of the embeddings, which goes into the first
@@ -61,7 +61,7 @@ def stages(network: nn.Module) -> list[Stage]:
 
 
 def _hidden_states(network: nn.Module) -> list[str]:
-    """The layers of a network of transformers, and before them what goes into the first; empty: it is none."""
+    """Name the layers of a network of transformers, and before them what goes into the first; empty: it is none."""
     depths = (getattr(getattr(module, "config", None), "num_hidden_layers", None) for module in network.modules())
     depth = next((number for number in depths if isinstance(number, int)), 0)
     lists = [n for n, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth > 0]
@@ -79,7 +79,7 @@ def _feature_info(network: nn.Module) -> dict[str, int | None]:
 
 
 def layout(network: nn.Module, tap: str, shape: Sequence[int] | None = None) -> Layout:
-    """The layout of a tap (``MODULE``, ``MODULE:input``, ``MODULE:output.1``, each with ``@LAYOUT`` or without).
+    """Find the layout of a tap (``MODULE``, ``MODULE:input``, ``MODULE:output.1``, each with ``@LAYOUT`` or without).
 
     ``shape``: of the recorded tensor, where it is there. With it the answer is certain: what the network says holds
     for tensors of that many dimensions only, and (B, D) is a vector. Sources, the first that says something:
@@ -128,7 +128,7 @@ def _declared(tap: str, text: str, prefix: int, shape: Sequence[int] | None) -> 
 def _map_layout(
     network: nn.Module, around: Sequence[tuple[nn.Module, str]], name: str, port: str, shape: Sequence[int] | None
 ) -> Layout:
-    """Of a tensor of four dimensions."""
+    """Find the layout of a tensor of four dimensions."""
     for module, inside in around:
         if (order := _order(module)) is not None:
             return order
@@ -140,14 +140,17 @@ def _map_layout(
 
 
 def _by_channels(channels: int | None, shape: Sequence[int] | None) -> Layout:
-    """Timm's stages are NCHW; the few without ``output_fmt`` that are not (SAM, VOLO) differ in the place of C."""
+    """Find the layout of one of timm's stages.
+
+    They are NCHW; the few without ``output_fmt`` that are not (SAM, VOLO) differ in the place of C.
+    """
     if shape is None or channels is None or shape[1] == channels:
         return NCHW
     return Layout("NHWC") if shape[3] == channels else UNKNOWN
 
 
 def _order(module: nn.Module) -> Layout | None:
-    """What a network says of its maps in ``layout`` or ``output_fmt`` (a word, or timm's ``Format``)."""
+    """Return what a network says of its maps in ``layout`` or ``output_fmt`` (a word, or timm's ``Format``)."""
     for attribute in ("layout", "output_fmt"):
         value = getattr(module, attribute, None)
         value = getattr(value, "value", value)
@@ -157,7 +160,7 @@ def _order(module: nn.Module) -> Layout | None:
 
 
 def _prefix(module: nn.Module) -> int | None:
-    """How many prefix tokens a network has; None where nothing says that it works on tokens."""
+    """Count the prefix tokens that a network has; None where nothing says that it works on tokens."""
     if isinstance(module, nn.ModuleList):  # several networks, or blocks
         return None
     count = getattr(module, "num_prefix_tokens", None)
@@ -170,14 +173,14 @@ def _prefix(module: nn.Module) -> int | None:
 
 
 def _around(network: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
-    """The module itself, and all around it to the network, each with the name that the module has inside it."""
+    """Yield the module itself, and all around it to the network, each with the name that the module has inside it."""
     parts = name.split(".") if name else []
     for length in range(len(parts), -1, -1):
         yield network.get_submodule(".".join(parts[:length])), ".".join(parts[length:])
 
 
 def _above(network: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
-    """All modules around a module but the network, with their own names."""
+    """Yield all modules around a module but the network, with their own names."""
     parts = name.split(".")
     for length in range(1, len(parts)):
         yield network.get_submodule(".".join(parts[:length])), ".".join(parts[:length])
@@ -190,7 +193,7 @@ def _is_attention(module: nn.Module, name: str) -> bool:
 
 
 def _works_on_last(network: nn.Module, name: str) -> bool:
-    """Whether a module, or its neighbours in one block, read the last dimension: linear layers, norms, attention."""
+    """Tell whether a module, or its neighbours in a block, read the last dimension: linear layers, norms, attention."""
     module = network.get_submodule(name)
     if any(_is_last_norm(m) or _is_attention(m, n) for n, m in module.named_modules()):
         return True
@@ -203,7 +206,7 @@ def _works_on_last(network: nn.Module, name: str) -> bool:
 
 
 def _children(block: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a block, those in sequences as well."""
+    """Yield the layers of a block, those in sequences as well."""
     for child in block.children():
         yield from _children(child) if isinstance(child, nn.Sequential) else (child,)
 
@@ -216,12 +219,12 @@ def _is_last_norm(module: nn.Module) -> bool:
 
 
 def before_classifier(network: nn.Module) -> str:
-    """The tap of the features that the classifier reads, ``NAME:input``. ``ValueError`` where there is none."""
+    """Return the tap of the features that the classifier reads, ``NAME:input``. ``ValueError`` where there is none."""
     return f"{classifier(network).name}:input"
 
 
 def before_activation(network: nn.Module, stage: str) -> str:
-    """The tap of what enters the activation that ends a stage; the stage itself where none ends it.
+    """Return the tap of what enters the activation that ends a stage; the stage itself where none ends it.
 
     It is the last layer of a sequence, or of the last block of the stage the child named ``act``, or the activation
     behind its last convolution, as in timm's ResNets. Stages of pre-activation networks and of MobileNetV2 end without.

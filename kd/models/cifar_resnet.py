@@ -120,7 +120,7 @@ class ResNet(nn.Module):
 def resnet(
     depth: int, widths: Sequence[int] = (16, 16, 32, 64), *, num_classes: int, input_shape: tuple[int, int, int]
 ) -> ResNet:
-    """The CIFAR ResNet of ``depth`` layers: three stages of (depth - 2) / 6 basic blocks.
+    """Make the CIFAR ResNet of ``depth`` layers: three stages of (depth - 2) / 6 basic blocks.
 
     ``widths``: channels of the stem and of the three stages; (32, 64, 128, 256) makes resnet8x4 and resnet32x4.
     Raises ``ValueError`` when the depth is not 6n + 2 or the widths are not four positive numbers.
@@ -135,5 +135,8 @@ def resnet(
 
 
 def resnet50(*, num_classes: int, input_shape: tuple[int, int, int]) -> ResNet:
-    """ResNet-50 (He 2016, table 1) with the CIFAR stem, a 3x3 convolution without stride or pooling; four stages."""
+    """Make ResNet-50 (He 2016, table 1) with the CIFAR stem.
+
+    The stem is a 3x3 convolution without stride or pooling; four stages follow it.
+    """
     return ResNet(Bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512), num_classes, input_shape[0])

@@ -32,7 +32,7 @@ class _Pair:
     versions: list[tuple[int, int, int]] = field(default_factory=list)
 
     def parts(self) -> list[Tensor]:
-        """What the folded weights are made of."""
+        """Return what the folded weights are made of."""
         bias, norm = self.convolution.bias, self.norm
         given = (self.convolution.weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return [tensor for tensor in given if tensor is not None]
@@ -138,7 +138,7 @@ def to_channels_last(network: nn.Module, run: Callable[[bool], Any]) -> bool:
 
 
 def _gradient_is_wrong(convolution: nn.Conv2d) -> bool:
-    """Whether torch's gradient of it, channels last on a CPU, is wrong and writes beyond its memory.
+    """Tell whether torch's gradient of it, channels last on a CPU, is wrong and writes beyond its memory.
 
     Seen with torch 2.14 (oneDNN 3.12, AVX2): strided 1×1 kernels that read fewer than 8 channels, the width of a vector
     register; 16 for the wider registers of other machines.
@@ -149,7 +149,7 @@ def _gradient_is_wrong(convolution: nn.Conv2d) -> bool:
 
 
 def channels_last(inputs: Any) -> Any:
-    """Images (B, C, H, W) stored channels last; anything else as it is."""
+    """Return images (B, C, H, W) stored channels last; anything else as it is."""
     if isinstance(inputs, Tensor) and inputs.ndim == 4:
         return inputs.contiguous(memory_format=torch.channels_last)
     return inputs
@@ -172,14 +172,20 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _frozen(module: nn.Module) -> bool:
-    """Whether its weights are plain, real and not trained: no parametrisation, no meta device, no inference tensors."""
+    """Tell whether its weights are plain, real and not trained.
+
+    No parametrisation, no meta device, no inference tensors.
+    """
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     plain = isinstance(getattr(module, "weight", None), nn.Parameter) or not getattr(module, "affine", True)
     return plain and not any(t.requires_grad or t.is_meta or t.is_inference() for t in tensors)
 
 
 def _behind(norm: nn.Module) -> nn.Module | None:
-    """What is left of a batch norm without its statistics: nothing, or timm's activation; None: it is no batch norm."""
+    """Return what is left of a batch norm without its statistics: nothing, or timm's activation.
+
+    None: it is no batch norm.
+    """
     if getattr(norm, "running_mean", None) is None:
         return None
     if type(norm) in NORMS:

@@ -60,7 +60,10 @@ def _shaped(tensor: Tensor, own: Tensor | None) -> Tensor:
 
 
 def _eps(library: str, state: Mapping[str, Tensor]) -> float | None:
-    """Of torchvision's MobileNetV3 (its classifier has two layers) and EfficientNets from B5 on it is TensorFlow's."""
+    """Return the eps of the batch norms.
+
+    Of torchvision's MobileNetV3 (its classifier has two layers) and EfficientNets from B5 on it is TensorFlow's.
+    """
     if library == EFFICIENTNET:
         return TF_EPS
     if library != MOBILE or "features.0.1.running_mean" not in state:

@@ -65,7 +65,7 @@ def mlp(
     num_classes: int,
     input_shape: tuple[int, int, int],
 ) -> MLP:
-    """An MLP with ``hidden`` ReLU layers of these widths; its stages are the outputs of the ReLUs.
+    """Make an MLP with ``hidden`` ReLU layers of these widths; its stages are the outputs of the ReLUs.
 
     ``dropout`` (after each ReLU) and ``input_dropout`` (of the pixels) are probabilities in [0, 1).
     ``max_norm``: the longest incoming weight vector (L2) of every hidden and output unit, above 0; ``None``: free.

@@ -20,7 +20,7 @@ SETTINGS: dict[str, list[tuple[int | None, int, int, int]]] = {
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A convolution without bias that pads to the same size, and its BN."""
+    """Make a convolution without bias that pads to the same size, and its BN."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(out_channels)]
 
@@ -80,7 +80,7 @@ class MobileNetV2(nn.Module):
 def mobilenetv2(
     width: float = 0.5, expansion: int = 6, *, num_classes: int, input_shape: tuple[int, int, int]
 ) -> MobileNetV2:
-    """MobileNetV2 with ``width`` times the channels of the paper and hidden layers ``expansion`` times wider.
+    """Make MobileNetV2 with ``width`` times the channels of the paper and hidden layers ``expansion`` times wider.
 
     Raises ``ValueError`` when the width leaves no channel (below 1/16) or the expansion is below 1.
     """

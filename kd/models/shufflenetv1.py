@@ -13,7 +13,7 @@ GROUPS = 3
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """(N, C, H, W) with the channels seen as ``groups`` rows, read column by column. C must be a multiple of groups."""
+    """Read the channels of (N, C, H, W), seen as ``groups`` rows, column by column. C must be a multiple of groups."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -44,7 +44,7 @@ class Unit(nn.Module):
 
 
 def stage(in_channels: int, out_channels: int, units: int, first_groups: int = GROUPS) -> nn.Sequential:
-    """One halving unit, then ``units - 1`` units of the same size."""
+    """Make one halving unit, then ``units - 1`` units of the same size."""
     rest = (Unit(out_channels, out_channels, False, GROUPS) for _ in range(units - 1))
     return nn.Sequential(Unit(in_channels, out_channels, True, first_groups), *rest)
 

@@ -20,12 +20,12 @@ WIDTHS = {  # size: channels of the three stages and of the last convolution
 
 
 def pointwise(in_channels: int, out_channels: int) -> list[nn.Module]:
-    """1x1 convolution, BN, ReLU."""
+    """Make a 1x1 convolution, BN, ReLU."""
     return [nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
 
 
 def depthwise(channels: int, stride: int) -> list[nn.Module]:
-    """3x3 depthwise convolution, BN."""
+    """Make a 3x3 depthwise convolution, BN."""
     conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
     return [conv, nn.BatchNorm2d(channels)]
 
@@ -59,7 +59,7 @@ class DownUnit(nn.Module):
 
 
 def stage(in_channels: int, out_channels: int, units: int) -> nn.Sequential:
-    """One halving unit, then ``units - 1`` units of the same size."""
+    """Make one halving unit, then ``units - 1`` units of the same size."""
     return nn.Sequential(DownUnit(in_channels, out_channels), *(Unit(out_channels) for _ in range(units - 1)))
 
 
@@ -85,7 +85,7 @@ class ShuffleNetV2(nn.Module):
 
 
 def shufflenetv2(size: float = 1.0, *, num_classes: int, input_shape: tuple[int, int, int]) -> ShuffleNetV2:
-    """ShuffleNetV2 of ``size`` 0.5, 1, 1.5 or 2; else ``ValueError``."""
+    """Make ShuffleNetV2 of ``size`` 0.5, 1, 1.5 or 2; else ``ValueError``."""
     if size not in WIDTHS:
         raise ValueError(f"size = {size} is not allowed for shufflenetv2: it must be 0.5, 1, 1.5 or 2")
     return ShuffleNetV2(WIDTHS[size], num_classes, input_shape[0])

@@ -53,7 +53,7 @@ class Surgery:
 
 
 def chosen_layers(layers: Any, total: int, keep: str = "uniform") -> list[int]:
-    """Which of ``total`` layers are kept, in order. ``ValueError`` for what is not there.
+    """Choose which of ``total`` layers are kept, in order. ``ValueError`` for what is not there.
 
     ``layers``: a number of them, or their numbers; None: all.
     """
@@ -142,7 +142,7 @@ def _attention(made: Any, config: Any, surgery: Surgery) -> None:
 
 
 def _inner(config: Any) -> int:
-    """The width of the feed-forward layers; 0 where the configuration does not say."""
+    """Return the width of the feed-forward layers; 0 where the configuration does not say."""
     return next((getattr(config, name) for name in INNER if getattr(config, name, None)), 0)
 
 
@@ -166,7 +166,7 @@ def _copy(teacher: nn.Module, student: nn.Module, kept: Sequence[int], surgery: 
 
 
 def _stack(network: nn.Module) -> str:
-    """The name of the list of layers."""
+    """Find the name of the list of layers."""
     total: int = network.config.num_hidden_layers  # type: ignore[union-attr, assignment]
     found = [n for n, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
     if not found:
@@ -225,7 +225,7 @@ class _Cut:
         raise ValueError(f"{module} cannot be cut from {have} to {want}: it is not known what this width is of")
 
     def _heads(self, module: str, have: int, want: int) -> Tensor:
-        """The heads with the largest output weights, those of one key and value together."""
+        """Choose the heads with the largest output weights, those of one key and value together."""
         layer = ".".join(module.split(".")[: self.stack.count(".") + 2])
         out = next(
             (m for n, m in self.teacher.named_modules() if n.startswith(f"{layer}.") and HEADS_IN.search(n)), None
@@ -253,5 +253,5 @@ class _Cut:
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """The places of the largest scores, in order."""
+    """Return the places of the largest scores, in order."""
     return scores.topk(count).indices.sort().values

@@ -25,7 +25,7 @@ def timm_model(
     prune: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The timm network ``name``, for example ``resnet18`` or ``vit_tiny_patch16_224.augreg_in21k_ft_in1k``.
+    """Make the timm network ``name``, for example ``resnet18`` or ``vit_tiny_patch16_224.augreg_in21k_ft_in1k``.
 
     ``num_classes``: ``None`` keeps the network's own head. ``kwargs`` go to ``timm.create_model``.
     Networks of a fixed input size (ViT, Swin, Mixer) are built for the size of the data, unless ``pretrained``.

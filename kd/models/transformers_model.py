@@ -216,7 +216,7 @@ class SentenceEncoder(nn.Module):
             self.stages = ()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        """The embeddings (rows, width)."""
+        """Return the embeddings (rows, width)."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         return self.pooled(hidden[:, 0] if self.pooling == "cls" else mean_of_positions(hidden, attention_mask))
 
@@ -225,7 +225,7 @@ class SentenceEncoder(nn.Module):
 
 
 def library_network(network: nn.Module) -> Any:
-    """The network of transformers inside of what the run trains; None where it is none."""
+    """Return the network of transformers inside of what the run trains; None where it is none."""
     inner = network.encoder if isinstance(network, SentenceEncoder) else network
     if hasattr(inner, "peft_config"):
         inner = inner.get_base_model()  # type: ignore[operator]
@@ -235,7 +235,7 @@ def library_network(network: nn.Module) -> Any:
 
 
 def description(network: nn.Module) -> dict[str, Any] | None:
-    """A node that makes the same network with random weights, from nothing but itself; None of another network.
+    """Return a node that makes the same network with random weights, from nothing but itself; None of another network.
 
     It is written into weights files, so that they need neither the folder nor the teacher that it was made from.
     """
@@ -261,13 +261,13 @@ def description(network: nn.Module) -> dict[str, Any] | None:
 
 
 def _names(auto: Any) -> set[str]:
-    """The names of the classes that a factory makes; none of them is imported for it."""
+    """Return the names of the classes that a factory makes; none of them is imported for it."""
     listed = auto._model_mapping._model_mapping.values()
     return {name for made in listed for name in (made if isinstance(made, (tuple, list)) else (made,))}
 
 
 def _plain(value: Any) -> Any:
-    """A value of a configuration as plain Python containers."""
+    """Return a value of a configuration as plain Python containers."""
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, (set, frozenset)):
@@ -276,6 +276,6 @@ def _plain(value: Any) -> Any:
 
 
 def merged(network: nn.Module) -> Any:
-    """A copy of the network of transformers with its low-rank matrices added to its weights, as it is deployed."""
+    """Copy the network of transformers with its low-rank matrices added to its weights, as it is deployed."""
     wrapped: Any = network.encoder if isinstance(network, SentenceEncoder) else network
     return copy.deepcopy(wrapped).merge_and_unload() if hasattr(wrapped, "peft_config") else wrapped

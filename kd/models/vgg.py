@@ -23,7 +23,7 @@ CONVOLUTIONS = {  # depth: convolutions in each of the five groups; the linear l
 
 
 def group(in_channels: int, out_channels: int, convolutions: int) -> nn.Sequential:
-    """(N, in, H, W) -> (N, out, H, W); the last module is the ReLU."""
+    """Make layers (N, in, H, W) -> (N, out, H, W); the last module is the ReLU."""
     layers = nn.Sequential()
     for _ in range(convolutions):
         layers.extend([nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()])

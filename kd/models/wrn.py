@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 def group(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
-    """``blocks`` blocks of one resolution; the first one has the stride."""
+    """Make ``blocks`` blocks of one resolution; the first one has the stride."""
     first = Block(in_channels, out_channels, stride)
     return nn.Sequential(first, *(Block(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
@@ -64,7 +64,7 @@ class WideResNet(nn.Module):
 
 
 def wrn(depth: int, width: int, *, num_classes: int, input_shape: tuple[int, int, int]) -> WideResNet:
-    """WRN-depth-width: three groups of (depth - 4) / 6 blocks with 16, 32 and 64 times ``width`` channels.
+    """Make WRN-depth-width: three groups of (depth - 4) / 6 blocks with 16, 32 and 64 times ``width`` channels.
 
     Raises ``ValueError`` when the depth is not 6n + 4 or the width is below 1.
     """

@@ -18,7 +18,7 @@ def cores() -> int:
 
 
 def refuse_missing(hardware: Mapping[str, Any], gpus: int | None = None) -> None:
-    """``KdError`` when a run that kd starts wants more GPUs than there are, or more processes on the CPU than cores.
+    """Raise ``KdError`` when a run that kd starts wants more GPUs than there are, or more CPU processes than cores.
 
     ``gpus``: how many there are; null: torch is asked, and imported, where that matters. Two processes may share one
     core: ``hardware=ddp_cpu`` is there to try what several GPUs will do.

@@ -37,12 +37,12 @@ def joined() -> bool:
 
 
 def world_size() -> int:
-    """Processes of this run."""
+    """Count the processes of this run."""
     return dist.get_world_size() if joined() else 1
 
 
 def rank() -> int:
-    """Number of this process; 0 writes the record."""
+    """Return the number of this process; 0 writes the record."""
     return dist.get_rank() if joined() else 0
 
 
@@ -180,7 +180,7 @@ def shares(rows: int, labelled: Tensor, samples: int, mask: Tensor | None = None
 
 
 def longest(length: int, device: torch.device) -> int:
-    """The largest of the processes' numbers, of positions of a batch for one: each pads to its own longest sample."""
+    """Find the largest of the processes' numbers, as of positions of a batch: each pads to its own longest sample."""
     if not joined():
         return length
     found = torch.tensor(length, device=device)
@@ -243,7 +243,7 @@ def ignore_in_ddp(module: nn.Module, teacher: str | None, objective: str) -> Non
 
 
 def shard(networks: list[nn.Module], mesh: Any) -> None:
-    """FSDP2: each process keeps its part of every parameter, and the whole of one block only while it runs.
+    """Shard by FSDP2: each process keeps its part of every parameter, and the whole of one block only while it runs.
 
     ``networks``: modules that are called themselves; their blocks, the children with children of their own, are
     gathered one after the other, the rest with the network. In place: names, hooks and state dict keys stay.

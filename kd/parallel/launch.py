@@ -205,7 +205,7 @@ def _outcome(answers: Mapping[int, dict[str, Any]], processes: Sequence[subproce
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM, which schedulers and ``kill`` send, ends this process as Ctrl-C does, and its children with it."""
+    """Let SIGTERM, which schedulers and ``kill`` send, end this process as Ctrl-C does, and its children with it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -97,7 +97,7 @@ class Generations:
                 raise KdError(f"{self.partial}, line {number}, is not what kd generate writes: move it away") from None
 
     def _whole_lines(self) -> list[bytes]:
-        """The lines of the partial file; one that a kill cut off is taken out of it."""
+        """Read the lines of the partial file; one that a kill cut off is taken out of it."""
         content = self.partial.read_bytes() if self.partial.exists() else b""
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
@@ -219,7 +219,7 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 
 def _object(text: bytes) -> dict[str, Any] | None:
-    """A JSON object; None for anything else."""
+    """Read a JSON object; None for anything else."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -69,12 +69,12 @@ def _whole_file(kind: int) -> bytes:
 
 
 def this_process() -> dict[str, Any]:
-    """This process, for the record of a run: a lock goes with its file, when that is deleted or moved."""
+    """Describe this process, for the record of a run: a lock goes with its file, when that is deleted or moved."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
 
 
 def alive(process: Any) -> bool:
-    """Whether another process than this one, written down by :func:`this_process`, lives on this host.
+    """Tell whether another process than this one, written down by :func:`this_process`, lives on this host.
 
     False where that is not known, as of other hosts and without ``/proc``.
     """
@@ -85,7 +85,7 @@ def alive(process: Any) -> bool:
 
 
 def _began(pid: Any) -> int | None:
-    """When a process began, in ticks since the machine did: numbers of processes come again. None of a dead one."""
+    """Say when a process began, in ticks since the machine did: numbers of processes come again. None of a dead one."""
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return int(numbers[18]) if state not in "ZX" else None

@@ -29,7 +29,7 @@ PLACES_OF_ANSWERS = ("folder", "path", "verify")  # of its options, those that s
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Twelve hex digits that runs of the same experiment share.
+    """Return twelve hex digits that runs of the same experiment share.
 
     Left out: seeds, names, paths, loggers, where the teacher's answers are kept, and of the hardware all that does not
     change the result. A teacher's run directory counts by the hash of its own experiment.
@@ -189,7 +189,7 @@ def from_python(config: Mapping[str, Any]) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+    """Replace NaN by null: JSON has none."""
     if isinstance(value, Mapping):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -65,7 +65,10 @@ def _known(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def fingerprint(record: Mapping[str, Any], targets: Collection[str]) -> str:
-    """Twelve hex digits of the code with which a run of this record ran these targets; "" for none, or not known."""
+    """Hash to twelve hex digits the code with which a run of this record ran these targets.
+
+    "" for none, or not known.
+    """
     there = {target: code for target, code in _known(record).items() if target in targets}
     return hashlib.sha256(json.dumps(there, sort_keys=True).encode()).hexdigest()[:12] if there else ""
 
@@ -149,7 +152,7 @@ Imports = tuple[tuple[int, str], ...]  # leading dots, dotted name
 
 
 def _read(file: str) -> tuple[str | None, Imports]:
-    """Twelve hex digits of a file's code, and what it imports; None and nothing when it cannot be read."""
+    """Return twelve hex digits of a file's code, and what it imports; None and nothing when it cannot be read."""
     try:
         about = os.stat(file)
         return _parsed(file, about.st_mtime_ns, about.st_size)

@@ -72,7 +72,7 @@ def same_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
 
 
 def refuse_another(run_dir: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """``KdError`` when the two configs are not of the same experiment and seed; names the keys that differ."""
+    """Raise ``KdError`` when the two configs are not of the same experiment and seed; it names the keys that differ."""
     if same_run(there, here):
         return
     if gone := weight_files.absent(here):

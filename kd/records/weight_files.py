@@ -71,7 +71,10 @@ def source_of(checkpoint: str | Path, epoch: str | None) -> dict[str, Any]:
 
 
 def recorded_of(file: Path) -> dict[str, Any]:
-    """What the record beside a file of a run says of its student; empty for other files, or a run that did not end."""
+    """Read what the record beside a file of a run says of its student.
+
+    Empty for other files, or a run that did not end.
+    """
     try:
         return dict(record.read(file.parent)["student"][epoch_of(file)])
     except (KdError, KeyError, TypeError, ValueError):
@@ -149,7 +152,7 @@ def _fingerprint_at(path: str, epoch: str | None) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _fingerprint(file: Path, changed: int, size: int) -> str:
-    """Twelve hex digits of a file's content; read again only when the file has changed.
+    """Hash a file's content to twelve hex digits; read again only when the file has changed.
 
     Of safetensors without the metadata: the same weights may say other things about themselves.
     """
@@ -163,7 +166,7 @@ def _fingerprint(file: Path, changed: int, size: int) -> str:
 
 
 def _header(content: BinaryIO) -> bytes:
-    """Names, types, shapes and places of the tensors of a safetensors file; nothing of one that is broken."""
+    """Read names, types, shapes and places of the tensors of a safetensors file; nothing of one that is broken."""
     try:
         length = int.from_bytes(content.read(8), "little")
         header = json.loads(content.read(length))

@@ -77,7 +77,7 @@ def study_of(name: str, found: Sequence[Found], base: Path) -> tuple[Study, pd.D
 
 
 def _refuse_mixed(name: str, frame: pd.DataFrame) -> None:
-    """``KdError`` for runs of tasks that measure other things: they stand in no one table."""
+    """Raise ``KdError`` for runs of tasks that measure other things: they stand in no one table."""
     done = finished(frame)
     mains = {row: metrics_of(part)[0].name for row, part in done.groupby("row", sort=False)}
     different = list(dict.fromkeys(mains.values()))
@@ -135,7 +135,7 @@ def _records(found: Sequence[Found]) -> list[dict[str, Any]]:
 
 
 def _by_teacher(found: Sequence[Found]) -> list[Found]:
-    """Runs of one group that had other teachers in the same place are others: they get a row of their own."""
+    """Give runs of one group that had other teachers in the same place a row of their own: they are others."""
     there = list(map(_teacher, _records(found)))
     seen: dict[tuple[str, str], set[str]] = {}
     for run, (place, what) in zip(found, there, strict=True):
@@ -154,7 +154,7 @@ def _teacher(there: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _by_code(found: Sequence[Found]) -> list[Found]:
-    """Runs of the user's own code that was other code in others of them are told apart by it, whatever their values."""
+    """Tell runs of the user's own code apart by it where it was other code in others of them, whatever their values."""
     there = _records(found)
     mixed = sources.mixed(there)
     marks = [sources.fingerprint(one, mixed) for one in there]

@@ -73,7 +73,7 @@ class SelectedWeights(Callback):
             self.unwritten = {}
 
     def read(self) -> dict[str, torch.Tensor]:
-        """The selected weights from their file. ``KdError`` when it holds others."""
+        """Read the selected weights from their file. ``KdError`` when it holds others."""
         self.write()
         if self.run_dir is None:
             return self.unwritten
@@ -83,12 +83,12 @@ class SelectedWeights(Callback):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint: a resumed run must not forget its best."""
+        """Return what goes into the checkpoint: a resumed run must not forget its best."""
         where = {"epoch": self.epoch, "step": self.step}
         return {"best": self.best, **where, "digest": self.digest, "metrics": self.metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Take back what was put into the checkpoint."""
         self.best, self.epoch, self.digest = state["best"], state["epoch"], state.get("digest")
         self.step, self.metrics = state.get("step"), state.get("metrics", {})
 
@@ -169,7 +169,7 @@ class WallClock(Callback):
         self.start = time.perf_counter() - earlier
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return what goes into the checkpoint."""
         return {"seconds": time.perf_counter() - self.start}
 
 
@@ -219,15 +219,15 @@ class StopOnSigterm(Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Lightning's handler has been set a moment ago."""
+        """Replace Lightning's handler, which has been set a moment ago."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """The same, of ``trainer.validate``."""
+        """Do the same for ``trainer.validate``."""
         self.on_train_start(trainer, module)
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """The same, of ``trainer.test``."""
+        """Do the same for ``trainer.test``."""
         self.on_train_start(trainer, module)
 
 
@@ -240,7 +240,7 @@ def standard(
     resumable: bool = True,
     bar: bool = True,
 ) -> list[Callback]:
-    """The callbacks of every run: selected weights, the checkpoint to resume from, and progress.
+    """Make the callbacks of every run: selected weights, the checkpoint to resume from, and progress.
 
     ``earlier``: seconds that a resumed run has taken before; ``in_steps``: its length is in steps; ``resumable``:
     whether there is a checkpoint to go on from; ``bar``: whether a terminal shows one.

@@ -112,13 +112,13 @@ def _refuse_fetching(node: Mapping[str, Any], source: str) -> None:
 
 
 def _without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The node of a network that fetches no weights: they are in the file. The default of transformers' is to fetch."""
+    """Let the node of a network fetch no weights: they are in the file. The default of transformers' is to fetch."""
     timm_flag = str(node["_target_"]).startswith(("kd.models.", "timm.")) and "pretrained" in node
     return {**node, "pretrained": False} if timm_flag or node["_target_"] == OF_TRANSFORMERS else dict(node)
 
 
 def _refuse_more(node: Any, source: str) -> None:
-    """Of our own factory of transformers' networks: nothing but a configuration, without a place to fetch from."""
+    """Refuse, of our own factory of transformers' networks, all but a configuration without a place to fetch from."""
     for _, part in targets(node):
         if part["_target_"] != OF_TRANSFORMERS:
             continue

@@ -40,13 +40,13 @@ class Ending(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint, which is written after the other callbacks have decided."""
+        """Return what goes into the checkpoint, which is written after the other callbacks have decided."""
         if self._trainer is not None:
             self.note(self._trainer)
         return {"stopped": self.stopped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Take back what was put into the checkpoint."""
         self.stopped = state["stopped"]
 
     def note(self, trainer: L.Trainer) -> None:

@@ -56,7 +56,7 @@ def _strategy(hardware: Mapping[str, Any], module: Any) -> Any:
 
 
 def compile_networks(config: Mapping[str, Any], module: Any) -> None:
-    """``torch.compile`` the networks in place: names in their state dicts stay what they are."""
+    """Compile the networks in place with ``torch.compile``: names in their state dicts stay what they are."""
     hardware = settings(config)
     if hardware["compile"] is None:
         return

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def config_changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """What differs between a run's config and its record, as ``seed = 7, 0 in result.json``; "" when nothing does.
+    """Say what differs between a run's config and its record, as ``seed = 7, 0 in result.json``; "" when nothing does.
 
     "" as well where that is not known: the hash counts what the run read, which is gone or other weights now.
     """
@@ -33,7 +33,7 @@ def config_changed(config: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 
 def read_weights(path: str | Path, epoch: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As :func:`kd.run.weights.read`; ``KdError`` for weights of a finished run that are not those of its record."""
+    """Read as :func:`kd.run.weights.read`; ``KdError`` for weights of a finished run that are not its record's."""
     from kd.run import weights  # start-up: torch
 
     file = weight_files.locate(path, epoch)

@@ -31,7 +31,7 @@ class Plain(Term):
         self.function = function
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """What the function returns."""
+        """Return what the function returns."""
         return self.function(student, teacher, batch)
 
 
@@ -75,7 +75,7 @@ def _node(name: str, value: Any) -> dict[str, Any]:
 
 
 def _file(name: str) -> dict[str, Any]:
-    """The node of ``conf/loss/NAME.yaml``."""
+    """Read the node of ``conf/loss/NAME.yaml``."""
     options = composition.options("loss", [composition.CONF])
     if name not in options:
         raise KdError(
@@ -103,7 +103,7 @@ def described(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def _of_term(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The class of a term that was given as an object, and the settings among its attributes."""
+    """Return the class of a term that was given as an object, and the settings among its attributes."""
     if "term" not in node:
         return {}
     term = node["term"]

@@ -221,7 +221,7 @@ def _in_use(run_dir: Path) -> Iterator[None]:
 
 
 def _refuse_second(run_dir: Path) -> None:
-    """Of a lock file that was deleted or moved while a run trains, a second process would lock another one."""
+    """Refuse a second process: where the lock file was deleted or moved while a run trains, it would lock another."""
     there = record.read(run_dir) if (run_dir / record.FILE).exists() else {}
     if there.get("status") == "running" and lock.alive(there.get("process")):
         raise KdError(f"{run_dir} is in use: process {there['process']['pid']} trains in it")

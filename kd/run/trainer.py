@@ -133,7 +133,7 @@ def carry_out(
 
 
 def _of_recipe(recipe: dict[str, Any]) -> list[L.Callback]:
-    """The callbacks that a recipe asks for: an average of the student, what of it is frozen, and until when."""
+    """Make the callbacks that a recipe asks for: an average of the student, what of it is frozen, and until when."""
     average = [AverageStudent(**recipe["ema"])] if recipe["ema"] else []
     frozen = [FrozenBody(recipe["frozen_body"])] if recipe["frozen_body"] else []
     norms = [FrozenNorms()] if recipe["frozen_norms"] else []
@@ -141,14 +141,14 @@ def _of_recipe(recipe: dict[str, Any]) -> list[L.Callback]:
 
 
 def _chosen(config: dict[str, Any], protocol: dict[str, Any], module: Distiller) -> list[L.Callback]:
-    """The callbacks of the config; those that watch a metric are given its direction."""
+    """Make the callbacks of the config; those that watch a metric are given its direction."""
     metrics = {name: module.task.metric(name) for name in module.task.names(module.comparable)}
     better = {f"val/{name}": metric.better for name, metric in metrics.items() if metric is not None}
     return build.callbacks(config, protocol, better)
 
 
 def _latency(module: Distiller, role: str, example: Any) -> dict[str, float]:
-    """Milliseconds of a pass of student or teacher; nothing of sharded ones."""
+    """Measure the milliseconds of a pass of student or teacher; nothing of sharded ones."""
     network: Any = {"student": module.deployed, "teacher": module.teacher}[role]
     return {} if module.sharded else {"latency_ms": cost.latency_ms(network, module.task, example)}
 
@@ -176,7 +176,7 @@ def quieten() -> None:
 def make_trainer(
     config: dict[str, Any], run_dir: Path | None, run_loggers: list[Any], hooks: list[Any], module: Distiller
 ) -> L.Trainer:
-    """Lightning's trainer for the recipe, protocol and hardware of the config."""
+    """Make Lightning's trainer for the recipe, protocol and hardware of the config."""
     recipe, protocol = settings(config), complete_protocol(config)
     machine = hardware.trainer_arguments(config, module)
     selected = next((h for h in hooks if isinstance(h, callbacks.SelectedWeights)), None)
@@ -228,7 +228,7 @@ def _place(stopped: dict[str, Any]) -> tuple[int, int]:
 
 
 def selection(protocol: dict[str, Any], module: Distiller) -> dict[str, Any]:
-    """The protocol with the metric that picks the checkpoint, and its direction; by default the task's first metric.
+    """Complete the protocol with the metric that picks the checkpoint, and its direction; by default the task's first.
 
     ``KdError`` for a metric that this run will not measure, before the first epoch. Where no term reads what the
     metrics are made of, none picks: the last epoch is the selected one.

@@ -155,7 +155,7 @@ class Engine:
         return missing
 
     def _check_room(self, ordered: Sequence[Sequence[Job]], missing: Mapping[str, Mapping[str, Any]]) -> None:
-        """``KdError`` when the local launcher has no room for a later wave: not found out after the first."""
+        """Raise ``KdError`` when the local launcher has no room for a later wave: not found out after the first."""
         launcher: Any = self.launcher
         for wave in ordered if hasattr(launcher, "at_once") else ():
             if needs := [missing[job.name]["hardware"] for job in wave if job.name in missing]:

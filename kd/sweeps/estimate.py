@@ -87,7 +87,7 @@ def show(engine: Engine, study: Study, jobs: Sequence[Job]) -> None:
 
 
 def makespan(jobs: Sequence[Job], seconds: Mapping[str, float], together: int) -> float:
-    """Seconds until the last job has ended, so many at once: wave after wave, as :meth:`Engine.run` does it.
+    """Return seconds until the last job has ended, so many at once: wave after wave, as :meth:`Engine.run` does it.
 
     Each job is begun when a slot is free, in the order of the list. A job that is not in ``seconds`` does not run.
     """
@@ -136,7 +136,7 @@ def _timed(line: Line, directory: Path, configs: Mapping[str, Mapping[str, Any]]
 
 
 def trained(run_dir: Path, found: Mapping[str, Any]) -> float:
-    """Seconds that a finished run needed, without those in which its process was stopped, or waited to be resumed.
+    """Count the seconds of a finished run, without those in which its process was stopped, or waited to be resumed.
 
     Its log has the moment at which each epoch ended: a pause of ten epochs was no training. Without such moments it is
     the wall clock.
@@ -187,7 +187,7 @@ def _without(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 def _without_missing(
     config: dict[str, Any], directory: Path, configs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Runs that are still to come are stood for by their networks, with random weights."""
+    """Replace runs that are still to come by their networks, with random weights."""
     student, teacher = dict(config["student"]), dict(config["teacher"])
     if student["checkpoint"] is not None and not Path(student["checkpoint"]).exists():
         student["checkpoint"] = None
@@ -207,7 +207,7 @@ def _texts(node: Any) -> Iterator[str]:
 
 
 def time_steps(config: dict[str, Any], threads: int) -> tuple[int, float, float]:
-    """Steps of an epoch, seconds of one, and seconds until the first; nothing is kept.
+    """Measure steps of an epoch, seconds of one, and seconds until the first; nothing is kept.
 
     Of a run of several processes it is the part of one, without what they have to say to each other.
     """

@@ -54,7 +54,7 @@ def complete(study: Study, outcomes: Sequence[Outcome], launcher: Any) -> list[s
 
 
 def check(study: Study, engine: Engine, jobs: Sequence[Job]) -> None:
-    """``KdError`` for an evaluation that will not work: before the first run, not after the last."""
+    """Raise ``KdError`` for an evaluation that will not work: before the first run, not after the last."""
     if all(state_of(engine.directory / job.name).status == FINISHED for job in jobs):
         return
     firsts: dict[str, Job] = {}
@@ -119,7 +119,7 @@ def _child(study: Study, run_dir: Path, wanted: Sequence[Evaluation], slots: Seq
 
 
 def evaluate(run_dir: Path, evaluation: Evaluation, epoch: str) -> dict[str, float]:
-    """Metrics of a run's student (``epoch`` "last" or "selected") on test, under the evaluation's changes.
+    """Compute metrics of a run's student (``epoch`` "last" or "selected") on test, under the evaluation's changes.
 
     With ``bias``: the accuracy, ``class_I`` and the ``bias`` itself, an amount of logits.
     """

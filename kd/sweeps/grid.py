@@ -87,7 +87,7 @@ def axis(override: Override) -> tuple[str, list[str | None]]:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """For each key the fewest last parts that no other key ends with: ``loss.kd.temperature`` is ``temperature``."""
+    """Give each key the fewest last parts that no other key ends with: ``loss.kd.temperature`` is ``temperature``."""
     names = {}
     for key in keys:
         parts = key.lstrip("+").split(".")
@@ -100,7 +100,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def directory_name(values: dict[str, str]) -> str:
-    """``loss-ce+kd_seed-0``: no character that a shell or Hydra would want quoted."""
+    """Name the directory, as ``loss-ce+kd_seed-0``: no character that a shell or Hydra would want quoted."""
     parts = []
     for key, value in values.items():
         inner = re.sub(r"\s*,\s*", "+", value.strip("[]'\"/ "))  # a minus in front stays: -1 is not 1

@@ -46,7 +46,7 @@ ERROR = "error"  # as kd.deploy.candidates, which is not imported here: it needs
 
 
 def check(limits: Any, prices: Any) -> None:
-    """``KdError`` for a limit that there is not, a value that is none, or money without prices by the hour."""
+    """Raise ``KdError`` for a limit that there is not, a value that is none, or money without prices by the hour."""
     if limits is None:
         return
     if not isinstance(limits, Mapping) or not limits:

@@ -61,7 +61,7 @@ class Settings:
 
 
 def objectives(settings: Settings, base: Mapping[str, Any]) -> dict[str, Direction]:
-    """Measure → direction, for the config of a trial; the first one counts most in the table.
+    """Map measure to direction, for the config of a trial; the first one counts most in the table.
 
     ``KdError`` for a measure that the record does not have, one of the test split, or a pruner that cannot compare it.
     """

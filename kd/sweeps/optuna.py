@@ -91,7 +91,7 @@ class Search:
         trials.write_settings(engine.directory, needed)
 
     def _refuse_another(self) -> None:
-        """``KdError`` when the storage holds another search of this name; else remember what this one is."""
+        """Raise ``KdError`` when the storage holds another search of this name; else remember what this one is."""
         directory, where = self.engine.directory, self.space
         plan = {"fixed": list(where.fixed), "space": [*where.spelling.values()], "objectives": [*self.objectives]}
         if self.settings.limits:

@@ -17,7 +17,7 @@ from kd.sweeps import pool
 
 
 def refuse_missing_hardware(hardware: Mapping[str, Any]) -> None:
-    """``KdError`` when this machine has fewer GPUs, or cores, than a job of this hardware section takes."""
+    """Raise ``KdError`` when this machine has fewer GPUs, or cores, than a job of this hardware section takes."""
     if found := len(gpus()):
         refuse_missing(hardware, found)
     elif hardware["accelerator"] in GPU:  # others than NVIDIA's, which torch knows: asked in a process of its own
@@ -27,7 +27,7 @@ def refuse_missing_hardware(hardware: Mapping[str, Any]) -> None:
 
 
 def refuse_unbuildable(configs: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
-    """``KdError`` when a job could not start: its weights are nowhere, or a term needs a teacher that is not given.
+    """Raise ``KdError`` if a job cannot start: its weights are nowhere, or a term needs a teacher that is not given.
 
     Runs of ``directory`` count as there: they may be jobs of before.
     """
@@ -48,7 +48,7 @@ def _check_objectives(configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def refuse_duplicates(configs: Mapping[str, Mapping[str, Any]], kind: str = "sweep") -> None:
-    """``KdError`` when two jobs are the same run: a value listed twice, two spellings of one number, two equal rows."""
+    """Raise ``KdError`` if two jobs are one run: a value listed twice, two spellings of one number, two equal rows."""
     seen: dict[str, str] = {}
     for name, config in configs.items():
         rest = {k: v for k, v in config.items() if k not in ("name", "tags", "notes", "logger")}
@@ -68,7 +68,7 @@ def _duplicate_rows(one: str, other: str, seed: int) -> str:
 
 
 def refuse_unwritable(directory: Path) -> None:
-    """``KdError`` when the sweep's directory cannot be made or written, found out without writing."""
+    """Raise ``KdError`` when the sweep's directory cannot be made or written, found out without writing."""
     there = next(folder for folder in (directory, *directory.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "no permission, or a read-only disk" if there.is_dir() else "it is a file"
@@ -82,7 +82,7 @@ def advice(sentence: str) -> str:
 
 
 def name_jobs(jobs: Sequence[Job], kind: str) -> str:
-    """``lr=0.1 seed=0 and 3 more``, or the rows of a study."""
+    """Name jobs: ``lr=0.1 seed=0 and 3 more``, or the rows of a study."""
     study = kind == "study"
     names = list(dict.fromkeys(job.name.partition("/")[0] if study else job.label for job in jobs))
     some = ", ".join(names[: 3 if study else 1])

@@ -77,7 +77,7 @@ def sweep(
 
 
 def refuse_mixed(study: Study, engine: Engine, jobs: Sequence[Job], arguments: Sequence[str]) -> None:
-    """``KdError`` when the report would mix in runs that were made otherwise: of rows that are not planned now."""
+    """Raise ``KdError`` if the report would mix in runs that were made otherwise: of rows that are not planned now."""
     planned = {job.name for job in jobs}
     hashes: dict[str, str] = {}  # of a row, the same for all its seeds
     for job in plan(study, engine.directory, (), None, arguments):
@@ -160,7 +160,7 @@ def _refuse_swept(arguments: Sequence[str]) -> None:
 
 
 def _write_results(study: Study, engine: Engine, outcomes: Sequence[Outcome], kept: Path | None) -> None:
-    """``results.csv`` and the report, of all runs that are there.
+    """Write ``results.csv`` and the report, of all runs that are there.
 
     ``kept``: the results in the study's own folder, written once nothing is missing; None when these runs are of other
     seeds or another recipe, or the folder is the installed package's.

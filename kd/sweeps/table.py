@@ -40,7 +40,7 @@ def relative(directory: Path) -> Path:
 
 
 def show(outcomes: Sequence[Outcome], objectives: Mapping[str, str] | None = None) -> None:
-    """Best validation first, by ``protocol.monitor`` or the first of the objectives; then what did not finish.
+    """Print best validation first, by ``protocol.monitor`` or the first of the objectives; then what did not finish.
 
     ``objectives``: measure → "maximize" or "minimize".
     """

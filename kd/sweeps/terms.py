@@ -47,7 +47,7 @@ class Terms:
 
 
 def term_of(override: str) -> str | None:
-    """``kd`` of ``loss.kd.temperature=4``; None for other keys."""
+    """Return ``kd`` of ``loss.kd.temperature=4``; None for other keys."""
     section, _, rest = key_of(override).partition(".")
     return rest.partition(".")[0] if section == "loss" and rest else None
 

@@ -31,10 +31,10 @@ class Meter(nn.Module, ABC):
 
     @abstractmethod
     def compute(self, with_teacher: bool) -> dict[str, float]:
-        """The metrics by name over all processes; with those beside a teacher or without."""
+        """Compute the metrics by name over all processes; with those beside a teacher or without."""
 
     def per_class(self) -> list[float]:
-        """The main metric for each class; empty where the task has none."""
+        """Return the main metric for each class; empty where the task has none."""
         return []
 
 
@@ -65,7 +65,7 @@ class Task(ABC):
     needs_logits: bool = True
 
     def rows(self, batch: Batch) -> Batch:
-        """The batch with one target a row: shift, mask and flatten here, once. An image is a row as it stands."""
+        """Give the batch one target a row: shift, mask and flatten here, once. An image is a row as it stands."""
         return batch
 
     def answer(self, network: nn.Module, inputs: Any, batch: Batch, want: Want) -> Output:
@@ -78,7 +78,7 @@ class Task(ABC):
         return Output(self.logits(raw), raw=None if isinstance(raw, Tensor) else raw)
 
     def logits(self, raw: Any) -> Tensor | None:
-        """The logits in what a network returned, None if there are none."""
+        """Find the logits in what a network returned, None if there are none."""
         if isinstance(raw, Mapping):
             return raw.get("logits")
         if isinstance(raw, (tuple, list)):
@@ -105,12 +105,12 @@ class Task(ABC):
             raise KdError(f"the student answers {found['student']} outputs a row, the teacher {found['teacher']}")
 
     def comparable(self, student: Output, teacher: Output) -> bool:
-        """Whether the outputs of a dry pass mean the same, so that the two networks can be measured side by side."""
+        """Tell whether the outputs of a dry pass mean the same, so that both networks can be measured side by side."""
         both = student.has_logits and teacher.has_logits
         return both and student.logits.shape[-1] == teacher.logits.shape[-1]
 
     def labelled(self, batch: Batch) -> Tensor:
-        """Number of labelled rows of a batch that has been through :meth:`rows`, 0-d."""
+        """Count the labelled rows of a batch that has been through :meth:`rows`, 0-d."""
         targets = batch.targets
         if targets is None:
             return torch.zeros((), dtype=torch.int64, device=batch.device)
@@ -119,7 +119,7 @@ class Task(ABC):
         return (targets != UNLABELLED).sum()
 
     def count(self, student: Output, batch: Batch) -> list[Tensor]:
-        """Sums over the labelled rows for the training curves, in the order of ``counts``, 0-d each.
+        """Return sums over the labelled rows for the training curves, in the order of ``counts``, 0-d each.
 
         A few kernels, no synchronisation. A task that must not make logits in training returns nothing.
         """
@@ -127,16 +127,16 @@ class Task(ABC):
 
     @abstractmethod
     def meter(self, classes: int | None) -> Meter:
-        """A fresh meter for one pass; ``classes``: outputs of a row, None where that means nothing."""
+        """Make a fresh meter for one pass; ``classes``: outputs of a row, None where that means nothing."""
 
     def doubt(self, measured: Mapping[str, float], recorded: Mapping[str, float], classes: int | None) -> str:
-        """The end of a sentence on a teacher whose metrics are not what they should be; "" when nothing is wrong."""
+        """Return the end of a sentence on a teacher whose metrics are not what they should be; "" if all is right."""
         return ""
 
     def metric(self, name: str) -> Metric | None:
-        """A metric by its name."""
+        """Find a metric by its name."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
     def names(self, with_teacher: bool) -> list[str]:
-        """The names of the metrics of a split."""
+        """Return the names of the metrics of a split."""
         return [m.name for m in self.metrics if with_teacher or not m.beside_teacher]

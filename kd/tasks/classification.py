@@ -54,7 +54,7 @@ class Classification(Task):
         return [(hit & labelled).sum() for hit in found]
 
     def meter(self, classes: int | None) -> ClassificationMeter:
-        """A fresh meter for one pass over a split of so many classes."""
+        """Make a fresh meter for one pass over a split of so many classes."""
         if classes is None:
             raise ValueError("task = classification needs to know the number of classes")
         return ClassificationMeter(classes, self.ece_bins, self.names)
@@ -77,7 +77,7 @@ class Classification(Task):
 
 
 def hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the true class is the answer, and whether it is among five: (rows, classes), (rows,) → 2 × (rows,) bool.
+    """Tell whether the true class is the answer, and whether among five: (rows, classes), (rows,) → 2 × (rows,) bool.
 
     The answer is ``argmax``: of classes with equal logits the first one, in torch as in numpy and in what is deployed.
     To count ties against the true class took up to 0.14 points from the top-1 of half precision, where they are many,
@@ -108,7 +108,7 @@ class ClassificationMeter(Meter):
         self.add(student.logits, batch.targets, teacher.logits if teacher is not None else None)
 
     def add(self, student: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:
-        """The same, from logits."""
+        """Add the same, from logits."""
         student = student.float()
         answer, (right, near) = student.argmax(1), hits(student, targets)
         self.acc1.update(right.float())
@@ -123,7 +123,7 @@ class ClassificationMeter(Meter):
             self.kl.update(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1))
 
     def compute(self, with_teacher: bool) -> dict[str, float]:
-        """``acc1, acc5, nll, ece`` as fractions (0…1; NLL in nats), and ``agreement, kl`` beside a teacher."""
+        """Return ``acc1, acc5, nll, ece`` as fractions (0…1; NLL in nats), and ``agreement, kl`` beside a teacher."""
         return {name: float(getattr(self, name).compute()) for name in self.names(with_teacher)}
 
     def per_class(self) -> list[float]:

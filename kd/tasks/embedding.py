@@ -53,15 +53,15 @@ class Embedding(Task):
         """Take any two widths: what compares them has an adapter."""
 
     def comparable(self, student: Output, teacher: Output) -> bool:
-        """Whether both answer with an embedding."""
+        """Tell whether both answer with an embedding."""
         return student.has_logits and teacher.has_logits
 
     def labelled(self, batch: Batch) -> Tensor:
-        """No row has a label."""
+        """Count none: no row has a label."""
         return torch.zeros((), dtype=torch.int64, device=batch.device)
 
     def meter(self, classes: int | None) -> EmbeddingMeter:
-        """A fresh meter for one pass."""
+        """Make a fresh meter for one pass."""
         return EmbeddingMeter()
 
 

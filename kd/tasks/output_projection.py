@@ -107,7 +107,7 @@ def _intercepted(projection: nn.Module, positions: Tensor | None) -> Iterator[li
 
 
 def _checked(network: nn.Module, inputs: Mapping[str, Tensor]) -> Head | None:
-    """The output projection of a network, where it gives the network's own logits."""
+    """Return the output projection of a network, where it gives the network's own logits."""
     getter: Any = getattr(network, "get_output_embeddings", None)
     projection = getter() if callable(getter) else None
     if not isinstance(projection, nn.Module):

@@ -91,7 +91,7 @@ class QuestionAnswering(Task):
         return Output(logits.flatten(0, 1), raw=raw)
 
     def logits(self, raw: Any) -> Tensor | None:
-        """The logits of starts and ends (windows, 2, positions) in what a network returned, None if there are none."""
+        """Find the logits of starts and ends (windows, 2, positions) in what a network returned, None if none are."""
         if isinstance(raw, (tuple, list)):
             found = [part for part in raw if isinstance(part, Tensor)][:2]
         else:
@@ -109,7 +109,7 @@ class QuestionAnswering(Task):
                 )
 
     def meter(self, classes: int | None) -> AnswerMeter:
-        """A fresh meter for one pass."""
+        """Make a fresh meter for one pass."""
         return AnswerMeter(self.names, self.max_answer_length, self.no_answer_threshold)
 
     def doubt(self, measured: Mapping[str, float], recorded: Mapping[str, float], classes: int | None) -> str:
@@ -162,7 +162,7 @@ class AnswerMeter(Meter):
         self.unanswerable = bool(batch.extra["unanswerable"])
 
     def predicted(self) -> dict[int, str]:
-        """The answer to each question of this process; "" where it has none."""
+        """Return the answer to each question of this process; "" where it has none."""
         if not self.windows:
             return {}
         windows = Scored(*(torch.cat(parts).cpu() for parts in zip(*self.windows, strict=True)))
@@ -172,7 +172,7 @@ class AnswerMeter(Meter):
         return {question: "" if none else self.asked[question][0][slice(*span)] for question, none, span in answers}
 
     def compute(self, with_teacher: bool) -> dict[str, float]:
-        """The metrics by name; F1 and exact match as shares."""
+        """Compute the metrics by name; F1 and exact match as shares."""
         answers = self.predicted()
         self.texts.reset()
         self.texts.update(

@@ -29,7 +29,7 @@ class TextClassification(Classification):
     summary = ("acc1", "f1", "nll", "agreement")
 
     def meter(self, classes: int | None) -> TextClassificationMeter:
-        """A fresh meter for one pass over a split of so many classes."""
+        """Make a fresh meter for one pass over a split of so many classes."""
         if classes is None:
             raise ValueError("task = text_classification needs to know the number of classes")
         return TextClassificationMeter(classes, self.ece_bins, self.names)

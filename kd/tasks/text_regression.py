@@ -48,7 +48,7 @@ class TextRegression(Task):
                 )
 
     def meter(self, classes: int | None) -> RegressionMeter:
-        """A fresh meter for one pass."""
+        """Make a fresh meter for one pass."""
         return RegressionMeter(self.names)
 
     def doubt(self, measured: Mapping[str, float], recorded: Mapping[str, float], classes: int | None) -> str:
@@ -80,7 +80,7 @@ class RegressionMeter(Meter):
             self.teacher.update(teacher.logits.float().flatten())
 
     def compute(self, with_teacher: bool) -> dict[str, float]:
-        """The metrics by name; correlations −1 to 1, NaN where all numbers of one side are equal."""
+        """Compute the metrics by name; correlations −1 to 1, NaN where all numbers of one side are equal."""
         student, targets = _numbers(self.student), _numbers(self.targets)
         found = {
             "spearman": float(spearman_corrcoef(student, targets)),

@@ -124,7 +124,7 @@ class Tokens(Task):
             )
 
     def meter(self, classes: int | None) -> TokenMeter:
-        """A fresh meter for one pass."""
+        """Make a fresh meter for one pass."""
         return TokenMeter(self.names)
 
     def doubt(self, measured: Mapping[str, float], recorded: Mapping[str, float], classes: int | None) -> str:
@@ -182,7 +182,7 @@ class TokenMeter(Meter):
             self.kl.update(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1))
 
     def compute(self, with_teacher: bool) -> dict[str, float]:
-        """The metrics by name; no bits a byte where the data says nothing of bytes."""
+        """Compute the metrics by name; no bits a byte where the data says nothing of bytes."""
         nll = float(self.nll.compute())
         found = {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "acc1": float(self.acc1.compute())}
         if self.says_bytes:
@@ -193,7 +193,7 @@ class TokenMeter(Meter):
 
 
 def _real(batch: Batch) -> Tensor:
-    """The positions (samples, positions) that are not padding."""
+    """Mark the positions (samples, positions) that are not padding."""
     if batch.mask is not None:
         return batch.mask.bool()
     mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None

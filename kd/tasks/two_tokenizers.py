@@ -32,5 +32,5 @@ def side_by_side(student: Batch, teacher: Batch, shift: bool) -> dict[str, Any]:
 
 
 def _of_rows(values: Tensor, positions: Tensor, shift: bool) -> Tensor:
-    """Of values (samples, positions) of tokens those of the tokens that rows predict."""
+    """Select from values (samples, positions) of tokens those of the tokens that rows predict."""
     return (F.pad(values[:, 1:], (0, 1)) if shift else values).flatten()[positions]

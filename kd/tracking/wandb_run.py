@@ -45,7 +45,7 @@ def has_key() -> bool:
 
 
 def mode(offline: bool | None) -> str:
-    """``WANDB_MODE`` when it forbids the network, else as asked; ``None``: online where there is a key."""
+    """Return ``WANDB_MODE`` when it forbids the network, else as asked; ``None``: online where there is a key."""
     asked = os.environ.get("WANDB_MODE")
     if asked in ("offline", "dryrun", "disabled"):
         return "disabled" if asked == "disabled" else "offline"

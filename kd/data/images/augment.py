@@ -49,13 +49,13 @@ class Augment:
 
 
 def augment_problems(values: Mapping[str, Any]) -> list[str]:
-    """One sentence for each entry of ``values`` that :class:`Augment` does not allow."""
+    """Return one sentence for each entry of ``values`` that :class:`Augment` does not allow."""
     problems = [f"data.augment.{key} is not an option{did_you_mean(key, RULES)}" for key in values if key not in RULES]
     return problems + refusals("data.augment.", values, RULES)
 
 
 def to_planes(images: Tensor) -> Tensor:
-    """(n, C, H, W) uint8 as (C, 1 + n*H*W): one flat plane a channel, with a zero in front for "outside"."""
+    """Lay out (n, C, H, W) uint8 as (C, 1 + n*H*W): one flat plane a channel, with a zero in front for "outside"."""
     count, channels, height, width = images.shape
     planes = torch.zeros(channels, 1 + count * height * width, dtype=torch.uint8)
     planes[:, 1:].view(channels, count, height, width).copy_(images.transpose(0, 1))
@@ -63,7 +63,7 @@ def to_planes(images: Tensor) -> Tensor:
 
 
 def window(offsets: Tensor, flips: Tensor | None, size: tuple[int, int], mode: str) -> tuple[Tensor, Tensor]:
-    """Where in a plane (:func:`to_planes`) each output pixel comes from: a row part (n, H) and a column part (n, W).
+    """Say where in a plane (:func:`to_planes`) each output pixel comes from: row part (n, H) and column part (n, W).
 
     Output pixel (y, x) of image i is its input pixel (y + offsets[i, 0], x + offsets[i, 1]), with x counted from the
     right where ``flips[i]``: crop first, then flip. Outside: 0 ("constant") or mirrored ("reflect").
@@ -87,7 +87,7 @@ def window(offsets: Tensor, flips: Tensor | None, size: tuple[int, int], mode: s
 
 
 def places(y_part: Tensor, x_part: Tensor) -> Tensor:
-    """Both parts of some images together: the index (B * H * W,) into a plane, 0 for what lies outside."""
+    """Add up both parts of some images: the index (B * H * W,) into a plane, 0 for what lies outside."""
     return (y_part[:, :, None] + x_part[:, None, :]).clamp_(min=0).view(-1)
 
 
@@ -102,7 +102,7 @@ def draw(augment: Augment, count: int, seed: int, epoch: int, who: str = "augmen
 
 
 def draw_mix(alpha: float, count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """With which sample each one is mixed in one epoch, (count,) int64, and its own share, (count,) float32 in [0, 1].
+    """Draw with which sample each is mixed in one epoch, (count,) int64, and its own share, (count,) float32 in [0, 1].
 
     The partners are a permutation of all samples, the shares are drawn from Beta(alpha, alpha): 1 is uniform.
     """
@@ -112,7 +112,7 @@ def draw_mix(alpha: float, count: int, seed: int, epoch: int) -> tuple[Tensor, T
 
 
 def shifted(images: Tensor, reach: int, seed: int = 0) -> Tensor:
-    """``images`` (n, C, H, W) uint8, each moved by its own offset in [-reach, reach]², never (0, 0), filled with 0.
+    """Move each of ``images`` (n, C, H, W) uint8 by its own offset in [-reach, reach]², never (0, 0), filled with 0.
 
     The offsets depend on ``seed``, ``reach`` and the position of the image alone.
     """

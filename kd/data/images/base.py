@@ -134,7 +134,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         return stratified(part.targets, total, self.split_seed, name)
 
     def _shrink(self, train: Part) -> Part:
-        """Without the dropped classes, and no more than ``train_size``."""
+        """Leave out the dropped classes, and keep no more than ``train_size``."""
         wrong = [c for c in self.drop_classes if not 0 <= c < self.num_classes]
         if wrong:
             raise KdError(f"data.drop_classes = {wrong} is not allowed: classes are 0 to {self.num_classes - 1}")
@@ -150,7 +150,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         return train.take(stratified(train.targets, self.train_size, self.seed, "train_size")[0])
 
     def _withhold(self, train: Part) -> Part:
-        """Labels for ``label_fraction`` of the images only."""
+        """Keep labels for ``label_fraction`` of the images only."""
         if self.label_fraction < 1:
             total = round_half_up(self.label_fraction * len(train.targets))
             labelled, rest = stratified(train.targets, total, self.seed, "labels", minimum=1)
@@ -206,7 +206,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         return self.parts["train"].targets
 
     def example(self) -> Tensor:
-        """One black image, a batch of one."""
+        """Return one black image, a batch of one."""
         return torch.zeros(1, *self.input_shape)
 
     @property
@@ -233,16 +233,16 @@ class DataModule(lightning.LightningDataModule, ABC):
         return content.overlap(recorded, self.parts["test"].rows, [self.parts["train"].rows, self.parts["val"].rows])
 
     def copies_in_test(self) -> int:
-        """How many test images are training images as well, as far as that is known without reading files."""
+        """Count the test images that are training images as well, as far as that is known without reading files."""
         self.setup()
         return content.copies(self.parts["test"].rows, self.parts["train"].rows)
 
     def train_dataloader(self) -> Loader:
-        """Shuffled, augmented; the batches of several ranks together are those of one process."""
+        """Return batches of train, shuffled, augmented; those of several ranks together are those of one process."""
         return self._loader("train")
 
     def answering_dataloader(self, view: int | None = None) -> Loader:
-        """The training images once, in order, all on this rank: for a teacher whose answers are computed only once.
+        """Return all training images once, in order, on this rank: for a teacher whose answers are computed only once.
 
         ``view``: which of the teacher's :attr:`views`. None: the only one; ``KdError`` where there are several.
         """
@@ -275,11 +275,11 @@ class DataModule(lightning.LightningDataModule, ABC):
         return self.augment.period or 1 if self.moving else 1
 
     def val_dataloader(self) -> Loader:
-        """In order, each sample on one rank only."""
+        """Return batches of val, in order, each sample on one rank only."""
         return self._loader("val")
 
     def test_dataloader(self) -> Loader:
-        """In order, each sample on one rank only."""
+        """Return batches of test, in order, each sample on one rank only."""
         return self._loader("test")
 
     def _loader(self, name: str, **changed: Any) -> Loader:
@@ -292,7 +292,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         return loader
 
     def loader_options(self, train: bool) -> dict[str, Any]:
-        """Keyword arguments of a loader, for the rank that this process has."""
+        """Return keyword arguments of a loader, for the rank that this process has."""
         world_size = self.trainer.world_size if self.trainer is not None else 1
         if train and self.batch_size % world_size:
             raise KdError(f"recipe.batch_size = {self.batch_size} cannot be split over {world_size} processes evenly")
@@ -310,7 +310,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         }
 
     def make_loader(self, part: Part, **options: Any) -> Loader:
-        """The loader of one part."""
+        """Make the loader of one part."""
         assert isinstance(part.inputs, Tensor)
         if options["train"]:
             options.update(augment=self.augment, teacher_view=self.teacher_view, mixup=self.mixup)

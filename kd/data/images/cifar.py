@@ -46,7 +46,7 @@ class CIFAR(DataModule):
             fetch(attribute, title, folder_of(self.root))
 
     def load(self) -> Source:
-        """Both parts. Raises ``KdError`` when a file is missing or its checksum is wrong."""
+        """Load both parts. Raises ``KdError`` when a file is missing or its checksum is wrong."""
         import torchvision.datasets
 
         self.prepare_data()

@@ -27,7 +27,7 @@ class Digits(DataModule):
         self.class_names = [str(digit) for digit in range(10)]
 
     def load(self) -> Source:
-        """All 1,797 images as the training set."""
+        """Load all 1,797 images as the training set."""
         from sklearn.datasets import load_digits
 
         bunch = load_digits()

@@ -40,7 +40,7 @@ def list_images(folder: Path) -> tuple[list[str], list[Path], Tensor, list[int]]
 
 
 def list_files(folder: str | Path) -> Iterator[tuple[str, int]]:
-    """Path and bytes of every image below a folder; one call to the system a file."""
+    """Yield path and bytes of every image below a folder; one call to the system a file."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
@@ -50,7 +50,7 @@ def list_files(folder: str | Path) -> Iterator[tuple[str, int]]:
 
 
 def decode(path: Path, transform: Callable[[Any], Tensor]) -> Tensor:
-    """The file as RGB through ``transform``: (3, H, W) uint8. Raises ``KdError`` naming a damaged or huge file.
+    """Read the file as RGB through ``transform``: (3, H, W) uint8. Raises ``KdError`` naming a damaged or huge file.
 
     Huge is what PIL calls a possible decompression bomb: more than ``PIL.Image.MAX_IMAGE_PIXELS`` (89,478,485) pixels.
     """
@@ -83,7 +83,7 @@ def readable(path: Any) -> bool:
 
 
 def eval_transform(image_size: int, crop_pct: float) -> Callable[[Any], Tensor]:
-    """Shorter edge to ``image_size / crop_pct`` (bicubic), centre crop, bytes."""
+    """Make a transform: shorter edge to ``image_size / crop_pct`` (bicubic), centre crop, bytes."""
     from torchvision.transforms import InterpolationMode, v2
 
     edge = round(image_size / crop_pct)
@@ -92,7 +92,7 @@ def eval_transform(image_size: int, crop_pct: float) -> Callable[[Any], Tensor]:
 
 
 def train_transform(image_size: int, scale: Sequence[float] | None, flip: bool) -> Callable[[Any], Tensor]:
-    """Random resized crop of an area in ``scale``, or the whole, squeezed to a square; then a flip; bytes."""
+    """Make a random resized crop of an area in ``scale``, or the whole, squeezed to a square; then a flip; bytes."""
     from torchvision.transforms import InterpolationMode, v2
 
     bicubic = InterpolationMode.BICUBIC

@@ -119,7 +119,7 @@ class ImageFiles(DataModule):
         return "data.augment" if from_files and (self.augment.scale or self.augment.flip) else super().moving
 
     def make_loader(self, part: Part, **options: Any) -> Loader:
-        """From memory, or from files."""
+        """Make the loader, from memory or from files."""
         if isinstance(part.inputs, Tensor):
             return super().make_loader(part, **options)
         if self.augment.pad:

@@ -62,7 +62,7 @@ class Loader(ABC):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration draws its random numbers for."""
+        """Set the epoch that the next iteration draws its random numbers for."""
         self.epoch = epoch
 
     @property
@@ -71,7 +71,7 @@ class Loader(ABC):
         return self.epoch if self.period is None else self.epoch % self.period
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batches handed out, for a checkpoint in the middle of an epoch."""
+        """Return epoch and batches handed out, for a checkpoint in the middle of an epoch."""
         return {"epoch": self.epoch, "batch": self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -79,7 +79,7 @@ class Loader(ABC):
         self._resume = (state["epoch"], state["batch"])
 
     def samples(self) -> int:
-        """The number of samples that are this rank's in an epoch."""
+        """Count the samples that are this rank's in an epoch."""
         return len(range(self.rank, len(self.targets), self.world_size))
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class Loader(ABC):
         return min(-(-most // self.batch_size), self.samples())
 
     def batches(self) -> list[Tensor]:
-        """The rows (positions within this part) of each batch of this rank in this epoch."""
+        """Return the rows (positions within this part) of each batch of this rank in this epoch."""
         count = len(self.targets)
         random = generator(self.seed, self.epoch, "order")
         order = torch.randperm(count, generator=random) if self.shuffle else torch.arange(count)
@@ -107,7 +107,7 @@ class Loader(ABC):
 
     @abstractmethod
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """The samples of each tensor of rows, one batch each."""
+        """Yield the samples of each tensor of rows, one batch each."""
 
 
 class TensorLoader(Loader):
@@ -159,7 +159,7 @@ class TensorLoader(Loader):
         self.planes = to_planes(images[index]) if self.augment.active else None
 
     def fetch(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """An epoch's random numbers are drawn at its start, for all samples at once."""
+        """Yield the batches; an epoch's random numbers are drawn at its start, for all samples at once."""
         student, teacher = self._cropped("augment"), self._teachers()
         extra = {} if self.period is None else {"view": self.view}
         if self.mixup is not None:
@@ -179,7 +179,7 @@ class TensorLoader(Loader):
         return normalise(self.images.index_select(0, self.index.index_select(0, rows)), self.scale, self.shift)
 
     def _cropped(self, who: str) -> View:
-        """This epoch's crops and flips: one gather a channel."""
+        """Make this epoch's crops and flips: one gather a channel."""
         planes = self.planes
         if planes is None:
             return self._clean
@@ -193,7 +193,7 @@ class TensorLoader(Loader):
         return view
 
     def _mixed(self, view: View, alpha: float) -> View:
-        """Each image in ``view`` and its partner of this epoch, as a weighted sum."""
+        """Mix each image in ``view`` and its partner of this epoch, as a weighted sum."""
         partners, shares = draw_mix(alpha, len(self.targets), self.seed, self.view)
         return lambda rows: torch.lerp(view(partners[rows]), view(rows), shares[rows].view(-1, 1, 1, 1))
 
@@ -214,5 +214,5 @@ def affine(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]
 
 
 def normalise(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 to float32, ``image * scale + shift`` a channel."""
+    """Turn (B, C, H, W) uint8 into float32, ``image * scale + shift`` a channel."""
     return images.float().mul_(scale.view(-1, 1, 1)).add_(shift.view(-1, 1, 1))

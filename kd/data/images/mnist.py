@@ -44,7 +44,7 @@ class MNIST(DataModule):
             fetch(attribute, title, folder_of(self.root))
 
     def load(self) -> Source:
-        """Both parts. Raises ``KdError`` when a file is missing or not as long as its header says."""
+        """Load both parts. Raises ``KdError`` when a file is missing or not as long as its header says."""
         import torchvision.datasets
 
         self.prepare_data()

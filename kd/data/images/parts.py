@@ -53,7 +53,7 @@ class Part:
     masks: Tensor | FileContent | None = None
 
     def take(self, rows: Tensor) -> Part:
-        """The part made of these rows."""
+        """Return the part made of these rows."""
         return replace(self, targets=self.targets[rows], index=self.index[rows])
 
     @property
@@ -63,7 +63,7 @@ class Part:
 
 
 def folder_of(root: str | None) -> Path:
-    """The folder of data sets, or ``KdError`` when none is named."""
+    """Return the folder of data sets; ``KdError`` when none is named."""
     if not root:
         raise KdError(f"data.root = {root} is not allowed: set paths.data, or KD_DATA, to the folder of data sets")
     return Path(root).expanduser()

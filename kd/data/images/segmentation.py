@@ -190,7 +190,7 @@ class Segmentation(DataModule):
             log.warning("the images are in memory, so that data.augment.scale = %s is off", list(self.augment.scale))
 
     def _size(self, pairs: Sequence[tuple[Path, Path]]) -> tuple[int, int]:
-        """The size that all are brought to, or have. ``KdError`` for a mask of another size than its image."""
+        """Find the size that all are brought to, or have. ``KdError`` for a mask of another size than its image."""
         sizes = [(size_of(image), size_of(mask)) for image, mask in pairs]
         for (image, mask), (size, mask_size) in zip(pairs, sizes, strict=True):
             if size != mask_size:
@@ -239,7 +239,7 @@ class Segmentation(DataModule):
         return "data.augment" if from_files and (self.augment.scale or self.augment.flip) else super().moving
 
     def make_loader(self, part: Part, **options: Any) -> Loader:
-        """From memory, or from files."""
+        """Make the loader, from memory or from files."""
         if isinstance(part.inputs, Tensor):
             assert isinstance(part.masks, Tensor)
             if options["train"]:

@@ -8,7 +8,7 @@ from kd.errors import KdError
 
 
 def missing(title: str, folder: Path, option: str) -> KdError:
-    """The error for a set that is not in ``folder``."""
+    """Return the error for a set that is not in ``folder``."""
     return KdError(
         f"{title} was not found in {folder}: get it with `kd train data={option} data.download=true`, "
         "or name the folder of data sets that has it with paths.data or the environment variable KD_DATA"

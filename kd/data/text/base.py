@@ -274,7 +274,7 @@ class TextModule(lightning.LightningDataModule, ABC):
         return content.overlap(recorded, self.parts["test"].rows, [self.parts["train"].rows, self.parts["val"].rows])
 
     def copies_in_test(self) -> int:
-        """How many texts of test are in train as well."""
+        """Count the texts of test that are in train as well."""
         self.setup()
         train, test = (self._numbers(split) for split in ("train", "test"))
         return int(np.isin(test, train).sum())
@@ -284,20 +284,20 @@ class TextModule(lightning.LightningDataModule, ABC):
         return rows.content.sizes()[rows.positions.numpy()]
 
     def train_dataloader(self) -> Loader:
-        """Shuffled; the batches of several ranks together are those of one process."""
+        """Return batches of train, shuffled; those of several ranks together are those of one process."""
         return self._loader("train")
 
     def answering_dataloader(self) -> Loader:
-        """The training rows once, in order, all on this rank: for a teacher whose answers are computed only once."""
+        """Return all training rows once, in order, on this rank: for a teacher whose answers are computed only once."""
         whole = {"batch_size": self.eval_batch_size, "shuffle": False, "drop_last": False, "rank": 0, "world_size": 1}
         return self._loader("train", **whole)
 
     def val_dataloader(self) -> Loader:
-        """In order, each row on one rank only."""
+        """Return batches of val, in order, each row on one rank only."""
         return self._loader("val")
 
     def test_dataloader(self) -> Loader:
-        """In order, each row on one rank only."""
+        """Return batches of test, in order, each row on one rank only."""
         return self._loader("test")
 
     def _loader(self, split: str, **changed: Any) -> Loader:

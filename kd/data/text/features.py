@@ -42,7 +42,7 @@ class Vectors:
         return len(self.inputs)
 
     def take(self, chosen: Tensor) -> Vectors:
-        """The part made of these rows (n,) int64."""
+        """Return the part made of these rows (n,) int64."""
         return replace(
             self,
             inputs=self.inputs[chosen],

@@ -32,7 +32,7 @@ class Instructions(Documents):
         self.preamble = preamble
 
     def _read(self, source: Any, split: str) -> list[str] | Records:
-        """Prompts and completions of a table with these columns. ``KdError`` where one of them is missing."""
+        """Read prompts and completions of a table with these columns. ``KdError`` where one of them is missing."""
         found = super()._read(source, split)
         if not isinstance(found, Records) or "messages" in found.columns or "completion" in found.columns:
             return found
@@ -43,7 +43,7 @@ class Instructions(Documents):
         return Records({"prompt": prompts, "completion": completions}, found.where, files=found.files)
 
     def _prompt(self, instruction: str, context: str | None) -> str:
-        """One instruction as a text that its answer follows."""
+        """Write one instruction as a text that its answer follows."""
         given = (context or "").strip()
         parts = [self.preamble, f"### Instruction:\n{instruction.strip()}", f"### Input:\n{given}" if given else None]
         return "\n\n".join(part for part in [*parts, "### Response:\n"] if part)

@@ -103,7 +103,7 @@ class Documents(TextModule):
         return self._parts(documents, dialogue=bool(tables))
 
     def _read(self, source: Any, split: str) -> list[str] | Records:
-        """Documents without empty ones; records where there are prompts or messages."""
+        """Read documents, without empty ones; records where there are prompts or messages."""
         found, where = read_documents(source, self.document, self.root, self.encoding, split, self.delimiter)
         if isinstance(found, Records):
             return found
@@ -115,7 +115,7 @@ class Documents(TextModule):
         return kept
 
     def _rows(self, found: list[str] | Records) -> Rendered:
-        """Documents as they are; dialogues as texts, for which the tokenizer must be there."""
+        """Return documents as they are; dialogues as texts, for which the tokenizer must be there."""
         if not isinstance(found, Records):
             return found
         if isinstance(self.spec, Mapping) or self.spec is None:
@@ -185,7 +185,7 @@ class Documents(TextModule):
         return left
 
     def _lines(self, rows: Rendered) -> list[str]:
-        """What documents are compared by: of files their lines, else the whole."""
+        """Return what documents are compared by: of files their lines, else the whole."""
         texts = [_text(row) for row in rows]
         return long_lines(texts) if self.of_files else [normalised(text) for text in texts]
 
@@ -235,7 +235,7 @@ class Documents(TextModule):
         return self.tokens(key, lambda: encode_documents(tokenizer, texts, before, after), digest)
 
     def _blocks(self, texts: Rendered, tokens: Tokens, lines: TextContent, packing: bool, split: str) -> Part:
-        """Rows of the stream of tokens: blocks of it, or a document each."""
+        """Cut the stream of tokens into rows: blocks of it, or a document each."""
         assert self.most is not None
         length = self.most - len(self.form.before) - len(self.form.after)
         step = length if self.masking is not None else length - 1  # the first token of a block is not predicted
@@ -250,7 +250,7 @@ class Documents(TextModule):
         return self._part([(tokens, begin, end)], lines, split)[0]
 
     def _together(self, texts: Rendered, tokens: Tokens, lines: TextContent, packing: bool, split: str) -> Part:
-        """The same in the tokens of both tokenizers: each row has the same text in both."""
+        """Do as :meth:`_blocks` in the tokens of both tokenizers: each row has the same text in both."""
         assert self.most is not None
         assert self.own_of_teacher is not None
         own = self.own_of_teacher
@@ -280,7 +280,7 @@ class Documents(TextModule):
             )
 
     def _part(self, sides: list[tuple[Tokens, np.ndarray, np.ndarray]], lines: TextContent, split: str) -> list[Part]:
-        """Parts of rows [begin, end) of one stream of tokens or two, those that have a token to predict in each."""
+        """Make parts of rows [begin, end) of one or two streams of tokens, those with a token to predict in each."""
         counts = [predicted(*side, self.masking is not None) for side in sides]
         kept = np.flatnonzero(np.min(counts, axis=0) > 0)
         if not len(kept):

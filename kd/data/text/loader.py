@@ -45,7 +45,7 @@ class Part:
         return len(self.begin)
 
     def take(self, chosen: Tensor) -> Part:
-        """The part made of these rows (n,) int64."""
+        """Return the part made of these rows (n,) int64."""
         places, rows = chosen.numpy(), self.rows
         return replace(
             self,
@@ -112,7 +112,7 @@ class TextLoader(Loader):
         self.lengths = part.end - part.begin
 
     def batches(self) -> list[Tensor]:
-        """The rows of each batch of this rank in this epoch."""
+        """Return the rows of each batch of this rank in this epoch."""
         if not (self.shuffle and self.bucketing):
             return super().batches()
         whole = self.batch_size * self.world_size
@@ -175,7 +175,7 @@ class TextLoader(Loader):
         return Batch(made, torch.as_tensor(targets), index, torch.from_numpy(real), extra=extra)
 
     def _key_of_the_mask(self) -> tuple[object, ...]:
-        """In training another mask in each epoch; in val and test the same one in all runs."""
+        """Return the mask's key: in training another one in each epoch; in val and test the same one in all runs."""
         return ("mask", self.seed, self.epoch) if self.train else ("mask", self.split)
 
 

@@ -235,7 +235,7 @@ class Questions(TextModule):
 
 
 def _keys(questions: Sequence[Question]) -> list[str]:
-    """What questions are compared by."""
+    """Return what questions are compared by."""
     return [f"{normalised(question.text)}\x1f{normalised(question.context)}" for question in questions]
 
 

@@ -45,21 +45,21 @@ class Texts:
         return self.source.where
 
     def row(self, place: int) -> str:
-        """What errors call the row of a text, by its place here."""
+        """Say what errors call the row of a text, by its place here."""
         return self.source.row(int(self.index[place]))
 
     def __len__(self) -> int:
         return len(self.first)
 
     def keys(self) -> list[str]:
-        """What texts are compared by."""
+        """Return what texts are compared by."""
         if self.second is None:
             return [normalised(text) for text in self.first]
         pairs = zip(self.first, self.second, strict=True)
         return [f"{normalised(one)}\x1f{normalised(other)}" for one, other in pairs]
 
     def take(self, rows: Sequence[int]) -> Texts:
-        """These rows."""
+        """Take these rows."""
         second = None if self.second is None else [self.second[i] for i in rows]
         chosen = torch.as_tensor(rows, dtype=torch.int64)
         first, labels = [self.first[i] for i in rows], [self.labels[i] for i in rows]
@@ -161,7 +161,7 @@ class Sentences(TextModule):
     # ------------------------------------------------------------------ columns and classes
 
     def _texts(self, records: Records) -> Texts:
-        """The texts of a source without empty ones."""
+        """Return the texts of a source without empty ones."""
         first = self._words(records, "text")
         second = None if self.columns["text_pair"] is None else self._words(records, "text_pair")
         labels = self._labels(records)
@@ -251,7 +251,7 @@ class Sentences(TextModule):
         return {split: (texts.take(rows.tolist()), targets[rows]) for split, rows in parts.items()}
 
     def withheld(self, train: Any) -> Any:
-        """Labels for ``label_fraction`` of the training texts only."""
+        """Keep labels for ``label_fraction`` of the training texts only."""
         if self.label_fraction == 1 or not self.has_labels:
             return train
         labelled = (train.targets != UNLABELLED).nonzero().flatten()

@@ -53,7 +53,7 @@ def teacher_tokenizer(spec: Any, student: Any, root: str | None, length: int | N
 
 
 def same_vocabulary(student: Any, teacher: Any) -> bool:
-    """Whether two tokenizers have the same tokens under the same ids; some may be added to one of them alone."""
+    """Tell whether two tokenizers have the same tokens under the same ids; some may be added to one of them alone."""
     one, other = student.get_vocab(), teacher.get_vocab()
     if any(other[token] != number for token, number in one.items() if token in other):
         return False

@@ -198,24 +198,24 @@ class WindowLoader(TextLoader):
     part: WindowPart
 
     def _own(self, rank: int) -> Tensor:
-        """The windows (n,) of a rank in val and test, in order."""
+        """Return the windows (n,) of a rank in val and test, in order."""
         assert self.part.windows is not None
         questions = torch.from_numpy(self.part.windows.question[self.part.index.numpy()])
         return (questions % self.world_size == rank).nonzero().flatten()
 
     def samples(self) -> int:
-        """The number of windows that are this rank's in an epoch."""
+        """Count the windows that are this rank's in an epoch."""
         return super().samples() if self.train else len(self._own(self.rank))
 
     def __len__(self) -> int:
-        """Batches of this rank: in val and test as many on each, since a network that is sharded runs on all."""
+        """Count batches of this rank: in val and test as many on each, since a network that is sharded runs on all."""
         if self.train:
             return super().__len__()
         counts = [len(self._own(rank)) for rank in range(self.world_size)]
         return min(-(-max(counts) // self.batch_size), *counts) if self.world_size > 1 else super().__len__()
 
     def batches(self) -> list[Tensor]:
-        """The windows of each batch of this rank in this epoch."""
+        """Return the windows of each batch of this rank in this epoch."""
         if self.train or self.world_size == 1:
             return super().batches()
         return list(self._own(self.rank).tensor_split(len(self))) if len(self) else []

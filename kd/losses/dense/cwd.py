@@ -15,7 +15,7 @@ __all__ = ["channel_wise_divergence"]
 
 
 def channel_wise_divergence(student_feature: Tensor, teacher_feature: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · KL(teacher ‖ student) of softmax over the positions of a channel, mean over samples and channels (Eq. 5).
+    """Compute T² · KL(teacher ‖ student) of softmax over a channel's positions, mean over samples and channels (Eq. 5).
 
     Both (B, C, H, W): maps of features, or of logits.
     """
@@ -48,9 +48,9 @@ class ChannelWiseDivergence(FeatureTerm):
         self.adapter = check_choice("adapter", adapter, POINTWISE)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid, the student's of the teacher's width."""
+        """Return modules that make maps on the teacher's grid, the student's of the teacher's width."""
         return pointwise(self.method, self.adapter, student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return channel_wise_divergence(student, teacher, self.temperature)

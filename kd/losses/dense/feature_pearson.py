@@ -15,7 +15,7 @@ __all__ = ["feature_pearson"]
 
 
 def feature_pearson(student_feature: Tensor, teacher_feature: Tensor, eps: float = 1e-6) -> Tensor:
-    """Half the mean squared difference of two maps (B, C, H, W), each channel standardised over batch and positions.
+    """Compute half the mean squared difference of maps (B, C, H, W), channels standardised over batch and positions.
 
     It is 1 − r of the channels (Eq. 4), r Pearson's correlation, but for the n − 1 of the deviation; ``eps`` is added
     to it.
@@ -48,9 +48,9 @@ class FeaturePearson(FeatureTerm):
         self.adapter = check_choice("adapter", adapter, POINTWISE)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid, the student's of the teacher's width."""
+        """Return modules that make maps on the teacher's grid, the student's of the teacher's width."""
         return pointwise(self.method, self.adapter, student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return feature_pearson(student, teacher)

@@ -18,7 +18,7 @@ MASKS = ("positions", "channels")
 
 
 def generation_distance(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Squared distance of the generated and the teacher's map, the sum over a sample, mean over the batch (Eq. 5).
+    """Compute the squared distance of generated and teacher's map, sum over a sample, mean over the batch (Eq. 5).
 
     Both (B, C, H, W). The code's α is the weight.
     """
@@ -40,7 +40,7 @@ class Generation(nn.Module):
         self.layers = nn.Sequential(convs[0], nn.ReLU(), convs[1])
 
     def forward(self, feature: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The generated map; ``noise``: uniform numbers, of which those above 1 − ``masked`` are masked."""
+        """Return the generated map; ``noise``: uniform numbers, of which those above 1 − ``masked`` are masked."""
         batch, width, *grid = feature.shape
         shape = (batch, 1, *grid) if self.mask == "positions" else (batch, width, 1, 1)
         noise = torch.rand(shape, device=feature.device) if noise is None else noise
@@ -69,10 +69,10 @@ class MaskedGeneration(FeatureTerm):
         self.adapter = check_choice("adapter", adapter, POINTWISE)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid, the student's of the teacher's width, masked and generated."""
+        """Return modules that make maps on the teacher's grid, the student's of its width, masked and generated."""
         adapter, goal = pointwise(self.method, self.adapter, student, teacher)
         return nn.Sequential(adapter, Generation(teacher.as_map().shape[1], self.masked, self.mask)), goal
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return generation_distance(student, teacher)

@@ -18,7 +18,7 @@ __all__ = ["pairwise_similarity"]
 
 
 def pairwise_similarity(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Mean over samples and pairs of positions of (a_s − a_t)², a the cosine of the features of two positions.
+    """Compute the mean over samples and pairs of positions of (a_s − a_t)², a the cosine of two positions' features.
 
     Both (B, C, H, W) of one grid, the widths may differ. Maximum pooling to cells of 2 × 2 comes first, so that there
     are (H · W / 4)² pairs, which are in memory at once. A position without a response has similarity 0.
@@ -31,7 +31,7 @@ def pairwise_similarity(student_feature: Tensor, teacher_feature: Tensor) -> Ten
 
 
 def _affinity(feature: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, N, N)."""
+    """Map (B, C, H, W) → (B, N, N)."""
     cells = F.max_pool2d(feature, 2, ceil_mode=True).flatten(2)
     norms = torch.linalg.vector_norm(cells, dim=1, keepdim=True)
     unit = cells / norms.masked_fill(norms == 0, math.inf)
@@ -49,9 +49,9 @@ class PairwiseSimilarity(FeatureTerm):
         super().__init__(student_taps, teacher_taps)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps of one grid."""
+        """Return modules that make maps of one grid."""
         return as_maps(self.method, student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return pairwise_similarity(student, teacher)

@@ -16,7 +16,7 @@ from kd.losses.networks import frozen_copy, linear_classifier
 
 
 def class_activation_maps(feature: Tensor, classifier_weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, C, H, W) and a classifier (classes, C) → (B, classes, H, W): the classifier at every position.
+    """Map (B, C, H, W) and a classifier (classes, C) → (B, classes, H, W): the classifier at every position.
 
     Their mean over the positions are the logits (CAT-KD, Eq. 2): of a network in which pooling alone comes before it.
     """
@@ -35,7 +35,7 @@ class ClassMaps(FeatureTerm):
         self._own: list[nn.Linear] = []  # the student's classifier, which is no part of the term
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps; their grids may differ."""
+        """Return modules that make maps; their grids may differ."""
         check_maps(self.method, student, teacher)
         return Convert(student.layout, "NCHW"), Convert(teacher.layout, "NCHW")
 
@@ -54,7 +54,7 @@ class ClassMaps(FeatureTerm):
         self._own, self.head = [own], frozen_copy(other)
 
     def class_maps(self, student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
-        """The class activation maps (B, classes, H, W) of both, the teacher's without gradient."""
+        """Compute the class activation maps (B, classes, H, W) of both, the teacher's without gradient."""
         ((feature, goal),) = self.compared(student, teacher)
         own, other = self._own[0], self.head
         assert isinstance(other, nn.Linear)

@@ -19,7 +19,7 @@ __all__ = ["activation_boundary"]
 def activation_boundary(
     student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], margin: float = 1.0
 ) -> Tensor:
-    """Squared distance of the student's responses to the margin on the side of 0 on which the teacher's are (Eq. 7).
+    """Compute the squared distance of the student's responses to the margin on the side of 0 of the teacher's (Eq. 7).
 
     Responses (B, C, H, W) before the activation, of equal shapes. Of a layer the sum over its elements, mean over the
     samples; the last layer counts 1, each one before it half as much. The code's factor 3/1000 is the weight.
@@ -54,11 +54,11 @@ class ActivationBoundary(FeatureTerm):
         self.margin = margin
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid, the student's through the adapter."""
+        """Return modules that make maps on the teacher's grid, the student's through the adapter."""
         return pointwise(self.method, "auto", student, teacher, norm=True)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the layers."""
+        """Compute the sum over the layers."""
         pairs = self.compared(student, teacher)
         with full_precision(pairs[0][0]):
             return activation_boundary([s for s, _ in pairs], [t for _, t in pairs], self.margin)

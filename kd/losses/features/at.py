@@ -18,7 +18,7 @@ VARIANTS = ("code", "paper")
 
 
 def attention_map(feature: Tensor, p: float = 2) -> Tensor:
-    """(B, C, H, W) → (B, H·W): mean over the channels of |f|^p, each sample's map divided by its L2 norm; ``p`` ≥ 1.
+    """Map (B, C, H, W) → (B, H·W): mean over channels of |f|^p, each sample's map divided by its L2 norm; ``p`` ≥ 1.
 
     A map of zeros stays zero. The paper sums over channels (section 3.1); after the norm it is the same map. The code
     of CRD's benchmark leaves out the absolute value: another map for odd p where features are negative.
@@ -28,7 +28,7 @@ def attention_map(feature: Tensor, p: float = 2) -> Tensor:
 
 
 def attention_transfer(student_feature: Tensor, teacher_feature: Tensor, p: float = 2, variant: str = "code") -> Tensor:
-    """Distance of the attention maps of two features (B, C, H, W); the channels may differ.
+    """Compute the distance of the attention maps of two features (B, C, H, W); the channels may differ.
 
     Sizes may differ too: the larger feature is average-pooled to the smaller one before its map is taken.
 
@@ -108,7 +108,7 @@ class AttentionTransfer(Term):
             self.prefixes.append((both[0], both[1]))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         pairs = self.pairs(student, teacher)
         prefixes = self.prefixes or [(None, None)] * len(pairs)
         maps = [(_as_map(s, p), _as_map(t, q)) for (s, t), (p, q) in zip(pairs, prefixes, strict=True)]

@@ -19,7 +19,7 @@ VARIANTS = ("code", "paper")
 def class_attention_transfer(
     student_cam: Tensor, teacher_cam: Tensor, resolution: int = 2, normalize: bool = True, variant: str = "code"
 ) -> Tensor:
-    """Squared distance of class activation maps (B, classes, H, W), pooled to ``resolution`` cells a side.
+    """Compute the squared distance of class activation maps (B, classes, H, W), pooled to ``resolution`` cells a side.
 
     The grids may differ. ``normalize``: the pooled map of each class is divided by its L2 norm.
 
@@ -57,7 +57,7 @@ class ClassAttentionTransfer(ClassMaps):
         self.variant = check_choice("variant", variant, VARIANTS)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The loss of the pair."""
+        """Compute the loss of the pair."""
         maps = self.class_maps(student, teacher)
         with full_precision(maps[0]):
             return class_attention_transfer(*maps, self.resolution, self.normalize, self.variant)

@@ -20,7 +20,7 @@ VARIANTS = ("code", "paper")
 
 
 def flow_matrix(feature: Tensor, following: Tensor, variant: str = "code") -> Tensor:
-    """(B, C₁, H, W) and (B, C₂, h, w) → (B, C₁, C₂): mean over the positions of their products (Eq. 1).
+    """Map (B, C₁, H, W) and (B, C₂, h, w) → (B, C₁, C₂): mean over the positions of their products (Eq. 1).
 
     The larger map is pooled to the grid of the smaller one: by the mean in the code, by the maximum in the paper.
     """
@@ -34,7 +34,7 @@ def flow_matrix(feature: Tensor, following: Tensor, variant: str = "code") -> Te
 def flow_of_solution(
     student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], variant: str = "code"
 ) -> Tensor:
-    """Squared distance of the flow matrices of each layer and the next one, summed over these pairs.
+    """Compute the squared distance of the flow matrices of each layer and the next one, summed over these pairs.
 
     Maps (B, C, H, W), two or more, from the input to the output, of equal widths on both sides.
 
@@ -70,11 +70,11 @@ class FlowOfSolution(ConsecutiveTerm):
         self.variant = check_choice("variant", variant, VARIANTS)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid, the student's of the teacher's width."""
+        """Return modules that make maps on the teacher's grid, the student's of the teacher's width."""
         return pointwise(self.method, self.adapter, student, teacher)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         pairs = self.compared(student, teacher)
         with full_precision(pairs[0][0]):
             return flow_of_solution([s for s, _ in pairs], [t for _, t in pairs], self.variant)

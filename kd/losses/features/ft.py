@@ -21,7 +21,7 @@ VARIANTS = ("paper", "code")
 
 
 def factor_transfer(student_feature: Tensor, teacher_feature: Tensor, variant: str = "paper") -> Tensor:
-    """Mean over all elements of |F_s / ‖F_s‖ − F_t / ‖F_t‖|, the norms those of a sample's whole factor (Eq. 3).
+    """Compute the mean over all elements of |F_s / ‖F_s‖ − F_t / ‖F_t‖|, norms of a sample's whole factor (Eq. 3).
 
     Both factors (B, C, H, W) of one grid. The authors' code is the same.
 
@@ -37,13 +37,13 @@ def factor_transfer(student_feature: Tensor, teacher_feature: Tensor, variant: s
 
 
 def _unit(flat: Tensor) -> Tensor:
-    """Rows of length 1; one of zeros stays so, without a gradient that grows beyond all bounds."""
+    """Bring rows to length 1; one of zeros stays so, without a gradient that grows beyond all bounds."""
     norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
     return flat / norms.masked_fill(norms == 0, torch.inf)
 
 
 def _layers(widths: Sequence[int]) -> nn.Sequential:
-    """3×3 convolutions with batch norm and leaky ReLU (0.1), from width to width."""
+    """Build 3×3 convolutions with batch norm and leaky ReLU (0.1), from width to width."""
     found: list[nn.Module] = []
     for width, target in pairwise(widths):
         found += [nn.Conv2d(width, target, 3, padding=1), nn.BatchNorm2d(target), nn.LeakyReLU(0.1)]
@@ -78,7 +78,7 @@ class FactorTransfer(FeatureTerm):
         self.encoders, self.decoders, self.translators = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps of one grid."""
+        """Return modules that make maps of one grid."""
         check_maps(self.method, student, teacher)
         return as_maps(self.method, student, teacher)
 
@@ -101,7 +101,7 @@ class FactorTransfer(FeatureTerm):
             self.translators.append(_layers([width, width, factor, factor]).to(feature))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps: of the paraphraser's errors in the first stage, then of the factors' distances."""
+        """Sum over the taps: the paraphraser's errors in the first stage, then the factors' distances."""
         values = []
         layers = zip(self.encoders, self.decoders, self.translators, strict=True)
         for (encoder, decoder, translator), (own, other) in zip(layers, self.compared(student, teacher), strict=True):

@@ -17,7 +17,7 @@ VARIANTS = ("code", "paper", "unit")
 
 
 def hint_loss(student_feature: Tensor, teacher_feature: Tensor, variant: str = "code") -> Tensor:
-    """Squared distance of two features of one shape (B, …); the student's has been through its adapter.
+    """Compute the squared distance of two features of one shape (B, …); the student's has been through its adapter.
 
     ``variant``: ``"code"``, the mean of squared differences over all elements (the implementations that the CIFAR-100
     tables come from, weight 100); ``"paper"``, Eq. 3: ½ Σ (r(f_s) − f_t)² per sample, mean over the batch. The paper's
@@ -71,7 +71,7 @@ class Hint(Term):
         self.over = "batch" if normalised else "samples"  # batch statistics are those of the whole batch
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         pairs = self.pairs(student, teacher)
         if not self.adapters:
             raise ValueError("the adapters are missing: call prepare(setup) before the first batch")

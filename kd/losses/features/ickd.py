@@ -18,7 +18,7 @@ VARIANTS = ("code", "paper")
 
 
 def inter_channel_correlation(student_feature: Tensor, teacher_feature: Tensor, variant: str = "code") -> Tensor:
-    """Squared distance of the channels' Gram matrices (C, C) of each sample, their rows divided by their L2 norms.
+    """Compute the squared distance of the channels' Gram matrices (C, C) of a sample, rows divided by their L2 norms.
 
     Both (B, C, H, W) of one width; the grids may differ.
 
@@ -56,9 +56,9 @@ class InterChannelCorrelation(FeatureTerm):
         self.variant = check_choice("variant", variant, VARIANTS)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid, the student's of the teacher's width."""
+        """Return modules that make maps on the teacher's grid, the student's of the teacher's width."""
         return pointwise(self.method, self.adapter, student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return inter_channel_correlation(student, teacher, self.variant)

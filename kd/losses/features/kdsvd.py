@@ -21,7 +21,7 @@ CLOSE = 1e-6  # squared singular values that differ less, as a share of the larg
 
 
 def singular_vectors(feature: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest singular values (B, count) of a map (B, C, H, W), and their vectors (B, C, count).
+    """Find the ``count`` largest singular values (B, count) of a map (B, C, H, W), and their vectors (B, C, count).
 
     The right ones of the matrix positions × channels; fewer where it has not as many. Vectors have a gradient, values
     have none. It stays finite where two values are equal, and in a map of zeros: there it is 0.
@@ -47,7 +47,7 @@ def singular_vectors(feature: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def singular_vector_relations(
     student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], k: int = 1
 ) -> Tensor:
-    """Squared distance of what the singular vectors of each layer and the next one have to do with another.
+    """Compute the squared distance of what the singular vectors of each layer and the next one have to do with another.
 
     Maps (B, C, H, W), two or more, from the input to the output, of equal widths on both sides; the grids may differ.
     e^(−(v_i − w_j)² / 8) of all channels i of a layer and j of the next one, v and w the ``k`` first right singular
@@ -95,7 +95,7 @@ class SingularVectorRelations(ConsecutiveTerm):
         self.k, self.adapter = k, check_choice("adapter", adapter, POINTWISE)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid, the student's of the teacher's width."""
+        """Return modules that make maps on the teacher's grid, the student's of the teacher's width."""
         adapter = pointwise(self.method, self.adapter, student, teacher)
         _, width, *grid = teacher.as_map().shape
         if self.k > min(width, grid[0] * grid[1]):
@@ -106,7 +106,7 @@ class SingularVectorRelations(ConsecutiveTerm):
         return adapter
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         pairs = self.compared(student, teacher)
         with full_precision(pairs[0][0]):
             return singular_vector_relations([s for s, _ in pairs], [t for _, t in pairs], self.k)

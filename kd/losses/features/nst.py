@@ -16,7 +16,7 @@ __all__ = ["neuron_selectivity"]
 
 
 def neuron_selectivity(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy of the channels' maps under the kernel (xᵀy)², mean over the samples.
+    """Compute the squared maximum mean discrepancy of the channels' maps under the kernel (xᵀy)², mean over samples.
 
     Both (B, C, H, W) of one grid, the widths may differ; each map is divided by its L2 norm (Eq. 7 to 9, d = 2, c = 0).
     """
@@ -43,9 +43,9 @@ class NeuronSelectivity(FeatureTerm):
         super().__init__(student_taps, teacher_taps)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps of one grid."""
+        """Return modules that make maps of one grid."""
         return as_maps(self.method, student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return neuron_selectivity(student, teacher)

@@ -19,7 +19,7 @@ RARE = 0.001  # below this probability of a negative response the margin is thre
 
 
 def negative_mean(bn_weight: Tensor, bn_bias: Tensor) -> Tensor:
-    """The margin of each channel: E[x | x < 0] of a Gaussian with mean ``bn_bias``, deviation |``bn_weight``| (Eq. 3).
+    """Compute a channel's margin: E[x | x < 0] of a Gaussian with mean ``bn_bias``, deviation |``bn_weight``| (Eq. 3).
 
     Both (C,), the parameters of a batch norm; where less than 1 in 1000 is negative, −3 deviations.
     """
@@ -34,7 +34,7 @@ def negative_mean(bn_weight: Tensor, bn_bias: Tensor) -> Tensor:
 def overhaul_distance(
     student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], margins: Sequence[Tensor]
 ) -> Tensor:
-    """Partial L2 distance to the teacher's margin ReLU, summed over the layers (Eq. 4 and 5).
+    """Compute the partial L2 distance to the teacher's margin ReLU, summed over the layers (Eq. 4 and 5).
 
     Maps (B, C, H, W) before the activation, of equal shapes; ``margins``: (C,) each. max(t, m) is the target; where it
     is not positive a student below it loses nothing. Of a layer the sum over its elements, mean over the samples; the
@@ -68,7 +68,7 @@ class OverhaulDistillation(FeatureTerm):
         super().__init__(student_taps, teacher_taps)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid, the student's through the adapter."""
+        """Return modules that make maps on the teacher's grid, the student's through the adapter."""
         return pointwise(self.method, "auto", student, teacher, norm=True)
 
     def prepare(self, setup: Setup) -> None:
@@ -87,7 +87,7 @@ class OverhaulDistillation(FeatureTerm):
             self.register_buffer(f"margin_{number}", negative_mean(norm.weight, norm.bias))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the layers."""
+        """Compute the sum over the layers."""
         pairs = self.compared(student, teacher)
         margins = [self.get_buffer(f"margin_{number}") for number in range(len(pairs))]
         with full_precision(pairs[0][0]):

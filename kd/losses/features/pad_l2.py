@@ -18,7 +18,7 @@ __all__ = ["prime_aware_distance"]
 def prime_aware_distance(
     student_feature: Tensor, teacher_feature: Tensor, log_variance: Tensor, eps: float = 1e-6
 ) -> Tensor:
-    """Mean over all elements of (t − s)² / (``eps`` + e^v) + v, v the predicted ``log_variance`` (Eq. 7).
+    """Compute the mean over all elements of (t − s)² / (``eps`` + e^v) + v, v the predicted ``log_variance`` (Eq. 7).
 
     All (B, D). Samples and channels that the student cannot match get a large variance, and count less.
     """
@@ -46,7 +46,7 @@ class PrimeAwareDistance(FeatureTerm):
         self.variances = nn.ModuleList()
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled, the student's of the teacher's width."""
+        """Return modules that make pooled vectors, the student's of the teacher's width."""
         own, other = as_vectors(self.method, student, teacher)
         return nn.Sequential(own, nn.Linear(width_of(student), width_of(teacher))), other
 
@@ -59,7 +59,7 @@ class PrimeAwareDistance(FeatureTerm):
         self.variances = nn.ModuleList(layers.to(s) for layers, (s, _) in zip(made, features, strict=True))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         values = []
         for variance, (own, other) in zip(self.variances, self.compared(student, teacher), strict=True):
             predicted = variance(own)

@@ -20,7 +20,7 @@ WIDEST = 512  # channels between the two convolutions of a fusion
 
 
 def hierarchical_context(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
-    """HCL, summed over the layers: squared distance of two maps (B, C, H, W), and of their means over coarser grids.
+    """Compute HCL, summed over layers: squared distance of maps (B, C, H, W), and of their means over coarser grids.
 
     Each layer is a weighted mean: 1 for the map, ½, ¼, ⅛ for grids of 4, 2 and 1 cells a side as far as they are
     smaller (section 3.3).
@@ -53,7 +53,7 @@ class Fusion(nn.Module):
             nn.init.kaiming_uniform_(layers[0].weight, a=1)  # type: ignore[arg-type]
 
     def forward(self, feature: Tensor, deeper: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, width, H, W) and (B, middle, h, w) → (B, target, H, W), (B, middle, H, W)."""
+        """Map (B, width, H, W) and (B, middle, h, w) → (B, target, H, W), (B, middle, H, W)."""
         found = self.reduce(feature)
         if self.attention is not None:
             assert deeper is not None
@@ -82,7 +82,7 @@ class KnowledgeReview(FeatureTerm):
         self.fusions = nn.ModuleList()
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid."""
+        """Return modules that make maps on the teacher's grid."""
         if student.layout == teacher.layout == VECTOR:
             return nn.Unflatten(1, (-1, 1, 1)), nn.Unflatten(1, (-1, 1, 1))
         _, other = check_maps(self.method, student, teacher)
@@ -98,7 +98,7 @@ class KnowledgeReview(FeatureTerm):
         self.fusions = nn.ModuleList(fusion.to(s) for fusion, (s, _) in zip(made, pairs, strict=True))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the layers, reviewed from the deepest on."""
+        """Compute the sum over the layers, reviewed from the deepest on."""
         pairs = self.compared(student, teacher)
         reviewed: list[Tensor] = []
         deeper = None

@@ -24,7 +24,7 @@ SHARPNESS = 5  # its scores are multiplied by this before the softmax, as in the
 def dual_view_distance(
     student_whole: Tensor, student_varying: Tensor, teacher_feature: Tensor, w_varying: float = 0.75
 ) -> Tensor:
-    """Squared distance of two views of the teacher's map, each position of unit length over the channels.
+    """Compute the squared distance of two views of the teacher's map, each position of unit length over the channels.
 
     All (B, C, H, W), the student's two projected. The first view is the map itself; the second one, counted
     ``w_varying`` times, the map without its mean over the positions: what is left of a discrete cosine transform
@@ -49,7 +49,7 @@ class CrossAttentionProjector(nn.Module):
     """
 
     def __init__(self, student: Sequence[int], teacher: Sequence[int]) -> None:
-        """``student``, ``teacher``: (B, C, H, W)."""
+        """Make the layers; ``student``, ``teacher``: (B, C, H, W)."""
         super().__init__()
         width, target = student[1], teacher[1]
         self.grid = teacher[2], teacher[3]
@@ -65,7 +65,7 @@ class CrossAttentionProjector(nn.Module):
         self.block = nn.Sequential(nn.Linear(target, 4 * target), nn.ReLU(), nn.Linear(4 * target, target))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, D, h, w)."""
+        """Map (B, C, H, W) → (B, D, h, w)."""
         if feature.shape[1:] != self.positions.shape:
             raise ValueError(
                 f"scalekd has learned positions for maps of {tuple(self.positions.shape)}, as in the first batch, and "
@@ -104,7 +104,7 @@ class ScaleDistillation(FeatureTerm):
         self.projectors = nn.ModuleList()
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps, each of its own grid."""
+        """Return modules that make maps, each of its own grid."""
         check_maps(self.method, student, teacher)
         return Convert(student.layout, "NCHW"), Convert(teacher.layout, "NCHW")
 
@@ -118,7 +118,7 @@ class ScaleDistillation(FeatureTerm):
         )
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         values = []
         for projectors, (own, other) in zip(self.projectors, self.compared(student, teacher), strict=True):
             assert isinstance(projectors, nn.ModuleList)

@@ -19,7 +19,7 @@ __all__ = ["semantic_calibration"]
 def semantic_calibration(
     student_values: Sequence[Sequence[Tensor]], teacher_values: Sequence[Sequence[Tensor]], attention: Tensor
 ) -> Tensor:
-    """Squared distance of each of the student's layers to each of the teacher's, weighted by ``attention``.
+    """Compute the squared distance of each of the student's layers to each of the teacher's, weighted by ``attention``.
 
     ``attention`` (B, S, T): how much layer s of a sample learns from layer t, 1 in the sum over t. Values s, t: what is
     compared of the two, of one shape (B, …), the student's projected. Mean over the elements of a value, over the
@@ -59,7 +59,7 @@ class Embedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(samples, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, …) → (B, width), of unit length."""
+        """Map (B, …) → (B, width), of unit length."""
         flat = at_least_float32(feature).flatten(1)
         similarities = flat @ flat[: self.samples].T
         return F.normalize(self.layers(F.pad(similarities, (0, self.samples - similarities.shape[1]))), dim=1)
@@ -91,12 +91,12 @@ class SemanticCalibration(FeatureTerm):
         self.projections, self.queries, self.keys = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
     def _names(self, student: Output, teacher: Output) -> tuple[list[str | int], list[str | int]]:
-        """Every tap of the student beside every one of the teacher."""
+        """List every tap of the student beside every one of the teacher."""
         students, teachers = super()._names(student, teacher)
         return [s for s in students for _ in teachers], [t for _ in students for t in teachers]
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps of one grid."""
+        """Return modules that make maps of one grid."""
         return as_maps(self.method, student, teacher)
 
     def prepare(self, setup: Setup) -> None:
@@ -113,7 +113,7 @@ class SemanticCalibration(FeatureTerm):
         )
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The loss of all pairs."""
+        """Compute the loss of all pairs."""
         compared, features = self.compared(student, teacher), self.pairs(student, teacher)
         own = [at_least_float32(layer(s)) for layer, (s, _) in zip(self.projections, compared, strict=True)]
         count = len(self.keys)

@@ -17,7 +17,7 @@ __all__ = ["reused_classifier"]
 
 
 def reused_classifier(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Mean of squared differences of two features of one shape (B, …), the student's projected (Eq. 3)."""
+    """Compute the mean of squared differences of two features of one shape (B, …), the student's projected (Eq. 3)."""
     check_same_shape("features", student_feature, teacher_feature)
     return (at_least_float32(student_feature) - at_least_float32(teacher_feature)).square().mean()
 
@@ -61,7 +61,7 @@ class ReusedClassifier(FeatureTerm):
         self._dry: list[tuple[str, Tensor, Tensor]] = []  # side, pooled features and logits of the dry pass
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps of one grid, or vectors; the student's projected."""
+        """Return modules that make maps of one grid, or vectors; the student's projected."""
         if student.layout == teacher.layout == VECTOR:
             return nn.Linear(student.shape[1], teacher.shape[1]), nn.Identity()
         own, other = check_maps(self.method, student, teacher)
@@ -82,11 +82,11 @@ class ReusedClassifier(FeatureTerm):
             self._dry.append((side, feature.flatten(2).mean(2) if feature.ndim > 2 else feature, output.logits))
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of the pair."""
+        """Compute the loss of the pair."""
         return reused_classifier(student, teacher)
 
     def deployed(self, student: nn.Module) -> nn.Module:
-        """The student with the projector behind the tapped module, and the teacher's classifier in its own's place."""
+        """Return the student with the projector behind the tapped module, and the teacher's classifier as its own."""
         assert self.head is not None
         name, module = classifier(student)
         tap = str((self.student_taps or ())[0]).partition("@")[0]

@@ -17,7 +17,7 @@ __all__ = ["log_sum_distance"]
 
 
 def log_sum_distance(student_feature: Tensor, teacher_feature: Tensor, exponent: float = 4.0) -> Tensor:
-    """Logarithm of Σ |f_s − f_t|^``exponent`` over all elements of a batch (Eq. 10); both (B, D), normalised.
+    """Compute log Σ |f_s − f_t|^``exponent`` over all elements of a batch (Eq. 10); both (B, D), normalised.
 
     The sum is over the batch as well, in the paper and in the code: a larger batch is a larger loss. At equality the
     smallest number of the type stands in the place of 0. The code's factor 2 is the weight.
@@ -47,12 +47,12 @@ class LogSumDistance(FeatureTerm):
         self.exponent = exponent
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled, the student's projected, both normalised."""
+        """Return modules that make pooled vectors, the student's projected, both normalised."""
         own, other = as_vectors(self.method, student, teacher)
         width = width_of(teacher)
         norms = [nn.BatchNorm1d(width, eps=1e-4, affine=False) for _ in range(2)]
         return nn.Sequential(own, nn.Linear(width_of(student), width), norms[0]), nn.Sequential(other, norms[1])
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return log_sum_distance(student, teacher, self.exponent)

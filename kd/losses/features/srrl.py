@@ -23,7 +23,7 @@ def softmax_regression(
     teacher_answer: Tensor,
     w_logits: float = 1.0,
 ) -> Tensor:
-    """Squared distance of the features before the classifiers, and ``w_logits`` times that of what is made of them.
+    """Compute the squared distance of features before the classifiers, and ``w_logits`` times that of what they make.
 
     Features (B, D), the student's adapted; answers (B, classes): logits that the teacher's classifier makes of each.
     Both parts are means over all elements (Eq. 2 and 5).
@@ -56,7 +56,7 @@ class SoftmaxRegression(FeatureTerm):
         self.head: nn.Module | None = None
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Vectors of the teacher's width."""
+        """Return modules that make vectors of the teacher's width."""
         own, other = as_vectors(self.method, student, teacher)
         width, target = width_of(student), width_of(teacher)
         if student.layout.kind == "NCHW":
@@ -73,6 +73,6 @@ class SoftmaxRegression(FeatureTerm):
         self.head = frozen_copy(linear_classifier(self.method, setup.networks, "teacher", widths.pop()))
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         assert self.head is not None
         return softmax_regression(student, self.head(student), teacher, self.head(teacher), self.w_logits)

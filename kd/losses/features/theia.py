@@ -23,7 +23,7 @@ def translated_distance(
     w_cosine: float = 0.9,
     w_smooth: float = 0.1,
 ) -> Tensor:
-    """``w_cosine`` · (1 − cosine) + ``w_smooth`` · smooth L1, mean over the teachers.
+    """Compute ``w_cosine`` · (1 − cosine) + ``w_smooth`` · smooth L1, mean over the teachers.
 
     Features (B, …) of one shape for each teacher, the student's translated. The cosine is that of a sample's whole
     feature, flattened, and not of each token; both parts are means, over the samples and over all elements.
@@ -71,7 +71,7 @@ class FeatureTranslation(FeatureTerm):
         self.normalize = normalize
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps on the teacher's grid, the student's translated."""
+        """Return modules that make maps on the teacher's grid, the student's translated."""
         own, other = check_maps(self.method, student, teacher)
         norm = nn.BatchNorm2d(other.shape[1], affine=False) if self.normalize else nn.Identity()
         translator = Translator(own.shape[1], other.shape[1])
@@ -81,7 +81,7 @@ class FeatureTranslation(FeatureTerm):
         )
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the pairs."""
+        """Compute the mean over the pairs."""
         pairs = self.compared(student, teacher)
         with full_precision(pairs[0][0]):
             return translated_distance([s for s, _ in pairs], [t for _, t in pairs], self.w_cosine, self.w_smooth)

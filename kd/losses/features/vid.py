@@ -24,7 +24,7 @@ INITIAL_VARIANCE = 5.0
 def variational_information(
     student_mean: Tensor, teacher_feature: Tensor, log_scale: Tensor, eps: float = 1e-5, variant: str = "code"
 ) -> Tensor:
-    """Negative log-likelihood of the teacher's map under a Gaussian that the student predicts; both (B, C, H, W).
+    """Compute the teacher map's negative log-likelihood under a Gaussian that the student predicts; both (B, C, H, W).
 
     ``student_mean``: the mean; ``log_scale`` (C,): the variance of a channel is log(1 + e^a) + ``eps`` (Eq. 6).
 
@@ -59,7 +59,7 @@ class VariationalInformation(FeatureTerm):
         self.log_scales = nn.ParameterList()
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps of one grid; the student's through the convolutions."""
+        """Return modules that make maps of one grid; the student's through the convolutions."""
         own, other = check_maps(self.method, student, teacher)
         pooled, goal = as_maps(self.method, student, teacher)
         widths = [own.shape[1], *[other.shape[1]] * 3]
@@ -80,7 +80,7 @@ class VariationalInformation(FeatureTerm):
         )
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         pairs = self.compared(student, teacher)
         with full_precision(pairs[0][0]):
             both = zip(pairs, self.log_scales, strict=True)

@@ -17,7 +17,7 @@ __all__ = ["hidden_token_distance", "mimicking_distance"]
 
 
 def mimicking_distance(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
-    """Squared distance of the tokens (B, N, D) of each layer, summed over a sample and the layers, batch mean.
+    """Compute the squared distance of the tokens (B, N, D) of each layer, sum over a sample and the layers, batch mean.
 
     The student's are of the teacher's width. The code's α is the weight.
     """
@@ -30,7 +30,7 @@ def mimicking_distance(student_features: Sequence[Tensor], teacher_features: Seq
 
 
 def hidden_token_distance(generated: Tensor, teacher_feature: Tensor, hidden: Tensor, masked: float) -> Tensor:
-    """Squared distance of the tokens (B, N, D) that were ``hidden`` (B, N), summed over a sample, mean over the batch.
+    """Compute the squared distance of the tokens (B, N, D) that were ``hidden`` (B, N), sum over a sample, batch mean.
 
     Divided by ``masked``, the share that is hidden.
     """
@@ -53,7 +53,7 @@ class TokenGeneration(nn.Module):
         self.layers = nn.Sequential(convs[0], nn.ReLU(), convs[1])
 
     def forward(self, tokens: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, N, D) → the generated tokens (B, N, D), and which were hidden (B, N).
+        """Map (B, N, D) → the generated tokens (B, N, D), and which were hidden (B, N).
 
         ``noise`` (B, N): uniform numbers; of each sample the tokens with the smallest ones are kept.
         """
@@ -88,7 +88,7 @@ class ViTDistillation(FeatureTerm):
         self.generation: TokenGeneration | None = None
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Tokens on the teacher's grid, the student's of the teacher's width."""
+        """Return modules that make tokens on the teacher's grid, the student's of the teacher's width."""
         _, other = check_maps(self.method, student, teacher)
         linear = nn.Linear(width_of(student), width_of(teacher))
         return nn.Sequential(Convert(student.layout, "tokens", other.grid), linear), Convert(teacher.layout, "tokens")
@@ -106,7 +106,7 @@ class ViTDistillation(FeatureTerm):
         self.generation = TokenGeneration(width_of(pairs[-1][1]), self.masked).to(like)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum of both parts."""
+        """Compute the sum of both parts."""
         *low, (own, other) = self.compared(student, teacher)
         assert self.generation is not None
         generated, hidden = self.generation(own)

@@ -17,7 +17,7 @@ __all__ = ["orthogonal_projection"]
 
 
 def orthogonal_projection(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Huber distance (mean over all elements) of the projected student and the layer-normalised teacher; both (B, D).
+    """Compute the Huber distance (mean over elements) of projected student and layer-normalised teacher; both (B, D).
 
     The normalisation has no parameters (section 3.3). For generative tasks the paper whitens the teacher instead.
     """
@@ -41,10 +41,10 @@ class OrthogonalProjection(FeatureTerm):
         super().__init__(student_taps, teacher_taps)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled, the student's projected."""
+        """Return modules that make pooled vectors, the student's projected."""
         own, other = as_vectors(self.method, student, teacher)
         return nn.Sequential(own, orthogonal(nn.Linear(width_of(student), width_of(teacher), bias=False))), other
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return orthogonal_projection(student, teacher)

@@ -18,7 +18,7 @@ __all__ = ["gaussian_wasserstein"]
 def gaussian_wasserstein(
     student_feature: Tensor, teacher_feature: Tensor, grid: int = 1, mean_cov_ratio: float = 2.0, eps: float = 1e-5
 ) -> Tensor:
-    """``mean_cov_ratio`` · ‖μ_s − μ_t‖² + ‖σ_s − σ_t‖² of the positions of a cell, per channel (Eq. 9).
+    """Compute ``mean_cov_ratio`` · ‖μ_s − μ_t‖² + ‖σ_s − σ_t‖² of the positions of a cell, per channel (Eq. 9).
 
     Both (B, C, H, W); mean over samples and ``grid`` × ``grid`` cells, sum over the channels. σ² is the unbiased
     variance and ``eps``. ``ValueError`` where the cells do not divide the map, or have one position.
@@ -38,7 +38,7 @@ def gaussian_wasserstein(
 
 
 def _moments(feature: Tensor, grid: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (B, C, cells) of each cell."""
+    """Compute mean and deviation (B, C, cells) of each cell."""
     height, width = (side // grid for side in feature.shape[2:])
     cells = feature.unfold(2, height, height).unfold(3, width, width).flatten(4).flatten(2, 3)
     return cells.mean(3), (cells.var(3) + eps).sqrt()
@@ -70,11 +70,11 @@ class GaussianWasserstein(FeatureTerm):
         self.adapter = check_choice("adapter", adapter, KINDS)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Maps of the teacher's shape."""
+        """Return modules that make maps of the teacher's shape."""
         if teacher.layout.kind != "NCHW":
             raise cannot_compare(self.method, student, teacher, "tap maps (B, C, H, W) of the teacher")
         return match(self.method, self.adapter, student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return gaussian_wasserstein(student, teacher, self.grid, self.mean_cov_ratio, self.eps)

@@ -27,14 +27,14 @@ OTHER_SCORES = ("rotary", "rope", "relative_attention_bias", "rel_embeddings", "
 
 
 def check_hidden(name: str, hidden: Tensor) -> Tensor:
-    """The tensor in float32 or better, or ``ValueError`` where it is not (B, L, D)."""
+    """Return the tensor in float32 or better. ``ValueError`` where it is not (B, L, D)."""
     if hidden.ndim != 3:
         raise ValueError(f"{name} has shape {tuple(hidden.shape)}: it must be (B, L, D), samples × positions × width")
     return at_least_float32(hidden)
 
 
 def real_positions(mask: Tensor | None, like: Tensor) -> Tensor:
-    """The mask (B, L) as bool, all True where it is None. ``ValueError`` where it does not fit ``like`` (B, L, …)."""
+    """Return the mask (B, L) as bool, all True if it is None. ``ValueError`` if it does not fit ``like`` (B, L, …)."""
     if mask is None:
         return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
     if mask.shape != like.shape[:2]:
@@ -45,12 +45,12 @@ def real_positions(mask: Tensor | None, like: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, kept: Tensor) -> Tensor:
-    """The mean of ``values`` where ``kept`` (bool, of the same shape) is True; 0 where it is True nowhere."""
+    """Compute the mean of ``values`` where ``kept`` (bool, of the same shape) is True; 0 where it is True nowhere."""
     return torch.where(kept, values, 0).sum() / kept.sum().clamp(min=1)
 
 
 def check_one_length(student: Tensor, teacher: Tensor) -> None:
-    """``ValueError`` where the positions of two tensors (B, L, D) are not the same ones."""
+    """Refuse two tensors (B, L, D) whose positions are not the same ones, with ``ValueError``."""
     if student.shape[:2] != teacher.shape[:2]:
         shapes = f"the student's is {tuple(student.shape[:2])}, the teacher's {tuple(teacher.shape[:2])}"
         raise ValueError(f"hidden states must have one batch size and length: {shapes}")
@@ -60,7 +60,7 @@ def check_one_length(student: Tensor, teacher: Tensor) -> None:
 
 
 def split_heads(feature: Tensor, heads: int) -> Tensor:
-    """(B, L, D) → (B, heads, L, D / heads), in float32 or better. ``ValueError`` where D is no multiple of it."""
+    """Split (B, L, D) → (B, heads, L, D / heads), in float32 or better. ``ValueError`` where D is no multiple of it."""
     feature = check_hidden("a query, key or value", feature)
     if heads < 1 or feature.shape[2] % heads:
         raise ValueError(f"heads = {heads} is not allowed: it must divide the width {feature.shape[2]}")
@@ -68,24 +68,27 @@ def split_heads(feature: Tensor, heads: int) -> Tensor:
 
 
 def scores(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """Scaled dot products before the softmax: two (B, L, D) → (B, heads, L, L), q·k / √(D / heads); queries first."""
+    """Compute scaled dot products before the softmax, q·k / √(D / heads); queries first.
+
+    Two (B, L, D) → (B, heads, L, L).
+    """
     query, key = split_heads(query, heads), split_heads(key, heads)
     return product(query, key.transpose(2, 3)) / math.sqrt(query.shape[3])
 
 
 def product(one: Tensor, other: Tensor) -> Tensor:
-    """The matrix product in the type of its factors, also under autocast, which would round it to half precision."""
+    """Multiply matrices in their own type, also under autocast, which would round the product to half precision."""
     with torch.autocast(one.device.type, enabled=False):
         return one @ other
 
 
 def hide_keys(found: Tensor, keys: Tensor) -> Tensor:
-    """Scores (B, H, L, L) with the most negative number in the columns of padding keys; ``keys`` (B, L) bool."""
+    """Return scores (B, H, L, L) with the most negative number in the columns of padding keys; ``keys`` (B, L) bool."""
     return found.masked_fill(~keys[:, None, None], torch.finfo(found.dtype).min)
 
 
 def relation_kl(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], heads: int, kept: Tensor) -> Tensor:
-    """Mean over the samples of Σ_a Σ_t KL(R_t ‖ R_s) / (heads · length), with R = softmax(x yᵀ / √d) over real keys.
+    """Compute the mean over samples of Σ_a Σ_t KL(R_t ‖ R_s) / (heads · length), R = softmax(x yᵀ / √d) over real keys.
 
     ``student`` and ``teacher``: (x, y), each (B, L, D), the widths may differ; ``heads`` of the relation; ``kept``
     (B, L) bool. Padding is cut off as if every sample ran alone; one without a real position counts as 0.
@@ -102,7 +105,7 @@ def relation_kl(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], 
 
 
 def layer_pairs(student: int, teacher: int, mapping: str, embeddings: bool) -> list[tuple[int, int]]:
-    """Which of the student's layers is compared with which of the teacher's: pairs of places in two lists of taps.
+    """Say which of the student's layers is compared with which of the teacher's: pairs of places in two lists of taps.
 
     ``student``, ``teacher``: lengths of the lists, which begin with the embeddings where ``embeddings`` is True. With
     n and N layers behind these, ``mapping`` is ``"uniform"``, layer i with k·i, k = N / n (rounded down where it is not
@@ -163,11 +166,11 @@ class LayerTerm(Term):
         )
 
     def choose(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Those pairs of layers that the method compares: all of them."""
+        """Return those pairs of layers that the method compares: all of them."""
         return pairs
 
     def layers(self, student: Output, teacher: Output) -> list[list[Any]]:
-        """For each pair of layers the student's tensors, then the teacher's."""
+        """Return for each pair of layers the student's tensors, then the teacher's."""
         pairs = self.pairs(student, teacher)
         count = len(pairs) // self.parts
         of_layer = [pairs[layer::count] for layer in range(count)]
@@ -213,7 +216,7 @@ class ProjectedTerm(LayerTerm):
         self.adapters = nn.ModuleList(found)
 
     def projected(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
-        """For each pair of layers the student's projected hidden states and the teacher's, (B, L, D) each."""
+        """Return for each pair of layers the student's projected hidden states and the teacher's, (B, L, D) each."""
         pairs = self.pairs(student, teacher)
         if self.adapters is None:
             raise ValueError("the adapters are missing: call prepare(setup) before the first batch")
@@ -262,18 +265,18 @@ class HeadsTerm(LayerTerm):
             )
 
     def scored(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
-        """For each pair of layers the scores before the softmax, (B, heads, L, L) each, padding not yet hidden."""
+        """Compute the scores of each pair of layers before softmax, (B, heads, L, L) each, padding not yet hidden."""
         own, other = self.numbers
         return [(scores(q, k, own), scores(t_q, t_k, other)) for q, k, t_q, t_k in self.layers(student, teacher)]
 
 
 def over_positions(batch: Batch) -> str:
-    """What a mean over real positions runs over: the samples where all are real."""
+    """Say what a mean over real positions runs over: the samples where all are real."""
     return "samples" if batch.mask is None else "positions"
 
 
 def over_pairs(batch: Batch) -> str:
-    """What a mean over pairs of real positions runs over: the samples where all are real, otherwise the whole batch.
+    """Say what a mean over pairs of real positions runs over: the samples if all are real, otherwise the whole batch.
 
     Samples have different lengths, and the mean of the processes' means is another number.
     """
@@ -285,7 +288,7 @@ def _of_side(setup: Setup, side: str) -> Iterable[nn.Module]:
 
 
 def _other_scores(network: nn.Module, taps: Sequence[str]) -> str | None:
-    """What the attention of a network does beside scaling the products of all queries and keys; None: nothing known."""
+    """Say what a network's attention does beside scaling the products of all queries and keys; None: nothing known."""
     names = dict(network.named_modules())
     found = [name for name in names if name.rpartition(".")[2].startswith(OTHER_SCORES)]
     around = sorted({tap.partition(":")[0].rpartition(".")[0] for tap in taps})

@@ -16,7 +16,7 @@ __all__ = ["attention_cross_entropy"]
 def attention_cross_entropy(
     student_scores: Tensor, teacher_scores: Tensor, mask: Tensor | None = None, merge_heads: bool = False
 ) -> Tensor:
-    """Mean over heads and real queries of −Σ_k p_t log p_s over the real keys k, with p the softmax of the scores.
+    """Compute −Σ_k p_t log p_s over the real keys k, mean over heads and real queries, p the softmax of the scores.
 
     Both scores (B, H, L, L), queries before keys; ``mask`` (B, L), True or 1 where a position is real, None: all are.
     The softmax runs over all keys as in TextBrewer, whose scores of padding are near −10⁴ already. ``merge_heads``:
@@ -58,7 +58,7 @@ class AttentionCrossEntropy(HeadsTerm):
         self.over = over_positions(setup.batch)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         found = []
         for own, other in self.scored(student, teacher):
             kept = real_positions(batch.mask, own[:, 0])

@@ -21,7 +21,7 @@ def attention_kl(
     heads: int,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Mean over samples, heads and real queries of KL(teacher ‖ student) of the attention distributions: Eq. 3.
+    """Compute KL(teacher ‖ student) of the attention distributions, mean over samples, heads and real queries: Eq. 3.
 
     Queries and keys (B, L, D), the widths of the networks may differ, ``heads`` divides both; ``mask`` (B, L), True or
     1 where a position is real, None: all are. Distributions run over the real keys. Each sample is averaged over its
@@ -50,7 +50,7 @@ class AttentionKL(HeadsTerm):
         super().__init__(student_taps, teacher_taps, mapping, heads)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         heads, mask = self.numbers[0], batch.mask
         found = [attention_kl(q, k, t_q, t_k, heads, mask) for q, k, t_q, t_k in self.layers(student, teacher)]
         return torch.stack(found).sum()

@@ -23,7 +23,7 @@ def attention_score_mse(
     variant: str = "code",
     merge_heads: bool = False,
 ) -> Tensor:
-    """Mean of squared differences of attention scores before the softmax: Eq. 7.
+    """Compute the mean of squared differences of attention scores before the softmax: Eq. 7.
 
     Both scores (B, H, L, L), queries before keys; ``mask`` (B, L), True or 1 where a position is real, None: all are.
     ``merge_heads``: scores are summed over the heads first, so that their number may differ (TextBrewer).
@@ -72,7 +72,7 @@ class AttentionMSE(HeadsTerm):
         self.over = over_pairs(setup.batch) if self.variant == "masked" else "samples"
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         found = [
             attention_score_mse(s, t, batch.mask, self.variant, self.merge_heads)
             for s, t in self.scored(student, teacher)

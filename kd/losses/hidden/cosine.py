@@ -15,7 +15,7 @@ __all__ = ["hidden_cosine"]
 
 
 def hidden_cosine(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the real positions of 1 − cos(h_s, h_t), from 0 to 2: L_cos of section 3.
+    """Compute the mean over the real positions of 1 − cos(h_s, h_t), from 0 to 2: L_cos of section 3.
 
     Both hidden states (B, L, D) of one width; ``mask`` (B, L), True or 1 where a position is real, None: all are. A
     zero vector has cosine 0. 0, with zero gradient, where no position is real.
@@ -50,5 +50,5 @@ class HiddenCosine(ProjectedTerm):
         self.over = over_positions(setup.batch)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         return torch.stack([hidden_cosine(s, t, batch.mask) for s, t in self.projected(student, teacher)]).sum()

@@ -21,7 +21,7 @@ def hidden_fsp(
     teacher_other: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Mean over samples and entries of (G_s − G_t)², with G = hᵀ o / length (D × D) the flow between two layers.
+    """Compute the mean over samples and entries of (G_s − G_t)², G = hᵀ o / length (D × D) the flow between two layers.
 
     All (B, L, D) of one width; ``mask`` (B, L), True or 1 where a position is real, None: all are. G sums over the real
     positions of a sample; that of one without any is 0.
@@ -55,13 +55,13 @@ class HiddenFSP(ProjectedTerm):
         super().__init__(student_taps, teacher_taps, mapping, adapter)
 
     def choose(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """All pairs. ``ValueError`` where there is one alone, which has no next."""
+        """Return all pairs. ``ValueError`` where there is one alone, which has no next."""
         if len(pairs) < 2:
             raise ValueError("hidden_fsp compares a layer with the next one: both sides must have two taps or more")
         return pairs
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the layers but the last."""
+        """Compute the sum over the layers but the last."""
         pairs = self.projected(student, teacher)
         steps = pairwise(pairs)
         return torch.stack(

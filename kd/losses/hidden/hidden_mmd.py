@@ -28,7 +28,7 @@ def hidden_mmd(
     teacher_other: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Mean over pairs of real positions of (K_s − K_t)², with K = h oᵀ / D the products of two layers of a network.
+    """Compute (K_s − K_t)², mean over pairs of real positions, K = h oᵀ / D the products of two layers of a network.
 
     All (B, L, D), D may differ between the networks; ``other`` may be ``hidden`` itself (NST with a linear kernel over
     positions). ``mask`` (B, L), True or 1 where a position is real, None: all are. 0 where no position is real.
@@ -61,5 +61,5 @@ class HiddenMMD(LayerTerm):
         self.over = over_pairs(setup.batch)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         return torch.stack([hidden_mmd(s, s, t, t, batch.mask) for s, t in self.pairs(student, teacher)]).sum()

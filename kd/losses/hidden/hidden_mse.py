@@ -19,7 +19,7 @@ VARIANTS = ("masked", "tinybert", "distilbart")
 def hidden_mse(
     student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor | None = None, variant: str = "masked"
 ) -> Tensor:
-    """Mean over positions and width of (h_s − h_t)²: Eq. 8 and, at the embeddings, Eq. 9, student projected already.
+    """Compute (h_s − h_t)², mean over positions and width: Eq. 8, Eq. 9 at the embeddings; student projected already.
 
     Both hidden states (B, L, D) of one width; ``mask`` (B, L), True or 1 where a position is real, None: all are.
     0, with zero gradient, where no position is real.
@@ -69,6 +69,6 @@ class HiddenMSE(ProjectedTerm):
         self.over = "batch" if self.variant == "distilbart" else self.over
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         pairs = self.projected(student, teacher)
         return torch.stack([hidden_mse(s, t, batch.mask, self.variant) for s, t in pairs]).sum()

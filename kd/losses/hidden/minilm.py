@@ -23,7 +23,7 @@ def minilm_loss(
     heads: int,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """L_AT + L_VR of one layer, Eq. 5 to 7: KL of attention distributions and of value relations.
+    """Compute L_AT + L_VR of one layer, Eq. 5 to 7: KL of attention distributions and of value relations.
 
     Queries, keys, values (B, L, D), the widths of the networks may differ, ``heads`` (attention heads) divides both;
     ``mask`` (B, L), True or 1 where a position is real, None: all are. Each sample is averaged over its own length, as
@@ -35,7 +35,7 @@ def minilm_loss(
 
 
 def value_relation_kl(student_value: Tensor, teacher_value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """L_VR of Eq. 7: KL(teacher ‖ student) of softmax(V Vᵀ / √d) over real keys; shapes as :func:`minilm_loss`."""
+    """Compute L_VR, Eq. 7: KL(teacher ‖ student) of softmax(V Vᵀ / √d) over real keys; shapes: :func:`minilm_loss`."""
     kept = real_positions(mask, student_value)
     return relation_kl((student_value, student_value), (teacher_value, teacher_value), heads, kept)
 
@@ -60,7 +60,7 @@ class MiniLM(HeadsTerm):
         super().__init__(student_taps, teacher_taps, mapping, heads)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         heads, mask = self.numbers[0], batch.mask
         found = [
             minilm_loss(q, k, v, t_q, t_k, t_v, heads, mask) for q, k, v, t_q, t_k, t_v in self.layers(student, teacher)

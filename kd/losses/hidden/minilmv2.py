@@ -23,7 +23,7 @@ def self_attention_relations(
     relation_heads: int,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Mean of the KL of three relations, queries, keys and values each with itself: Eq. 5 to 8, weights 1/3.
+    """Compute the mean KL of three relations, queries, keys and values each with itself: Eq. 5 to 8, weights 1/3.
 
     R = softmax(x xᵀ / √d) with the heads joined and split anew into ``relation_heads`` parts of width d, so that the
     attention heads of the networks may differ. Tensors (B, L, D); ``relation_heads`` divides every width; ``mask``
@@ -72,7 +72,7 @@ class MiniLMv2(HeadsTerm):
                     )
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the pairs of layers."""
+        """Compute the sum over the pairs of layers."""
         heads, mask = self.relation_heads, batch.mask
         found = [
             self_attention_relations(q, k, v, t_q, t_k, t_v, heads, mask)

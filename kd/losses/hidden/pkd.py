@@ -19,7 +19,7 @@ VARIANTS = ("code", "paper")
 def patience_loss(
     student_hidden: Tensor, teacher_hidden: Tensor, normalise: bool = True, variant: str = "code"
 ) -> Tensor:
-    """Squared distance of the [CLS] states of several layers, each divided by its norm where ``normalise``: Eq. 7.
+    """Compute the squared distance of several layers' [CLS] states, each divided by its norm if ``normalise``: Eq. 7.
 
     Both states (B, layers, D) of one width, those of the first position.
 
@@ -58,7 +58,7 @@ class PatientDistillation(ProjectedTerm):
         self.variant = check_choice("variant", variant, VARIANTS)
 
     def choose(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """All but the first and the last pair, unless they are listed. ``ValueError`` where none is left."""
+        """Leave out the first and the last pair, unless they are listed. ``ValueError`` where none is left."""
         if self.mapping == "listed":
             return pairs
         if len(pairs) < 3:
@@ -69,7 +69,7 @@ class PatientDistillation(ProjectedTerm):
         return pairs[1:-1]
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The loss of all pairs of layers."""
+        """Compute the loss of all pairs of layers."""
         first = [(s[:, 0], t[:, 0]) for s, t in self.projected(student, teacher)]
         own, other = (torch.stack([pair[side] for pair in first], dim=1) for side in (0, 1))
         return patience_loss(own, other, self.normalise, self.variant)

@@ -25,7 +25,7 @@ def log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) of each row: Σ_c p (log p − log q); the last dimension is summed over."""
+    """Compute KL(p ‖ q) of each row: Σ_c p (log p − log q); the last dimension is summed over."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -37,7 +37,10 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
 
 def js(log_p_student: Tensor, log_p_teacher: Tensor, beta: float) -> Tensor:
-    """β KL(p_t ‖ m) + (1 − β) KL(p_s ‖ m) of each row, m = β p_t + (1 − β) p_s; forward KL at β = 0, reverse at 1."""
+    """Compute β KL(p_t ‖ m) + (1 − β) KL(p_s ‖ m) of each row, m = β p_t + (1 − β) p_s.
+
+    Forward KL at β = 0, reverse at 1.
+    """
     if beta in (0, 1):
         return kl(log_p_student, log_p_teacher) if beta == 1 else kl(log_p_teacher, log_p_student)
     mixture = log_mixture(log_p_teacher, log_p_student, beta)
@@ -45,33 +48,33 @@ def js(log_p_student: Tensor, log_p_teacher: Tensor, beta: float) -> Tensor:
 
 
 def mean_over_rows(per_row: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · mean over the rows; 0 without rows."""
+    """Compute T² · mean over the rows; 0 without rows."""
     return temperature**2 * per_row.sum() / max(1, per_row.numel())
 
 
 def check_share(name: str, value: float, *, one: bool = True) -> float:
-    """The value, or ``ValueError`` when it is not from 0 to 1 (``one``: whether 1 itself is allowed)."""
+    """Return the value. ``ValueError`` when it is not from 0 to 1 (``one``: whether 1 itself is allowed)."""
     if not (0 <= value < 1 or (one and value == 1)):
         raise ValueError(f"{name} = {value} is not allowed: it must be from 0 to {'1' if one else 'below 1'}")
     return float(value)
 
 
 def check_factor(name: str, value: float) -> float:
-    """The value, or ``ValueError`` when it is not a finite number of 0 or more."""
+    """Return the value. ``ValueError`` when it is not a finite number of 0 or more."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} = {value} is not allowed: it must be a finite number, 0 or more")
     return float(value)
 
 
 def check_positive(name: str, value: float) -> float:
-    """The value, or ``ValueError`` when it is not a finite number above 0."""
+    """Return the value. ``ValueError`` when it is not a finite number above 0."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name} = {value} is not allowed: it must be a finite number above 0")
     return float(value)
 
 
 def spread(logits: Tensor, flat: Tensor | float = 1.0) -> Tensor:
-    """Unbiased standard deviation of each row over its classes, (…, 1), with gradient.
+    """Compute the unbiased standard deviation of each row over its classes, (…, 1), with gradient.
 
     ``flat``: what stands, without gradient, for that of a row whose entries differ by rounding alone (a classifier that
     begins with zeros): to divide by what is left there would make gradients of 10⁷ out of noise.

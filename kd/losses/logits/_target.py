@@ -19,7 +19,7 @@ def labels_of(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_over_labelled(per_row: Tensor, labelled: Tensor) -> Tensor:
-    """Mean over the rows with a label; exactly 0, with zero gradient, when there is none. No synchronisation."""
+    """Average over the rows with a label; exactly 0, with zero gradient, when there is none. No synchronisation."""
     return torch.where(labelled, per_row, 0).sum() / labelled.sum().clamp(min=1)
 
 

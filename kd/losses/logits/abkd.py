@@ -13,7 +13,7 @@ __all__ = ["alpha_beta_divergence"]
 def alpha_beta_divergence(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, alpha: float = 0.8, beta: float = 0.2
 ) -> Tensor:
-    """Mean over rows of −1/(αβ) Σ_c (p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)): the α-β-divergence.
+    """Compute the mean over rows of −1/(αβ) Σ_c (p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)): the α-β-divergence.
 
     p is the teacher's, q the student's softmax(z / T). A smaller β, or α, weighs the classes more by their probability
     ratio; β = 0 is the limit, forward KL at α = 1, and α = 0 the other one, reverse KL at β = 1.
@@ -44,7 +44,7 @@ class AlphaBeta(Term):
         self.alpha, self.beta = _check(alpha, beta)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows."""
+        """Compute the mean over the rows."""
         return alpha_beta_divergence(student.logits, teacher.logits, self.temperature, self.alpha, self.beta)
 
 

@@ -14,7 +14,7 @@ __all__ = ["adaptive_kl_divergence"]
 def adaptive_kl_divergence(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, mu: float = 0.5
 ) -> Tensor:
-    """T² · mean over rows of (g_h KL(p_t ‖ p_s) + g_t KL(p_s ‖ p_t)) / (g_h + g_t), with p = softmax(z / T).
+    """Compute T² · mean over rows of (g_h KL(p_t ‖ p_s) + g_t KL(p_s ‖ p_t)) / (g_h + g_t), with p = softmax(z / T).
 
     The head of a row is its likeliest classes, by the teacher, that have at most ``mu`` of the mass together, the first
     one in any case; the tail is the rest. g_h and g_t are Σ |p_t − p_s| over the head and over the tail, without
@@ -47,5 +47,5 @@ class AdaptiveKL(Term):
         self.mu = check_share("mu", mu)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         return adaptive_kl_divergence(student.logits, teacher.logits, self.temperature, self.mu)

@@ -11,7 +11,7 @@ __all__ = ["binary_distillation"]
 
 
 def binary_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean over rows and classes of the binary cross-entropy of sigmoid(z_s) with softmax(z_t).
+    """Compute the mean over rows and classes of the binary cross-entropy of sigmoid(z_s) with softmax(z_t).
 
     Each class is a question of its own, for recipes that train on binary cross-entropy.
 
@@ -27,5 +27,5 @@ class BinaryDistillation(Term):
     """:func:`binary_distillation` of the logits, over all rows."""
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows."""
+        """Compute the mean over the rows."""
         return binary_distillation(student.logits, teacher.logits)

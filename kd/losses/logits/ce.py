@@ -11,7 +11,7 @@ __all__ = ["cross_entropy"]
 
 
 def cross_entropy(student_logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean of −Σ_c q log softmax(z_s) over the labelled rows; q is the label, smoothed towards uniform.
+    """Compute the mean of −Σ_c q log softmax(z_s) over the labelled rows; q is the label, smoothed towards uniform.
 
     ``student_logits`` (rows, classes), ``targets`` (rows,) int64 with ``UNLABELLED`` where the label is withheld, or
     (rows, classes) shares that sum to 1 (mixtures, soft labels); ``label_smoothing`` from 0 to 1. Exactly 0, with zero
@@ -46,9 +46,9 @@ class CrossEntropy(Term):
         self.every_class = label_smoothing > 0
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled rows."""
+        """Compute the mean over the labelled rows."""
         return cross_entropy(student.logits, batch.targets, self.label_smoothing)
 
     def fused(self) -> Fused:
-        """The same from hidden states."""
+        """Return what computes the same from hidden states."""
         return Fused("cross_entropy", share=self.label_smoothing)

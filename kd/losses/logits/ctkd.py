@@ -22,7 +22,7 @@ def adversarial_temperature_kl(
     t_end: float = 20.0,
     grl_lambda: float = -1.0,
 ) -> Tensor:
-    """T² · mean over rows of KL(p_t ‖ p_s), p = softmax(z / T), at a learned T = t_start + t_end · sigmoid(θ).
+    """Compute T² · mean over rows of KL(p_t ‖ p_s), p = softmax(z / T), at a learned T = t_start + t_end · sigmoid(θ).
 
     The gradient for θ = ``temperature_param`` (1,) is multiplied by λ = ``grl_lambda``: below 0 the temperature is
     trained against the student, towards what it finds hard; that for the student is as ever.
@@ -68,6 +68,6 @@ class CurriculumTemperature(Term):
         return -(1 - math.cos(math.pi * min(1.0, self.progress / self.rise))) / 2
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         settings = self.temperature_param, self.t_start, self.t_end, self.grl_lambda
         return adversarial_temperature_kl(student.logits, teacher.logits, *settings)

@@ -13,7 +13,7 @@ __all__ = ["confidence_weighted_cross_entropy"]
 def confidence_weighted_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Σ_s w_s CE_s / Σ_s w_s over the labelled rows, with w_s = max_c softmax(z_t / T)_c: Eq. 10.
+    """Compute Σ_s w_s CE_s / Σ_s w_s over the labelled rows, with w_s = max_c softmax(z_t / T)_c: Eq. 10.
 
     Both logits (rows, classes), ``targets`` (rows,) int64 with ``UNLABELLED`` where the label is withheld,
     ``temperature`` > 0. CE is the plain cross-entropy with the label: of the teacher only its confidence counts, also
@@ -38,5 +38,5 @@ class ConfidenceWeighted(Term):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The weighted mean over the labelled rows."""
+        """Compute the weighted mean over the labelled rows."""
         return confidence_weighted_cross_entropy(student.logits, teacher.logits, batch.targets, self.temperature)

@@ -19,7 +19,7 @@ def prototype_cross_entropy(
     temperature_student: float = 0.1,
     temperature_teacher: float = 0.04,
 ) -> Tensor:
-    """Cross-entropy of the centred and sharpened teacher, mean over pairs of views and over samples (Eq. 1).
+    """Compute the cross-entropy of the centred and sharpened teacher, mean over pairs of views and samples (Eq. 1).
 
     ``student_logits`` (S, B, prototypes) and ``teacher_logits`` (T, B, prototypes): of S and T views of one batch;
     ``center`` (1, prototypes). Every view of the student is compared with every one of the teacher. Without T². The
@@ -63,7 +63,7 @@ class PrototypeCrossEntropy(Term):
         self.register_buffer("center", at_least_float32(teacher).new_zeros(1, teacher.shape[-1]))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the pairs of views; the centre moves in training."""
+        """Compute the mean over the pairs of views; the centre moves in training."""
         own, other = (
             torch.stack([o.logits, *(o.views[v].logits for v in self.needs_views)]) for o in (student, teacher)
         )

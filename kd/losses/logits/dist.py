@@ -22,7 +22,7 @@ def correlation_loss(
     gamma: float = 1.0,
     variant: str = "code",
 ) -> Tensor:
-    """T² (β (1 − mean_b ρ_b) + γ (1 − mean_c ρ_c)): relations of the predictions are matched instead of values.
+    """Compute T² (β (1 − mean_b ρ_b) + γ (1 − mean_c ρ_c)): relations of the predictions are matched, not values.
 
     ρ_b is Pearson's correlation of the student's and the teacher's softmax(z / T) in row b over the classes
     (inter-class), ρ_c that of class c over the rows (intra-class): how rows are batched matters.
@@ -47,7 +47,7 @@ def correlation_loss(
 
 
 def _correlation(one: Tensor, other: Tensor, dim: int) -> Tensor:
-    """Pearson's correlation along a dimension."""
+    """Compute Pearson's correlation along a dimension."""
     centred = [x - x.mean(dim, keepdim=True) for x in (one, other)]
     norms = []
     for x, c in zip((one, other), centred, strict=True):
@@ -69,6 +69,6 @@ class Correlation(Term):
         self.beta, self.gamma = check_factor("beta", beta), check_factor("gamma", gamma)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The loss of the whole batch."""
+        """Compute the loss of the whole batch."""
         settings = self.temperature, self.beta, self.gamma, self.variant
         return correlation_loss(student.logits, teacher.logits, *settings)

@@ -19,7 +19,7 @@ def decoupled_kl_divergence(
     alpha: float = 1.0,
     beta: float = 8.0,
 ) -> Tensor:
-    """T² · mean over labelled rows of α KL(b_t ‖ b_s) + β KL(q_t ‖ q_s): target and non-target class KD, Eq. 7.
+    """Compute T² · mean over labelled rows of α KL(b_t ‖ b_s) + β KL(q_t ‖ q_s): target and non-target class KD, Eq. 7.
 
     b = (p_y, 1 − p_y) with p = softmax(z / T), and q is p over the classes other than the label y, summing to 1.
     α = 1 and β = 1 − p_t(y) row by row is :func:`~kd.losses.logits.kd.kl_divergence` (Eq. 5).
@@ -53,6 +53,6 @@ class DecoupledDistillation(Term):
         self.alpha, self.beta = check_factor("alpha", alpha), check_factor("beta", beta)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled rows, times T²."""
+        """Compute the mean over the labelled rows, times T²."""
         settings = self.temperature, self.alpha, self.beta
         return decoupled_kl_divergence(student.logits, teacher.logits, batch.targets, *settings)

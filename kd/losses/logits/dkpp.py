@@ -12,7 +12,7 @@ __all__ = ["permute_non_argmax", "permuted_kl_divergence"]
 
 
 def permute_non_argmax(teacher_logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each row (…, classes) with all but its largest entry shuffled, another permutation for every row: φ of Eq. 11.
+    """Shuffle all but the largest entry of each row (…, classes), another permutation for every row: φ of Eq. 11.
 
     ``generator``: on the device of the logits; None: torch's global one.
     """
@@ -27,7 +27,7 @@ def permute_non_argmax(teacher_logits: Tensor, generator: torch.Generator | None
 def permuted_kl_divergence(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """:func:`~kd.losses.logits.kd.kl_divergence` with the teacher's logits after :func:`permute_non_argmax`.
+    """Compute :func:`~kd.losses.logits.kd.kl_divergence` with the teacher's logits after :func:`permute_non_argmax`.
 
     Its gradient at T = 1 is Eq. 11 over the rows: the teacher's confidence stays with the class it chose, the rest of
     its distribution keeps its shape and loses its meaning. The paper writes the cross-entropy, larger by the teacher's
@@ -46,5 +46,5 @@ class PermutedPredictions(Term):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         return permuted_kl_divergence(student.logits, teacher.logits, self.temperature)

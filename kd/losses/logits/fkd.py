@@ -14,7 +14,7 @@ FORMS = ("smoothed", "renormalised")
 
 
 def top_k_labels(teacher_probabilities: Tensor, k: int = 5, form: str = "smoothed") -> Tensor:
-    """Soft labels of which the k likeliest classes are kept: what is cheap to store.
+    """Make soft labels of which the k likeliest classes are kept: what is cheap to store.
 
     ``teacher_probabilities`` (…, classes) → the same shape; ``k`` 1 or more. ``form``: ``"smoothed"``, the mass of the
     other classes is spread over them evenly (marginal smoothing; label smoothing at k = 1); ``"renormalised"``, it goes
@@ -31,7 +31,7 @@ def top_k_labels(teacher_probabilities: Tensor, k: int = 5, form: str = "smoothe
 
 
 def soft_label_cross_entropy(student_logits: Tensor, teacher_probabilities: Tensor) -> Tensor:
-    """Mean over rows of −Σ_c q_c log softmax(z_s)_c, with q the teacher's soft label: T = 1.
+    """Compute the mean over rows of −Σ_c q_c log softmax(z_s)_c, with q the teacher's soft label: T = 1.
 
     ``student_logits`` and ``teacher_probabilities`` (rows, classes), any further leading dimensions count as rows. The
     gradient is that of :func:`~kd.losses.logits.kd.kl_divergence`; the value is larger by the entropy of q. 0 without
@@ -56,7 +56,7 @@ class SoftLabels(Term):
         self.every_class = k is not None and form == "smoothed"
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows."""
+        """Compute the mean over the rows."""
         labels = at_least_float32(teacher.logits).softmax(-1)
         if self.k is not None:
             labels = top_k_labels(labels, self.k, self.form)

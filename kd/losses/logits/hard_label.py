@@ -12,7 +12,7 @@ __all__ = ["hard_label_cross_entropy"]
 
 
 def hard_label_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean over rows of −log softmax(z_s)_c with c = argmax z_t: the teacher's decision in the place of a label, Eq. 3.
+    """Compute −log softmax(z_s)_c, mean over rows, c = argmax z_t: the teacher's decision in place of a label, Eq. 3.
 
     Both logits (rows, classes), any further leading dimensions count as rows; of classes with equal logits the first
     one is the teacher's. Not 0 for equal logits. 0 without rows.
@@ -30,5 +30,5 @@ class HardLabel(Term):
     """
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows."""
+        """Compute the mean over the rows."""
         return hard_label_cross_entropy(student.logits, teacher.logits)

@@ -13,11 +13,12 @@ __all__ = ["generalised_js_divergence"]
 def generalised_js_divergence(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, beta: float = 0.5
 ) -> Tensor:
-    """T² · mean over rows of β KL(p_t ‖ m) + (1 − β) KL(p_s ‖ m), m = β p_t + (1 − β) p_s, p = softmax(z / T): Eq. 1.
+    """Compute T² · mean over rows of β KL(p_t ‖ m) + (1 − β) KL(p_s ‖ m), with m = β p_t + (1 − β) p_s: Eq. 1.
 
-    Both logits (rows, classes); ``temperature`` > 0; ``beta`` from 0 to 1. β = 0 is KL(teacher ‖ student) and β = 1
-    KL(student ‖ teacher) by definition; the formula itself goes to 0 at both ends (its quotient by β or 1 − β goes to
-    those two), so values near an end are small and the end is not. At most ln 2 at β = ½. 0 without rows.
+    p = softmax(z / T). Both logits (rows, classes); ``temperature`` > 0; ``beta`` from 0 to 1. β = 0 is KL(teacher ‖
+    student) and β = 1 KL(student ‖ teacher) by definition; the formula itself goes to 0 at both ends (its quotient by β
+    or 1 − β goes to those two), so values near an end are small and the end is not. At most ln 2 at β = ½. 0 without
+    rows.
 
     The paper's T is that of sampling and not in the loss, and the code of TRL and Liger has no T²: smaller by it.
     DistiLLM's ``lam`` is 1 − β.
@@ -36,9 +37,9 @@ class JensenShannon(Term):
         self.beta = check_share("beta", beta)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         return generalised_js_divergence(student.logits, teacher.logits, self.temperature, self.beta)
 
     def fused(self) -> Fused:
-        """The same from hidden states."""
+        """Return what computes the same from hidden states."""
         return Fused("js", self.temperature, self.beta)

@@ -11,7 +11,7 @@ __all__ = ["kl_divergence"]
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T² · mean over rows of Σ_c p_t (log p_t − log p_s), with p = softmax(z / T) as in Eq. 1.
+    """Compute T² · mean over rows of Σ_c p_t (log p_t − log p_s), with p = softmax(z / T) as in Eq. 1.
 
     Both logits (rows, classes), any further leading dimensions count as rows; ``temperature`` > 0. Computed in log
     space and in float32 or better, so half-precision logits 10⁴ apart give a finite value and gradient. 0 without rows.
@@ -36,9 +36,9 @@ class KnowledgeDistillation(Term):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         return kl_divergence(student.logits, teacher.logits, self.temperature)
 
     def fused(self) -> Fused:
-        """The same from hidden states."""
+        """Return what computes the same from hidden states."""
         return Fused("forward_kl", self.temperature)

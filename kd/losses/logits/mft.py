@@ -33,7 +33,7 @@ def corrected_teacher(teacher_probabilities: Tensor, targets: Tensor, threshold:
 def corrected_kl_divergence(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0, threshold: float = 0.2
 ) -> Tensor:
-    """T² · mean over labelled rows of KL(p' ‖ p_s), p' the teacher's softmax(z / T) after :func:`corrected_teacher`.
+    """Compute T² · mean over labelled rows of KL(p' ‖ p_s), p' = softmax(z_t / T) after :func:`corrected_teacher`.
 
     Both logits (rows, classes), ``targets`` (rows,) int64, ``UNLABELLED`` where the label is withheld: such rows do not
     count. ``temperature`` > 0. The teacher is the untrained student in the paper, which so learns the labels without
@@ -59,7 +59,7 @@ class CorrectedTeacher(Term):
         self.threshold = _check_threshold(threshold)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled rows, times T²."""
+        """Compute the mean over the labelled rows, times T²."""
         return corrected_kl_divergence(student.logits, teacher.logits, batch.targets, self.temperature, self.threshold)
 
 

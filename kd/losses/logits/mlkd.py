@@ -14,7 +14,7 @@ FURTHER = (3.0, 5.0, 2.0, 6.0)  # temperatures beside the base one
 
 
 def class_correlation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Σ_ij (PᵀP of the teacher − PᵀP of the student)_ij² / classes, P = softmax(z / T) (rows, classes).
+    """Compute Σ_ij (PᵀP of the teacher − PᵀP of the student)_ij² / classes, P = softmax(z / T) (rows, classes).
 
     Which classes appear together over the batch. 0 for equal logits. No T².
     """
@@ -23,7 +23,7 @@ def class_correlation(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 
 def batch_correlation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Σ_ij (PPᵀ of the teacher − PPᵀ of the student)_ij² / rows, P = softmax(z / T) (rows, classes).
+    """Compute Σ_ij (PPᵀ of the teacher − PPᵀ of the student)_ij² / rows, P = softmax(z / T) (rows, classes).
 
     How alike the rows are. 0 for equal logits and without rows. No T².
     """
@@ -69,13 +69,13 @@ def multi_level_loss(
 
 
 def _relations(log_p_student: Tensor, log_p_teacher: Tensor, of_classes: bool) -> Tensor:
-    """Squared differences of the Gram matrices of rows, or of classes."""
+    """Compute squared differences of the Gram matrices of rows, or of classes."""
     grams = [p.T @ p if of_classes else p @ p.T for p in (log_p_student.exp(), log_p_teacher.exp())]
     return (grams[0] - grams[1]).square()
 
 
 def _below_median(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """1 for each row of which the teacher is at most as sure as of the median one, and the same of classes; else 0."""
+    """Put 1 for each row of which the teacher is at most as sure as of the median one, the same of classes; else 0."""
     p = log_probabilities(teacher_logits, teacher_logits, 1.0)[1].exp()
     both = p.amax(1), p.sum(0)
     return tuple((x <= x.quantile(0.5) if len(x) else x > 0).to(p) for x in both)  # type: ignore[return-value]
@@ -96,7 +96,7 @@ class MultiLevel(Term):
         self.needs_views = () if view is None else (view,)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The loss of the whole batch."""
+        """Compute the loss of the whole batch."""
         strong = [side if self.view is None else side.views[self.view] for side in (student, teacher)]
         logits = student.logits, strong[0].logits, teacher.logits, strong[1].logits
         return multi_level_loss(*logits, self.temperature, self.variant)

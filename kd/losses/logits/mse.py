@@ -13,7 +13,7 @@ AGAINST = ("labels", "teacher")
 
 
 def squared_error(student_logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over rows and outputs of (z_s − y)²: the loss of a regression.
+    """Compute the mean over rows and outputs of (z_s − y)²: the loss of a regression.
 
     ``student_logits`` (rows, outputs); ``targets`` y: numbers (rows,) for one output, or (rows, outputs): labels, or
     what the teacher answers; or classes (rows,) int64, then y is 1 for the class and 0 for the others, and rows with
@@ -45,5 +45,5 @@ class SquaredError(Term):
         self.over = "labelled" if against == "labels" else "rows"
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, of labels over the labelled ones."""
+        """Compute the mean over the rows, of labels over the labelled ones."""
         return squared_error(student.logits, batch.targets if self.against == "labels" else teacher.logits)

@@ -14,7 +14,7 @@ __all__ = ["normalised_cross_entropy"]
 def normalised_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0, gamma: float = 1.5
 ) -> Tensor:
-    """Mean over labelled rows of −p_t(y) log p_s(y) − γ T² Σ_c≠y q_t log q_s: normalised KD.
+    """Compute the mean over labelled rows of −p_t(y) log p_s(y) − γ T² Σ_c≠y q_t log q_s: normalised KD.
 
     p = softmax(z), at T = 1; q is softmax(z / T) over the classes other than the label y, summing to 1, so that the
     student can reach the teacher's whatever p(y) is.
@@ -46,6 +46,6 @@ class NormalisedDistillation(Term):
         self.temperature, self.gamma = check_temperature(temperature), check_factor("gamma", gamma)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled rows."""
+        """Compute the mean over the labelled rows."""
         both = student.logits, teacher.logits
         return normalised_cross_entropy(*both, batch.targets, self.temperature, self.gamma)

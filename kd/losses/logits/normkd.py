@@ -12,7 +12,7 @@ __all__ = ["normalised_kl_divergence"]
 
 
 def normalised_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, factor: float = 2.0) -> Tensor:
-    """Mean over rows of T_t² KL(softmax(z_t / T_t) ‖ softmax(z_s / T_s)), with T = ``factor`` · σ of each row.
+    """Compute the mean over rows of T_t² KL(softmax(z_t / T_t) ‖ softmax(z_s / T_s)), T = ``factor`` · σ of each row.
 
     σ is the unbiased standard deviation of a row's logits over its classes; student and teacher have each their own.
     Both logits (rows, classes), any further leading dimensions count as rows; ``factor`` above 0. The gradient goes
@@ -41,5 +41,5 @@ class NormalisedLogits(Term):
         self.factor = check_positive("factor", factor)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows."""
+        """Compute the mean over the rows."""
         return normalised_kl_divergence(student.logits, teacher.logits, self.factor)

@@ -20,7 +20,7 @@ __all__ = ["enhanced_target_cross_entropy"]
 def enhanced_target_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0, eps: float = 1.0
 ) -> Tensor:
-    """Mean over labelled rows of −Σ_c ((p_t + 1[c = y])^ε − 1[c = y]) log p_s, p = softmax(z / T).
+    """Compute the mean over labelled rows of −Σ_c ((p_t + 1[c = y])^ε − 1[c = y]) log p_s, p = softmax(z / T).
 
     ε = 1 is the cross-entropy with the teacher's distribution; above 1 the label y counts more, and the teacher's
     other classes less, which keeps the bias of its architecture out of the student.
@@ -74,7 +74,7 @@ class OneForAll(Term):
         self.over = "batch" if any(head.normalised for head in heads) else "labelled"
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the student's logits and the heads."""
+        """Compute the sum over the student's logits and the heads."""
         features = self._features(student).values()
         if len(features) != len(self.heads):
             raise ValueError("the heads are missing: call prepare(setup) before the first batch")

@@ -11,7 +11,7 @@ __all__ = ["reverse_kl_divergence"]
 
 
 def reverse_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · mean over rows of Σ_c p_s (log p_s − log p_t), with p = softmax(z / T): KL(student ‖ teacher).
+    """Compute T² · mean over rows of Σ_c p_s (log p_s − log p_t), with p = softmax(z / T): KL(student ‖ teacher).
 
     Both logits (rows, classes), any further leading dimensions count as rows; ``temperature`` > 0. It leaves out modes
     of the teacher that the student has no room for, where the forward KL covers them all. Finite for half-precision
@@ -32,9 +32,9 @@ class ReverseKL(Term):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         return reverse_kl_divergence(student.logits, teacher.logits, self.temperature)
 
     def fused(self) -> Fused:
-        """The same from hidden states."""
+        """Return what computes the same from hidden states."""
         return Fused("reverse_kl", self.temperature)

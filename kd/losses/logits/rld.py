@@ -21,7 +21,7 @@ def refined_kl_divergence(
     beta: float = 8.0,
     alpha_temperature: float = 1.0,
 ) -> Tensor:
-    """Mean over labelled rows of α T_α² KL(b_t ‖ b_s) + β T² KL(m_t ‖ m_s): wrong parts of the teacher are left out.
+    """Compute α T_α² KL(b_t ‖ b_s) + β T² KL(m_t ‖ m_s), mean over labelled rows: the teacher's wrong parts left out.
 
     b_t = (p_t(c), 1 − p_t(c)) of the teacher's likeliest class c and b_s = (p_s(y), 1 − p_s(y)) of the label y, at
     T_α: its confidence without its decision. m is softmax(z / T) among the classes to which the teacher gives less
@@ -45,7 +45,7 @@ def refined_kl_divergence(
 
 
 def _log_softmax_among(scaled_logits: Tensor, kept: Tensor) -> Tensor:
-    """Log-probabilities of the kept classes among themselves; 0, which adds nothing to a KL, for the others."""
+    """Return log-probabilities of the kept classes among themselves; 0, which adds nothing to a KL, for the others."""
     # not −∞: a row may keep no class
     among = scaled_logits.masked_fill(~kept, torch.finfo(scaled_logits.dtype).min)
     return (among - among.logsumexp(-1, keepdim=True)).masked_fill(~kept, 0.0)
@@ -65,6 +65,6 @@ class RefinedLogits(Term):
         self.alpha, self.beta = check_factor("alpha", alpha), check_factor("beta", beta)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled rows."""
+        """Compute the mean over the labelled rows."""
         settings = self.temperature, self.alpha, self.beta, self.alpha_temperature
         return refined_kl_divergence(student.logits, teacher.logits, batch.targets, *settings)

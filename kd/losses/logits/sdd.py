@@ -22,7 +22,7 @@ BASES = ("kd", "dkd", "nkd")
 
 
 def region_logits(class_maps: Tensor, grids: Sequence[int] = (1, 2, 4)) -> Tensor:
-    """Class activation maps (B, classes, H, W) → logits of regions (B, classes, M), M = Σ grid².
+    """Map class activation maps (B, classes, H, W) → logits of regions (B, classes, M), M = Σ grid².
 
     For each of ``grids`` the map is averaged in grid × grid cells. The first one is 1: region 0 is the whole image.
     """
@@ -35,7 +35,7 @@ def scaled_decoupled_loss(
     targets: Tensor,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Mean over labelled samples and regions of w · ``loss``; w = 2 in complementary regions, 1 in the others.
+    """Compute the mean over labelled samples and regions of w · ``loss``; w = 2 in complementary regions, 1 in others.
 
     A region is complementary where the teacher is right in it and wrong on the whole image, or the other way round.
 
@@ -84,14 +84,14 @@ class ScaledDecoupled(ClassMaps):
         self.gamma = check_factor("gamma", gamma)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled samples and their regions."""
+        """Compute the mean over the labelled samples and their regions."""
         maps = self.class_maps(student, teacher)
         with full_precision(maps[0]):
             of_student, of_teacher = (region_logits(found, self.grids) for found in maps)
             return scaled_decoupled_loss(of_student, of_teacher, batch.targets, self.of_region)
 
     def of_region(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
-        """The base loss, a mean over the labelled rows."""
+        """Compute the base loss, a mean over the labelled rows."""
         if self.base == "dkd":
             settings = self.temperature, self.alpha, self.beta
             return decoupled_kl_divergence(student_logits, teacher_logits, targets, *settings)

@@ -15,7 +15,7 @@ __all__ = ["gram_direction"]
 
 
 def gram_direction(student_logits: Tensor, teacher_logits: Tensor, tikhonov: float = 0.1) -> Tensor:
-    """Mean over rows of the Mahalanobis norm √(D_i (cov D + λ I)⁻¹ D_iᵀ) of D = G_s − G_t, G = Z Zᵀ, |z_i| = 1.
+    """Compute Mahalanobis norms √(D_i (cov D + λ I)⁻¹ D_iᵀ), mean over rows, of D = G_s − G_t, G = Z Zᵀ, |z_i| = 1.
 
     How the rows of a batch lie to one another, whatever the size of their logits. cov D is the unbiased covariance of
     the columns of D; λ = ``tikhonov`` > 0. The gradient goes through it.
@@ -37,7 +37,7 @@ def gram_direction(student_logits: Tensor, teacher_logits: Tensor, tikhonov: flo
 
 
 def _unit(logits: Tensor) -> Tensor:
-    """Rows of length 1; a row of zeros stays so, without a gradient that grows beyond all bounds."""
+    """Bring rows to length 1; a row of zeros stays so, without a gradient that grows beyond all bounds."""
     norms = torch.linalg.vector_norm(logits, dim=-1, keepdim=True)
     return logits / norms.masked_fill(norms == 0, math.inf)
 
@@ -53,5 +53,5 @@ class GramDirection(Term):
         self.tikhonov = check_positive("tikhonov", tikhonov)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The loss of the whole batch."""
+        """Compute the loss of the whole batch."""
         return gram_direction(student.logits, teacher.logits, self.tikhonov)

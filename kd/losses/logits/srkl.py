@@ -13,7 +13,7 @@ __all__ = ["skewed_reverse_kl_divergence"]
 def skewed_reverse_kl_divergence(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, alpha: float = 0.1
 ) -> Tensor:
-    """T² · mean over rows of KL(p_s ‖ (1 − α) p_t + α p_s), p = softmax(z / T): the skewed reverse KL (section 3.1).
+    """Compute T² · mean over rows of KL(p_s ‖ (1 − α) p_t + α p_s), p = softmax(z / T): skewed reverse KL, section 3.1.
 
     Both logits (rows, classes); ``temperature`` > 0; ``alpha`` from 0 (reverse KL) to below 1. The gradient goes
     through both places of the student's distribution. At most −ln α. 0 for equal logits and without rows.
@@ -36,9 +36,9 @@ class SkewedReverseKL(Term):
         self.alpha = check_share("alpha", alpha, one=False)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         return skewed_reverse_kl_divergence(student.logits, teacher.logits, self.temperature, self.alpha)
 
     def fused(self) -> Fused:
-        """The same from hidden states."""
+        """Return what computes the same from hidden states."""
         return Fused("skewed_reverse_kl", self.temperature, self.alpha)

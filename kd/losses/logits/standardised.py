@@ -13,7 +13,7 @@ EPSILON = 1e-7  # added to the standard deviation, as in the authors' code
 
 
 def standardised_logits(logits: Tensor) -> Tensor:
-    """Z-scores (z − mean) / (σ + 1e-7) of each row over its classes: the student need not match the teacher's scale.
+    """Make z-scores (z − mean) / (σ + 1e-7) of each row over classes: the student need not match the teacher's scale.
 
     ``logits`` (…, classes), of student and teacher alike before any logit loss: ``loss.NAME.standardise=true``. The
     gradient goes through mean and σ. A row whose entries are all equal becomes 0, with a gradient as without the

@@ -13,7 +13,7 @@ __all__ = ["symmetric_kl_divergence"]
 def symmetric_kl_divergence(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, reverse_share: float = 0.5
 ) -> Tensor:
-    """T² · mean over rows of (1 − r) · KL(teacher ‖ student) + r · KL(student ‖ teacher), with p = softmax(z / T).
+    """Compute T² · mean over rows of (1 − r) · KL(teacher ‖ student) + r · KL(student ‖ teacher), p = softmax(z / T).
 
     Both logits (rows, classes); ``temperature`` > 0; ``reverse_share`` r from 0 (forward KL) to 1 (reverse KL). At ½ it
     is half of Jeffreys' divergence, the baseline of the paper that weights both parts alike. 0 without rows.
@@ -36,5 +36,5 @@ class SymmetricKL(Term):
         self.reverse_share = check_share("reverse_share", reverse_share)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         return symmetric_kl_divergence(student.logits, teacher.logits, self.temperature, self.reverse_share)

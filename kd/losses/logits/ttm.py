@@ -12,7 +12,7 @@ __all__ = ["transformed_teacher_kl"]
 
 
 def transformed_teacher_kl(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1) -> Tensor:
-    """Mean over rows of KL(p_t^γ / Σ_c p_t^γ ‖ p_s), p = softmax(z).
+    """Compute the mean over rows of KL(p_t^γ / Σ_c p_t^γ ‖ p_s), p = softmax(z).
 
     The teacher's distribution to the power γ is its softmax at T = 1 / γ; the student's stays at T = 1, which is KD
     with a Rényi entropy that regularises the student. Not 0 for equal logits.
@@ -34,5 +34,5 @@ class TransformedTeacher(Term):
         self.temperature = 1 / self.gamma  # of the teacher
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows."""
+        """Compute the mean over the rows."""
         return transformed_teacher_kl(student.logits, teacher.logits, self.gamma)

@@ -11,7 +11,7 @@ __all__ = ["total_variation"]
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · mean over rows of ½ Σ_c |p_s − p_t|, with p = softmax(z / T): from 0 to T².
+    """Compute T² · mean over rows of ½ Σ_c |p_s − p_t|, with p = softmax(z / T): from 0 to T².
 
     Both logits (rows, classes); ``temperature`` > 0. Symmetric and bounded: a row that the student has quite wrong has
     a small gradient. 0 without rows.
@@ -31,5 +31,5 @@ class TotalVariation(Term):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         return total_variation(student.logits, teacher.logits, self.temperature)

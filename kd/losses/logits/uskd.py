@@ -28,7 +28,7 @@ def customised_soft_labels(
     mu: float = 0.005,
     variant: str = "code",
 ) -> Tensor:
-    """Mean over labelled rows of α ℓ_target + β ℓ_others + μ ℓ_weak: normalised KD with labels that no teacher gives.
+    """Compute α ℓ_target + β ℓ_others + μ ℓ_weak, mean over labelled rows: normalised KD with labels no teacher gives.
 
     With p = softmax(z) of the student, w that of a weak head on an earlier feature, and y the label:
     ℓ_target = −(p_y² + 1 − mean p_y²) log p_y, no gradient through the factor; ℓ_others is the cross-entropy of p among
@@ -97,7 +97,7 @@ class SelfDistillation(Term):
         self.head = ClassHead("uskd", tap, setup.student.logits.shape[-1]).to(feature)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled rows."""
+        """Compute the mean over the labelled rows."""
         if self.head is None:
             raise ValueError("the weak head is missing: call prepare(setup) before the first batch")
         weak = self.head(self._feature(student)[1])

@@ -17,7 +17,7 @@ EPSILON = 1e-8  # added to the denominators, as in the authors' code; the least 
 
 
 def class_costs(classifier_weight: Tensor) -> Tensor:
-    """1 − cosine of the rows of a classifier (classes, width) → (classes, classes): what moving mass costs.
+    """Compute 1 − cosine of the rows of a classifier (classes, width) → (classes, classes): what moving mass costs.
 
     The authors' code also has CKA of the features of the classes in the place of the cosine, and sharpens both.
     """
@@ -35,7 +35,7 @@ def wasserstein_logit_loss(
     sinkhorn_lambda: float = 0.05,
     sinkhorn_iter: int = 10,
 ) -> Tensor:
-    """Mean over labelled rows of −p_t(y) log p_s(y) + ``gamma`` · ⟨P, cost⟩: mass moved between the other classes.
+    """Compute −p_t(y) log p_s(y) + ``gamma`` · ⟨P, cost⟩, mean over labelled rows: mass moved between other classes.
 
     p = softmax(z) at T = 1. P is the plan of ``sinkhorn_iter`` iterations of Sinkhorn, with entropic regularisation
     λ = ``sinkhorn_lambda``, between the teacher's and the student's softmax(z / T) over the classes other than the
@@ -59,7 +59,7 @@ def wasserstein_logit_loss(
 
 
 def _transport(source: Tensor, goal: Tensor, cost: Tensor, regularisation: float, iterations: int) -> Tensor:
-    """⟨P, cost⟩ of each row (rows,): two distributions (rows, classes)."""
+    """Compute ⟨P, cost⟩ of each row (rows,): two distributions (rows, classes)."""
     kernel = (-cost / regularisation).exp()
     there = (source > 0).to(source.dtype) / max(1, source.shape[-1] - 1)
     here = there
@@ -104,6 +104,6 @@ class WassersteinLogits(Term):
         self.register_buffer("costs", class_costs(module.weight))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled rows."""
+        """Compute the mean over the labelled rows."""
         settings = self.temperature, self.gamma, self.sinkhorn_lambda, self.sinkhorn_iter
         return wasserstein_logit_loss(student.logits, teacher.logits, batch.targets, self.costs, *settings)

@@ -16,7 +16,7 @@ __all__ = ["weighted_soft_cross_entropy"]
 def weighted_soft_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 4.0
 ) -> Tensor:
-    """T² · mean over labelled rows of w · (−Σ_c p_t log p_s), p = softmax(z / T), with w = 1 − exp(−ℓ_s / ℓ_t).
+    """Compute T² · mean over labelled rows of w · (−Σ_c p_t log p_s), p = softmax(z / T), w = 1 − exp(−ℓ_s / ℓ_t).
 
     ℓ_s and ℓ_t are the cross-entropies of student and teacher with the label at T = 1: a row that the student knows
     better than its teacher, where soft labels only regularise, counts less. No gradient goes through w.
@@ -52,5 +52,5 @@ class WeightedSoftLabels(Term):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the labelled rows, times T²."""
+        """Compute the mean over the labelled rows, times T²."""
         return weighted_soft_cross_entropy(student.logits, teacher.logits, batch.targets, self.temperature)

@@ -12,7 +12,7 @@ __all__ = ["weighted_transformed_teacher_kl"]
 
 
 def weighted_transformed_teacher_kl(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.2) -> Tensor:
-    """Mean over rows of u · KL(p_t^γ / u ‖ p_s) with u = Σ_c p_t^γ, p = softmax(z).
+    """Compute the mean over rows of u · KL(p_t^γ / u ‖ p_s) with u = Σ_c p_t^γ, p = softmax(z).
 
     :func:`~kd.losses.logits.ttm.transformed_teacher_kl` in which a row of which the teacher is unsure counts more: u is
     1 for one sure class and C^(1 − γ) for an even distribution over C classes. It is not normalised over the batch, so
@@ -38,5 +38,5 @@ class WeightedTransformedTeacher(Term):
         self.temperature = 1 / self.gamma  # of the teacher
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows."""
+        """Compute the mean over the rows."""
         return weighted_transformed_teacher_kl(student.logits, teacher.logits, self.gamma)

@@ -27,7 +27,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def forward(self, feature: Tensor) -> Tensor:
-        """The queue (size, D) with these features (B, D), of unit length, in front; it is kept so in training."""
+        """Return the queue (size, D) with these features (B, D), of unit length, in front; kept so in training."""
         whole = torch.cat([feature.to(self.rows), self.rows])[: len(self.rows)]
         if self.training:
             self.rows = whole
@@ -53,7 +53,7 @@ class QueueTerm(FeatureTerm):
         self.queues = nn.ModuleList()
 
     def width(self, teacher: Tapped) -> int:
-        """How many numbers a feature in the queue has."""
+        """Count the numbers that a feature in the queue has."""
         return width_of(teacher)
 
     def prepare(self, setup: Setup) -> None:
@@ -66,7 +66,7 @@ class QueueTerm(FeatureTerm):
 
 
 def _check_size(method: str, size: int, setup: Setup) -> None:
-    """``ValueError`` where the training set is smaller."""
+    """Refuse a queue larger than the training set, with ``ValueError``."""
     if setup.train_index is not None and size > len(setup.train_index):
         raise ValueError(
             f"queue = {size} is not allowed: {method} would keep more samples than the training set has, so it must "

@@ -44,11 +44,11 @@ class Rows(nn.Module):
         self.seed = int(torch.randint(2**31, ()))  # the same on all processes
 
     def __len__(self) -> int:
-        """Rows of the bank."""
+        """Count the rows of the bank."""
         return len(self.order)
 
     def drawn(self, index: Tensor | None, negatives: int, progress: float) -> Tensor:
-        """(B, 1 + K): the row of each sample, and K of other classes, drawn with replacement.
+        """Return (B, 1 + K): the row of each sample, and K of other classes, drawn with replacement.
 
         ``progress`` seeds the draw: it is the same on all processes, and in a run that is resumed.
         """

@@ -19,7 +19,7 @@ VARIANTS = ("code", "paper")
 
 
 def gaussian_correlation(feature: Tensor, gamma: float = 0.4, order: int = 2) -> Tensor:
-    """(B, D) → (B, B): exp(−γ ‖f_i − f_j‖²) of L2-normalised rows, as its Taylor series up to ``order`` (Eq. 8)."""
+    """Map (B, D) → (B, B): exp(−γ ‖f_i − f_j‖²) of L2-normalised rows, as its Taylor series up to ``order`` (Eq. 8)."""
     unit = F.normalize(at_least_float32(feature), dim=1)
     cosine = unit @ unit.T
     terms = [(2 * gamma) ** p / math.factorial(p) * cosine**p for p in range(order + 1)]
@@ -73,7 +73,7 @@ class CorrelationCongruence(FeatureTerm):
         self.variant = check_choice("variant", variant, VARIANTS)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled, and embedded."""
+        """Return modules that make pooled vectors, and embed them."""
         own, other = as_vectors(self.method, student, teacher)
         if self.embedding is None:
             if self.variant == "code" and width_of(student) != width_of(teacher):
@@ -89,5 +89,5 @@ class CorrelationCongruence(FeatureTerm):
         return nn.Sequential(pool, nn.Linear(width_of(tap), self.embedding))
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return correlation_congruence(student, teacher, self.gamma, self.order, self.variant)

@@ -22,7 +22,7 @@ KINDS = ("other_classes", "other_samples")
 
 
 def log_normaliser(scores: Tensor, size: int) -> Tensor:
-    """Logarithm of Z = ``size`` · mean of e^scores; ``scores`` (B, 1 + K) = ⟨f, m⟩ / T. Without a gradient."""
+    """Compute log Z, with Z = ``size`` · mean of e^scores; ``scores`` (B, 1 + K) = ⟨f, m⟩ / T. Without a gradient."""
     return (scores.detach().flatten().logsumexp(0) - math.log(scores.numel() / size)).detach()
 
 
@@ -53,7 +53,7 @@ def contrastive_distillation(
     temperature: float = 0.07,
     log_z: Tensor | None = None,
 ) -> Tensor:
-    """:func:`noise_contrast` of the student beside the teacher's bank, and of the teacher beside the student's, added.
+    """Add :func:`noise_contrast` of the student beside the teacher's bank and of the teacher beside the student's.
 
     Embeddings (B, D) of unit length; banks (n, D). ``log_z`` (2,): of the student's and the teacher's scores.
     """
@@ -83,7 +83,7 @@ class Contrast(nn.Module):
         self.register_buffer("log_z", torch.full((2,), math.nan))
 
     def forward(self, student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-        """The loss of vectors (B, D_s) and (B, D_t); the banks learn from it in training."""
+        """Compute the loss of vectors (B, D_s) and (B, D_t); the banks learn from it in training."""
         own = F.normalize(at_least_float32(self.student_embed(student)), dim=1)
         other = F.normalize(at_least_float32(self.teacher_embed(teacher)), dim=1)
         with full_precision(own):
@@ -98,7 +98,7 @@ class Contrast(nn.Module):
 
     @torch.no_grad()
     def _first(self, own: Tensor, other: Tensor, rows: Tensor) -> Tensor:
-        """Log Z of these scores; what a checkpoint has kept goes before."""
+        """Compute log Z of these scores; what a checkpoint has kept goes before."""
         sides = ((own, self.teacher_bank), (other, self.student_bank))
         scores = ((f @ bank.T).gather(1, rows) / self.temperature for f, bank in sides)
         found = torch.stack([log_normaliser(s, len(self.student_bank)) for s in scores]).to(self.log_z)
@@ -106,7 +106,7 @@ class Contrast(nn.Module):
 
     @torch.no_grad()
     def _remembered(self, bank: Tensor, embedding: Tensor, rows: Tensor) -> Tensor:
-        """A new bank, for the gradient needs the old one."""
+        """Make a new bank, for the gradient needs the old one."""
         mixed = self.momentum * bank[rows] + (1 - self.momentum) * embedding.to(bank)
         return bank.index_copy(0, rows, F.normalize(mixed, dim=1))
 
@@ -144,7 +144,7 @@ class ContrastiveDistillation(FeatureTerm):
         self.rows: Rows | None = None
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled."""
+        """Return modules that make pooled vectors."""
         return as_vectors(self.method, student, teacher)
 
     def prepare(self, setup: Setup) -> None:
@@ -164,7 +164,7 @@ class ContrastiveDistillation(FeatureTerm):
         self.contrasts = nn.ModuleList(contrast.to(s) for contrast, (s, _) in zip(made, features, strict=True))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         pairs = self.compared(student, teacher)
         assert self.rows is not None
         rows = self.rows.drawn(batch.index, self.negatives, self.progress)

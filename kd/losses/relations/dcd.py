@@ -64,7 +64,7 @@ class DiscriminativeConsistency(FeatureTerm):
         self.embeds = nn.ModuleList()
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled."""
+        """Return modules that make pooled vectors."""
         return as_vectors(self.method, student, teacher)
 
     def prepare(self, setup: Setup) -> None:
@@ -77,7 +77,7 @@ class DiscriminativeConsistency(FeatureTerm):
         )
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         values = []
         for embeds, pair in zip(self.embeds, self.compared(student, teacher), strict=True):
             assert isinstance(embeds, nn.ModuleList)

@@ -18,7 +18,7 @@ __all__ = ["correlation_information", "mutual_information"]
 
 
 def correlation_information(student_feature: Tensor, teacher_feature: Tensor, alpha: float = 1.01) -> Tensor:
-    """Base-2 logarithm of Σ_d |c_d − 1|^(2 ``alpha``), c_d the correlation over the batch; both (B, D) (Eq. 6).
+    """Compute log₂ Σ_d |c_d − 1|^(2 ``alpha``), c_d the correlation over the batch; both (B, D) (Eq. 6).
 
     Both are standardised with the unbiased deviation and c is divided by B, in the code: c is (B − 1) / B at best.
     ``ValueError`` for a batch of one, which has no deviation.
@@ -33,7 +33,7 @@ def correlation_information(student_feature: Tensor, teacher_feature: Tensor, al
 
 
 def mutual_information(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Rényi's entropy (order 2) of the student's Gram matrix beside that of its product with the teacher's (Eq. 9).
+    """Compare Rényi's entropies (order 2) of the student's Gram matrix and of its product with the teacher's (Eq. 9).
 
     Both (B, D), the widths may differ; G of L2-normalised rows. Σ (G_s / tr)² − Σ (G_st / tr)², G_st = G_s ∘ G_t.
     """
@@ -44,7 +44,7 @@ def mutual_information(student_feature: Tensor, teacher_feature: Tensor) -> Tens
 
 
 def _standardised(feature: Tensor) -> Tensor:
-    """Standardised over the batch; a column that varies by rounding alone is 0, without a gradient of 10⁹."""
+    """Standardise over the batch; a column that varies by rounding alone is 0, without a gradient of 10⁹."""
     deviation = feature.std(0)
     flat = deviation.detach() <= 1e-6 * feature.detach().abs().amax(0)
     return (feature - feature.mean(0)) / torch.where(flat, 1.0, deviation)
@@ -74,11 +74,11 @@ class InformationTheoretic(FeatureTerm):
         self.alpha, self.w_correlation, self.w_mutual = alpha, w_correlation, w_mutual
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled, the student's of the teacher's width."""
+        """Return modules that make pooled vectors, the student's of the teacher's width."""
         own, other = as_vectors(self.method, student, teacher)
         return nn.Sequential(own, nn.Linear(width_of(student), width_of(teacher))), other
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         correlation = correlation_information(student, teacher, self.alpha)
         return self.w_correlation * correlation + self.w_mutual * mutual_information(student, teacher)

@@ -20,7 +20,7 @@ __all__ = ["queue_similarity"]
 def queue_similarity(
     student_feature: Tensor, teacher_feature: Tensor, queue: Tensor, temperature: float = 0.07
 ) -> Tensor:
-    """KL(teacher ‖ student) of softmax over the similarities to a queue of the teacher's features, mean over samples.
+    """Compute KL(teacher ‖ student) of softmax over similarities to a queue of teacher features, mean over samples.
 
     Both (B, D) and ``queue`` (Q, D) of unit rows; the queue has the batch in it. A row of zeros, of a queue that is not
     yet full, has similarity 0. Without T².
@@ -48,12 +48,12 @@ class QueueSimilarity(QueueTerm):
         super().__init__(student_taps, teacher_taps, queue, temperature)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled, the student's of the teacher's width."""
+        """Return modules that make pooled vectors, the student's of the teacher's width."""
         own, other = as_vectors(self.method, student, teacher)
         return nn.Sequential(own, nn.Linear(width_of(student), width_of(teacher))), other
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         values = []
         for queue, (own, other) in zip(self.queues, self.compared(student, teacher), strict=True):
             with full_precision(own):

@@ -21,7 +21,7 @@ TOKENS = Layout("tokens")
 
 
 def token_similarity(student_tokens: Tensor, teacher_tokens: Tensor, temperature: float = 0.07) -> Tensor:
-    """KL(teacher ‖ student) of softmax over the similarities of a token to those of its image, mean over all tokens.
+    """Compute KL(teacher ‖ student) of softmax over a token's similarities to those of its image, mean over all tokens.
 
     Both (B, N, D) of unit length; the widths may differ. Without T².
     """
@@ -53,13 +53,13 @@ class TokenSimilarity(QueueTerm):
         self.w_local, self.temperature_local = w_local, check_temperature(temperature_local)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Tokens on the teacher's grid, the student's of the teacher's width."""
+        """Return modules that make tokens on the teacher's grid, the student's of the teacher's width."""
         _, other = check_maps(self.method, student, teacher)
         linear = nn.Linear(width_of(student), width_of(teacher))
         return nn.Sequential(Convert(student.layout, "tokens", other.grid), linear), Convert(teacher.layout, "tokens")
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         pool, values = Pool(TOKENS), []
         for queue, (own, other) in zip(self.queues, self.compared(student, teacher), strict=True):
             with full_precision(own):

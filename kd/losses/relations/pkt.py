@@ -20,7 +20,7 @@ VARIANTS = ("code", "paper")
 def probabilistic_transfer(
     student_feature: Tensor, teacher_feature: Tensor, variant: str = "code", eps: float = 1e-7
 ) -> Tensor:
-    """Divergence Σ p_t log(p_t / p_s) of how likely the samples of a batch are neighbours; both (B, D).
+    """Compute the divergence Σ p_t log(p_t / p_s) of how likely the samples of a batch are neighbours; both (B, D).
 
     p_ij = (cos(f_i, f_j) + 1) / 2, each row divided by its sum (Eq. 3, 4 and 8); the widths may differ. ``eps`` is
     added to norms and to both probabilities in the logarithm.
@@ -55,9 +55,9 @@ class ProbabilisticTransfer(FeatureTerm):
         self.variant = check_choice("variant", variant, VARIANTS)
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled."""
+        """Return modules that make pooled vectors."""
         return as_vectors(self.method, student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return probabilistic_transfer(student, teacher, self.variant)

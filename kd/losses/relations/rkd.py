@@ -20,14 +20,14 @@ FLOOR = 1e-12  # of a squared distance: the root has no gradient at 0
 
 
 def relative_distances(feature: Tensor) -> Tensor:
-    """(B, D) → (B, B): Euclidean distances divided by the mean of those above 0 (Eq. 5 and 6); 0 on the diagonal."""
+    """Map (B, D) → (B, B): Euclidean distances divided by the mean of those above 0 (Eq. 5, 6); 0 on the diagonal."""
     found = _distances(at_least_float32(feature))
     above = found > 0
     return found / (found.sum() / above.sum().clamp(min=1)).clamp(min=math.sqrt(FLOOR))
 
 
 def angles(feature: Tensor) -> Tensor:
-    """(B, D) → (B, B, B): at [i, j, k] the cosine of the angle at i between j and k (Eq. 8); 0 where two are equal."""
+    """Map (B, D) → (B, B, B): at [i, j, k] the cosine of the angle at i between j and k (Eq. 8); 0 if two are equal."""
     feature = at_least_float32(feature)
     edges = feature.unsqueeze(0) - feature.unsqueeze(1)
     lengths = torch.linalg.vector_norm(edges, dim=2, keepdim=True)
@@ -38,7 +38,7 @@ def angles(feature: Tensor) -> Tensor:
 def relational_loss(
     student_feature: Tensor, teacher_feature: Tensor, w_dist: float = 25.0, w_angle: float = 50.0
 ) -> Tensor:
-    """``w_dist`` · Huber(distances) + ``w_angle`` · Huber(angles), means over all pairs and triples of a batch.
+    """Compute ``w_dist`` · Huber(distances) + ``w_angle`` · Huber(angles), means over a batch's pairs and triples.
 
     Both (B, D), the widths may differ (Eq. 7 and 9), :func:`relative_distances` and :func:`angles`. The features are
     not L2-normalised. In the code, which the CIFAR-100 tables are of, the means include a sample beside itself; the
@@ -78,9 +78,9 @@ class Relational(FeatureTerm):
         self.w_dist, self.w_angle = w_dist, w_angle
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled."""
+        """Return modules that make pooled vectors."""
         return as_vectors(self.method, student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return relational_loss(student, teacher, self.w_dist, self.w_angle)

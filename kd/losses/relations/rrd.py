@@ -24,7 +24,7 @@ def relational_representation(
     temperature_student: float = 0.1,
     temperature_teacher: float = 0.02,
 ) -> Tensor:
-    """Cross-entropy of softmax over the similarities to a queue of the teacher's embeddings, mean over the samples.
+    """Compute the cross-entropy of softmax over similarities to a queue of the teacher's embeddings, mean over samples.
 
     Both (B, D) and ``queue`` (Q, D) of unit rows; the queue has the batch in it. A row of zeros, of a queue that is not
     yet full, has similarity 0. Each side has its own temperature; not 0 for equal embeddings. Without T².
@@ -59,17 +59,17 @@ class RelationalRepresentation(QueueTerm):
         self.embedding, self.temperature_teacher = embedding, check_temperature(temperature_teacher)
 
     def width(self, teacher: Tapped) -> int:
-        """That of the embeddings."""
+        """Return the width of the embeddings."""
         return self.embedding
 
     def sides(self, student: Tapped, teacher: Tapped) -> tuple[nn.Module, nn.Module]:
-        """Pooled and embedded, the teacher's by a layer that is not trained."""
+        """Return modules that make pooled and embedded vectors, the teacher's by a layer that is not trained."""
         pooled = as_vectors(self.method, student, teacher)
         own, other = (nn.Linear(width_of(tap), self.embedding) for tap in (student, teacher))
         return nn.Sequential(pooled[0], own), nn.Sequential(pooled[1], other.requires_grad_(False))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum over the taps."""
+        """Compute the sum over the taps."""
         values = []
         for queue, (own, other) in zip(self.queues, self.compared(student, teacher), strict=True):
             with full_precision(own):

@@ -14,7 +14,7 @@ __all__ = ["similarity_preserving"]
 
 
 def similarity_preserving(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Mean over pairs of samples of (G̃_s − G̃_t)², G = F Fᵀ, its rows of unit length.
+    """Compute the mean over pairs of samples of (G̃_s − G̃_t)², G = F Fᵀ, its rows of unit length.
 
     Both (B, …), flattened; the shapes of a sample may differ (Eq. 1 to 4). The code is the same.
     """
@@ -36,5 +36,5 @@ class SimilarityPreserving(FeatureTerm):
         super().__init__(student_taps, teacher_taps)
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one pair."""
+        """Compute the loss of one pair."""
         return similarity_preserving(student, teacher)

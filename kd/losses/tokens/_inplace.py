@@ -20,7 +20,7 @@ class Pool:
         self.free: list[Tensor] = []
 
     def take(self) -> Tensor:
-        """A buffer with whatever was left in it, of as many rows as the chunk has."""
+        """Take a buffer with whatever was left in it, of as many rows as the chunk has."""
         if not self.free:
             return torch.empty(self.rows, self.classes, dtype=self.dtype, device=self.device)
         return self.free.pop()[: self.rows]  # the last chunk may have fewer
@@ -52,7 +52,7 @@ Divergence = Callable[[Tensor, Tensor, float, Pool], tuple[Tensor, Tensor]]
 
 
 def forward_kl(log_s: Tensor, log_t: Tensor, share: float, pool: Pool) -> tuple[Tensor, Tensor]:
-    """KL(p_t ‖ p_s); gradient p_s − p_t."""
+    """Compute KL(p_t ‖ p_s); gradient p_s − p_t."""
     p_t = torch.exp(log_t, out=pool.take())
     rows = log_t.sub_(log_s).mul_(p_t).sum(-1)
     log_s.exp_().sub_(p_t)
@@ -61,7 +61,7 @@ def forward_kl(log_s: Tensor, log_t: Tensor, share: float, pool: Pool) -> tuple[
 
 
 def reverse_kl(log_s: Tensor, log_t: Tensor, share: float, pool: Pool) -> tuple[Tensor, Tensor]:
-    """KL(p_s ‖ p_t); gradient p_s (log p_s − log p_t − KL)."""
+    """Compute KL(p_s ‖ p_t); gradient p_s (log p_s − log p_t − KL)."""
     gap = torch.sub(log_s, log_t, out=pool.take())
     p_s = torch.exp(log_s, out=log_t)
     rows = torch.mul(gap, p_s, out=log_s).sum(-1)
@@ -71,7 +71,10 @@ def reverse_kl(log_s: Tensor, log_t: Tensor, share: float, pool: Pool) -> tuple[
 
 
 def js(log_s: Tensor, log_t: Tensor, share: float, pool: Pool) -> tuple[Tensor, Tensor]:
-    """β KL(p_t ‖ m) + (1 − β) KL(p_s ‖ m), m = β p_t + (1 − β) p_s; gradient (1 − β) p_s (log p_s − log m − KL_s)."""
+    """Compute β KL(p_t ‖ m) + (1 − β) KL(p_s ‖ m), m = β p_t + (1 − β) p_s.
+
+    Gradient (1 − β) p_s (log p_s − log m − KL_s).
+    """
     if share in (0, 1):
         return (reverse_kl if share == 1 else forward_kl)(log_s, log_t, share, pool)
     log_m = _log_mixture(log_t, log_s, share, pool)
@@ -85,7 +88,7 @@ def js(log_s: Tensor, log_t: Tensor, share: float, pool: Pool) -> tuple[Tensor, 
 
 
 def skewed_kl(log_s: Tensor, log_t: Tensor, share: float, pool: Pool) -> tuple[Tensor, Tensor]:
-    """KL(p_t ‖ m), m = α p_t + (1 − α) p_s; gradient (1 − α) p_s (Σ p_s p_t / m − p_t / m)."""
+    """Compute KL(p_t ‖ m), m = α p_t + (1 − α) p_s; gradient (1 − α) p_s (Σ p_s p_t / m − p_t / m)."""
     if share == 0:
         return forward_kl(log_s, log_t, share, pool)
     log_m = _log_mixture(log_t, log_s, share, pool)
@@ -99,7 +102,7 @@ def skewed_kl(log_s: Tensor, log_t: Tensor, share: float, pool: Pool) -> tuple[T
 
 
 def skewed_reverse_kl(log_s: Tensor, log_t: Tensor, share: float, pool: Pool) -> tuple[Tensor, Tensor]:
-    """KL(p_s ‖ m), m = (1 − α) p_t + α p_s; gradient p_s (h − Σ p_s h), h = log p_s − log m − α p_s / m."""
+    """Compute KL(p_s ‖ m), m = (1 − α) p_t + α p_s; gradient p_s (h − Σ p_s h), h = log p_s − log m − α p_s / m."""
     if share == 0:
         return reverse_kl(log_s, log_t, share, pool)
     log_m = _log_mixture(log_s, log_t, share, pool)
@@ -134,7 +137,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def cross_entropy(log_s: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """−Σ q log p_s of each row, 0 without a label; q: the label, smoothed. Gradient p_s − q, in the same buffer."""
+    """Compute −Σ q log p_s per row, 0 without a label; q: the label, smoothed. Gradient p_s − q, in the same buffer."""
     labelled = (targets != UNLABELLED).to(log_s.dtype)
     ids = targets.clamp(min=0).unsqueeze(-1)
     own = log_s.gather(-1, ids)
@@ -149,7 +152,7 @@ def cross_entropy(log_s: Tensor, targets: Tensor, smoothing: float) -> tuple[Ten
 
 
 def topk_kl(scaled: Tensor, log_probs: Tensor, ids: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """KL(teacher ‖ student) of each row over k classes and the rest (:func:`~kd.losses.tokens.topk_kl.topk_buckets`).
+    """Compute KL(b_t ‖ b_s) of each row over k classes and the rest (:func:`~kd.losses.tokens.topk_kl.topk_buckets`).
 
     ``scaled`` (rows, classes): z / T, spent: its buffer has the gradient. That of a class among the k is that of its
     bucket, b_s − b_t; each other class has its part, by the student's softmax, of the gradient of the rest.

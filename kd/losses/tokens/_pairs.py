@@ -11,12 +11,12 @@ CLOSER = 1e-8  # probabilities that differ by less have no order
 
 
 def differences(values: Tensor) -> Tensor:
-    """(rows, k) → (rows, k, k): value a − value b at [row, a, b]."""
+    """Map (rows, k) → (rows, k, k): value a − value b at [row, a, b]."""
     return values[..., :, None] - values[..., None, :]
 
 
 def mean_over_pairs(losses: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Mean over rows of the mean of ``losses`` (rows, k, k) over the pairs that the teacher puts in order; 0 without.
+    """Average ``losses`` (rows, k, k) over the pairs that the teacher puts in order, then over rows; 0 without.
 
     A pair (a, b) counts where p_a > p_b + 1e-8.
     """

@@ -10,7 +10,7 @@ from kd.losses.base import Batch
 
 
 def lengths_of(batch: Batch, student_rows: int, teacher_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``batch.extra["student_lengths"]`` and ``["teacher_lengths"]`` (samples,): how many rows of each sample.
+    """Read ``batch.extra["student_lengths"]`` and ``["teacher_lengths"]`` (samples,): how many rows each sample has.
 
     Without these entries both sides must have equally many rows, and each is a sample of its own. ``ValueError`` when
     the entries, or the rows, do not agree.
@@ -27,20 +27,20 @@ def lengths_of(batch: Batch, student_rows: int, teacher_rows: int, device: torch
 
 
 def check_lengths(side: str, logits: Tensor, lengths: Tensor) -> None:
-    """``ValueError`` when the lengths of a side do not add up to its rows."""
+    """Refuse lengths of a side that do not add up to its rows, with ``ValueError``."""
     if int(lengths.sum()) != len(logits):
         raise ValueError(f"{side}_lengths add up to {int(lengths.sum())}, but the {side} has {len(logits)} rows")
 
 
 def sorted_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    """Σ |p_s − p_t| of each row, both sorted in falling order; the smaller vocabulary is filled up with zeros."""
+    """Compute Σ |p_s − p_t| of each row, both in falling order; the smaller vocabulary is filled up with zeros."""
     size = max(student.shape[-1], teacher.shape[-1])
     one, other = (F.pad(p, (0, size - p.shape[-1])).sort(dim=-1, descending=True).values for p in (student, teacher))
     return (one - other).abs().sum(-1)
 
 
 def mean_over_samples(values: Tensor, samples: Tensor, count: int) -> Tensor:
-    """Mean over samples of the mean of their ``values`` (n,); ``samples`` (n,): to which each belongs.
+    """Compute the mean over samples of the mean of their ``values`` (n,); ``samples`` (n,): to which each belongs.
 
     Samples without a value count nowhere; 0 without any.
     """

@@ -12,14 +12,14 @@ NOTHING = -1e4  # the log-probability of a class that has none: finite, and 0 as
 
 
 def check_k(k: int) -> int:
-    """The number, or ``ValueError`` when it is not a whole number above 0."""
+    """Return the number. ``ValueError`` when it is not a whole number above 0."""
     if k < 1 or k != int(k):
         raise ValueError(f"k = {k} is not allowed: it must be a whole number above 0")
     return int(k)
 
 
 def teacher_topk(teacher: Output, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities at T and ids (rows, k), likeliest first: of ``teacher.topk``, else of the dense logits.
+    """Return log-probabilities at T and ids (rows, k), likeliest first: of ``teacher.topk``, else of the dense logits.
 
     Dense logits are softened before they are cut, which is exact, and so is a stored top-k that has the mass outside at
     its temperatures (:meth:`kd.losses.base.TopK.at`, ``ValueError`` for another one). One that has none is cut to ``k``
@@ -37,7 +37,7 @@ def teacher_topk(teacher: Output, k: int, temperature: float) -> tuple[Tensor, T
 
 
 def soften_topk(log_probs: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (rows, k) at T = 1 → at T, with the mass of all other classes taken for that of one.
+    """Map log-probabilities (rows, k) at T = 1 → at T, with the mass of all other classes taken for that of one.
 
     That is not what softening the full distribution gives, where the other classes gain more: they are many.
     """

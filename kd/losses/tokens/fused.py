@@ -205,7 +205,7 @@ class _Pass:
         return total if scale == 1.0 else total.mul_(scale)
 
     def _outer(self, part: Fused) -> Tensor | float:
-        """What a row's gradient is multiplied by, times the number of rows."""
+        """Return what a row's gradient is multiplied by, times the number of rows."""
         if part.kind != "cross_entropy":
             return part.temperature  # T² of the loss, 1 / T of the logits
         assert self.labelled is not None
@@ -235,7 +235,7 @@ class _Pass:
         return found
 
     def _of_teacher(self, rows: slice) -> Tensor:
-        """The teacher's logits of some rows, in a buffer."""
+        """Return the teacher's logits of some rows, in a buffer."""
         if self.teacher is not None:
             return self.teacher.logits(rows, self.pool)
         known = self.job.teacher
@@ -259,7 +259,7 @@ class _Projected:
         self.product: Tensor | None = None
 
     def logits(self, rows: slice, pool: Pool) -> Tensor:
-        """The logits of some rows, in a buffer."""
+        """Compute the logits of some rows, in a buffer."""
         made = pool.take()
         exact = self.dtype == made.dtype
         target = made if exact else torch.empty_like(made, dtype=self.dtype)

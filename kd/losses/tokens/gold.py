@@ -30,7 +30,7 @@ def same_bytes(student_ends: Tensor, teacher_ends: Tensor) -> tuple[Tensor, Tens
 
 
 def merge_groups(log_probs: Tensor, ids: Tensor, groups: Tensor, merge: str = "last") -> Tensor:
-    """Log-probabilities (groups, vocabulary) of groups of tokens, from those (rows, vocabulary) of the tokens.
+    """Compute log-probabilities (groups, vocabulary) of groups of tokens, from those (rows, vocabulary) of the tokens.
 
     ``ids`` (rows,) int64: the token of each row; ``groups`` (rows,), not falling. ``merge``: ``"last"``, the
     distribution of the group's last row times the probabilities of its earlier tokens; ``"first"``, that of its first
@@ -58,7 +58,7 @@ def gold_loss(
     teacher_ends: Tensor,
     merge: str = "last",
 ) -> Tensor:
-    """Mean over samples and groups of Σ_v |p_s↓ − p_t↓|: ULD on groups of tokens that stand for the same bytes.
+    """Compute Σ_v |p_s↓ − p_t↓|, mean over samples and groups: ULD on groups of tokens that stand for the same bytes.
 
     Of each side: logits (rows, vocabulary) that predict the tokens of the answers, sample after sample; ``lengths``
     (samples,): how many rows of each sample; ``ids`` (rows,): the tokens; ``ends`` (rows,): how many bytes of the
@@ -117,7 +117,7 @@ Side = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, lengths, ids, ends
 
 
 def _merged(student: Side, teacher: Side, merge: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities of both sides (groups, vocabulary), sample by sample."""
+    """Yield log-probabilities of both sides (groups, vocabulary), sample by sample."""
     for side, (logits, lengths, _, _) in (("student", student), ("teacher", teacher)):
         check_lengths(side, logits, lengths)
     parts = [[part.split(side[1].tolist()) for part in (side[0], side[2], side[3])] for side in (student, teacher)]
@@ -134,7 +134,7 @@ def _merged(student: Side, teacher: Side, merge: str) -> Iterator[tuple[Tensor, 
 
 
 def _mean(values: list[Tensor], logits: Tensor) -> Tensor:
-    """Mean over samples of the mean over their groups, one tensor (groups,) a sample; 0 where there is none."""
+    """Average over samples the mean over their groups, one tensor (groups,) a sample; 0 where there is none."""
     counts = torch.tensor([len(value) for value in values], device=logits.device)
     samples = torch.arange(len(values), device=logits.device).repeat_interleave(counts)
     return mean_over_samples(torch.cat([logits.new_zeros(0), *values]), samples, len(values))
@@ -170,7 +170,7 @@ class Gold(Term):
         self.over = "samples" if "student_lengths" in setup.batch.extra else "rows"
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over samples and groups."""
+        """Compute the mean over samples and groups."""
         sides = []
         lengths = lengths_of(batch, len(student.logits), len(teacher.logits), student.logits.device)
         for side, output, of_samples in zip(("student", "teacher"), (student, teacher), lengths, strict=True):

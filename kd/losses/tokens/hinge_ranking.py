@@ -15,7 +15,7 @@ __all__ = ["hinge_ranking"]
 def hinge_ranking(
     student_logits: Tensor, teacher_log_probs: Tensor, teacher_ids: Tensor, margin: float | None = None
 ) -> Tensor:
-    """Mean over rows and pairs (a, b) with p_a > p_b of max(0, margin − (q_a − q_b)): the teacher's order of its top-k.
+    """Compute max(0, margin − (q_a − q_b)), mean over rows and pairs with p_a > p_b: the teacher's order of its top-k.
 
     ``student_logits`` (rows, classes), q = softmax(z_s) over all of them; ``teacher_log_probs`` (rows, k): log p of the
     classes ``teacher_ids`` (rows, k) int64. ``margin``: None for p_a − p_b, then 0 for equal distributions; else a
@@ -41,7 +41,7 @@ class HingeRanking(Term):
         self.margin = _check_margin(margin)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows."""
+        """Compute the mean over the rows."""
         return hinge_ranking(student.logits, *teacher_topk(teacher, self.k, 1.0), margin=self.margin)
 
 

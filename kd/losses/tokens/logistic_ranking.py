@@ -13,7 +13,7 @@ __all__ = ["logistic_ranking"]
 
 
 def logistic_ranking(student_logits: Tensor, teacher_log_probs: Tensor, teacher_ids: Tensor) -> Tensor:
-    """Mean over rows and pairs (a, b) with p_a > p_b of log(1 + exp(−(z_a − z_b))): the teacher's order of its top-k.
+    """Compute log(1 + exp(−(z_a − z_b))), mean over rows and pairs with p_a > p_b: the teacher's order of its top-k.
 
     ``student_logits`` z (rows, classes); ``teacher_log_probs`` (rows, k): log p of the classes ``teacher_ids``
     (rows, k) int64. RankNet's loss with the teacher's order: it never is 0, and nothing of the teacher's distances is
@@ -36,5 +36,5 @@ class LogisticRanking(Term):
         self.k = check_k(k)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows."""
+        """Compute the mean over the rows."""
         return logistic_ranking(student.logits, *teacher_topk(teacher, self.k, 1.0))

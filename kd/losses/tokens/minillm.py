@@ -16,7 +16,10 @@ VARIANTS = ("code", "paper")
 
 
 def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
-    """Σ_{k ≥ t} γ^(k − t) r_k at each position t: ``rewards`` (samples, positions) → the same shape; γ from 0 to 1."""
+    """Compute Σ_{k ≥ t} γ^(k − t) r_k at each position t.
+
+    ``rewards`` (samples, positions) → the same shape; γ from 0 to 1.
+    """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma = {gamma} is not allowed: it must be from 0 to 1")
     places = torch.arange(rewards.shape[-1], device=rewards.device)
@@ -27,7 +30,7 @@ def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
 
 @torch.no_grad()
 def minillm_advantages(rewards: Tensor, mask: Tensor, gamma: float = 0.95, variant: str = "code") -> Tensor:
-    """Advantages (samples, positions) of sampled answers, without gradient; 0 where ``mask`` is.
+    """Compute the advantages (samples, positions) of sampled answers, without gradient; 0 where ``mask`` is.
 
     ``rewards`` (samples, positions): log p_t(y) − log p_s(y) of each token y; ``mask`` (samples, positions) bool: the
     positions of the answer. Both normalise the length: without it long answers are avoided.
@@ -55,7 +58,7 @@ def clipped_policy_gradient(
     importance: Tensor,
     clip: float = 0.2,
 ) -> Tensor:
-    """Mean over rows of max(−A ρ w, −A clip(ρ w, 1 − c, 1 + c)), with ρ = p_s(y) / p_old(y): the long part of MiniLLM.
+    """Compute max(−A ρ w, −A clip(ρ w, 1 − c, 1 + c)), mean over rows, ρ = p_s(y) / p_old(y): the long part of MiniLLM.
 
     ``student_logits`` (rows, vocabulary); the others (rows,): ``targets`` int64, the sampled tokens y; ``advantages`` A
     (:func:`minillm_advantages`); ``old_log_probs``: log p_old(y) of the student that sampled, or of what it was at the
@@ -73,7 +76,7 @@ def clipped_policy_gradient(
 
 @torch.no_grad()
 def mixture_importance(student_log_probs: Tensor, teacher_log_probs: Tensor, share: float) -> Tensor:
-    """Importance p_s(y) / ((1 − α) p_s(y) + α p_t(y)) of tokens y that were sampled from the mixture, (rows,).
+    """Compute the importance p_s(y) / ((1 − α) p_s(y) + α p_t(y)) of tokens y sampled from the mixture, (rows,).
 
     ``student_log_probs``, ``teacher_log_probs`` (rows,): log-probabilities of y; ``share`` α: of the teacher, 0 to 1.
     Between 0 and 1 / (1 − α), without gradient. It stands for the product over all tokens before (section 2.2), in the
@@ -83,7 +86,7 @@ def mixture_importance(student_log_probs: Tensor, teacher_log_probs: Tensor, sha
 
 
 def _rows_apart(values: Tensor, samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Rows of several samples one sample a line, padded with 0 on the right, and which places are rows.
+    """Lay out rows of several samples one sample a line, padded with 0 on the right, and say which places are rows.
 
     ``values`` (rows,); ``samples`` (rows,) int64 in rising order: whose row each is, of ``count`` samples. Returns
     (count, longest) twice, the second one bool; ``lines[mask]`` are the rows again.
@@ -115,7 +118,7 @@ class MiniLLM(Term):
         discounted_returns(torch.zeros(1, 1), gamma)  # refuses a gamma that cannot be
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over rows."""
+        """Compute the mean over rows."""
         sampled = batch.extra.get("sampled")
         if sampled is None or batch.mask is None:
             return reverse_kl_divergence(student.logits, teacher.logits)

@@ -22,7 +22,7 @@ def topk_buckets(
     temperature: float = 1.0,
     form: str = "tail",
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of both sides over the teacher's k classes, and of the rest of the classes as one more.
+    """Return log-probabilities of both sides over the teacher's k classes, and of the rest of the classes as one more.
 
     ``student_logits`` (rows, classes), of any scale; ``teacher_log_probs`` (rows, k): the teacher's log softmax at
     ``temperature`` of the classes ``teacher_ids`` (rows, k) int64, no class twice. ``form``:
@@ -54,7 +54,7 @@ def topk_kl_divergence(
     temperature: float = 1.0,
     form: str = "tail",
 ) -> Tensor:
-    """T² · mean over rows of KL(teacher ‖ student) over the teacher's k likeliest classes.
+    """Compute T² · mean over rows of KL(teacher ‖ student) over the teacher's k likeliest classes.
 
     Arguments and forms are those of :func:`topk_buckets`. ``"tail"`` is a lower bound of the KL over all classes, and
     equal to it where k is all of them; ``"zero"`` is 0 at the teacher's renormalised top-k, which a student with the
@@ -85,10 +85,10 @@ class TopKKL(Term):
         self.form = check_choice("form", form, FORMS)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over the rows, times T²."""
+        """Compute the mean over the rows, times T²."""
         log_probs, ids = teacher_topk(teacher, self.k, self.temperature)
         return topk_kl_divergence(student.logits, log_probs, ids, self.temperature, self.form)
 
     def fused(self) -> Fused:
-        """The same from hidden states."""
+        """Return what computes the same from hidden states."""
         return Fused("topk_kl", self.temperature, k=self.k, form=self.form)

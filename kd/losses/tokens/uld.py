@@ -14,7 +14,7 @@ __all__ = ["uld_loss"]
 def uld_loss(
     student_logits: Tensor, student_lengths: Tensor, teacher_logits: Tensor, teacher_lengths: Tensor
 ) -> Tensor:
-    """Mean over samples and places of Σ_v |p_s↓ − p_t↓|, the probabilities of each side in falling order: Eq. 4.
+    """Compute the mean over samples and places of Σ_v |p_s↓ − p_t↓|, each side's probabilities in falling order: Eq. 4.
 
     ``student_logits`` (student's rows, its vocabulary), ``teacher_logits`` (teacher's rows, its vocabulary): the rows
     that predict the tokens of the answers, sample after sample; ``student_lengths``, ``teacher_lengths`` (samples,)
@@ -57,7 +57,7 @@ class UniversalLogit(Term):
         self.over = "samples" if "student_lengths" in setup.batch.extra else "rows"
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over samples and places."""
+        """Compute the mean over samples and places."""
         s, t = student.logits, teacher.logits
         student_lengths, teacher_lengths = lengths_of(batch, len(s), len(t), s.device)
         return uld_loss(s, student_lengths, t, teacher_lengths)
