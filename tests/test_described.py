@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from kd.config.compose import checked
 from kd.errors import KdError
+from kd.models.transformers_model import description, transformers_model
 from kd.run import build, described, networks
 
 STATE = {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}
@@ -234,3 +235,16 @@ def test_a_network_of_transformers_is_made_from_its_configuration_alone(more: di
     assert described.network(node, "FILE")["pretrained"] is False
     with pytest.raises(KdError, match="FILE is refused"):
         described.network({**node, **more}, "FILE")
+
+
+def test_a_configuration_from_elsewhere_may_have_keys_that_transformers_does_not_know() -> None:
+    """It keeps them: of a GGUF file ``_model_name_or_path``, of some BERTs ``pooler_num_attention_heads``."""
+    made = transformers_model(config=TINY_BERT, architecture="masked_lm")
+    made.config.pooler_num_attention_heads, made.config._model_name_or_path = 2, ""
+    node = description(made)
+    assert node is not None
+    assert {"pooler_num_attention_heads", "_model_name_or_path"} <= node["config"].keys()
+    again = networks.network(described.network(node, "FILE"), "teacher.model", None, (8,))
+    assert again.state_dict().keys() == made.state_dict().keys()
+    with pytest.raises(KdError, match=r"config\.pooler_num_attention_heads is no key of bert"):
+        networks.network(node, "student.model", None, (8,))

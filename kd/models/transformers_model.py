@@ -53,6 +53,7 @@ def transformers_model(
     tokenizer: Any = None,
     pooling: str = "mean",
     lora: Mapping[str, Any] | None = None,
+    typed: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a network of transformers with the head that a task wants.
@@ -62,6 +63,7 @@ def transformers_model(
     ``architecture``: a key of ``AUTO``, given by the task. ``num_classes``: outputs of a classifier. ``tokenizer``: of
     the data; a network without a name takes its vocabulary, one with a name must have room for it. ``pooling``: of a
     sentence embedding, ``mean`` or ``cls``. ``lora``: arguments of ``peft.LoraConfig``; all else is frozen then.
+    ``typed``: a person wrote ``config``, and keys that look mistyped are refused; a weights file may keep any.
     ``kwargs``: of ``from_pretrained``.
 
     Raises ``ValueError`` with one sentence when there is no such model, or its weights cannot be had.
@@ -73,7 +75,7 @@ def transformers_model(
     if name is None and "model_type" not in (config or {}):
         raise ValueError("it has neither a name (name=MODEL or FOLDER) nor a config={model_type: …}")
     refuse_code(kwargs)
-    made = _configuration(name, config or {}, tokenizer, kwargs)
+    made = _configuration(name, config or {}, tokenizer, kwargs, typed)
     if architecture == "sequence_classification" and num_classes is not None:
         made.num_labels = num_classes
     if architecture == "sequence_regression":
@@ -102,7 +104,9 @@ def transformers_model(
     return SentenceEncoder(network, pooling) if architecture == "embedding" else network
 
 
-def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any, kwargs: Mapping[str, Any]) -> Any:
+def _configuration(
+    name: str | None, changes: Mapping[str, Any], tokenizer: Any, kwargs: Mapping[str, Any], typed: bool
+) -> Any:
     own = {key: _plain(value) for key, value in changes.items() if key not in (*DROPPED, *CODE, "model_type")}
     if name is not None:
         where = {key: kwargs[key] for key in ("gguf_file", "revision", "subfolder", "cache_dir") if key in kwargs}
@@ -117,7 +121,8 @@ def _configuration(name: str | None, changes: Mapping[str, Any], tokenizer: Any,
         made = transformers.AutoConfig.for_model(changes["model_type"], **own)
     except (ValueError, TypeError) as error:
         raise ValueError(f"config.model_type = {changes['model_type']}: {str(error).splitlines()[0]}") from error
-    _refuse_mistyped(made, own)
+    if typed:
+        _refuse_mistyped(made, own)
     return made
 
 

@@ -28,6 +28,7 @@ FETCHING = (
 )
 OF_TRANSFORMERS = "kd.models.transformers_model.transformers_model"
 SELF_MADE = ("_target_", "pretrained", "name", "config", "architecture", "pooling", "lora", "num_classes", "tokenizer")
+SELF_MADE += ("typed",)
 HARMLESS = ("_target_", "_convert_", "_recursive_")  # keys of Hydra; _args_ would hide arguments from the checks
 ALLOW = "set teacher.trust=true if you trust the file, or name the network yourself (model@teacher=NAME)"
 
@@ -112,9 +113,14 @@ def _refuse_fetching(node: Mapping[str, Any], source: str) -> None:
 
 
 def _without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Let the node of a network fetch no weights: they are in the file. The default of transformers' is to fetch."""
+    """Let the node of a network fetch no weights: they are in the file. The default of transformers' is to fetch.
+
+    What a library's configuration says there nobody has typed: it may have keys that the library does not know.
+    """
+    if node["_target_"] == OF_TRANSFORMERS:
+        return {**node, "pretrained": False, "typed": False}
     timm_flag = str(node["_target_"]).startswith(("kd.models.", "timm.")) and "pretrained" in node
-    return {**node, "pretrained": False} if timm_flag or node["_target_"] == OF_TRANSFORMERS else dict(node)
+    return {**node, "pretrained": False} if timm_flag else dict(node)
 
 
 def _refuse_more(node: Any, source: str) -> None:
