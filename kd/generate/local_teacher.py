@@ -18,6 +18,7 @@ from kd.data.text.tokenizer import tokenizer as load_tokenizer
 from kd.errors import KdError, MachineFailure
 from kd.generate.prompts import Prompt
 from kd.models.generation import generation_config
+from kd.models.library import positions_of
 from kd.models.transformers_model import transformers_model
 from kd.records.generations import Completion
 
@@ -67,8 +68,7 @@ class LocalTeacher:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         kind = getattr(network.config, "dtype", None) if self.device.type == "cuda" else torch.float32
         self.network = network.to(self.device, kind if isinstance(kind, torch.dtype) else torch.float32).eval()
-        most = getattr(network.config, "max_position_embeddings", None)
-        self.most = int(most) if most else None
+        self.most = positions_of(network)
         before = around(self.tokenizer)[0]
         self._before = before if before == [self.tokenizer.bos_token_id] else []
         self.ends = self._end_tokens()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kd.config.hub import online, reason
 from kd.losses.layouts import mean_of_positions
 from kd.models.base import stages
+from kd.models.library import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -231,9 +232,7 @@ class SentenceEncoder(nn.Module):
 
 def library_network(network: nn.Module) -> Any:
     """Return the network of transformers inside of what the run trains; None where it is none."""
-    inner = network.encoder if isinstance(network, SentenceEncoder) else network
-    if hasattr(inner, "peft_config"):
-        inner = inner.get_base_model()  # type: ignore[operator]
+    inner = unwrapped(network.encoder if isinstance(network, SentenceEncoder) else network)
     if not any(kind.__module__.startswith("transformers.") for kind in type(inner).__mro__):
         return None  # without an import of the library's base class, which takes seconds
     return inner if isinstance(inner, transformers.PreTrainedModel) else None

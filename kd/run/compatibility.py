@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,8 +13,8 @@ from kd.data.base import LABELS, SPLITS, AdaptedData, refuse_unsharded
 from kd.data.text.base import TextModule
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
+from kd.models.library import positions_of
 from kd.parallel import group
-from kd.setups.on_policy import OnPolicy
 from kd.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -34,8 +33,7 @@ def check(module: Distiller, data: Any, batch_size: int, frozen_norms: bool = Fa
         _cache(module.teacher.cached_by, data)
     if isinstance(data, TextModule):
         _positions(module, data)
-    if isinstance(module, OnPolicy) and module.writes and isinstance(data, TextModule):
-        module.check_positions(_longest_prompt(data, module.prompt_length))
+    module.check_data(data)
     _last_batch(module, data, batch_size, frozen_norms)
 
 
@@ -74,24 +72,14 @@ def _positions(module: Distiller, data: TextModule) -> None:
     )
     (longest,) = data.input_shape
     for side, network in [("student", module.student), *(("teacher", teacher) for teacher in teachers)]:
-        known = (getattr(getattr(part, "config", None), "max_position_embeddings", None) for part in network.modules())
-        if (most := next(filter(None, known), None)) and longest > most:
+        most = positions_of(network)
+        if most is not None and longest > most:
             key = "max_length" if hasattr(data, "max_length") else "length"
+            given = getattr(data, key)
             raise KdError(
-                f"data.{key} = {getattr(data, key)} is not allowed: rows may have {longest} tokens, the {side} takes "
-                f"{most}: set data.{key}={most} or less"
+                f"data.{key} = {'null' if given is None else given} is not allowed: rows may have {longest} tokens, "
+                f"the {side} takes {most}: set data.{key}={most} or less"
             )
-
-
-def _longest_prompt(data: TextModule, most: int | None) -> int:
-    """Return the tokens of the longest prompt of train: ``most``, or None: those before the first supervised one."""
-    part = data.parts["train"]
-    if most is not None:
-        return min(most, int((part.end - part.begin).max()))
-    if (supervised := part.tokens.supervised) is None:
-        return 0
-    flags = np.asarray(supervised)
-    return max(int(flags[begin:end].argmax()) for begin, end in zip(part.begin, part.end, strict=True))
 
 
 def _last_batch(module: Distiller, data: Any, size: int, frozen_norms: bool = False) -> None:

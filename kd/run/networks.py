@@ -6,6 +6,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Collection, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from hydra.utils import get_object
@@ -107,12 +108,15 @@ def trained(
     One that was not trained with the tokenizer as the data restricts it is cut to the kept tokens afterwards.
     """
     state, about, source = file
-    told = about.get("data", {})
-    cut = "vocabulary" in told and told.get("tokenizer") == data.tokenizer_digest
+    recorded = about.get("data", {})
+    cut = "vocabulary" in recorded and recorded.get("tokenizer") == data.tokenizer_digest
     whole = more.get("restriction") is not None and not cut
     given = {**more, "restriction": None} if whole else more
-    recorded = told.get("num_classes")  # where the data of this run does not tell
-    classes = recorded if data.num_classes is None and not new_head else data.num_classes
+    if cut and more.get("restriction") is None:  # its network had lost the rows behind the tokenizer
+        count = recorded["vocabulary"]["of"]
+        given = {**more, "restriction": SimpleNamespace(kept=range(count), whole=count)}
+    # where the data of this run does not tell
+    classes = recorded.get("num_classes") if data.num_classes is None and not new_head else data.num_classes
     net = network(spec, path, classes, input_shape or data.input_shape, **given)
     starting_weights.put(net, state, about, source, path.partition(".")[0], new_head)
     if whole:

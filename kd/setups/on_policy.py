@@ -10,18 +10,22 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kd.config.rules import number, refusals, refuse, whole
 from kd.data.base import as_batch
+from kd.data.text.base import TextModule
+from kd.data.text.loader import Part
 from kd.distill.distiller import Distiller, Step
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
 from kd.losses.networks import in_eval
 from kd.losses.tokens.minillm import MiniLLM
 from kd.models.generation import generation_config
+from kd.models.library import positions_of, unwrapped
 from kd.setups.teacher_mixed import TeacherMixed
 
 RULES = {
@@ -132,11 +136,25 @@ class OnPolicy(Distiller):
             raise KdError(f"distiller = on_policy needs a student that generates, {name} does not")
         self.check_positions(max(map(len, self.prompts(as_batch(batch)))))
 
+    def check_data(self, data: Any) -> None:
+        """Refuse prompts of a text's training set that leave no room for what is written."""
+        if self.writes and isinstance(data, TextModule):
+            self.check_positions(self._longest_prompt(data.parts["train"]))
+
+    def _longest_prompt(self, part: Part) -> int:
+        """Return the tokens of the longest prompt: ``prompt_length``, or those before the first supervised one."""
+        if self.prompt_length is not None:
+            return min(self.prompt_length, int((part.end - part.begin).max()))
+        if (supervised := part.tokens.supervised) is None:
+            return 0
+        flags = np.asarray(supervised)
+        return max(int(flags[begin:end].argmax()) for begin, end in zip(part.begin, part.end, strict=True))
+
     def check_positions(self, longest: int) -> None:
         """Refuse prompts of ``longest`` positions that with what is written are more than a network takes."""
         for side, network in [("student", self.student), *(("teacher", network) for network in self._live_teachers())]:
-            most = getattr(getattr(network, "config", None), "max_position_embeddings", None)
-            if most and longest + self.max_new_tokens > most:
+            most = positions_of(network)
+            if most is not None and longest + self.max_new_tokens > most:
                 raise KdError(
                     f"distiller.max_new_tokens = {self.max_new_tokens} is not allowed: with the longest prompt, "
                     f"of {longest} tokens, it is more than the {most} positions of the {side}: set a smaller one, or "
@@ -213,7 +231,7 @@ class OnPolicy(Distiller):
         mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths).unsqueeze(1)
         self.check_positions(ids.shape[1])  # of this batch; before the first one not all data tell their lengths
         mixed = [TeacherMixed(teacher, mask, self.teacher_mix) for teacher in self._mixes] or None
-        inner = network.get_base_model() if hasattr(network, "peft_config") else network
+        inner = unwrapped(network)
         own = inner.generation_config
         ends = own.eos_token_id
         settings = generation_config(self.max_new_tokens, self.temperature, self.top_p, ends, pad)

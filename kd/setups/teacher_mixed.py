@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.losses.logits._divergences import log_mixture
+from kd.models.library import unwrapped
 
 
 class TeacherMixed:
@@ -22,7 +23,7 @@ class TeacherMixed:
     def __init__(self, teacher: nn.Module, mask: Tensor, share: float) -> None:
         self.teacher, self.mask, self.share = teacher, mask.long(), share
         self.cache: Any = None
-        inner: Any = teacher.get_base_model() if hasattr(teacher, "peft_config") else teacher  # type: ignore[operator]
+        inner = unwrapped(teacher)
         accepted = inspect.signature(inner.forward).parameters
         self.takes_places = "position_ids" in accepted
         self.name = "cache" if "cache" in accepted else "past_key_values"  # older transformers

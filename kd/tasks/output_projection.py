@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.losses.networks import in_eval
+from kd.models.library import unwrapped
 
 CLOSE = 1e-4  # how far logits may be from those of the whole network, relative to the largest
 
@@ -116,8 +117,7 @@ def _checked(network: nn.Module, inputs: Mapping[str, Tensor]) -> Head | None:
     scaling = getattr(config, "logits_scaling", None)
     scale = getattr(config, "logit_scale", None) or (1 / scaling if scaling else 1.0)
     head = Head(projection, float(scale), getattr(config, "final_logit_softcapping", None))
-    inner: Any = network.get_base_model() if hasattr(network, "peft_config") else network  # type: ignore[operator]
-    head.caches = "use_cache" in inspect.signature(inner.forward).parameters
+    head.caches = "use_cache" in inspect.signature(unwrapped(network).forward).parameters
     few = {name: tensor[:2] for name, tensor in inputs.items()}
     try:
         with in_eval(network), torch.no_grad():

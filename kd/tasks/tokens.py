@@ -119,8 +119,8 @@ class Tokens(Task):
             raise KdError(
                 f"the student has a vocabulary of {found['student']} tokens, the teacher of {found['teacher']}, and "
                 "what compares them needs one size: data.vocabulary=tokenizer cuts both where they have one tokenizer "
-                "and are padded to other sizes; with two it is data.teacher_tokenizer and loss=[ce,uld] or "
-                "loss=[ce,gold]"
+                "and are padded to other sizes (kept answers are made anew); with two it is data.teacher_tokenizer and "
+                "loss=[ce,uld] or loss=[ce,gold]"
             )
 
     def meter(self, classes: int | None) -> TokenMeter:

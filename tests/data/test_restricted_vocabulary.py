@@ -322,3 +322,7 @@ def test_padded_weights_of_a_run_are_cut_and_cut_ones_are_not(files: Path, kd: C
     records = {run: json.loads((files / run / "result.json").read_text()) for run in ("padding", "cut", "next")}
     assert records["cut"]["teacher"]["parameters"] == records["padding"]["student"]["parameters"] - 9 * 32
     assert records["next"]["teacher"]["parameters"] == records["cut"]["student"]["parameters"]
+    assert kd(*arguments(files, "on", *alone, "data.vocabulary=tokenizer", "recipe.epochs=1")).code == 0
+    more = ("data.vocabulary=null", "recipe.epochs=1", f"student.checkpoint={files / 'on'}")
+    said = kd(*arguments(files, "further", *alone, *more))  # with the padded network that the weights were cut from
+    assert said.code == 0, said.err
