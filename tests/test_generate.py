@@ -100,7 +100,8 @@ def test_what_is_written_is_training_data(ask, server, tmp_path) -> None:
     from kd.data.text.records import read_file
 
     ask("a")
-    assert dialogues(read_file(tmp_path / "out.jsonl", "utf-8"), None) == [Dialogue("are: a", [(1, 6)], True, [(1, 6)])]
+    wanted = Dialogue("are: a", [(1, 6)], True, True, [(1, 6)])
+    assert dialogues(read_file(tmp_path / "out.jsonl", "utf-8"), None) == [wanted]
 
 
 def test_messages_stay_messages(ask, server, tmp_path) -> None:

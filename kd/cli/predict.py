@@ -15,11 +15,14 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import track
 
+from kd.config.rules import refusals, refuse
+from kd.data.text.options import DELIMITER
 from kd.errors import KdError, did_you_mean
 from kd.records.durable import replacing
 
 OWN: dict[str, Any] = {"run": None, "data": None, "who": "student", "weights": "selected", "out": None, "top": "1"}
-OWN |= {"probabilities": "false", "batch_size": "32", "skip_unreadable": "false", "column": None, "encoding": "utf-8"}
+OWN |= {"probabilities": "false", "batch_size": "32", "skip_unreadable": "false"}
+OWN |= {"column": None, "delimiter": None, "encoding": "utf-8"}
 
 USAGE = """kd predict RUN INPUT ... [KEY=VALUE ...]        (or run=RUN data=INPUT)
 
@@ -38,6 +41,7 @@ Answers new, unlabelled images or texts with the student of a run, in their orde
                             (of task=question_answering question and context: the answer is a part of the context)
   who=teacher               the run's teacher
   weights=last              of the last epoch, not those that validation selected
+  delimiter=";"             of .csv and .tsv, one character, or tab; default: by the ending
   batch_size=32 encoding=utf-8
   skip_unreadable=true      go on when an image cannot be read: its row says why, and the exit code is 1"""
 
@@ -65,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         columns = predictor.columns if own["column"] is None else tuple(own["column"].split(","))
         if len(columns) != 1 + predictor.pairs:
             raise KdError(f"column = {own['column']} is not allowed: the run reads {1 + predictor.pairs} of them")
-        read = inputs.texts(given, columns, own["encoding"])
+        read = inputs.texts(given, columns, own["encoding"], own["delimiter"])
         texts = [read.columns[column] for column in columns]
         items: list[Any] = list(zip(*texts, strict=True)) if predictor.pairs else texts[0]
         ids = read.columns.get(inputs.ID)
@@ -202,4 +206,6 @@ def _read(own: dict[str, Any]) -> dict[str, Any]:
         if own[key] not in ("true", "false"):
             raise KdError(f"{key} = {own[key]} is not allowed: it must be true or false")
         own[key] = own[key] == "true"
+    if own["delimiter"] is not None:
+        refuse(refusals("", own, {"delimiter": DELIMITER}))
     return own

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kd.data.text.records import Records, joined, of_articles, read
+from kd.data.text.records import Records, decoded, joined, of_articles, read_file
 from kd.errors import KdError, did_you_mean
 
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -38,13 +38,19 @@ def image_files(given: Sequence[str]) -> list[Path]:
     return found
 
 
-def texts(given: Sequence[str], columns: Sequence[str], encoding: str = "utf-8") -> Records:
+def texts(
+    given: Sequence[str], columns: Sequence[str], encoding: str = "utf-8", delimiter: str | None = None
+) -> Records:
     """Read texts, or pairs of them where ``columns`` names two, from tables, .txt (a line each) and ``-`` (the input).
 
     The columns are called as ``columns`` are; a column ``id``, where a table has one, comes along: text, "" where there
-    is none. ``KdError`` for a file or column that is not there, and where there is no text.
+    is none. ``delimiter``: between the cells of .csv and .tsv, a character or ``tab``; None: by the ending. ``KdError``
+    for a file or column that is not there, and where there is no text.
     """
-    parts = [_lines(name, columns, encoding) if _plain(name) else _columns(name, columns, encoding) for name in given]
+    parts = [
+        _lines(name, columns, encoding) if _plain(name) else _columns(name, columns, encoding, delimiter)
+        for name in given
+    ]
     if any(ID in part.columns for part in parts):
         for part in parts:
             part.columns.setdefault(ID, [""] * len(part))
@@ -61,21 +67,22 @@ def _plain(name: str) -> bool:
 def _lines(name: str, columns: Sequence[str], encoding: str) -> Records:
     if len(columns) > 1:
         raise KdError(f"data = {name} has a text a line: the run reads pairs, give a table with two columns")
-    path = Path(name).expanduser()
-    if name != "-" and not path.is_file():
-        raise KdError(f"data = {name} is no file: give .txt, {', '.join(TABLES)}, or - for standard input")
     try:
-        text = sys.stdin.read() if name == "-" else path.read_text(encoding)
-    except (UnicodeDecodeError, LookupError) as error:
-        raise KdError(f"{path} is not {encoding}: {error}") from None
+        text = sys.stdin.read() if name == "-" else decoded(_file(name), encoding, section="")
+    except UnicodeDecodeError as error:
+        raise KdError(f"data = {name} is not {error.encoding}: {error}") from None
     return Records({columns[0]: [line for line in text.split("\n") if line.strip()]}, name)
 
 
-def _columns(name: str, columns: Sequence[str], encoding: str) -> Records:
-    try:
-        table = read(str(Path(name).expanduser().absolute()), None, encoding, "data")
-    except KdError as error:  # kd predict's own keys have no section
-        raise KdError(str(error).replace("data.data = ", "data = ").replace("data.encoding", "encoding")) from None
+def _file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise KdError(f"data = {name} is no file: give .txt, {', '.join(TABLES)}, or - for standard input")
+    return path
+
+
+def _columns(name: str, columns: Sequence[str], encoding: str, delimiter: str | None) -> Records:
+    table = read_file(_file(name), encoding, delimiter, section="")
     if "paragraphs" in table.columns and len(columns) == 2 and columns[1] not in table.columns:  # SQuAD's own file
         table = of_articles(table, dict(zip(("question", "context", ID), (*columns, ID), strict=True)))
     for column in columns:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from kd.data.text.documents import cut_the_end, divided
 from kd.data.text.encode import cut
@@ -360,6 +361,44 @@ def test_no_end_is_predicted_of_a_completion_that_was_cut_off(files, kind) -> No
             said = data.tokenizer.decode(row[row != UNLABELLED])
             assert said.split()[:3] == ["the", "slow", "river"]
             assert ((tokenizer.eos_token if kind == "texts" else "</s>") in said) is (index % 2 == 0)
+
+
+def test_a_completion_that_was_cut_off_begins_as_others_do(files) -> None:
+    tokenizer = documents(files).tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    first = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[first])
+    reasons = ("stop", "length")
+    rows = [{"prompt": f"home {i}", "completion": " rain", "finish_reason": reasons[i % 2]} for i in range(12)]
+    data = documents(
+        files,
+        tokenizer=tokenizer,
+        train=table(files, "t.jsonl", rows),
+        test="t.jsonl",
+        overlap="keep",
+        val=table(files, "v.jsonl", rows),
+    )
+    ids = real_ids(data)
+    assert [row.count(tokenizer.bos_token_id) for row in ids] == [1] * 12
+    assert {row[0] for row in ids} == {tokenizer.bos_token_id}
+    assert sum(row[-1] == tokenizer.eos_token_id for row in ids) == 6
+
+
+@pytest.mark.parametrize("altered", [False, True])
+def test_no_end_is_predicted_of_a_dialogue_that_was_cut_off(files, altered) -> None:
+    """Where the template alters the answer, so that its end is not known, nothing of that answer is predicted."""
+    tokenizer = documents(files).tokenizer
+    tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | upper") if altered else CHATML
+    turns = [("user", "home in"), ("assistant", "the rain"), ("user", "wide"), ("assistant", "slow river")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"messages": messages, "finish_reason": ["stop", "length"][i % 2]} for i in range(4)]
+    given = {"train": table(files, "t.jsonl", rows), "val": "t.jsonl", "test": "t.jsonl"}
+    data = documents(files, tokenizer=tokenizer, length=200, overlap="keep", **given)
+    for batch in batches(data):
+        for row, index in zip(batch.targets, batch.index.tolist(), strict=True):
+            said = data.tokenizer.decode(row[row != UNLABELLED]).lower().replace("</s>", " </s> ").split()
+            last = ["slow", "river", "</s>"] if index % 2 == 0 else [] if altered else ["slow", "river"]
+            assert said == ["the", "rain", "</s>", *last]
 
 
 def test_prompts_that_fill_a_row_are_left_out(files, caplog) -> None:

@@ -168,6 +168,7 @@ def test_what_cannot_be_is_one_sentence(images: Path, texts: Path, tmp_path: Pat
         (["run", "x.png", "out=a.txt"], "out = a.txt"),
         (["run", "{image}", "out=a.json"], ".json is {id: answer} of questions"),
         (["run", "x.png", "skip_unreadable=1"], "true or false"),
+        (["run", "x.csv", "delimiter=;;"], "delimiter = ;; is not allowed: it must be one character"),
     ],
 )
 def test_bad_arguments(argv: list[str], words: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,3 +189,31 @@ def test_no_file_is_written_over(images: Path, tmp_path: Path, capsys: pytest.Ca
 def test_whole_ids_of_a_column_with_gaps_are_written_as_they_were(tmp_path: Path) -> None:
     pd.DataFrame({"id": [1, None, 3], "text": ["a", "b", "c"]}).to_parquet(tmp_path / "asked.parquet")
     assert inputs.texts([str(tmp_path / "asked.parquet")], ["text"]).columns["id"] == ["1", "", "3"]
+
+
+def test_a_table_with_another_delimiter_is_read_as_the_sentence_says(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "asked.csv").write_text("text;id\nlost, card;7\n")
+    argv = ["predict", str(texts / "run"), str(tmp_path / "asked.csv")]
+    assert main(argv) == 1
+    assert 'asked.csv has one column, text;id: set delimiter, here delimiter=";"' in capsys.readouterr().err
+    assert main([*argv, "delimiter=;"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith('7,"lost, card",')
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "sentence"),
+    [
+        (b"text\ncaf\xe9\n", "x.csv", r"x\.csv is not utf-8 .* set encoding, for example encoding=latin-1$"),
+        (b"caf\xe9\n", "x.txt", r"x\.txt is not utf-8 .* set encoding, for example encoding=latin-1$"),
+        ("a\n".encode("utf-16-le"), "x.txt", "for example encoding=utf-16-le"),
+        (None, "x.csv", r"^data = .*x\.csv is no file"),
+    ],
+)
+def test_a_text_file_that_cannot_be_read(content: bytes | None, name: str, sentence: str, tmp_path: Path) -> None:
+    """The keys of ``kd predict`` are named, not those of ``data``."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(KdError, match=sentence):
+        inputs.texts([str(tmp_path / name)], ["text"])

@@ -13,14 +13,18 @@ from kd.errors import KdError
 
 
 class Dialogue(NamedTuple):
-    """A text, the characters [begin, end) of it that are to be predicted, and whether the end token follows.
+    """A text, and the characters [begin, end) of it that are to be predicted.
 
+    ``begins``: whether the token that begins a text comes first, which a chat template writes itself.
+    ``ends``: whether the end token follows: not after a chat template, which writes its own, nor where the answer was
+    cut off.
     ``answers``: of each span the characters that are not of the template, (-1, -1) where it has changed them.
     ``teacher``: the dialogue as the teacher's tokenizer writes it; None: the same.
     """
 
     text: str
     spans: list[tuple[int, int]]
+    begins: bool
     ends: bool
     answers: list[tuple[int, int]]
     teacher: Dialogue | None = None
@@ -40,20 +44,19 @@ def dialogues(records: Records, tokenizer: Any) -> list[Dialogue]:
 
     Of ``messages``, a list of {role, content} a row, what the assistant says is to be predicted; of a pair the
     completion, which is a text, or as the prompt a list of messages. Messages become a text by the chat template of
-    the tokenizer. A completion whose ``finish_reason`` is ``length``, as ``kd generate`` and servers write it, was cut
-    off: no end follows it. ``KdError`` for other columns and values, and for a tokenizer without a template.
+    the tokenizer. Where ``finish_reason`` is ``length``, as ``kd generate`` and servers write it, the row's last answer
+    was cut off: no end of it is to be predicted, and nothing of it where the template has changed it, so that it is not
+    known where it ends. ``KdError`` for other columns and values, and for a tokenizer without a template.
     """
-    cut: Sequence[bool] = [reason == "length" for reason in records.columns.get("finish_reason", ())]
+    cut = [reason == "length" for reason in records.columns.get("finish_reason", [None] * len(records))]
     if "messages" in records.columns:
         rows = [(messages, 0) for messages in records.columns["messages"]]
-        cut = ()
     elif {"prompt", "completion"} <= set(records.columns):
         prompts, completions = records.columns["prompt"], records.columns["completion"]
         pairs = list(zip(prompts, completions, strict=True))
         if all(isinstance(text, str) for pair in pairs for text in pair):
             spans = [[(len(p), len(p) + len(c))] for p, c in pairs]
-            ends = [not one for one in cut] or [True] * len(pairs)
-            return [Dialogue(p + c, s, end, s) for (p, c), s, end in zip(pairs, spans, ends, strict=True)]
+            return [Dialogue(p + c, s, True, not off, s) for (p, c), s, off in zip(pairs, spans, cut, strict=True)]
         if not all(isinstance(part, Sequence) and not isinstance(part, str) for pair in pairs for part in pair):
             raise KdError(f"{records.where}: prompt and completion must both be texts, or both lists of messages")
         rows = [([*prompt, *completion], len(prompt)) for prompt, completion in pairs]
@@ -66,7 +69,7 @@ def dialogues(records: Records, tokenizer: Any) -> list[Dialogue]:
             "write prompt and completion as texts"
         )
     found = [_rendered(messages, first, tokenizer, records.row(i)) for i, (messages, first) in enumerate(rows)]
-    return [_cut(one) if off else one for one, off in zip(found, cut, strict=True)] if cut else found
+    return [_cut(one) if off else one for one, off in zip(found, cut, strict=True)]
 
 
 def answers_of(
@@ -106,13 +109,17 @@ def _rendered(messages: Any, first: int, tokenizer: Any, where: str) -> Dialogue
             said = message["content"].strip() if isinstance(message["content"], str) else None
             place = -1 if said is None else text.find(said, *spans[-1])
             answers.append((place, place + len(said)) if said is not None and place >= 0 else (-1, -1))
-    return Dialogue(text, spans, False, answers)
+    return Dialogue(text, spans, False, False, answers)
 
 
 def _cut(whole: Dialogue) -> Dialogue:
-    """Leave what a template writes behind the last answer out of what is to be predicted."""
-    place, end = whole.answers[-1] if whole.answers else (-1, -1)
-    return whole if place < 0 else whole._replace(spans=[*whole.spans[:-1], (whole.spans[-1][0], end)])
+    """Leave what a template writes behind the last answer out of what is to be predicted.
+
+    Where the template has changed that answer, all of it is left out: its end is not known.
+    """
+    *spans, (begin, _) = whole.spans or [(0, 0)]
+    end = whole.answers[-1][1] if whole.answers else -1
+    return whole._replace(spans=spans if end < 0 else [*spans, (begin, end)])
 
 
 def _template(tokenizer: Any, messages: Sequence[Any], answering: bool, where: str) -> str:

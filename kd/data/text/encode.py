@@ -136,19 +136,23 @@ def cut(document: str) -> Iterator[str]:
 
 
 def encode_spans(
-    tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], ends: Sequence[bool]
+    tokenizer: Any,
+    texts: Sequence[str],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    begins: Sequence[bool],
+    ends: Sequence[bool],
 ) -> Tokens:
     """Tokenise texts of which only some characters are to be predicted.
 
-    ``spans``: of each text the characters [begin, end) that are; ``ends``: whether the end token follows, to be
-    predicted as well, and the token that begins a text comes first, where the tokenizer has one. A token is supervised
-    when it ends inside of a span: one that begins in the prompt and ends in
-    the completion belongs to the completion.
+    ``spans``: of each text the characters [begin, end) that are; ``begins``: whether the token that begins a text comes
+    first, where the tokenizer has one; ``ends``: whether the end token follows, to be predicted as well. A token is
+    supervised when it ends inside of a span: one that begins in the prompt and ends in the completion belongs to the
+    completion.
     """
     rows: list[list[int]] = []
     marks: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
-    begins = [tokenizer.bos_token_id] if around(tokenizer)[0] == [tokenizer.bos_token_id] else []
+    first = [tokenizer.bos_token_id] if around(tokenizer)[0] == [tokenizer.bos_token_id] else []
     for start in range(0, len(texts), AT_ONCE):
         found = tokenizer(
             list(texts[start : start + AT_ONCE]),
@@ -163,13 +167,11 @@ def encode_spans(
             for begin, end in spans[number]:
                 inside |= (until > begin) & (until <= end)
             size = bytes_of(texts[number], places)
-            if ends[number]:  # no template has written the tokens around it
-                ids = [*begins, *ids, tokenizer.eos_token_id]
-                inside = np.concatenate([np.zeros(len(begins), dtype=bool), inside, [True]])
-                size = np.pad(size, (len(begins), 1))
-            rows.append(ids)
-            marks.append(inside)
-            sizes.append(size)
+            before = first if begins[number] else []
+            after = [tokenizer.eos_token_id] if ends[number] else []
+            rows.append([*before, *ids, *after])
+            marks.append(np.concatenate([np.zeros(len(before), dtype=bool), inside, np.ones(len(after), dtype=bool)]))
+            sizes.append(np.pad(size, (len(before), len(after))))
     flat, offsets = joined(rows)
     return Tokens(flat, offsets, supervised=np.concatenate(marks), bytes=np.concatenate(sizes))
 

@@ -227,9 +227,10 @@ class Documents(TextModule):
         texts = [_text(row) for row in rows]
         if found:
             ends = [row.ends and tokenizer.eos_token_id is not None for row in found]
+            begins = [row.begins for row in found]
             spans = [row.spans for row in found]
-            key = digest_of(texts, "dialogues 2", digest_of([str(spans), str(ends)]))
-            return self.tokens(key, lambda: encode_spans(tokenizer, texts, spans, ends), digest)
+            key = digest_of(texts, "dialogues 3", digest_of([str(spans), str(begins), str(ends)]))
+            return self.tokens(key, lambda: encode_spans(tokenizer, texts, spans, begins, ends), digest)
         before, after = between(tokenizer, self.masking is not None, packing)
         key = digest_of(texts, "documents 2", before, after)
         return self.tokens(key, lambda: encode_documents(tokenizer, texts, before, after), digest)

@@ -22,6 +22,7 @@ def _tokenizer(value: Any) -> bool:
     return value is not None and not isinstance(value, (bool, int, float, list))
 
 
+DELIMITER = Rule('one character, for example ";", or tab', _delimiter)
 RULES = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "pad_to_multiple_of"), whole(1)),
     "seed": whole(0),
@@ -44,7 +45,7 @@ RULES = {
     "document": one_of("file", "line", "paragraph"),
     "vocabulary": one_of("corpus", "tokenizer", None),
     "encoding": NAME,
-    "delimiter": Rule('one character, for example ";", or tab', _delimiter).or_null,
+    "delimiter": DELIMITER.or_null,
     **dict.fromkeys(("text", "question", "context", "answers"), NAME),
     **dict.fromkeys(("text_pair", "label", "name", "subset", "title", "cache"), NAME.or_null),
     "label_names": Rule(

@@ -97,20 +97,25 @@ def located(path: str | Path, root: str | None, key: str) -> Path:
     return found
 
 
-def read_file(path: Path, encoding: str, delimiter: str | None = None) -> Records:
-    """Read a file by its ending: csv and tsv with a header, json lines, json, parquet, or text with a row a line."""
+def read_file(path: Path, encoding: str, delimiter: str | None = None, section: str = "data.") -> Records:
+    """Read a file by its ending: csv and tsv with a header, json lines, json, parquet, or text with a row a line.
+
+    ``section``: what the names of ``encoding`` and ``delimiter`` begin with in errors, "" where they are keys of a
+    command. Raises ``KdError`` for a file that is empty, of another encoding or format.
+    """
     kind = ".jsonl" if path.suffix.lower() == ".ndjson" else path.suffix.lower()
     if kind not in FORMATS:
         raise KdError(f"{path} cannot be read: its ending must be one of {', '.join(FORMATS)}")
     if path.stat().st_size == 0:
         raise KdError(f"{path} is empty")
     if kind == ".txt":
-        lines = decoded(path, encoding).removesuffix("\n").split("\n")  # not splitlines: a form feed ends no row
-        found = Records({"text": lines}, str(path), plain=True)
+        text = decoded(path, encoding, section).removesuffix("\n")
+        found = Records({"text": text.split("\n")}, str(path), plain=True)  # not splitlines: a form feed ends no row
     elif kind in (".json", ".jsonl"):
-        found = _of_rows(_json_rows(path, encoding), str(path))
+        found = _of_rows(_json_rows(path, encoding, section), str(path))
     elif kind in DELIMITERS:
-        found = Records(delimited(decoded(path, encoding), str(path), kind, delimiter), str(path))
+        text = decoded(path, encoding, section)
+        found = Records(delimited(text, str(path), kind, delimiter, section), str(path))
     else:
         found = _parquet(path)
     if not len(found):
@@ -140,28 +145,41 @@ def of_articles(found: Records, names: Mapping[str, str]) -> Records:
     return Records(rows, found.where)
 
 
-def decoded(path: Path, encoding: str) -> str:
+def decoded(path: Path, encoding: str, section: str = "data.") -> str:
     """Return the text of a file without the byte order mark at its beginning, if it has one.
 
-    Raises ``KdError`` where the bytes, or that mark, are of another encoding.
+    ``section``: what the name of ``encoding`` begins with in errors, see :func:`read_file`. Raises ``KdError`` where
+    the bytes, or that mark, are of another encoding, and where the text holds NULs.
     """
+    key = f"{section}encoding"
     content = path.read_bytes()
     marked = next((name for mark, name in MARKS.items() if content.startswith(mark)), None)
     try:
         if marked is not None and not codecs.lookup(encoding).name.startswith(marked):
-            raise KdError(f"{path} is {marked}, by its byte order mark, and not {encoding}: set data.encoding={marked}")
+            raise KdError(f"{path} is {marked}, by its byte order mark, and not {encoding}: set {key}={marked}")
         if marked is None and codecs.lookup(encoding).name in ("utf-16", "utf-32"):
-            raise KdError(f"{path} is not {encoding}, whose files begin with a mark: set data.encoding, such as utf-8")
+            way = f"set {key}, for example {key}={_by_nuls(content, encoding) or 'utf-8'}"
+            raise KdError(f"{path} is not {encoding}, whose files begin with a mark: {way}")
         text = content.decode("utf-8-sig" if marked == "utf-8" else marked or encoding)
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
-        likely = "cp1252" if any(0x80 <= value <= 0x9F for value in content) else "latin-1"  # “ ” and € of Windows
-        raise KdError(
-            f"{path} is not {encoding} ({byte}): set data.encoding, for example data.encoding={likely}"
-        ) from None
+        bytewise = "cp1252" if any(0x80 <= value <= 0x9F for value in content) else "latin-1"  # “ ” and € of Windows
+        likely = _by_nuls(content, encoding) or bytewise
+        raise KdError(f"{path} is not {encoding} ({byte}): set {key}, for example {key}={likely}") from None
     except LookupError:
-        raise KdError(f"data.encoding = {encoding} is not allowed: there is no encoding of this name") from None
+        raise KdError(f"{key} = {encoding} is not allowed: there is no encoding of this name") from None
+    if "\0" in text:  # ASCII in UTF-16 is valid in any encoding of bytes
+        other = None if marked else _by_nuls(content, encoding)
+        way = f"set {key}, for example {key}={other}, or " if other else ""
+        raise KdError(f"{path}, read as {encoding}, holds NUL characters: {way}take them out")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _by_nuls(content: bytes, encoding: str) -> str | None:
+    """Return the UTF-16 that bytes without a mark are, by NULs at every second place; None: none, or ``encoding``."""
+    even, odd = content[::2].count(0), content[1::2].count(0)
+    found = "utf-16-le" if odd > even else "utf-16-be" if even > odd else None
+    return None if found == codecs.lookup(encoding).name else found
 
 
 def _parquet(path: Path) -> Records:
@@ -173,8 +191,8 @@ def _parquet(path: Path) -> Records:
         raise KdError(f"{path} cannot be read as parquet: {str(error).strip().splitlines()[0]}") from None
 
 
-def _json_rows(path: Path, encoding: str) -> list[Any]:
-    text = decoded(path, encoding)
+def _json_rows(path: Path, encoding: str, section: str) -> list[Any]:
+    text = decoded(path, encoding, section)
     number = 0
     try:
         if path.suffix.lower() == ".json":
