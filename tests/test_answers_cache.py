@@ -33,7 +33,9 @@ from kd.errors import KdError, MachineFailure
 from kd.losses.base import Batch, Output, Term, TopK
 from kd.losses.logits.ctkd import CurriculumTemperature
 from kd.losses.logits.kd import KnowledgeDistillation, kl_divergence
+from kd.losses.logits.mse import SquaredError
 from kd.losses.logits.normkd import NormalisedLogits
+from kd.losses.logits.rld import RefinedLogits
 from kd.losses.logits.ttm import TransformedTeacher
 from kd.losses.tokens.hinge_ranking import HingeRanking
 from kd.losses.tokens.topk_kl import TopKKL, topk_kl_divergence
@@ -332,6 +334,29 @@ def test_a_folder_of_something_else_is_no_place_for_a_cache(tmp_path: Path) -> N
     assert [file.name for file in tmp_path.iterdir()] == ["mine.csv"]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_cache_that_another_job_begins_meanwhile_is_shared_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    place = tmp_path / "one"
+    made, other = of_images(tmp_path, path=str(place)), of_images(tmp_path, seed, path=str(place))
+    read, last = cache_shards.read_json, cache_shards.name_of(4)
+
+    def late(file: Path) -> dict[str, Any] | None:
+        found = read(file)
+        if file.name == cache_shards.PLAN:  # the other job begins where this one has found no plan
+            monkeypatch.setattr(cache_shards, "read_json", read)
+            ready(other)
+            for name in (last, cache_shards.MANIFEST):
+                (place / name).unlink()
+        return found
+
+    monkeypatch.setattr(cache_shards, "read_json", late)
+    with pytest.raises(KdError, match=r"is of another teacher") if seed else contextlib.nullcontext():
+        ready(made)
+    assert (place / last).exists() is not bool(seed)  # no answers of one teacher among those of another
+
+
 @pytest.mark.parametrize("options", [{"what": "topk", "k": 4, "temperatures": [2]}, {"precision": "bfloat16"}])
 def test_a_small_cache_on_the_device_reads_as_the_files_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
@@ -579,6 +604,39 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
         assert refused(lambda: of_images(tmp_path)).endswith(again)
 
 
+def test_a_cache_of_the_first_version_is_read_unless_it_is_of_texts(tmp_path: Path) -> None:
+    data = Digits(val_fraction=0.25)
+    assert facts_of_run(data, Classification(), Form("logits"))["data"] == "c18645e7f1852b04"  # of that version
+    given = {"precision": "float32", "path": str(tmp_path)}
+
+    def outdated(number: int) -> None:
+        for name in ("manifest.json", "plan.json"):
+            said = json.loads((tmp_path / name).read_text())
+            (tmp_path / name).write_text(json.dumps({**said, "version": number}))
+
+    ready(of_images(tmp_path, **given))
+    outdated(1)
+    assert CachedAnswers(None, data, what="logits", **given).rows is not None
+    outdated(0)
+    words = f"teacher.answers: {tmp_path / 'manifest.json'} is of another version of kd, or no file of answers; "
+    assert refused(lambda: CachedAnswers(None, data, what="logits", **given)) == (
+        f"{words}give teacher.checkpoint=RUN or model@teacher=NAME and another teacher.answers.path to have the "
+        "answers made anew"
+    )
+    for file in tmp_path.iterdir():
+        file.unlink()
+    rows = "".join(f"a text {n},{n % 2}\n" for n in range(8))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "rows.csv").write_text(f"text,label\n{rows}")
+    split = dict.fromkeys(("train", "val", "test"), "rows.csv")
+    texts = Sentences(root=str(tmp_path / "texts"), **split, overlap="keep", tokenizer={"vocabulary": 60})
+    plan = {"facts": facts_of_run(texts, Classification(), Form("logits", precision="float32"))}
+    (tmp_path / "plan.json").write_text(json.dumps({"version": 1, **plan}))
+    assert "keeps answers to texts as an earlier version of kd did; give teacher.checkpoint=RUN" in refused(
+        lambda: CachedAnswers(None, texts, what="logits", **given)
+    )
+
+
 def test_what_decides_the_answers_is_in_the_key(tmp_path: Path) -> None:
     def keys(**options: Any) -> set[str]:
         made = of_images(tmp_path, **options)
@@ -671,14 +729,27 @@ def test_samples_and_rows_that_are_not_there_are_refused(tmp_path: Path) -> None
         ready(of_images(tmp_path / "images", what="hidden"))
 
 
+KNOWN = (
+    r"top 5 of \d+ classes are known of the teacher: keep what=hidden or what=logits in teacher\.answers, or take "
+    r"topk_kl in the place of it"
+)
+MORE = (
+    r"^loss\.it reads more of the teacher's logits than their softmax at T = 1 \(reads_softmax_at = None\), and the "
+    rf"{KNOWN}$"
+)
 SOFTENED: dict[str, tuple[Callable[[], Term], str]] = {
     "kd at 4": (
         lambda: KnowledgeDistillation(temperature=4.0),
-        r"loss\.it softens all classes \(T = 4\.0\), and the top 5 of \d+ classes",
+        rf"^loss\.it softens all classes \(T = 4\), and the {KNOWN}, or T = 1$",
     ),
-    "a learned temperature": (CurriculumTemperature, r"loss\.it softens all classes \(T = learned\)"),
-    "a power of the teacher": (lambda: TransformedTeacher(gamma=0.5), r"loss\.it softens all classes \(T = 2\.0\)"),
-    "the spread of a row": (NormalisedLogits, r"loss\.it reads every class, and the top 5"),
+    "a learned temperature": (CurriculumTemperature, MORE),
+    "a power of the teacher": (lambda: TransformedTeacher(gamma=0.5), r"loss\.it softens all classes \(T = 2\)"),
+    "a temperature of another name": (
+        lambda: RefinedLogits(temperature=1.0, alpha_temperature=4.0),
+        r"loss\.it softens all classes \(T = 4\)",
+    ),
+    "the spread of a row": (NormalisedLogits, MORE),
+    "the logits themselves": (lambda: SquaredError(against="teacher"), MORE),
     "kd at 1": (lambda: KnowledgeDistillation(temperature=1.0), ""),
     "the top-k at a stored temperature": (lambda: TopKKL(5, temperature=2.0), ""),
 }
@@ -695,6 +766,21 @@ def test_a_tail_in_equal_parts_is_read_at_its_temperature_alone(tmp_path: Path, 
     with pytest.raises(KdError, match=sentence) if sentence else contextlib.nullcontext():
         distiller.prepare(next(iter(cached.data.train_dataloader())))
     assert distiller.prepared is not bool(sentence)
+
+
+def test_a_classifier_of_which_a_topk_is_kept_is_pointed_to_what_it_can_keep(tmp_path: Path) -> None:
+    cached = of_images(tmp_path, what="topk", k=5)
+    batch = next(iter(cached.data.train_dataloader()))
+    refused = Distiller(points(1), cached, Objective({"kd": KnowledgeDistillation(4.0)}), num_classes=10)
+    with pytest.raises(KdError, match=r": keep what=logits in .*, or take topk_kl in the place of kd, or T = 1$"):
+        refused.prepare(batch)
+    z_scores = Objective({"kd": KnowledgeDistillation(1.0)}, standardise=["kd"])
+    with pytest.raises(KdError, match=r"^loss\.kd reads more .*: keep what=logits .* in the place of kd$"):
+        Distiller(points(1), cached, z_scores, num_classes=10).prepare(batch)
+    for way in (KnowledgeDistillation(1.0), TopKKL()):
+        Distiller(points(1), cached, Objective({"it": way}), num_classes=10).prepare(batch)
+    kept = of_images(tmp_path)
+    Distiller(points(1), kept, Objective({"kd": KnowledgeDistillation(4.0)}), num_classes=10).prepare(batch)
 
 
 @pytest.mark.parametrize("evaluate", [True, False])

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from kd.config.compose import checked
+from kd.models.transformers_model import transformers_model
 from kd.records import record
 from kd.records.weight_files import CHECKPOINT
-from kd.run import weights
+from kd.run import library_files, weights
 from kd.run.callbacks import WholeCheckpoints
 from kd.run.train import train
 from kd.tracking.loggers import MetricsFile
+from tests.tiny_language import LLAMA
 
 
 def test_a_checkpoint_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch) -> None:
@@ -69,3 +71,20 @@ def test_a_colleague_may_read_the_weights(tmp_path: Path) -> None:
     weights.write({"w": torch.zeros(2)}, tmp_path / "student.safetensors", {})
     (tmp_path / "plain").touch()
     assert (tmp_path / "student.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_colleague_may_read_the_merged_weights_of_low_rank_matrices(tmp_path: Path) -> None:
+    network = transformers_model(config=LLAMA, architecture="causal_lm", lora={"r": 2})
+    library_files.open_folders(tmp_path, network, None, [])
+    library_files.close_folder(tmp_path, "selected", network)
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "selected").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_weights_are_whole_on_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    weights.write({"w": torch.zeros(2)}, tmp_path / "student.safetensors", {})
+    assert weights.read(tmp_path / "student.safetensors")[0].keys() == {"w"}

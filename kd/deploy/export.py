@@ -22,6 +22,7 @@ from kd.distill.evaluation import measure
 from kd.errors import KdError, named
 from kd.losses.base import Batch, Output
 from kd.records import record
+from kd.records.durable import share
 from kd.run import build
 from kd.tasks.base import Want
 
@@ -77,6 +78,8 @@ def export(given: Student, options: Options, out: Path) -> Exported:
     example = module.raw(batches[-1].few(2).inputs)
     with _folder(out) as temporary:
         answer = FORMATS[options.form](given, module, example, temporary, options.opset)
+        for written in temporary.glob("*.safetensors"):
+            share(written)
         difference, allowed = compare(module, answer, batches, options)
         accuracy = _quantised(given, module, data, temporary, options) if options.quantize else {}
         file = INT8 if options.quantize else MODEL_FILES.get(options.form, "model.safetensors")

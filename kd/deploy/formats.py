@@ -17,7 +17,6 @@ from kd.deploy import onnx_runtime
 from kd.deploy.student import FromRaw, Raw, Student
 from kd.errors import KdError
 from kd.records import record
-from kd.records.durable import share
 
 TIMM = "kd.models.timm_model.timm_model"
 Answer = Callable[[Raw], np.ndarray]  # raw inputs to answers
@@ -28,7 +27,6 @@ def safetensors(given: Student, module: FromRaw, example: Raw, folder: Path, ops
     """Write the plain state dict, and what makes the network as ``network.json``."""
     state = {name: tensor.contiguous().clone() for name, tensor in given.network.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    share(folder / "model.safetensors")
     if given.node is not None:
         record.write_text(folder / "network.json", json.dumps(given.node, indent=2) + "\n")
     loaded = copy.deepcopy(module)

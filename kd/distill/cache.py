@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd.data.text.base import TextModule
 from kd.distill import cache_key, cache_shards
 from kd.distill.answers import Answers
 from kd.distill.cache_build import Builder, order_of
@@ -25,6 +26,8 @@ from kd.tasks.classification import Classification
 from kd.tasks.output_projection import Head
 
 log = logging.getLogger(__name__)
+
+_GIVE = "give teacher.checkpoint=RUN or model@teacher=NAME"
 
 
 class CachedAnswers(Answers):
@@ -82,10 +85,7 @@ class CachedAnswers(Answers):
                 f"shard_samples = {shard_samples} is not allowed: it must be a whole number above 0, or null"
             )
         if teacher is None and path is None:
-            raise KdError(
-                "teacher.answers needs a teacher: give teacher.checkpoint=RUN or model@teacher=NAME, or the path of a "
-                "cache that is complete"
-            )
+            raise KdError(f"teacher.answers needs a teacher: {_GIVE}, or the path of a cache that is complete")
         if getattr(data, "for_teacher", data) is not data:
             raise KdError(
                 "teacher.answers is not allowed with a teacher of another tokenizer than data.tokenizer: a loss of two "
@@ -230,6 +230,9 @@ class CachedAnswers(Answers):
             plan = manifest if manifest is not None else cache_shards.read_json(place / cache_shards.PLAN)
             if plan is None and self.path is not None:
                 _check_new(place)
+            first = plan is not None and plan["version"] == cache_shards.FIRST
+            if first and isinstance(cache_key.own_kind(self.data), TextModule):
+                raise Damaged(f"{place} keeps answers to texts as an earlier version of kd did")
             if plan is not None and (differs := cache_key.difference(plan["facts"], facts)):
                 raise KdError(f"teacher.answers: {place} {differs}")
             if manifest is None:
@@ -240,7 +243,8 @@ class CachedAnswers(Answers):
             self.head = [_head(self.rows.head)] if self.rows.head is not None else []
         except (Damaged, KeyError) as error:
             why = error if isinstance(error, Damaged) else f"{place} lacks {error}"
-            raise KdError(f"teacher.answers: {why}; delete {place} to have the answers made anew") from None
+            made = f"delete {place}" if self.teacher is not None else f"{_GIVE} and another teacher.answers.path"
+            raise KdError(f"teacher.answers: {why}; {made} to have the answers made anew") from None
         weight = next(self.parameters(), None)
         for head in self.head:
             head.to(weight.device if weight is not None else "cpu")
@@ -264,7 +268,8 @@ class CachedAnswers(Answers):
 
 def _check_new(place: Path) -> None:
     """Refuse a folder that has something else in it: a cache would be written between."""
-    if place.is_dir() and any(not name.startswith(".") for name in os.listdir(place)):  # a dot: what others begin
+    full = place.is_dir() and any(not name.startswith(".") for name in os.listdir(place))  # a dot: what others begin
+    if full and not (place / cache_shards.PLAN).exists():  # it does where another process has begun the cache meanwhile
         raise KdError(
             f"teacher.answers.path = {place} is not allowed: the folder has something else in it, and no cache"
         )

@@ -19,7 +19,7 @@ from kd.data.base import as_batch
 from kd.data.images.loader import Loader
 from kd.distill import cache_shards as shards
 from kd.distill.cache_forms import Arrays, Form, kept_projection, narrowed, put_together
-from kd.distill.cache_key import index_of, key_of
+from kd.distill.cache_key import difference, index_of, key_of
 from kd.distill.cache_shards import Damaged
 from kd.distill.teacher import Teacher
 from kd.errors import KdError, named
@@ -76,6 +76,8 @@ class Builder:
                 plan = {"facts": dict(self.facts), "samples": len(self.index), "views": self.views, "order": order}
                 plan["shard_samples"] = self._shard_samples()
                 shards.write_json(self.folder / shards.PLAN, plan)
+        if differs := difference(plan["facts"], self.facts):  # another process has begun it meanwhile
+            raise KdError(f"teacher.answers: {self.folder} {differs}")
         if plan["order"] != order:
             raise KdError(_ANOTHER_ORDER)
         self.plan, self.key = plan, key_of(plan["facts"])

@@ -156,13 +156,13 @@ def answering(data: Any, view: int | None = None) -> Any:
 def _data(data: Any) -> str:
     found, own = hashlib.blake2b(digest_size=8), own_kind(data)
     if own is not None:
+        if not isinstance(own, TextModule):
+            found.update(json.dumps([own.content, own.split_facts], sort_keys=True, default=str).encode())
         found.update(own.train_index.numpy().tobytes())
         if isinstance(own, TextModule):  # the inputs themselves: other texts to validate on change no answer
             for name, array in own.parts["train"].arrays():
                 found.update(f"{name} {array.dtype} {array.shape}".encode())
                 found.update(np.ascontiguousarray(array).data)
-        else:
-            found.update(json.dumps([own.content, own.split_facts], sort_keys=True, default=str).encode())
         return found.hexdigest()
     seen = sorted(_samples(answering(data)))
     for index, one in seen:

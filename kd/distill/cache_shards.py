@@ -23,7 +23,7 @@ from kd.records.durable import mark, replacing
 
 ABOUT = "kd"  # the entry of the metadata
 SMALL = 1 << 28  # bytes of a cache that is held on the device of the training
-VERSION = 2  # of the files; another number is another cache
+VERSION, FIRST = 2, 1  # of the files; the first one differs in the digests of texts alone
 PLAN, MANIFEST, HEAD = "plan.json", "manifest.json", "head.safetensors"
 TYPES = {"F16": "<f2", "BF16": "<i2", "F32": "<f4", "U8": "|u1", "U16": "<u2", "I32": "<i4", "I64": "<i8"}
 
@@ -118,7 +118,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise Damaged(f"{file} cannot be read ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, dict) or found.get("version") != VERSION:
+    if not isinstance(found, dict) or found.get("version") not in (VERSION, FIRST):
         raise Damaged(f"{file} is of another version of kd, or no file of answers")
     return found
 

@@ -142,7 +142,7 @@ def _standardise(name: str, term: Term) -> None:
     """Let a term see z-scores of the logits, whoever calls it; of fused losses there are none then."""
     if not (term.needs_student_logits or term.needs_teacher_logits):
         raise KdError(f"loss.{name}.standardise = true is not allowed: the term reads no logits")
-    term.every_class = True  # their mean and spread
+    term.every_class, term.reads_softmax_at = True, None  # their mean and spread
     if _see_z_scores not in term._forward_pre_hooks.values():  # a term of one's own may be in several objectives
         term.register_forward_pre_hook(_see_z_scores)
 

@@ -99,7 +99,7 @@ class PreparationModule(OptimisationModule):
             self._student_channels_last(few, channels_last)
             self._compare(student, teacher, two_tokenizers=few.of_teacher is not few)
             if teacher is not None and teacher.topk is not None and teacher.topk.ids.shape[-1] < teacher.topk.classes:
-                self._check_topk(teacher.topk)
+                self._check_topk(teacher.topk, projected=student.hidden is not None)
             self._check_labels(batch)
             self._want = self._want._replace(logits=bool(self.objective.needs("teacher_logits")))
             networks = {"student": self.student, **self._teacher_networks()}
@@ -198,18 +198,22 @@ class PreparationModule(OptimisationModule):
                 f"{key} keeps answers to the samples as they are, {type(self).__name__} composes others: set {undo}"
             )
 
-    def _check_topk(self, topk: TopK) -> None:
-        """Refuse terms to which a tail in equal parts says something false: it is right at T = 1, in its sum alone."""
+    def _check_topk(self, topk: TopK, projected: bool) -> None:
+        """Refuse terms to which a tail in equal parts says something false: it is right at T = 1, in its sum alone.
+
+        ``projected``: whether the student's output projection is known: the teacher's may be, too, and then
+        its hidden states can be kept.
+        """
         known = f"the top {topk.ids.shape[-1]} of {topk.classes} classes are known of the teacher"
+        kept = "what=hidden or what=logits" if projected else "what=logits"
         for name, term in self.objective.items():
-            if term.reads_topk or not term.needs_teacher_logits:
+            if term.reads_topk or not term.needs_teacher_logits or term.reads_softmax_at == 1:
                 continue
-            way = "keep what=hidden (of images what=logits) in teacher.answers, or set loss=[topk_kl]"
-            if (temperature := getattr(term, "temperature", 1.0)) != 1:
-                softens = f"loss.{name} softens all classes (T = {temperature or 'learned'})"
-                raise KdError(f"{softens}, and {known}: {way}, or T = 1")
-            if term.every_class:
-                raise KdError(f"loss.{name} reads every class, and {known}: {way}")
+            way = f"keep {kept} in teacher.answers, or take topk_kl in the place of {name}"
+            reads = "reads more of the teacher's logits than their softmax at T = 1 (reads_softmax_at = None)"
+            if term.reads_softmax_at is not None:
+                reads, way = f"softens all classes (T = {term.reads_softmax_at:g})", f"{way}, or T = 1"
+            raise KdError(f"loss.{name} {reads}, and {known}: {way}")
 
     def _resolve_taps(self) -> None:
         terms = self.objective.items()

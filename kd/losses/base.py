@@ -299,8 +299,11 @@ class Term(nn.Module):
         Whether it gives each class a share, or measures the size or spread of all logits: of rows in which most
         positions are masked (question answering) it would read the masked ones.
     ``reads_topk``
-        Whether it reads ``Output.topk`` where a teacher has no more than that; other terms then see logits whose tail
-        is in equal parts, which are those of T = 1 alone.
+        Whether it reads ``Output.topk`` where a teacher has no more than that.
+    ``reads_softmax_at``
+        The temperature T if all that it reads of the teacher's logits is softmax(z / T) of each row; None: it reads
+        more (their size, several temperatures, a class over the rows). Where a teacher has a top-k alone, a term that
+        does not read it sees :meth:`TopK.dense`, which is log softmax(z) but for a tail in equal parts: it must be 1.
     ``over``
         What its mean is over: ``"rows"``, ``"labelled"`` rows, ``"samples"``, the real ``"positions"`` of
         ``batch.mask``; or ``"batch"``: it is no plain mean
@@ -324,6 +327,7 @@ class Term(nn.Module):
     two_tokenizers: bool = False
     every_class: bool = False
     reads_topk: bool = False
+    reads_softmax_at: float | None = None
     over: str = "rows"
 
     student_taps: Sequence[str | int] | None = ()

@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kd.errors import MachineFailure
@@ -45,7 +45,8 @@ def mark() -> str:
 
 def share(path: Path) -> None:
     """Give a file the mode that the umask allows, as ``open`` does: safetensors writes for the owner alone."""
-    path.chmod(0o666 & ~_UMASK)
+    with suppress(OSError):  # of file systems that keep no modes: what was written is whole all the same
+        path.chmod(0o666 & ~_UMASK)
 
 
 def _of_writing(error: RuntimeError) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from kd.errors import named
 from kd.parallel import group
+from kd.records.durable import share
 from kd.records.weight_files import LAST, SELECTED
 
 FOLDERS = {"selected": SELECTED, "last": LAST}
@@ -55,6 +56,8 @@ def close_folder(run_dir: Path | None, folder: str, network: nn.Module) -> None:
             from kd.models.transformers_model import merged  # start-up: transformers
 
             merged(network).save_pretrained(place.parent, safe_serialization=True)
+            for written in place.parent.glob("*.safetensors"):  # several of a large network
+                share(written)
     except OSError as error:
         raise named(error, place) from error
 

@@ -97,6 +97,8 @@ def test_the_script_answers_texts_as_the_run_does(texts: Path, tmp_path: Path) -
     export(student(texts / "run"), Options("hf"), tmp_path / "hf")
     read = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
     assert read.config.id2label == {0: "card", 1: "rate"}
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "hf").iterdir()}
+    assert modes["model.safetensors"] == modes["README.md"]  # a colleague may read it
 
 
 def test_the_card_has_the_numbers_of_the_run(images: Path) -> None:

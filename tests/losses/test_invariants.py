@@ -10,6 +10,7 @@ import copy
 import io
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from kd.distill.objective import Objective
 from kd.errors import KdError
-from kd.losses.base import Batch, Output, Setup, Term
+from kd.losses.base import Batch, Output, Setup, Term, TopK
 from kd.losses.feature_term import FeatureTerm
 from tests.losses import two_ranks
 from tests.losses.two_ranks import CLASSES, CONF, ROWS, reads_hidden
@@ -148,11 +149,21 @@ ALONE = {  # what refuses a batch of one
     "pad_l2": "pad_l2 needs two samples or more in a batch, for batch norm of vectors: set data.drop_last=true",
     "srd": "srd needs two samples or more in a batch, for batch norm of vectors: set data.drop_last=true",
 }
+# Of terms that read logits alone: why softmax(z / T) of each row is not all that they read of the teacher
+MORE_THAN_SOFTMAX = {
+    "ctkd": "the temperature is learned",
+    "dino": "its centre is the mean of each class over the rows, sharpened 25 times",
+    "dist": "each class is correlated over the rows, however little it has",
+    "mlkd": "five temperatures",
+    "mse,against=teacher": "the logits themselves",
+    "normkd": "the spread of a row",
+    "skd_direction": "the length of a row",
+}
 
 
 def test_every_exception_is_one_of_a_term() -> None:
     names = {str(case) for case in CASES} | {case.name for case in CASES}
-    assert {*LEAST, *NOT_LEAST, *NEARLY, *BEYOND, *ORDERED, *UNORDERED, *ZERO_IN, *ALONE} <= names
+    assert {*LEAST, *NOT_LEAST, *NEARLY, *BEYOND, *ORDERED, *UNORDERED, *ZERO_IN, *ALONE, *MORE_THAN_SOFTMAX} <= names
 
 
 # ---------------------------------------------------------------------- a term, what it reads, a step
@@ -341,3 +352,45 @@ def test_what_a_term_keeps_survives_a_checkpoint(case: Case) -> None:
         again, resumed = step(other, seed)
         assert torch.equal(again, loss)
         assert all(torch.equal(resumed[name], gradient) for name, gradient in gradients.items())
+
+
+def of_logits() -> dict[str, Case]:
+    """The cases that read the teacher's logits, and those at T = 1, where T is one that can be set."""
+    found = {}
+    for case in CASES:
+        term = two_ranks.term(case.name, {**QUEUE, **case.settings})
+        if term.needs_teacher_logits and not term.reads_topk and not term.teacher_taps:
+            found[str(case)] = case
+            if term.reads_softmax_at not in (None, 1):
+                key = "temperature" if hasattr(term, "temperature") else "gamma"
+                at_one = Case(case.name, {**case.settings, key: 1.0})
+                found[str(at_one)] = at_one
+    return found
+
+
+@pytest.mark.parametrize("case", of_logits().values(), ids=str)
+def test_a_kept_topk_is_read_as_the_logits_are_or_the_term_declares_more(case: Case) -> None:
+    """Exactly with a tail in equal parts, whatever the shift of the logits; nearly with any tail that has no weight."""
+    student, _, batch = two_ranks.drawn()
+    torch.manual_seed(0)
+    kept, shift = torch.randn(ROWS, CLASSES - 2).double().log_softmax(1), torch.randn(ROWS, 1).double()
+    order = torch.stack([torch.randperm(CLASSES - 1) for _ in range(ROWS)])  # the last class is always of the tail
+    ids, others = order[:, :-1], torch.cat([order[:, -1:], torch.full((ROWS, 1), CLASSES - 1)], dim=1)
+    batch = replace(batch, targets=ids.gather(1, kept.argmax(1, keepdim=True)).squeeze(1))
+    parts = -10 * torch.rand(ROWS, 2).double()
+    low = student["logits"].scatter(1, others, -15.0)
+    agree = []
+    for own, mass, split, close in ((student["logits"], 0.3, 0 * parts, 1e-9), (low, 1e-6, parts, 2e-5)):
+        known, tail = kept + math.log1p(-mass), split.log_softmax(1) + math.log(mass)
+        logits = torch.empty(ROWS, CLASSES).double().scatter(1, ids, known).scatter(1, others, tail) + shift
+        values = []
+        for teacher in (Output(topk=TopK(ids, known, CLASSES)), Output(logits)):
+            found = made(case)
+            for seed in (2, 3):  # the second step reads what a term has kept of the first
+                torch.manual_seed(seed)
+                value = found.term(output({**found.student, "logits": own}), teacher, batch).detach()
+            values.append(value)
+        agree.append(torch.isclose(*values, rtol=close, atol=0))
+    declared = found.term.reads_softmax_at
+    assert all(agree) == (declared == 1), f"reads_softmax_at = {declared}"
+    assert (declared is None) == (of(MORE_THAN_SOFTMAX, case) is not None)

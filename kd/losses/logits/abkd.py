@@ -40,7 +40,7 @@ class AlphaBeta(Term):
 
     def __init__(self, temperature: float = 1.0, alpha: float = 0.8, beta: float = 0.2) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
         self.alpha, self.beta = _check(alpha, beta)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:

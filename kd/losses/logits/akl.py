@@ -43,7 +43,7 @@ class AdaptiveKL(Term):
 
     def __init__(self, temperature: float = 1.0, mu: float = 0.5) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
         self.mu = check_share("mu", mu)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:

@@ -26,6 +26,8 @@ def binary_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tenso
 class BinaryDistillation(Term):
     """:func:`binary_distillation` of the logits, over all rows."""
 
+    reads_softmax_at = 1.0
+
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """Compute the mean over the rows."""
         return binary_distillation(student.logits, teacher.logits)

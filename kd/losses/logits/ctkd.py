@@ -55,7 +55,6 @@ class CurriculumTemperature(Term):
         self.epochs = None if epochs is None else check_positive("epochs", epochs)
         self.rise = 1.0  # share of the run
         self.temperature_param = nn.Parameter(torch.ones(1))
-        self.temperature = None  # learned
 
     def prepare(self, setup: Setup) -> None:
         """Note which share of the run the curriculum is."""

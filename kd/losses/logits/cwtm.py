@@ -35,7 +35,7 @@ class ConfidenceWeighted(Term):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """Compute the weighted mean over the labelled rows."""

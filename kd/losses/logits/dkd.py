@@ -49,7 +49,7 @@ class DecoupledDistillation(Term):
 
     def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
         self.alpha, self.beta = check_factor("alpha", alpha), check_factor("beta", beta)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:

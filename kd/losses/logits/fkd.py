@@ -49,6 +49,8 @@ class SoftLabels(Term):
     before the training; so does ``teacher.answers`` (:mod:`kd.distill.cache`), whose top-k is smoothed alike.
     """
 
+    reads_softmax_at = 1.0
+
     def __init__(self, k: int | None = 5, form: str = "smoothed") -> None:
         super().__init__()
         self.k = None if k is None else _check_k(k)

@@ -29,6 +29,8 @@ class HardLabel(Term):
     token, and this with that of its distillation token: see :attr:`kd.losses.base.Output.distilled`.
     """
 
+    reads_softmax_at = 1.0
+
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """Compute the mean over the rows."""
         return hard_label_cross_entropy(student.logits, teacher.logits)

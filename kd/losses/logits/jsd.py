@@ -33,7 +33,7 @@ class JensenShannon(Term):
 
     def __init__(self, temperature: float = 1.0, beta: float = 0.5) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
         self.beta = check_share("beta", beta)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:

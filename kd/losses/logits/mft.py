@@ -55,7 +55,7 @@ class CorrectedTeacher(Term):
 
     def __init__(self, temperature: float = 1.0, threshold: float = 0.2) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
         self.threshold = _check_threshold(threshold)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:

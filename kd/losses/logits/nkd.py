@@ -43,7 +43,8 @@ class NormalisedDistillation(Term):
 
     def __init__(self, temperature: float = 1.0, gamma: float = 1.5) -> None:
         super().__init__()
-        self.temperature, self.gamma = check_temperature(temperature), check_factor("gamma", gamma)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
+        self.gamma = check_factor("gamma", gamma)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """Compute the mean over the labelled rows."""

@@ -58,7 +58,8 @@ class OneForAll(Term):
     ) -> None:
         super().__init__()
         self.student_taps = student_taps
-        self.temperature, self.eps = check_temperature(temperature), check_positive("eps", eps)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
+        self.eps = check_positive("eps", eps)
         self.heads = nn.ModuleList()
 
     def prepare(self, setup: Setup) -> None:

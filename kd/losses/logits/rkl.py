@@ -29,7 +29,7 @@ class ReverseKL(Term):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """Compute the mean over the rows, times T²."""

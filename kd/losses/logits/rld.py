@@ -62,6 +62,8 @@ class RefinedLogits(Term):
     ) -> None:
         super().__init__()
         self.temperature, self.alpha_temperature = map(check_temperature, (temperature, alpha_temperature))
+        # both temperatures are the teacher's: the one that is not 1, if any
+        self.reads_softmax_at = self.temperature if self.alpha_temperature == 1 else self.alpha_temperature
         self.alpha, self.beta = check_factor("alpha", alpha), check_factor("beta", beta)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:

@@ -32,7 +32,7 @@ class SkewedReverseKL(Term):
 
     def __init__(self, temperature: float = 1.0, alpha: float = 0.1) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
         self.alpha = check_share("alpha", alpha, one=False)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:

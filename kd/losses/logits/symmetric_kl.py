@@ -32,7 +32,7 @@ class SymmetricKL(Term):
 
     def __init__(self, temperature: float = 1.0, reverse_share: float = 0.5) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
         self.reverse_share = check_share("reverse_share", reverse_share)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:

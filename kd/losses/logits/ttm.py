@@ -31,7 +31,7 @@ class TransformedTeacher(Term):
     def __init__(self, gamma: float = 0.1) -> None:
         super().__init__()
         self.gamma = check_positive("gamma", gamma)
-        self.temperature = 1 / self.gamma  # of the teacher
+        self.reads_softmax_at = 1 / self.gamma
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """Compute the mean over the rows."""

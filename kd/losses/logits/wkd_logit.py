@@ -84,7 +84,8 @@ class WassersteinLogits(Term):
         sinkhorn_iter: int = 10,
     ) -> None:
         super().__init__()
-        self.temperature, self.gamma = check_temperature(temperature), check_factor("gamma", gamma)
+        self.temperature = self.reads_softmax_at = check_temperature(temperature)
+        self.gamma = check_factor("gamma", gamma)
         self.sinkhorn_lambda = check_positive("sinkhorn_lambda", sinkhorn_lambda)
         if sinkhorn_iter < 1:
             raise ValueError(f"sinkhorn_iter = {sinkhorn_iter} is not allowed: it must be 1 or more")

@@ -35,7 +35,7 @@ class WeightedTransformedTeacher(Term):
     def __init__(self, gamma: float = 0.2) -> None:
         super().__init__()
         self.gamma = check_positive("gamma", gamma)
-        self.temperature = 1 / self.gamma  # of the teacher
+        self.reads_softmax_at = 1 / self.gamma
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """Compute the mean over the rows."""

@@ -157,6 +157,7 @@ class Gold(Term):
     """
 
     two_tokenizers = True
+    reads_softmax_at = 1.0
     over = "samples"
 
     def __init__(self, merge: str = "last", beta: float = 0.0, matched_share: float | None = None) -> None:

@@ -111,6 +111,8 @@ class MiniLLM(Term):
     ``"paper"`` weights the single-step part with w as well (section 2.2), ``"code"`` does not.
     """
 
+    reads_softmax_at = 1.0
+
     def __init__(self, clip: float = 0.2, gamma: float = 0.95, variant: str = "code") -> None:
         super().__init__()
         self.clip, self.gamma = _check_clip(clip), gamma

@@ -47,6 +47,7 @@ class UniversalLogit(Term):
     """
 
     two_tokenizers = True
+    reads_softmax_at = 1.0
     over = "samples"
 
     def __init__(self) -> None:
