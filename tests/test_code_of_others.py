@@ -14,7 +14,7 @@ from kd.deploy.subjects import subject
 from kd.errors import KdError
 from kd.models.transformers_model import description, transformers_model
 from kd.run import described
-from kd.run.teacher_tokenizer import with_teacher_tokenizer
+from kd.run.tokenizers import with_tokenizers
 from tests.stranger import with_code
 from tests.tiny_language import BERT
 
@@ -42,9 +42,8 @@ def test_of_the_datas_tokenizer(folder: Path) -> None:
 
 def test_of_the_teachers_tokenizer(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = {"_target_": "kd.models.transformers_model.transformers_model", "name": str(folder), "pretrained": True}
-    config = {"data": {"teacher_tokenizer": None}, "teacher": {"model": model, "checkpoint": None}}
     with caplog.at_level(logging.INFO):
-        assert with_teacher_tokenizer(config)["teacher_tokenizer"] is None
+        assert with_tokenizers({"data": {"teacher_tokenizer": None}}, [(model, None)])["teacher_tokenizer"] is None
     assert f"({folder}: {NOT_RUN})" in caplog.text
 
 

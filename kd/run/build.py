@@ -30,7 +30,7 @@ from kd.records import weight_files
 from kd.run import compatibility, input_statistics, networks, optim, weights
 from kd.run.frozen_body import freeze
 from kd.run.hardware import checkpoint_gradients
-from kd.run.teacher_tokenizer import KEY, with_teacher_tokenizer
+from kd.run.tokenizers import TEACHER, with_tokenizers
 from kd.tasks.base import Task
 from kd.tracking.loggers import complete
 from kd.tracking.summary import keep_open
@@ -40,9 +40,10 @@ log = logging.getLogger(__name__)
 
 def datamodule(config: Mapping[str, Any]) -> Any:
     """Make the data module, set up for all splits. Of several processes one a node downloads."""
-    node = with_teacher_tokenizer({**config, "data": input_statistics.completed(config)})
-    own = node.pop(KEY, None)  # an object, perhaps, which no config can hold
-    data = make(node, "data", **({} if own is None else {KEY: own}))
+    members = networks.teacher_members(config["teacher"])
+    node = with_tokenizers({**config, "data": input_statistics.completed(config)}, members)
+    own = node.pop(TEACHER, None)  # an object, perhaps, which no config can hold
+    data = make(node, "data", **({} if own is None else {TEACHER: own}))
     if not isinstance(data, LightningDataModule):
         raise KdError(
             f"{_name(config)} makes a {type(data).__name__}, not a LightningDataModule (a dataset of torch is one "
@@ -78,9 +79,11 @@ def objective(config: Mapping[str, Any]) -> Objective:
         if node.get("schedule") is not None:
             schedule = node["schedule"]
             schedules[name] = schedule if callable(schedule) else make(schedule, f"loss.{name}.schedule")
-    chunk = hardware.settings(config)["loss_chunk"] if "hardware" in config else None
+    settings = hardware.settings(config) if "hardware" in config else {"loss_chunk": None, "liger": "auto"}
     standardised = [name for name in terms if config["loss"][name].get("standardise")]
-    return Objective(terms, factors, schedules, chunk, standardised)
+    return Objective(
+        terms, factors, schedules, settings["loss_chunk"], standardised, liger=settings["liger"] == "auto"
+    )
 
 
 def _term(name: str, node: Mapping[str, Any]) -> Term:

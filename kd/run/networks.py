@@ -20,6 +20,7 @@ from kd.errors import KdError
 from kd.records import weight_files
 from kd.run import described, integrity, library_networks, starting_weights
 from kd.run.data_facts import same_data
+from kd.run.tokenizers import refuse_another
 from kd.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def network(
     built = make(_completed(spec, known), path, **given)
     if not isinstance(built, nn.Module):
         raise KdError(f"{path}._target_ = {spec['_target_']} makes a {type(built).__name__}, not a torch module")
+    if known.get("tokenizer") is not None:
+        refuse_another(spec, path, known["tokenizer"], known.get("restriction"))
     if "restriction" in known:
         library_networks.restrict(built, known["restriction"], known["tokenizer"], path)
     return built
