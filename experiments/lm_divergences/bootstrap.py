@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM
 CORPORA = ("austen", "brown")
 ARMS = (
     *("labels", "forward", "reverse", "js", "skewed", "skewed_reverse"),
-    *("top4", "top64", "sequence", "on_policy"),
+    *("top4", "top16", "top64", "sequence", "on_policy"),
 )
 PASSAGE = 8  # blocks of 128 predicted tokens
-KEPT = {"top4": "top64", "top64": "top64"}  # the folder of kept answers, where it is not that of hidden states
+KEPT = dict.fromkeys(("top4", "top16", "top64"), "top64")  # the folder of kept answers, where it is not that of hidden states
 
 
 def blocks(data: Any, folder: Path) -> np.ndarray:
