@@ -84,6 +84,8 @@ def test_what_a_header_says_is_what_is_set(name: str) -> None:
         assert float(temperature) in [term["temperature"] for term in terms if "temperature" in term]
     for length in re.findall(r"\blength (\d+)", said):
         assert int(length) == data.get("length", data.get("max_length"))
+    for seed in re.findall(r"\bseed (\d+)", said):
+        assert int(seed) == config["seed"]
     for steps in re.findall(r"([\d,]+) steps", said):
         assert number(steps) == recipe["steps"]
     for steps, epochs, rows in re.findall(r"steps: (\d+) # (\d+) epochs of ([\d,]+)", source(name)):
@@ -97,16 +99,56 @@ def test_a_header_has_the_published_number_or_says_that_there_is_none(name: str)
     assert all(re.search(r"\d", line) or "none" in line or "see there" in line for line in published)
 
 
+def published(papers: list[dict[str, Any]], paper: str, line: str) -> list[tuple[str, str]]:
+    """The numbers of the entry of a paper, each with its row and column; of a table the columns that ``line`` names.
+
+    All columns where the line names none. Of what is no entry (a repository) the facts that mention it.
+    """
+    entry = next((one for one in papers if one["id"] == paper), None)
+    facts = [fact["fact"] for one in ([entry] if entry else papers) for fact in one.get("facts", [])]
+    texts, found = [fact for fact in facts if entry or paper in fact], []
+    for table in entry["tables"] if entry else ():
+        named = [column for column in table["columns"] if column in line] or table["columns"]
+        texts += [*table["rows"], *table["columns"]]
+        for row, values in table["rows"].items():
+            cells = zip(table["columns"], values, strict=True)
+            found += [(str(value), f"{row}, {column}") for column, value in cells if column in named]
+    return [*found, *((value, text) for text in texts for value in re.findall(r"\d+\.\d+", text))]
+
+
 @pytest.mark.skipif("KD_PAPERS" not in os.environ, reason="KD_PAPERS names no file of papers")
 def test_the_published_numbers_are_those_of_the_papers() -> None:
     papers = yaml.safe_load(Path(os.environ["KD_PAPERS"]).read_text(encoding="utf-8"))["papers"]
-    entries = [yaml.safe_dump(paper) for paper in papers]
-    headers = {name: "\n".join(header(name)) for name in PRESETS}
-    said = [(name, *line) for name in PRESETS for line in re.findall(r"Published \((\w+)\): (.*)", headers[name])]
+    said = [(name, *line) for name in PRESETS for line in re.findall(r"Published \((\w+)\): (.*)", source(name))]
     assert said
     for name, paper, line in said:
-        there = {number for text in entries if paper in text for number in re.findall(r"\d+\.\d+", text)}
-        assert set(re.findall(r"\d+\.\d+", line)) <= there, name
+        there = published(papers, paper, line)
+        assert set(re.findall(r"\d+\.\d+", line)) <= {value for value, _ in there}, name
+        for word, value in re.findall(r"(?<!\S)([A-Z][\w-]*)(?:'s)? (\d+\.\d+)", line):
+            if any(word in where for _, where in there):  # it names a row or a column: the number is of it
+                assert any(word in where for other, where in there if other == value), (name, word, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wikibooks_distilbert_bert_base_6layers", ["seed 56", "rare tokens"]),
+        ("dolly_minillm_gpt2_xl_gpt2", ["LM loss on OpenWebText", "prompt (published: 256 tokens)"]),
+        ("dolly_distillm_gpt2_xl_gpt2", ["LM loss on OpenWebText", "seed 10", "seeds 10, 20, 30, 40 and 50"]),
+        ("glue_mrpc_kd_bert_large_bert_base", ["f1_positive"]),
+        ("glue_qqp_kd_bert_large_bert_base", ["f1_positive"]),
+    ],
+)
+def test_what_a_paper_says_is_set_or_said_to_be_left_out(name: str, words: list[str]) -> None:
+    assert all(word in source(name) for word in words)
+
+
+def test_the_published_samples_are_drawn_by_a_command_that_there_is() -> None:
+    from kd.cli.generate import parsed
+
+    (command,) = re.findall(r"^# kd generate (.*)$", source("_dolly"), re.MULTILINE)
+    options = parsed(command.split())
+    assert [options[key] for key in ("max_new_tokens", "temperature", "seed")] == [256, 1.0, 10]
 
 
 # ---------------------------------------------------------------------- what presets read

@@ -73,7 +73,7 @@ def close(
         if module.teacher_trained:
             outcome["teacher"]["weights"] = weight_files.TRAINED_ALONG
             if not same and "test" in selected:  # the teacher of that epoch is gone: nothing to agree with
-                alone = module.task.names(with_teacher=False)
+                alone = module.task.names(False, module.num_classes)
                 selected["test"] = {k: v for k, v in selected["test"].items() if k in alone}
     return outcome
 

@@ -115,7 +115,7 @@ def carry_out(
         "data": {k: v for k, v in about["data"].items() if k != "seen"}
         | {"sizes": data.sizes}
         | ({"augmentation_off": list(off)} if (off := getattr(data, "augmentation_off", ())) else {}),
-        "metrics": [metric.describe() for metric in module.task.metrics],
+        "metrics": [m.describe() for m in module.task.metrics if m.name in module.task.names(True, module.num_classes)],
         "protocol": {**recorded(protocol, recipe), "epochs": recipe["epochs"] or module.epoch_trained + 1},
         **({"stopped": ending.stopped} if ending.stopped else {}),
         **finish.close(config, run_dir, trainer, module, data, hooks[0], last, again),
@@ -142,7 +142,7 @@ def _of_recipe(recipe: dict[str, Any]) -> list[L.Callback]:
 
 def _chosen(config: dict[str, Any], protocol: dict[str, Any], module: Distiller) -> list[L.Callback]:
     """Make the callbacks of the config; those that watch a metric are given its direction."""
-    metrics = {name: module.task.metric(name) for name in module.task.names(module.comparable)}
+    metrics = {name: module.task.metric(name) for name in module.task.names(module.comparable, module.num_classes)}
     better = {f"val/{name}": metric.better for name, metric in metrics.items() if metric is not None}
     return build.callbacks(config, protocol, better)
 
@@ -235,7 +235,7 @@ def selection(protocol: dict[str, Any], module: Distiller) -> dict[str, Any]:
     """
     task = module.task
     monitor = protocol["monitor"] or f"val/{task.metrics[0].name}"
-    known = [f"val/{name}" for name in task.names(module.comparable)]
+    known = [f"val/{name}" for name in task.names(module.comparable, module.num_classes)]
     if monitor not in known:
         raise KdError(f"protocol.monitor = {monitor} is not measured; measured: {', '.join(known)}")
     metric = task.metric(monitor.partition("/")[2])

@@ -137,6 +137,6 @@ class Task(ABC):
         """Find a metric by its name."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
-    def names(self, with_teacher: bool) -> list[str]:
-        """Return the names of the metrics of a split."""
+    def names(self, with_teacher: bool, classes: int | None = None) -> list[str]:
+        """Return the names of the metrics of a split; ``classes``: of the data, where a metric is of so many alone."""
         return [m.name for m in self.metrics if with_teacher or not m.beside_teacher]

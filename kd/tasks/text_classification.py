@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
-from torchmetrics.classification import MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics.classification import BinaryF1Score, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 from kd.tasks.classification import Classification, ClassificationMeter
 from kd.tasks.metrics import CLASSIFICATION, Metric
@@ -14,12 +15,16 @@ KEPT = {metric.name: metric for metric in CLASSIFICATION}
 
 
 class TextClassification(Classification):
-    """Accuracy, macro-F1, Matthews' correlation (GLUE's), NLL, calibration error; beside a teacher agreement and KL."""
+    """Accuracy, macro-F1, Matthews' correlation (GLUE's), NLL, calibration error; beside a teacher agreement and KL.
+
+    Of two classes also the F1 of class 1, which GLUE reports of MRPC and QQP.
+    """
 
     architecture = "sequence_classification"
     metrics = (
         Metric("acc1", "accuracy", share=True, counted=True, hub="accuracy"),
         Metric("f1", "macro-F1", share=True),
+        Metric("f1_positive", "F1 of class 1", share=True, hub="f1"),
         Metric("matthews", "Matthews", hub="matthews_correlation"),
         *(KEPT[name] for name in ("nll", "ece", "agreement", "kl")),
     )
@@ -28,11 +33,16 @@ class TextClassification(Classification):
     as_trained = "the labels and the tokenizer"
     summary = ("acc1", "f1", "nll", "agreement")
 
+    def names(self, with_teacher: bool, classes: int | None = None) -> list[str]:
+        """Return the names of the metrics of a split; the F1 of class 1 is one where there are two ``classes``."""
+        found = super().names(with_teacher)
+        return found if classes == 2 else [name for name in found if name != "f1_positive"]
+
     def meter(self, classes: int | None) -> TextClassificationMeter:
         """Make a fresh meter for one pass over a split of so many classes."""
         if classes is None:
             raise ValueError("task = text_classification needs to know the number of classes")
-        return TextClassificationMeter(classes, self.ece_bins, self.names)
+        return TextClassificationMeter(classes, self.ece_bins, partial(self.names, classes=classes))
 
 
 class TextClassificationMeter(ClassificationMeter):
@@ -41,6 +51,7 @@ class TextClassificationMeter(ClassificationMeter):
     def __init__(self, num_classes: int, ece_bins: int, names: Callable[[bool], list[str]]) -> None:
         super().__init__(num_classes, ece_bins, names)
         self.f1, self.matthews = MulticlassF1Score(num_classes), MulticlassMatthewsCorrCoef(num_classes)
+        self.f1_positive = BinaryF1Score() if num_classes == 2 else None
 
     def add(self, student: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:
         """Add one batch."""
@@ -48,3 +59,5 @@ class TextClassificationMeter(ClassificationMeter):
         answer = student.argmax(1)
         self.f1.update(answer, targets)
         self.matthews.update(answer, targets)
+        if self.f1_positive is not None:
+            self.f1_positive.update(answer, targets)
