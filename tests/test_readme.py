@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from kd.cli import methods
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = README) -> list[str]:
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page, re.DOTALL | re.MULTILINE)
     return ["\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found]
 
 
 def generated() -> str:
     """What stands between the marks of ``kd methods --write``."""
-    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    page = (ROOT / "docs" / "methods.md").read_text()
     return page.split(methods.MARKS[0])[1].split(methods.MARKS[1])[0]
 
 
@@ -58,6 +61,15 @@ def test_the_lines_of_the_python_api() -> None:
     names |= {"student": torch.nn.Linear(4, 3), "teacher": torch.nn.Linear(4, 3)}
     exec(code, names)
     assert not names["student"].training
+
+
+@pytest.mark.filterwarnings("ignore")  # what a plain trainer says about itself
+def test_the_texts_from_python() -> None:
+    (code,) = blocks("python", (ROOT / "docs" / "text.md").read_text())
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert {"acc1", "f1", "agreement"} <= set(names["result"].metrics)
+    assert torch.isfinite(names["trainer"].callback_metrics["val/nll"])
 
 
 def test_no_placeholder_is_left() -> None:

@@ -110,6 +110,11 @@ def _smaller(config: Any, kept: Sequence[int], surgery: Surgery) -> Any:
         made.tie_word_embeddings = True
     if surgery.intermediate is not None:
         inner = _inner(config)
+        if not inner:
+            raise ValueError(
+                f"intermediate = {surgery.intermediate} is not allowed: the configuration of a {config.model_type} "
+                "does not say how wide its feed-forward layers are, so cut layers alone (layers = …)"
+            )
         if not 0 < surgery.intermediate <= inner:
             raise ValueError(f"intermediate = {surgery.intermediate} is not allowed: it must be from 1 to {inner}")
         setattr(made, next(name for name in INNER if hasattr(config, name)), surgery.intermediate)
@@ -222,7 +227,10 @@ class _Cut:
             return self.units
         if module.startswith(f"{self.stack}.") and have == self.inner:
             return self._neurons(module, have, want)
-        raise ValueError(f"{module} cannot be cut from {have} to {want}: it is not known what this width is of")
+        raise ValueError(
+            f"{module} cannot be cut from {have} to {want}: it is not known what this width is of, so cut layers alone "
+            "(layers = …)"
+        )
 
     def _heads(self, module: str, have: int, want: int) -> Tensor:
         """Choose the heads with the largest output weights, those of one key and value together."""
@@ -249,6 +257,11 @@ class _Cut:
                     other = HEADS_OUT.search(name) if axis == 0 else HEADS_IN.search(name)
                     if part.weight.shape[axis] == have and not other:
                         scores += part.weight.double().square().sum(1 - axis)
+        if not scores.any():  # no nn.Linear has this width: GPT-2's matrices are of another class
+            raise ValueError(
+                f"{module} cannot be cut from {have} to {want}: the weights of {layer} cannot be compared, so cut "
+                "layers alone (layers = …)"
+            )
         return _best(scores, want)
 
 

@@ -57,6 +57,10 @@ def restrict(network: Any, restriction: Restriction) -> None:
         tensors = {id(t): t for part in (table, head) if part is not None for t in part.parameters(recurse=False)}
         for tensor in tensors.values():
             tensor[: len(kept)] = tensor[kept.to(tensor.device)]
+    for part in (m for m in network.modules() if head is not None and head in m.children()):
+        bias = getattr(part, "bias", None)  # a second one, which networks with untied weights do not use: RoBERTa's
+        if isinstance(bias, nn.Parameter) and bias is not getattr(head, "bias", None) and len(bias) == rows:
+            part.bias = nn.Parameter(bias.detach()[kept.to(bias.device)], bias.requires_grad)
     network.resize_token_embeddings(len(kept), mean_resizing=False)
     _renumber(network, table.padding_idx, {old: number for number, old in enumerate(kept.tolist())})
     after = _answer(network, few)

@@ -107,6 +107,23 @@ def test_documents_end_with_the_end_token(files, document, count) -> None:
     assert stream.count(data.tokenizer.eos_token_id) == count
 
 
+def test_a_dataset_gives_what_rows_give(files) -> None:
+    """Documents in blocks, and prompts whose completions alone are predicted."""
+    import datasets
+
+    answers = [{"prompt": f"the river {n}:", "completion": f" was wide {n}"} for n in range(40)]
+    for rows in ([{"text": line} for line in prose(40, 5).splitlines()], answers):
+        one, other = (
+            documents(files, train=source, val=None, test=None, test_fraction=0.2)
+            for source in (rows, datasets.Dataset.from_list(rows))
+        )
+        assert one.sizes == other.sizes
+        for split in ("train", "val", "test"):
+            for mine, same in zip(batches(one, split), batches(other, split), strict=True):
+                assert torch.equal(mine.inputs["input_ids"], same.inputs["input_ids"])
+                assert torch.equal(mine.targets, same.targets)
+
+
 def test_separate_documents_restart_and_do_not_see_one_another(files) -> None:
     data = documents(files, document="line", separate_documents=True)
     plain = documents(files, document="line")

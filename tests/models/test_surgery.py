@@ -18,9 +18,14 @@ from kd.models.vocabulary import restrict
 from tests.tiny_language import BERT, LLAMA, VOCABULARY, sequences
 
 WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4}
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 32}
+GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEACHERS: dict[str, tuple[dict[str, Any], str]] = {
     "bert": ({**BERT, **WIDE}, "masked_lm"),
+    "roberta": ({**BERT, **WIDE, "model_type": "roberta", "bos_token_id": 1, "eos_token_id": 2}, "masked_lm"),
+    "gpt2": (GPT2, "causal_lm"),
     "llama": ({**LLAMA, **WIDE, "num_key_value_heads": 2, "head_dim": 16}, "causal_lm"),
+    "qwen3": ({**LLAMA, **WIDE, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16}, "causal_lm"),
     "gemma2": ({**LLAMA, **WIDE, "model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 16}, "causal_lm"),
     "distilbert": (
         {
@@ -34,6 +39,7 @@ TEACHERS: dict[str, tuple[dict[str, Any], str]] = {
         "sequence_classification",
     ),
 }
+OF_WIDTHS = [name for name in TEACHERS if name != "gpt2"]  # whose query, key and value are matrices of their own
 
 
 @dataclass
@@ -89,14 +95,14 @@ def test_layers_are_the_teachers(name: str) -> None:
     assert made.config.num_hidden_layers == 2
     stack = next(m for m in given.modules() if isinstance(m, nn.ModuleList) and len(m) == 4)
     del stack[1:3]
-    if hasattr(given.config, "layer_types"):  # Gemma: which of them have a window
+    if hasattr(given.config, "layer_types"):  # Gemma, Qwen: which of them have a window
         given.config.layer_types = [given.config.layer_types[i] for i in (0, 3)]
     given.config.num_hidden_layers = 2
-    without = {"use_cache": False} if hasattr(given.config, "num_key_value_heads") else {}
+    without = {"use_cache": False} if TEACHERS[name][1] == "causal_lm" else {}
     torch.testing.assert_close(made(**inputs).logits, given(**inputs, **without).logits)
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", OF_WIDTHS)
 def test_a_width_is_cut_to_what_has_the_largest_weights(name: str) -> None:
     given, inputs = teacher(name), sequences(3)
     kept = torch.arange(0, 64, 2)
@@ -123,9 +129,10 @@ def test_heads_that_add_nothing_are_dropped_without_a_change() -> None:
     torch.testing.assert_close(made(**inputs).logits, given(**inputs).logits)
 
 
-def test_heads_of_attention_are_dropped_at_the_same_width(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_heads_of_attention_are_dropped_at_the_same_width(name: str, tmp_path: Path) -> None:
     """Heads that write nothing are the ones that go: the answers stay, and the folder loads."""
-    given, inputs = teacher("llama"), sequences(3)
+    given, inputs = teacher(name), sequences(3)
     with torch.no_grad():
         for layer in given.model.layers:
             layer.self_attn.o_proj.weight[:, :32] = 0  # the first group of two heads
@@ -195,7 +202,7 @@ def test_a_restricted_network_answers_as_the_whole_one(name: str, tied: bool, tm
 
 
 def test_a_network_of_another_vocabulary_is_not_restricted() -> None:
-    with pytest.raises(ValueError, match=r"40 tokens, data\.tokenizer 50, of which .* corpus keeps 3"):
+    with pytest.raises(ValueError, match=r"40 tokens, data\.tokenizer 50, of which .* keeps 3"):
         restrict(teacher("bert"), Kept(torch.arange(3), 50))
 
 
@@ -227,12 +234,19 @@ def test_what_cannot_be_kept_is_one_sentence(surgery: dict[str, Any], sentence: 
         student_of(teacher("bert"), Surgery(**surgery))
 
 
-def test_a_fused_projection_is_not_cut_by_halves() -> None:
-    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY}
-    config |= {"bos_token_id": 1, "eos_token_id": 2}
-    given = transformers_model(config=config, architecture="causal_lm")
-    with pytest.raises(ValueError, match="c_attn cannot be cut from 192 to 96"):
-        student_of(given, Surgery(hidden=32))
+@pytest.mark.parametrize(
+    ("inner", "surgery", "sentence"),
+    [
+        (None, {"hidden": 32}, "c_attn cannot be cut from 192 to 96: .* cut layers alone"),
+        (None, {"intermediate": 24}, "intermediate = 24 .* a gpt2 does not say how wide .* cut layers alone"),
+        (48, {"intermediate": 24}, r"mlp\.c_fc cannot be cut from 48 to 24: .* cut layers alone"),
+    ],
+)
+def test_widths_of_gpt2_are_refused(inner: int | None, surgery: dict[str, Any], sentence: str) -> None:
+    """Its query, key and value are one matrix, and none of its matrices is an ``nn.Linear``."""
+    given = transformers_model(config={**GPT2, "n_inner": inner}, architecture="causal_lm")
+    with pytest.raises(ValueError, match=sentence):
+        student_of(given, Surgery(**surgery))
 
 
 def test_other_networks_cannot_be_cut() -> None:
