@@ -29,7 +29,9 @@ ARMS = (
     *("top4", "top16", "top64", "sequence", "on_policy"),
 )
 PASSAGE = 8  # blocks of 128 predicted tokens
-KEPT = dict.fromkeys(("top4", "top16", "top64"), "top64")  # the folder of kept answers, where it is not that of hidden states
+KEPT = dict.fromkeys(
+    ("top4", "top16", "top64"), "top64"
+)  # the folder of kept answers, where it is not that of hidden states
 
 
 def blocks(data: Any, folder: Path) -> np.ndarray:
