@@ -16,6 +16,7 @@ RULES = {
     "compile": one_of(None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "compiled": Rule("a list of student, teacher or both", lambda roles: {*roles} <= {"student", "teacher"}),
     "loss_chunk": whole(0).or_null,
+    "liger": one_of("auto", False),
     "precision": one_of("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
     "threads": whole(1, 1024).or_null,  # of 100,000 the memory does not suffice: a crash
     "timeout_s": whole(1),

@@ -94,6 +94,7 @@ class Hardware:
     compiled: list[str] = field(default_factory=lambda: ["student", "teacher"])  # the networks that it compiles
     channels_last: bool = True  # memory format of images and convolutions, where a network answers the same with it
     loss_chunk: int | None = None  # rows of which a vocabulary's logits are there at a time; null: as suits; 0: all
+    liger: Any = "auto"  # Liger's kernels for these losses on a GPU, where installed and faster; false: never
     gradient_checkpointing: bool = False  # of the student: activations are computed again in the backward pass
     keep_memory: bool = True  # glibc (Linux) keeps the memory that tensors leave: large ones are faster on a CPU
     precision: str = "32-true"

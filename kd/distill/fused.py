@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.losses.base import Batch, Fused, Output, Term
-from kd.losses.tokens.fused import Projection, TeacherRows, fused_losses
+from kd.losses.tokens.fused import Liger, Projection, TeacherRows, fused_losses
 from kd.tasks.output_projection import Head, linear_of
 
 
@@ -24,10 +24,12 @@ def from_hidden(
     batch: Batch,
     factors: Mapping[str, float | Tensor],
     chunk: int | None = None,
+    liger: Liger | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Compute the terms that read logits from hidden states: name → value, and in a list Σ factor · value.
 
-    ``chunk``: see :class:`~kd.distill.objective.Objective`. Both are empty where a term needs the logits themselves.
+    ``chunk``, ``liger``: see :class:`~kd.distill.objective.Objective`. Both returned are empty where a term needs the
+    logits themselves.
     """
     readers = {name: term for name, term in terms if term.needs_student_logits or term.needs_teacher_logits}
     forms = {name: fused for name, term in readers.items() if (fused := form_of(term)) is not None}
@@ -43,7 +45,7 @@ def from_hidden(
         return {}, []
     targets = batch.targets if labelled else None
     parts = list(forms.values())
-    values, total = fused_losses(hidden, projection, rows, targets, parts, [factors[n] for n in forms], chunk)
+    values, total = fused_losses(hidden, projection, rows, targets, parts, [factors[n] for n in forms], chunk, liger)
     return dict(zip(forms, values, strict=True)), [total]
 
 

@@ -16,6 +16,7 @@ from kd.distill.schedules import Schedule
 from kd.errors import KdError, framed
 from kd.losses.base import OVER, Batch, Output, Term, at_least_float32
 from kd.losses.logits.standardised import standardised_logits
+from kd.losses.tokens.fused import Liger
 from kd.parallel import group
 from kd.parallel.group import Shares
 
@@ -28,7 +29,8 @@ class Objective(nn.Module):
     logged, so that an ablation shows what it would have been.
 
     ``chunk``: where no term needs the logits of a vocabulary as a whole, they are made of so many rows at a time
-    (:mod:`kd.distill.fused`); None: as many as suit; 0: all at once, always.
+    (:mod:`kd.distill.fused`); None: as many as suit; 0: all at once, always. ``liger``: with None, Liger's kernels
+    compute them on a GPU, where they are installed, have the formula, and are faster on the first batch.
 
     ``standardise``: names of terms that see z-scores of the logits, on both sides
     (:func:`~kd.losses.logits.standardised.standardised_logits`).
@@ -41,9 +43,11 @@ class Objective(nn.Module):
         schedules: Mapping[str, Schedule] | None = None,
         chunk: int | None = None,
         standardise: Collection[str] = (),
+        liger: bool = True,
     ) -> None:
         super().__init__()
         self.chunk = chunk
+        self.liger = Liger() if liger else None
         for name in terms:
             if "." in name or hasattr(nn.ModuleDict, name):
                 raise KdError(
@@ -122,7 +126,7 @@ class Objective(nn.Module):
             factors[name] = self.weight(name, epoch, epochs)
             if shares is not None and term.over != "batch":
                 factors[name] = factors[name] * getattr(shares, term.over)
-        values, parts = from_hidden(self.items(), student, teacher, batch, factors, self.chunk)
+        values, parts = from_hidden(self.items(), student, teacher, batch, factors, self.chunk, self.liger)
         whole = _Gathered(student, teacher, batch)
         for name, term in self.items():
             if name not in values:

@@ -79,11 +79,9 @@ def objective(config: Mapping[str, Any]) -> Objective:
         if node.get("schedule") is not None:
             schedule = node["schedule"]
             schedules[name] = schedule if callable(schedule) else make(schedule, f"loss.{name}.schedule")
-    settings = hardware.settings(config) if "hardware" in config else {"loss_chunk": None, "liger": "auto"}
+    settings = hardware.settings({"hardware": {}, **config})
     standardised = [name for name in terms if config["loss"][name].get("standardise")]
-    return Objective(
-        terms, factors, schedules, settings["loss_chunk"], standardised, liger=settings["liger"] == "auto"
-    )
+    return Objective(terms, factors, schedules, settings["loss_chunk"], standardised, settings["liger"] == "auto")
 
 
 def _term(name: str, node: Mapping[str, Any]) -> Term:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import itertools
+import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +19,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kd.config.compose import checked
 from kd.distill import fused as fused_terms
 from kd.distill.distiller import Distiller
 from kd.distill.objective import Objective
+from kd.errors import KdError
 from kd.losses import functional as f
 from kd.losses.base import UNLABELLED, Batch, Fused, Output, Setup, Term, TopK
 from kd.losses.features.hint import Hint
@@ -27,7 +36,8 @@ from kd.losses.logits.rkl import ReverseKL
 from kd.losses.logits.skl import SkewedKL
 from kd.losses.logits.srkl import SkewedReverseKL
 from kd.losses.logits.symmetric_kl import SymmetricKL
-from kd.losses.tokens.fused import Projection, TeacherRows, fused_losses
+from kd.losses.tokens import _liger
+from kd.losses.tokens.fused import Liger, Projection, TeacherRows, fused_losses
 from kd.losses.tokens.topk_kl import TopKKL
 from kd.parallel.group import Shares
 from kd.run import build
@@ -484,3 +494,195 @@ def test_terms_that_have_a_fused_form() -> None:
     over = KnowledgeDistillation()
     over.over = "batch"
     assert [fused_terms.form_of(term) for term in (Sharper(), SymmetricKL(), over)] == [None] * 3
+
+
+# ---------------------------------------------------------------------- Liger's kernels
+
+LIGER = pytest.mark.skipif(
+    find_spec("liger_kernel") is None, reason="liger_kernel is not there: pip install 'kd[liger]'"
+)
+NUMBERS = """
+import contextlib, sys
+import torch
+from kd.losses.base import Fused
+from kd.losses.tokens import fused
+from kd.losses.tokens.fused import Liger, Projection, TeacherRows, fused_losses
+
+device = sys.argv[1]
+if device == "cpu":
+    fused.computes = lambda *given: True
+torch.manual_seed(0)
+
+
+def made(half, n=7, classes=50):
+    shapes = (n, 8), (classes, 8), (n, 12), (classes, 12)
+    tensors = [torch.randn(*shape).to(device, half if i % 2 == 0 else torch.float32) for i, shape in enumerate(shapes)]
+    for tensor in tensors[:2]:
+        tensor.requires_grad_()
+    targets = torch.randint(classes, (n,), device=device)
+    targets[::3] = -1
+    return tensors, targets
+
+
+def losses(tensors, targets, parts, factors, liger):
+    hidden, weight, taught, other = tensors
+    teacher = TeacherRows(taught, Projection(other))
+    values, total = fused_losses(hidden, Projection(weight), teacher, targets, parts, factors, liger=liger)
+    return [*values, total, *torch.autograd.grad(7.0 * total, [hidden, weight])]
+
+
+sizes = [(n, torch.float32) for n in (1, 7, 33)] + [(7, torch.bfloat16)]
+for rows, half in sizes:
+    tensors, targets = made(half, rows)
+    for form in [("forward_kl", t, 0.0) for t in (1.0, 2.5)] + [("reverse_kl", 2.0, 0.0)] + [
+        ("js", t, beta) for t in (1.0, 2.5) for beta in (0.0, 0.1, 0.5, 0.7, 1.0)
+    ]:
+        for hard in ([], [Fused("cross_entropy", share=0.1)]):
+            parts, factors = [*hard, Fused(*form)], [0.3, torch.tensor(1.7, device=device)][-1 - len(hard) :]
+            given = tensors, targets, parts, factors
+            cast = contextlib.nullcontext() if half == torch.float32 else torch.autocast(device, half)
+            liger = Liger()
+            liger.used = True
+            with cast:
+                plain, kernels = losses(*given, None), losses(*given, liger)
+            for expected, found in zip(plain, kernels, strict=True):
+                assert found.dtype == expected.dtype, (form, found.dtype)
+                far = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+                assert far < (1e-4 if half == torch.float32 else 0.03), (form, len(hard), rows, half, float(far))
+
+none = torch.full_like(targets, -1)
+assert losses(tensors, none, [Fused("cross_entropy"), Fused("js", 1.0, 0.5)], [1.0, 1.0], liger)[0] == 0
+if device == "cuda":
+    liger = Liger()
+    losses(tensors, targets, [Fused("forward_kl", 2.0)], [1.0], liger)
+    assert liger.used is not None
+"""
+
+
+@LIGER
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+            ],
+        ),
+    ],
+)
+def test_the_same_numbers_by_the_kernels_of_liger(device: str) -> None:
+    """On a CPU by Triton's interpreter, which has to be on before Triton is imported: in a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"} if device == "cpu" else None
+    command = [sys.executable, "-c", NUMBERS, device]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert said.returncode == 0, said.stderr
+
+
+def test_on_a_cpu_liger_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = {name for name in sys.modules if name.startswith("liger_kernel")}
+    made = pair(torch.float32)
+    objective = Objective({"ce": CrossEntropy(), "kd": KnowledgeDistillation()})
+    student, teacher = made.outputs()
+    objective(student, teacher, made.batch)[1].backward()
+    assert student.made_logits is None
+    assert objective.liger.used is None
+    assert before == {name for name in sys.modules if name.startswith("liger_kernel")}
+
+
+@pytest.mark.parametrize(
+    ("change", "theirs"),
+    [
+        ({}, True),
+        ({"parts": [Fused("js", 2.0, 0.3)]}, True),
+        ({"dtype": torch.bfloat16}, True),
+        ({"chunk": 128}, False),
+        ({"device": "cpu"}, False),
+        ({"dtype": torch.float16}, False),
+        ({"softcap": 3.0}, False),
+        ({"bias": True}, False),
+        ({"grad": False}, False),
+        ({"rows": 0}, False),
+        ({"parts": [Fused("skewed_kl", 1.0, 0.1)]}, False),
+        ({"parts": [Fused("forward_kl"), Fused("reverse_kl")]}, False),
+        ({"parts": [Fused("cross_entropy")]}, False),
+        ({"teacher": TeacherRows()}, False),
+    ],
+)
+def test_what_the_kernels_of_liger_compute(
+    change: dict[str, Any], theirs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without memory say that they are on a GPU."""
+    seen: list[bool] = []
+    monkeypatch.setattr("kd.losses.tokens.fused._plain_pass", lambda *given: seen.append(False) or result(*given))
+    monkeypatch.setattr("kd.losses.tokens.fused.kernel_pass", lambda *given: seen.append(True) or result(*given))
+
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+
+    def result(hidden: Tensor, projection: Projection, *_: Any) -> Any:
+        return hidden.new_zeros(()), [hidden.new_zeros(())], [None, None, None]
+
+    rows, kind = change.get("rows", 3), {"dtype": change.get("dtype"), "device": change.get("device", "cuda")}
+    liger = Liger()
+    liger.used = True
+    with FakeTensorMode():
+        hidden, weight = torch.zeros(rows, 2, **kind).requires_grad_(), torch.zeros(5, 2, **kind)
+        teacher = change.get("teacher", TeacherRows(hidden.detach(), Projection(weight)))
+        bias = torch.zeros(5, **kind) if change.get("bias") else None
+        projection = Projection(weight, bias, softcap=change.get("softcap"))
+        parts = change.get("parts", [Fused("cross_entropy"), Fused("forward_kl", 4.0)])
+        targets = torch.zeros(rows, **{**kind, "dtype": torch.int64})
+        with torch.set_grad_enabled(change.get("grad", True)):
+            fused_losses(hidden, projection, teacher, targets, parts, [1.0] * len(parts), change.get("chunk"), liger)
+    assert seen == [theirs]
+
+
+@pytest.mark.parametrize(
+    ("times", "factor", "there", "word"),
+    [
+        ((2.0, 1.0), 1.0, True, "are used: 1.00 ms a batch, the plain pass 2.00"),
+        ((1.0, 2.0), 1.0, True, "are not used: 2.00 ms a batch, the plain pass 1.00"),
+        ((2.0, 1.0), 1.1, True, "are not used: losses and gradients"),
+        ((2.0, 1.0), None, True, "do not run here: ValueError: no such kernel"),
+        ((2.0, 1.0), 1.0, False, None),
+    ],
+)
+def test_the_faster_pass_is_used(
+    times: tuple[float, float], factor: float | None, there: bool, word: str | None, caplog, monkeypatch
+) -> None:
+    """``factor``: of the numbers of Liger; None: it fails."""
+    spec = importlib.machinery.ModuleSpec("liger_kernel", None) if there else None
+    monkeypatch.setattr(_liger, "find_spec", lambda name: spec)
+    monkeypatch.setattr(_liger, "_milliseconds", lambda *passes: times)
+    monkeypatch.setattr(logging.getLogger("kd"), "propagate", True)
+    caplog.set_level(logging.INFO)
+
+    def plain() -> Any:
+        return torch.tensor(1.0), [torch.tensor(1.0)], [torch.ones(2), torch.ones(3), None]
+
+    def kernels() -> Any:
+        if factor is None:
+            raise ValueError("no such kernel")
+        return torch.tensor(2.0), [torch.tensor(factor)], [torch.ones(2), torch.ones(3), None]
+
+    liger = Liger()
+    totals = [float(liger(plain, kernels)[0]) for _ in range(2)]
+    used = word is not None and word.startswith("are used")
+    assert totals == [2.0 if used else 1.0] * 2
+    assert liger.used is used
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (word is not None)
+    assert word is None or word in said[0]
+
+
+def test_the_key_of_liger() -> None:
+    assert build.objective(checked(["loss=[ce,kd]"])).liger is not None
+    assert build.objective(checked(["loss=[ce,kd]", "hardware.liger=false"])).liger is None
+    with pytest.raises(KdError, match=r"hardware\.liger = true is not allowed: it must be auto or false"):
+        checked(["loss=[ce,kd]", "hardware.liger=true"])

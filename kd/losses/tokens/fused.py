@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from kd.losses.base import UNLABELLED, Fused, Output, TopK, at_least_float32, check_choice, check_temperature
 from kd.losses.tokens._inplace import DIVERGENCES, Pool, cross_entropy, log_softmax, topk_kl
+from kd.losses.tokens._liger import Liger, Result, computes, kernel_pass
 from kd.losses.tokens._topk import teacher_topk
 
 __all__ = ["fused_losses"]
@@ -50,6 +52,7 @@ def fused_losses(
     parts: Sequence[Fused],
     factors: Sequence[float | Tensor],
     chunk: int | None = None,
+    liger: Liger | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Compute losses of logits that are never there as a whole: the value of each, and Σ factor · value.
 
@@ -66,9 +69,11 @@ def fused_losses(
     precision, under autocast as well; everything else is in float32.
 
     The paper's FusedLinearCrossEntropy and its relatives are Triton kernels in chunks of many rows; here is the same
-    idea in torch's own operations, for several losses at once.
+    idea in torch's own operations, for several losses at once. With ``liger``, and no ``chunk``, those kernels compute
+    it on a GPU where they can and are faster.
     """
     weight, bias, scale, softcap = student_projection
+    liger = liger if chunk is None else None  # the size of its chunks is its own
     if chunk is None:
         chunk = CHUNK * max(1, SMALL // weight.shape[0])
     if chunk < 1 or chunk != int(chunk):
@@ -83,7 +88,7 @@ def fused_losses(
     _check_classes(weight.shape[0], teacher)
     kind = student_hidden.device.type
     half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    job = _Job(teacher, targets, parts, factors, int(chunk), scale, softcap, half, torch.is_grad_enabled())
+    job = Job(teacher, targets, parts, factors, int(chunk), scale, softcap, half, torch.is_grad_enabled(), liger)
     total, *values = _Fused.apply(student_hidden, weight, bias, job)
     return values, total
 
@@ -99,7 +104,7 @@ def _check_classes(classes: int, teacher: TeacherRows) -> None:
             raise ValueError(f"the student's weight is for {classes} classes, the teacher's {what} for {found}")
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """All but the tensors that have a gradient. ``half``: what autocast computes products in, None without it."""
 
     teacher: TeacherRows
@@ -111,16 +116,21 @@ class _Job(NamedTuple):
     softcap: float | None
     half: torch.dtype | None
     differentiated: bool
+    liger: Liger | None
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, ...]:
         wanted = [bool(need) and job.differentiated for need in ctx.needs_input_grad[:3]]
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False):
-            projection = Projection(weight, bias, job.scale, job.softcap)
-            total, values, ctx.gradients = _Pass(hidden, projection, job, wanted).run()
+            given = hidden, Projection(weight, bias, job.scale, job.softcap), job, wanted
+            if job.liger is not None and computes(*given):
+                with torch.cuda.device_of(hidden):  # Triton runs on the current one
+                    total, values, ctx.gradients = job.liger(partial(_plain_pass, *given), partial(kernel_pass, *given))
+            else:
+                total, values, ctx.gradients = _plain_pass(*given)
         ctx.mark_non_differentiable(*values)
         return (total, *values)
 
@@ -135,10 +145,14 @@ class _Fused(torch.autograd.Function):
         return (*scaled, None)
 
 
+def _plain_pass(hidden: Tensor, projection: Projection, job: Job, wanted: list[bool]) -> Result:
+    return _Pass(hidden, projection, job, wanted).run()
+
+
 class _Pass:
     """One pass over the chunks."""
 
-    def __init__(self, hidden: Tensor, projection: Projection, job: _Job, wanted: list[bool]) -> None:
+    def __init__(self, hidden: Tensor, projection: Projection, job: Job, wanted: list[bool]) -> None:
         self.hidden, self.job = hidden, job
         self.student, self.teacher = _Projected(hidden, projection, job.half), None
         known = job.teacher
@@ -164,7 +178,7 @@ class _Pass:
             }
 
     @torch.no_grad()
-    def run(self) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    def run(self) -> Result:
         """Return the sum, the values, and the gradients of hidden states, weight and bias."""
         count = max(1, len(self.hidden))
         for start in range(0, len(self.hidden), self.job.chunk):
