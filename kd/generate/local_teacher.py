@@ -18,7 +18,7 @@ from kd.data.text.tokenizer import tokenizer as load_tokenizer
 from kd.errors import KdError, MachineFailure
 from kd.generate.prompts import Prompt
 from kd.models.generation import generation_config
-from kd.models.library import positions_of
+from kd.models.positions import positions_of
 from kd.models.transformers_model import transformers_model
 from kd.records.generations import Completion
 

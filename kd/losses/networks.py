@@ -29,6 +29,11 @@ def in_eval(*networks: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def unwrapped(network: Any) -> Any:
+    """Return the network inside of an adapter of peft; any other as it is."""
+    return network.get_base_model() if hasattr(network, "peft_config") else network
+
+
 class Classifier(NamedTuple):
     """The last layer of a network: the name of the module, and the module."""
 

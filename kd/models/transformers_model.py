@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from kd.config.hub import online, reason
 from kd.losses.layouts import mean_of_positions
+from kd.losses.networks import unwrapped
 from kd.models.base import stages
-from kd.models.library import unwrapped
 
 log = logging.getLogger(__name__)
 

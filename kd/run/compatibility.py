@@ -13,7 +13,7 @@ from kd.data.base import LABELS, SPLITS, AdaptedData, refuse_unsharded
 from kd.data.text.base import TextModule
 from kd.distill.distiller import Distiller
 from kd.errors import KdError
-from kd.models.library import positions_of
+from kd.models.positions import positions_of
 from kd.parallel import group
 from kd.tasks.base import Task
 

@@ -22,10 +22,10 @@ from kd.data.text.loader import Part
 from kd.distill.distiller import Distiller, Step
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
-from kd.losses.networks import in_eval
+from kd.losses.networks import in_eval, unwrapped
 from kd.losses.tokens.minillm import MiniLLM
 from kd.models.generation import generation_config
-from kd.models.library import positions_of, unwrapped
+from kd.models.positions import positions_of
 from kd.setups.teacher_mixed import TeacherMixed
 
 RULES = {

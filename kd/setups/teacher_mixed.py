@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.losses.logits._divergences import log_mixture
-from kd.models.library import unwrapped
+from kd.losses.networks import unwrapped
 
 
 class TeacherMixed:

@@ -11,8 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kd.losses.networks import in_eval
-from kd.models.library import unwrapped
+from kd.losses.networks import in_eval, unwrapped
 
 CLOSE = 1e-4  # how far logits may be from those of the whole network, relative to the largest
 

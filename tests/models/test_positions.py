@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from kd.models.library import positions_of, unwrapped
+from kd.losses.networks import unwrapped
+from kd.models.positions import positions_of
 from kd.models.transformers_model import transformers_model
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}

@@ -1,15 +1,10 @@
-"""What is asked of a network of transformers, or of one in an adapter of peft, without an import of these libraries."""
+"""What is asked of a network of transformers without an import of that library."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
-
-
-def unwrapped(network: Any) -> Any:
-    """Return the network inside of an adapter of peft; any other as it is."""
-    return network.get_base_model() if hasattr(network, "peft_config") else network
 
 
 def positions_of(network: nn.Module) -> int | None:
