@@ -29,22 +29,43 @@ def test_a_training_step_is_compared_with_the_bare_loop(capsys: pytest.CaptureFi
     ]
 
 
-def test_a_step_on_text_is_compared_with_the_bare_loop() -> None:
-    """Tiny, a process a contender; TRL's trainers take part where TRL is installed."""
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "text_step.py"),
-        "all",
-        "rounds=1",
-        "steps=2",
-        "vocabulary=64",
-        "tokens=8",
-    ]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+BARE, OURS = ("bare loop", "bare loop, memory kept"), ("kd", "kd, keep_memory=false")
+KEPT = ("kd, live teacher", "kd, top 64 kept", "kd, hidden states kept")  # of 64 tokens 64 are all
+
+
+@pytest.mark.parametrize(
+    ("case", "same"),
+    [
+        ("all", [(*BARE, "transformers.Trainer", *OURS)]),
+        ("on_policy", [BARE, OURS]),  # each draws its own text
+        ("classification", [(*BARE, "transformers.Trainer", *OURS)]),
+        ("kept", [("kd, labels alone",), KEPT]),
+    ],
+)
+def test_a_step_on_text_is_compared_with_the_bare_loop(case: str, same: list[tuple[str, ...]]) -> None:
+    """Tiny, a process a contender; TRL's trainers take part where TRL is there. ``same``: who does the same work."""
+    said = printed("text_step.py", case, "rounds=1", "steps=2", "vocabulary=64", "tokens=8")
     row = r"  (\S.*\S) +\d+\.\d ms +\d+\.\d\d × +-?\d+ MiB  loss (\d\.\d+)"
     found = dict(match.groups() for line in said if (match := re.fullmatch(row, line)))
-    names = ["bare loop", "bare loop, memory kept", "transformers.Trainer", "kd", "kd, keep_memory=false"]
-    assert [name for name in found if "TRL" not in name] == names
-    assert any("TRL" in line for line in said)  # its figures, or that it is not there
-    losses = [float(found[name]) for name in names]
-    assert losses == pytest.approx([losses[0]] * len(names), rel=1e-4)  # the same work
+    assert [name for name in found if "TRL" not in name] == [name for names in same for name in names]
+    # its figures, or that it is not there
+    assert any("TRL" in line for line in said) == (case in ("all", "on_policy"))
+    for names in same:
+        losses = [float(found[name]) for name in names]
+        close = 1e-3 if case == "kept" else 1e-4  # kept answers are in half precision
+        assert losses == pytest.approx([losses[0]] * len(names), rel=close)
+
+
+def test_ways_to_a_loss_over_a_large_vocabulary_are_compared() -> None:
+    said = printed("vocabulary.py", "V=4096", "rounds=1", "tokens=256")
+    row = r" +4096 (\S.*\S) +-?\d+ MiB  1/ *-?\d+\.\d +\d+\.\d\d s +\d+\.\d\d ×(?: +loss off by (\S+))?"
+    found = dict(match.groups() for line in said if (match := re.fullmatch(row, line)))
+    assert found.pop("fused, top-64") is None  # another loss
+    assert list(found) == ["naive", "checkpointed", "fused, 128 rows", "fused, 32 rows"]
+    assert all(float(off) < 1e-5 for off in found.values())
+
+
+def printed(script: str, *arguments: str) -> list[str]:
+    """The lines that a benchmark prints."""
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

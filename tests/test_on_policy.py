@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,9 +32,14 @@ SMALL = {**LLAMA, "num_hidden_layers": 1}
 
 
 class Attached:
-    """As much of a trainer as composing a batch asks for."""
+    """As much of a trainer as composing a batch reads: at a step of 20 epochs of 10 batches."""
 
-    global_step = 3
+    max_epochs, num_training_batches = 20, 10
+
+    def __init__(self, step: int) -> None:
+        self.global_step = step
+        self.current_epoch, place = divmod(step, self.num_training_batches)
+        self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=place))
 
 
 def unprepared(positions: tuple[int, int] = (32, 32), **options: Any) -> OnPolicy:
@@ -319,6 +325,43 @@ def test_the_share_grows_where_the_loss_has_stopped_falling(monkeypatch: pytest.
         shares.append(round(module.share, 3))
     assert shares == [0, 0, 0, 0.1, 0.1, 0.2]
     assert module.reference == 2.2
+
+
+@pytest.mark.parametrize("replay", [0, 5])
+def test_ever_more_is_drawn_from_the_last_samples(monkeypatch: pytest.MonkeyPatch, replay: int) -> None:
+    """What is written anew falls from all to nothing; the buffer holds the last ones, and any of them is drawn."""
+    torch.manual_seed(0)
+    module, batch, written = on_policy(share=1.0, replay=replay, seed=0), Texts("causal_lm").batches("train")[0], []
+
+    def write(prompts: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
+        made = [(torch.tensor([5, 6, len(written) + line]), 2) for line in range(len(prompts))]
+        written.extend(made)
+        return made
+
+    monkeypatch.setattr(module, "write", write)
+    fresh, drawn = [], set()
+    for step in range(200):
+        module._trainer = Attached(step)
+        before, kept = len(written), [int(ids[2]) for ids, _ in module.kept]
+        made = module.compose(batch.few(2))
+        fresh.append(len(written) > before)
+        found = made.inputs["input_ids"][:, 2].tolist()
+        assert made.targets[:, 2].tolist() == found  # behind a prompt of two, of the buffer as well
+        if fresh[-1]:
+            assert found == [before, before + 1]
+        else:
+            drawn |= {kept.index(number) for number in found}
+        last = [int(ids[2]) for ids, _ in written][-replay:]
+        assert [int(ids[2]) for ids, _ in module.kept] == (last if replay else [])
+    if not replay:
+        assert all(fresh)
+        return
+    quarters = [sum(fresh[start : start + 50]) / 50 for start in range(0, 200, 50)]
+    assert quarters == pytest.approx([7 / 8, 5 / 8, 3 / 8, 1 / 8], abs=0.1)
+    assert drawn == set(range(replay))
+    module._trainer, module.kept = Attached(199), []
+    module.compose(batch)  # of an empty buffer nothing is drawn
+    assert len(module.kept) == replay
 
 
 @pytest.mark.slow

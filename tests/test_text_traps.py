@@ -42,9 +42,9 @@ def network(seed: int, **more: Any) -> Any:
     return transformers_model(config={**GPT2, **more}, architecture="causal_lm")
 
 
-def on_policy(**options: Any) -> OnPolicy:
-    """A student of GPT-2 with dropout, in train mode, that writes all of its text."""
-    made = OnPolicy(network(0), network(1), Objective({"rkl": ReverseKL()}), CausalLM(), share=1.0, **options)
+def on_policy(of_loss: float = 1.0, **options: Any) -> OnPolicy:
+    """A student of GPT-2 with dropout, in train mode, that writes all of its text; ``of_loss``: T of the loss."""
+    made = OnPolicy(network(0), network(1), Objective({"rkl": ReverseKL(of_loss)}), CausalLM(), share=1.0, **options)
     made.prepare(Texts("causal_lm").batches("train")[0])
     return made.train()
 
@@ -79,6 +79,20 @@ def test_the_length_holds_for_token_ids_that_are_there_already(tmp_path: Path) -
     assert widths(documents(tmp_path, rows, length=32, cache=str(tmp_path / "cache"))) == {17}
     assert list((tmp_path / "cache").iterdir())
     assert widths(documents(tmp_path, rows, length=6, cache=str(tmp_path / "cache"))) == {6}
+
+
+def test_rows_of_token_ids_are_refused_and_beside_a_text_have_no_say(tmp_path: Path) -> None:
+    """Texts are tokenised here, to ``data.length``: ids of another tokenizer, or longer ones, come into no row."""
+    rows = [{"input_ids": [3, 4, 5, 6, 7, 8, 9, number], "labels": [3] * 8} for number in range(3, 11)]
+    sentence = r"must have columns text, prompt and completion, or messages: it has input_ids, labels"
+    with pytest.raises(KdError, match=sentence):
+        documents(tmp_path, rows, length=6)
+    texts = [{"text": f"a b c d e f g {letter}"} for letter in "abcdefgh"]
+    pairs = [{"prompt": "a", "completion": f" b c d e f g {letter}"} for letter in "abcdefgh"]
+    for given in (texts, pairs):
+        both = [{**row, **text} for row, text in zip(rows, given, strict=True)]
+        (batch,) = documents(tmp_path, both, length=6).train_dataloader()
+        assert batch.inputs["input_ids"].tolist() == [[3, 4, 5, 6, 7, 8]] * 4
 
 
 def test_plain_text_without_a_prompt_is_trained_on_whole(tmp_path: Path) -> None:
@@ -157,6 +171,25 @@ def test_a_last_chunk_that_is_not_full_is_a_chunk(monkeypatch: pytest.MonkeyPatc
 
 
 # ---------------------------------------------------------------------- on-policy
+
+
+@pytest.mark.parametrize("of_loss", [1.0, 4.0])
+def test_the_temperatures_of_the_sampling_and_of_the_loss_are_two(of_loss: float) -> None:
+    data, prompts = Texts("causal_lm").batches("train")[0], [torch.tensor([5, 6, 7]), torch.tensor([9, 4, 8])]
+    cold, warm = (on_policy(of_loss, temperature=t, max_new_tokens=6).eval() for t in (1e-5, 1.0))
+    greedy = on_policy(top_p=1e-6, max_new_tokens=6).write(prompts)
+    torch.manual_seed(0)
+    written = [[ids.tolist() for ids, _ in module.write(prompts)] for module in (cold, warm)]
+    assert written[0] == [ids.tolist() for ids, _ in greedy]
+    assert written[1] != written[0]
+    for module in (cold, warm):
+        batch = module.task.rows(module._batch(greedy, data))
+        with torch.no_grad():
+            both = [side(batch).logits for side in (module.answer_of_student, module.answer_of_teacher)]
+            value = float(module.losses(batch).values["rkl"])
+        log_s, log_t = ((logits / of_loss).log_softmax(-1) for logits in both)
+        kl = (log_s.exp() * (log_s - log_t)).sum(-1).mean()
+        assert value == pytest.approx(of_loss**2 * float(kl), rel=1e-4)
 
 
 def test_the_student_writes_without_dropout() -> None:

@@ -29,10 +29,11 @@ from tests.losses.two_ranks import CLASSES, CONF, ROWS, reads_hidden
 
 # settings whose choices a method's module lists: each of them is a case
 LISTED = {"variant": "VARIANTS", "base": "BASES", "form": "FORMS", "mask": "MASKS", "merge": "MERGES"}
-LISTED |= {"against": "AGAINST", "negatives_from": "KINDS"}
+LISTED |= {"against": "AGAINST", "negatives_from": "KINDS", "weights": "WEIGHTS"}
 FURTHER: dict[str, list[dict[str, Any]]] = {  # limits of a formula, and paths of their own
     "abkd": [{"alpha": 1.0, "beta": 0.0}, {"alpha": 0.0, "beta": 0.5}],
     "jsd": [{"beta": 0.0}, {"beta": 1.0}],
+    "dtd": [{"shift": True}],
     "kd": [{"temperature": 1.0}],
     "attention_mse": [{"merge_heads": True, "variant": "masked"}],
     "fkd": [{"k": 2}],
@@ -154,6 +155,7 @@ MORE_THAN_SOFTMAX = {
     "ctkd": "the temperature is learned",
     "dino": "its centre is the mean of each class over the rows, sharpened 25 times",
     "dist": "each class is correlated over the rows, however little it has",
+    "dtd": "a temperature for each row",
     "mlkd": "five temperatures",
     "mse,against=teacher": "the logits themselves",
     "normkd": "the spread of a row",

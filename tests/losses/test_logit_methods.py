@@ -17,6 +17,7 @@ from kd.losses.layouts import Layout
 from kd.losses.logits.abkd import AlphaBeta
 from kd.losses.logits.ctkd import CurriculumTemperature
 from kd.losses.logits.dkd import DecoupledDistillation
+from kd.losses.logits.dtd import DynamicTemperature
 from kd.losses.logits.fkd import SoftLabels
 from kd.losses.logits.mlkd import MultiLevel
 from kd.losses.logits.normkd import NormalisedLogits
@@ -181,6 +182,8 @@ def test_soft_labels_have_the_gradient_of_kd(drawn) -> None:
     [
         (lambda: DecoupledDistillation(beta=-1), "^beta = -1 is not allowed: it must be a finite number, 0 or more$"),
         (lambda: TransformedTeacher(0), "^gamma = 0 is not allowed: it must be a finite number above 0$"),
+        (lambda: DynamicTemperature("x"), "^weights = x is not allowed: it must be flsw or cwsm$"),
+        (lambda: DynamicTemperature(beta=-1), "^beta = -1 is not allowed: it must be a finite number, 0 or more$"),
         (lambda: NormalisedLogits(-2), "^factor = -2 is not allowed: it must be a finite number above 0$"),
         (lambda: AlphaBeta(alpha=0, beta=0), "^alpha = 0 is not allowed beside beta = 0: one of them must be above 0$"),
         (lambda: SoftLabels(0), "^k = 0 is not allowed: it must be a whole number, 1 or more$"),
@@ -264,6 +267,53 @@ def test_enhanced_targets_in_numpy(drawn) -> None:
     expected = -(((p + one_hot) ** 1.3 - one_hot) * log_s).sum(1).mean()
     ours = f.enhanced_target_cross_entropy(student, teacher, targets, 2.0, 1.3)
     np.testing.assert_allclose(ours.item(), expected, rtol=1e-10)
+
+
+# ---------------------------------------------------------------------- a temperature for each row
+
+
+@pytest.mark.parametrize("weights", ["flsw", "cwsm"])
+def test_a_temperature_for_each_row(drawn, weights: str) -> None:
+    """Each row by itself, at the temperature that it has among all; by β = 0 all are those of kd."""
+    student, teacher, targets = drawn
+    found = f.flsw_temperatures(student, teacher, 4.0) if weights == "flsw" else f.cwsm_temperatures(student, 4.0)
+    assert found.mean().item() == pytest.approx(4)
+    assert not found.requires_grad
+    rows = [f.kl_divergence(student[[i]], teacher[[i]], found[i].item()) for i in range(6)]
+    outputs, batch = (Output(student), Output(teacher)), Batch(torch.zeros(6, 1), targets)
+    torch.testing.assert_close(DynamicTemperature(weights)(*outputs, batch), torch.stack(rows).mean())
+    plain = DynamicTemperature(weights, beta=0.0)(*outputs, batch)
+    torch.testing.assert_close(plain, f.kl_divergence(student, teacher, 4.0))
+    off = (
+        (1 - nn.functional.cosine_similarity(student, teacher)) if weights == "flsw" else -student.softmax(-1).amax(-1)
+    )
+    assert torch.equal(found.argsort(), off.argsort(descending=True))  # the furthest has the lowest one
+
+
+@pytest.mark.parametrize("weights", ["flsw", "cwsm"])
+def test_a_temperature_of_a_row_stays_above_zero(drawn, weights: str) -> None:
+    student, teacher, targets = drawn
+    assert f.cwsm_temperatures(student, 4.0, 50.0).min() < 0
+    value = DynamicTemperature(weights, beta=50.0)(Output(student), Output(teacher), Batch(torch.zeros(6, 1), targets))
+    value.backward()
+    assert value > 0
+    assert student.grad.isfinite().all()
+
+
+def test_the_label_gets_the_teachers_largest_logit() -> None:
+    teacher = torch.tensor([[1.0, 3.0, 2.0], [0.0, 5.0, 4.0], [7.0, 6.0, 8.0]])
+    targets = torch.tensor([0, UNLABELLED, 2])
+    before = teacher.clone()
+    shifted = f.probability_shift(teacher, targets)
+    assert shifted.tolist() == [[3, 1, 2], [0, 5, 4], [7, 6, 8]]
+    assert torch.equal(teacher, before)
+    with pytest.raises(ValueError, match=r"one label a row: set data\.mixup=0$"):
+        f.probability_shift(teacher, torch.full((3, 3), 1 / 3))
+    student, batch = torch.randn(3, 3), Batch(torch.zeros(3, 1), targets)
+    term = DynamicTemperature(beta=0.0, shift=True)
+    assert term.needs_labels
+    value = term(Output(student), Output(teacher), batch)
+    torch.testing.assert_close(value, f.kl_divergence(student, shifted, 4.0))
 
 
 # ---------------------------------------------------------------------- a temperature that is trained

@@ -16,6 +16,8 @@ from kd.losses.functional import (
     attention_kl,
     attention_score_mse,
     cross_entropy,
+    cwsm_temperatures,
+    flsw_temperatures,
     hidden_cosine,
     hidden_fsp,
     hidden_mmd,
@@ -23,6 +25,7 @@ from kd.losses.functional import (
     kl_divergence,
     minilm_loss,
     patience_loss,
+    probability_shift,
     self_attention_relations,
     value_relation_kl,
 )
@@ -96,10 +99,22 @@ def soft_ce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return kl_divergence(student, teacher, temperature) / temperature**2 + entropy
 
 
-def per_row(case: Case, teacher: Tensor) -> Tensor:
-    """The same with a temperature for each row, which the file holds; it has no gradient."""
-    temperatures = case["per_example_temperature"][:, None]
-    return soft_ce(case["student_logits"] / temperatures, teacher / temperatures, 1.0)
+def of_rows(function: Callable[..., Tensor], *inputs: str) -> Callable[[Case], Tensor]:
+    """The same with a temperature for each row, which the function gives."""
+
+    def value(case: Case) -> Tensor:
+        settings = {name: found for name, found in case.hyper.items() if name != "base_temperature"}
+        found = function(*(case[name] for name in inputs), case.hyper["base_temperature"], **settings)
+        torch.testing.assert_close(found, case["per_example_temperature"])
+        return soft_ce(case["student_logits"] / found[:, None], case["teacher_logits"] / found[:, None], 1.0)
+
+    return value
+
+
+def shifted(case: Case) -> Tensor:
+    teacher = probability_shift(case["teacher_logits"], case["labels"])
+    assert torch.equal(teacher, case["shifted_teacher_logits"])
+    return soft_ce(case["student_logits"], teacher, case.hyper["temperature"])
 
 
 def textbrewer_kd_mse(case: Case) -> Tensor:
@@ -223,11 +238,9 @@ CASES: dict[str, Callable[[Case], Tensor]] = {
     "distillkit_hidden_mse": distillkit(hidden_mse),
     "distillkit_hidden_cosine": distillkit(hidden_cosine),
     "textbrewer_kd_ce": lambda case: soft_ce(*logits(case, real(case)), case.hyper["temperature"]),
-    "textbrewer_kd_ce_cwsm": lambda case: per_row(case, case["teacher_logits"]),
-    "textbrewer_kd_ce_flsw": lambda case: per_row(case, case["teacher_logits"]),
-    "textbrewer_kd_ce_probability_shift": lambda case: soft_ce(
-        case["student_logits"], case["shifted_teacher_logits"], case.hyper["temperature"]
-    ),
+    "textbrewer_kd_ce_cwsm": of_rows(cwsm_temperatures, "student_logits"),
+    "textbrewer_kd_ce_flsw": of_rows(flsw_temperatures, "student_logits", "teacher_logits"),
+    "textbrewer_kd_ce_probability_shift": shifted,
     "textbrewer_kd_mse": textbrewer_kd_mse,
     "textbrewer_hidden_mse*": of_hidden(hidden_mse),
     "textbrewer_cos*": of_hidden(hidden_cosine),
