@@ -60,8 +60,6 @@ def network(
     built = make(_completed(spec, known), path, **given)
     if not isinstance(built, nn.Module):
         raise KdError(f"{path}._target_ = {spec['_target_']} makes a {type(built).__name__}, not a torch module")
-    if known.get("tokenizer") is not None:
-        refuse_another(spec, path, known["tokenizer"], known.get("restriction"))
     if "restriction" in known:
         library_networks.restrict(built, known["restriction"], known["tokenizer"], path)
     return built
@@ -115,9 +113,10 @@ def trained(
     cut = "vocabulary" in recorded and recorded.get("tokenizer") == data.tokenizer_digest
     whole = more.get("restriction") is not None and not cut
     given = {**more, "restriction": None} if whole else more
-    if cut and more.get("restriction") is None:  # its network had lost the rows behind the tokenizer
-        count = recorded["vocabulary"]["of"]
-        given = {**more, "restriction": SimpleNamespace(kept=range(count), whole=count)}
+    known = recorded.get("vocabulary") or {}
+    if cut and more.get("restriction") is None and known["kept"] == known["of"]:
+        # its network had lost the rows behind the tokenizer, which the one that the config names may have
+        given = {**more, "restriction": SimpleNamespace(kept=range(known["of"]), whole=known["of"])}
     # where the data of this run does not tell
     classes = recorded.get("num_classes") if data.num_classes is None and not new_head else data.num_classes
     net = network(spec, path, classes, input_shape or data.input_shape, **given)
@@ -134,6 +133,7 @@ def student(config: Mapping[str, Any], data: Any, task: Task, teacher: Answers |
     if section.get("surgery"):
         net = library_networks.cut_from(teacher, section["surgery"])
     elif checkpoint is None:
+        refuse_another(section["model"], "student.model", data)
         net = network(section["model"], "student.model", data.num_classes, data.input_shape, **more)
     if checkpoint is not None:
         state, about = integrity.read_weights(checkpoint, section.get("epoch"))
@@ -262,6 +262,7 @@ def _member(
     if state is not None:
         net = trained(spec, "teacher.model", data, more, (state, about, checkpoint), shape)
     else:
+        refuse_another(spec, "teacher.model", data)
         net = network(spec, "teacher.model", data.num_classes, shape, **more)
     if state is None and not spec.get("pretrained") and not section["allow_random"]:
         raise KdError(

@@ -45,15 +45,16 @@ def with_tokenizers(config: Mapping[str, Any], members: list[tuple[Any, Any]]) -
     return data
 
 
-def refuse_another(model: Mapping[str, Any], path: str, tokenizer: Any, restriction: Any = None) -> None:
+def refuse_another(model: Mapping[str, Any], path: str, data: Any) -> None:
     """Refuse a pretrained network whose tokenizer has other ids than the data's: they mean other tokens to it.
 
-    ``model``: its node, called ``path`` in the sentence. ``tokenizer``: of the data, with ``restriction`` if it is a
-    part of a whole one, see :class:`kd.data.text.vocabulary.Restriction`. A network without a tokenizer beside it is
-    let through.
+    ``model``: its node, called ``path`` in the sentence. A network without a tokenizer beside it is let through, and
+    data without one.
     """
-    name = _named(model)
-    if name is None or name == getattr(tokenizer, "name_or_path", None) or (own := _loaded(name)) is None:
+    name, tokenizer, restriction = _named(model), *(getattr(data, key, None) for key in ("tokenizer", "restriction"))
+    if name is None or tokenizer is None or name == getattr(tokenizer, "name_or_path", None):
+        return
+    if (own := _loaded(name)) is None:
         return
     if restriction is None or len(restriction.kept) == restriction.whole:
         same = same_vocabulary(tokenizer, own)

@@ -271,6 +271,13 @@ def test_weights_of_the_whole_vocabulary_are_cut_and_restricted_ones_are_not(
     said = kd(*arguments(files, "on", *alone, f"student.checkpoint={files / 'whole'}", "recipe.epochs=1"))
     assert said.code == 0, said.err
     assert AutoModelForCausalLM.from_pretrained(files / "on" / "selected").config.vocab_size < 400
+    more = (
+        f"teacher.checkpoint={files / 'small'}",
+        f"data.tokenizer={files / 'small' / 'last'}",
+        "data.vocabulary=null",
+    )
+    said = kd(*arguments(files, "after", *FROM_TEACHER[:3], *more))  # its tokenizer is whole now
+    assert said.code == 0, said.err
     said = kd(*arguments(files, "back", *alone, f"student.checkpoint={files / 'small'}", "data.vocabulary=null"))
     assert said.code == 1
     assert "another tokenizer" in said.err
