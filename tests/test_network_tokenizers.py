@@ -35,11 +35,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def arguments(folder: Path, task: str, *more: str) -> list[str]:
+def arguments(folder: Path, task: str, *more: str, run: str = "run") -> list[str]:
     return [
         *("train", *TASKS[task], f"task={task}", f"data.root={folder}", "data.val_fraction=0.2"),
         *("data.test_fraction=0.2", "model@student=transformers", "recipe.epochs=1", "recipe.batch_size=8"),
-        *("hardware=cpu", "hardware.threads=1", f"hydra.run.dir={folder / 'run'}", *more),
+        *("hardware=cpu", "hardware.threads=1", f"hydra.run.dir={folder / run}", *more),
     ]
 
 
@@ -82,3 +82,25 @@ def test_a_network_of_another_tokenizer_is_refused(
     said = capsys.readouterr().err
     assert f"{side}.model.name = {folder / 'land'} was trained with another tokenizer than data.tokenizer" in said
     assert f"set data.tokenizer={folder / 'land'}" in said
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("student", [[OWN_SIZE], ["model@student=none", "student.surgery.layers=1"]])
+def test_the_tokenizer_is_that_of_the_teachers_run(
+    folder: Path, task: str, student: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it one of 4,000 entries would be trained on the texts, and the teacher refused."""
+    own = [OWN_SIZE, "data.tokenizer.vocabulary=270", "loss=[ce]"]
+    code = main(arguments(folder, task, *own, run="teacher"))
+    assert code == 0, capsys.readouterr().err
+    code = main(arguments(folder, task, *student, f"teacher.checkpoint={folder / 'teacher'}", "loss=[ce,kd]"))
+    assert code == 0, capsys.readouterr().err
+    teacher, made = (json.loads((folder / name / "result.json").read_text()) for name in ("teacher", "run"))
+    assert made["data"]["tokenizer"] == teacher["data"]["tokenizer"]
+    on = [OWN_SIZE, f"student.checkpoint={folder / 'teacher'}", "loss=[ce]"]
+    capsys.readouterr()
+    other = f"data.tokenizer.lowercase={str(task == 'masked_lm').lower()}"
+    assert main(arguments(folder, task, *on, other, run="other")) == 1
+    assert "set data.tokenizer=RUN, its run" in capsys.readouterr().err
+    code = main(arguments(folder, task, *on, f"data.tokenizer={folder / 'teacher'}", run="on"))
+    assert code == 0, capsys.readouterr().err

@@ -207,5 +207,7 @@ def _read(own: dict[str, Any]) -> dict[str, Any]:
             raise KdError(f"{key} = {own[key]} is not allowed: it must be true or false")
         own[key] = own[key] == "true"
     if own["delimiter"] is not None:
+        if len(own["delimiter"]) == 3 and own["delimiter"][::2] in ('""', "''"):  # written as for kd train
+            own["delimiter"] = own["delimiter"][1]
         refuse(refusals("", own, {"delimiter": DELIMITER}))
     return own

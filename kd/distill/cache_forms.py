@@ -63,7 +63,7 @@ class Form:
             if output.hidden is None or output.head is None:
                 raise KdError(
                     "teacher.answers.what = hidden needs a teacher of which the output projection is known (a language "
-                    "model of transformers, one, not compiled): set what=topk"
+                    "model of transformers, one, not compiled): set what=logits, or what=topk"
                 )
             return {"hidden": self._rounded(output.hidden)}, None
         parts = [self._topk(logits) if self.what == "topk" else self._dense(logits) for logits in _logits(output)]

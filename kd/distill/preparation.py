@@ -209,7 +209,9 @@ class PreparationModule(OptimisationModule):
         for name, term in self.objective.items():
             if term.reads_topk or not term.needs_teacher_logits or term.reads_softmax_at == 1:
                 continue
-            way = f"keep {kept} in teacher.answers, or take topk_kl in the place of {name}"
+            reader = any(other.reads_topk for _, other in self.objective.items())
+            instead = f"leave {name} out" if reader else f"take topk_kl in the place of {name}"
+            way = f"keep {kept} in teacher.answers, or {instead}"
             reads = "reads more of the teacher's logits than their softmax at T = 1 (reads_softmax_at = None)"
             if term.reads_softmax_at is not None:
                 reads, way = f"softens all classes (T = {term.reads_softmax_at:g})", f"{way}, or T = 1"

@@ -118,7 +118,10 @@ class TopK:
         if temperature == 1:
             return known
         there = ", ".join(f"{t:g}" for t in sorted({1.0, *self.log_rests}))
-        raise ValueError(f"temperature = {temperature} is not stored with the teacher's top-k: it must be {there}")
+        raise ValueError(
+            f"temperature = {temperature} is not stored with the teacher's top-k: it must be {there}, or be "
+            "asked for when the answers are kept (teacher.answers.temperatures)"
+        )
 
     def dense(self) -> Tensor:
         """Make logits (rows, classes) whose softmax has these probabilities, and the tail's mass in equal parts."""

@@ -221,11 +221,12 @@ class _Cut:
         return value
 
     def _choice(self, module: str, axis: int, have: int, want: int) -> Tensor:
-        if (axis == 0 and HEADS_OUT.search(module)) or (axis == 1 and HEADS_IN.search(module)):
+        inside = module.startswith(f"{self.stack}.")  # a head of classes may have a matrix of such a name: RoBERTa's
+        if inside and ((axis == 0 and HEADS_OUT.search(module)) or (axis == 1 and HEADS_IN.search(module))):
             return self._heads(module, have, want)
         if have == self.width and want == self.narrow:
             return self.units
-        if module.startswith(f"{self.stack}.") and have == self.inner:
+        if inside and have == self.inner:
             return self._neurons(module, have, want)
         raise ValueError(
             f"{module} cannot be cut from {have} to {want}: it is not known what this width is of, so cut layers alone "

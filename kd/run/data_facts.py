@@ -58,7 +58,10 @@ def same_data(recorded: Mapping[str, Any], data: Any, source: str, advice: str |
     known = [None, getattr(data, "tokenizer_digest", recorded.get("tokenizer"))]
     known += [cut.digest] if (cut := _restriction(data)) else []  # of the whole one: its networks are cut
     if recorded.get("tokenizer") not in known:
-        raise KdError(f"{source} was trained with another tokenizer than data.tokenizer: its ids mean other tokens")
+        raise KdError(
+            f"{source} was trained with another tokenizer than data.tokenizer, so that ids mean other tokens to it: "
+            "set data.tokenizer=RUN, its run"
+        )
     if recorded.get("encoder") not in (None, getattr(data, "encoder_digest", recorded.get("encoder"))):
         raise KdError(f"{source} was trained on features of another encoder than data.encoder, or pooled otherwise")
     split, here = dict(recorded.get("split") or {}), dict(data.split_facts)

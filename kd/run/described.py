@@ -27,8 +27,10 @@ FETCHING = (
     *("weights", "weights_backbone", "checkpoint_path", "cache_dir", "trust_remote_code", "auto_map", "hf_hub_id"),
 )
 OF_TRANSFORMERS = "kd.models.transformers_model.transformers_model"
-SELF_MADE = ("_target_", "pretrained", "name", "config", "architecture", "pooling", "lora", "num_classes", "tokenizer")
-SELF_MADE += ("typed",)
+SELF_MADE = (
+    *("_target_", "pretrained", "name", "config", "architecture", "pooling", "lora", "num_classes", "tokenizer"),
+    "typed",
+)
 HARMLESS = ("_target_", "_convert_", "_recursive_")  # keys of Hydra; _args_ would hide arguments from the checks
 ALLOW = "set teacher.trust=true if you trust the file, or name the network yourself (model@teacher=NAME)"
 

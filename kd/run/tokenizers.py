@@ -21,7 +21,7 @@ def with_tokenizers(config: Mapping[str, Any], members: list[tuple[Any, Any]]) -
     """Return the config's data, with the tokenizers of its networks where its options name none and some are found.
 
     ``tokenizer``, in the place of one that is trained: that of the pretrained student, by its name or folder; of the
-    pretrained teacher where the student is cut from it, or where the data has one tokenizer for both.
+    teacher, pretrained or of a run, where the student is cut from it, or where the data has one tokenizer for both.
     ``teacher_tokenizer``: found in the folder of a run or of a network of transformers that the teacher comes from, or
     by that network's name. ``members``: model and checkpoint of each teacher. Where a tokenizer cannot be loaded, or
     there are several teachers, the option stays as it is. The data makes nothing of a teacher's that has its own
@@ -32,7 +32,7 @@ def with_tokenizers(config: Mapping[str, Any], members: list[tuple[Any, Any]]) -
     if "tokenizer" in data and (data["tokenizer"] is None or isinstance(data["tokenizer"], Mapping)):
         own = _named(config["student"]["model"])
         if own is None and len(members) == 1 and (config["student"].get("surgery") or not two):
-            own = _named(members[0][0])
+            own = _place(*members[0])
         if own is not None:
             log.info("data.tokenizer = %s: the one that the network was trained with", own)
             data["tokenizer"] = own

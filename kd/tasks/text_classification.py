@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torchmetrics.classification import BinaryF1Score, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
@@ -45,12 +46,23 @@ class TextClassification(Classification):
         return TextClassificationMeter(classes, self.ece_bins, partial(self.names, classes=classes))
 
 
+class Matthews(MulticlassMatthewsCorrCoef):
+    """Matthews' correlation; 0 where all answers, or all targets, are of one class, also of two classes."""
+
+    def compute(self) -> Tensor:
+        """Return it, from −1 to 1. torchmetrics gives other numbers for one answer to all of two classes."""
+        if any((self.confmat.sum(axis) > 0).sum() < 2 for axis in (0, 1)):
+            return self.confmat.new_zeros((), dtype=torch.float32)
+        found: Tensor = super().compute()
+        return found
+
+
 class TextClassificationMeter(ClassificationMeter):
     """The metrics of one pass, from logits (rows, classes) and targets (rows,) int64."""
 
     def __init__(self, num_classes: int, ece_bins: int, names: Callable[[bool], list[str]]) -> None:
         super().__init__(num_classes, ece_bins, names)
-        self.f1, self.matthews = MulticlassF1Score(num_classes), MulticlassMatthewsCorrCoef(num_classes)
+        self.f1, self.matthews = MulticlassF1Score(num_classes), Matthews(num_classes)
         self.f1_positive = BinaryF1Score() if num_classes == 2 else None
 
     def add(self, student: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:

@@ -39,6 +39,7 @@ TEACHERS: dict[str, tuple[dict[str, Any], str]] = {
         "sequence_classification",
     ),
 }
+TEACHERS["roberta with classes"] = (TEACHERS["roberta"][0], "sequence_classification")  # its head has an out_proj, too
 OF_WIDTHS = [name for name in TEACHERS if name != "gpt2"]  # whose query, key and value are matrices of their own
 
 

@@ -34,6 +34,17 @@ def test_metrics_are_those_of_scikit_learn(classes: int) -> None:
     assert ("f1_positive" in found) == (classes == 2)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(("answer", "target"), [(0, None), (1, None), (None, 0), (0, 0)])
+def test_one_class_alone_correlates_with_nothing(classes: int, answer: int | None, target: int | None) -> None:
+    """A network that answers all with one class has a Matthews' correlation of 0, as in scikit-learn."""
+    drawn = [torch.tensor([0, 0, 0, 1, 0, 1, 0]) if one is None else torch.full((7,), one) for one in (answer, target)]
+    logits = torch.nn.functional.one_hot(drawn[0], classes).float()
+    meter = TASK.meter(classes)
+    meter.update(Output(logits), TASK.rows(Batch(torch.zeros(7, 1), drawn[1])))
+    assert meter.compute(with_teacher=False)["matthews"] == 0
+
+
 def test_the_f1_of_class_1_selects_of_two_classes_alone() -> None:
     protocol = {"monitor": "val/f1_positive", "mode": None}
     objective = SimpleNamespace(needs=lambda what: True)

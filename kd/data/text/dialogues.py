@@ -11,6 +11,8 @@ from kd.data.text.encode import between
 from kd.data.text.records import Records
 from kd.errors import KdError
 
+CUT_OFF = ("length", "max_tokens", "max_output_tokens")  # finish_reason, as servers write it
+
 
 class Dialogue(NamedTuple):
     """A text, and the characters [begin, end) of it that are to be predicted.
@@ -44,11 +46,11 @@ def dialogues(records: Records, tokenizer: Any) -> list[Dialogue]:
 
     Of ``messages``, a list of {role, content} a row, what the assistant says is to be predicted; of a pair the
     completion, which is a text, or as the prompt a list of messages. Messages become a text by the chat template of
-    the tokenizer. Where ``finish_reason`` is ``length``, as ``kd generate`` and servers write it, the row's last answer
-    was cut off: no end of it is to be predicted, and nothing of it where the template has changed it, so that it is not
-    known where it ends. ``KdError`` for other columns and values, and for a tokenizer without a template.
+    the tokenizer. Where ``finish_reason`` is one of ``CUT_OFF`` (``kd generate`` writes ``length``), the row's last
+    answer was cut off: no end of it is to be predicted, and nothing of it where the template has changed it, so that it
+    is not known where it ends. ``KdError`` for other columns and values, and for a tokenizer without a template.
     """
-    cut = [reason == "length" for reason in records.columns.get("finish_reason", [None] * len(records))]
+    cut = [str(reason).lower() in CUT_OFF for reason in records.columns.get("finish_reason", [None] * len(records))]
     if "messages" in records.columns:
         rows = [(messages, 0) for messages in records.columns["messages"]]
     elif {"prompt", "completion"} <= set(records.columns):

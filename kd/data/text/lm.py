@@ -24,7 +24,7 @@ from kd.data.text.records import Records
 from kd.data.text.split import apart, carve
 from kd.data.text.store import Tokens
 from kd.data.text.teacher_tokens import AsTeacherSees, TeacherTokenizer
-from kd.errors import KdError
+from kd.errors import KdError, counted
 from kd.losses.base import UNLABELLED
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,10 @@ class Documents(TextModule):
         chosen, rest = carve(keys, torch.zeros(len(rows), dtype=torch.int64), fraction, self.split_seed, name)
         if not len(chosen) or not len(rest):
             left = "none to train on" if len(chosen) else f"none for {name}"
-            raise KdError(f"data.{name}_fraction = {fraction} leaves {left}: there are {len(rows):,} documents")
+            way = " (blank lines divide them: data.document=line)" if self.document == "paragraph" else ""
+            raise KdError(
+                f"data.{name}_fraction = {fraction} leaves {left}, of {counted(len(rows), 'document')} in all{way}"
+            )
         return [rows[i] for i in chosen.tolist()], [rows[i] for i in rest.tolist()]
 
     def _apart(self, documents: dict[str, Rendered]) -> dict[str, Rendered]:

@@ -32,11 +32,12 @@ def tokenizer(
 ) -> tuple[Any, str]:
     """Return a tokenizer of ``transformers`` and its digest.
 
-    ``spec``: a name or folder, an object of ``transformers``, or the settings of one that is trained on ``texts()``:
-    ``vocabulary`` (entries, at most), ``kind`` (``wordpiece``, or byte-level ``bpe``; where not set: ``kind``),
-    ``lowercase`` (where not set: of ``wordpiece`` only). None: trained, with 4,000 entries. One that is trained where
-    ``kind`` is ``bpe``, for documents, gives no token types: ``generate`` of a decoder takes none. ``KdError`` when
-    there is none of that name, or it needs another library; ``key``: the option of the data that names it.
+    ``spec``: a name, a folder, also of a run, an object of ``transformers``, or the settings of one that is trained on
+    ``texts()``: ``vocabulary`` (entries, at most), ``kind`` (``wordpiece``, or byte-level ``bpe``; where not set:
+    ``kind``), ``lowercase`` (where not set: of ``wordpiece`` only). None: trained, with 4,000 entries. One that is
+    trained where ``kind`` is ``bpe``, for documents, gives no token types: ``generate`` of a decoder takes none.
+    ``KdError`` when there is none of that name, or it needs another library; ``key``: the option of the data that names
+    it.
     """
     if isinstance(spec, (str, Path)):
         found = _named(str(spec), root, key)
@@ -58,6 +59,8 @@ def _named(name: str, root: str | None, key: str) -> Any:
     from transformers import AutoTokenizer
 
     folder = next((p for p in (Path(name).expanduser(), Path(root or ".") / name) if p.is_dir()), None)
+    if folder is not None and (folder / "selected" / "tokenizer_config.json").is_file():  # of a run
+        folder = folder / "selected"
     if folder is None and name.startswith((".", "/", "~")):
         raise KdError(f"data.{key} = {name}: there is no such folder")
     error = Exception()
