@@ -192,10 +192,7 @@ class Distiller(PreparationModule):
     # ------------------------------------------------------------------ a step
 
     def check_data(self, data: Any) -> None:
-        """Refuse data modules that this set-up cannot work on, before the first batch; ``KdError`` says which key.
-
-        None is refused here.
-        """
+        """Refuse a data module that the set-up cannot work on, before the first batch; this one takes any."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute one step: named terms, their weighted sum, counts into the buffer."""

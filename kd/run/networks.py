@@ -6,7 +6,6 @@ import inspect
 import logging
 import sys
 from collections.abc import Collection, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 from hydra.utils import get_object
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from kd.config.instantiate import first_line, make
 from kd.config.keys import targets
+from kd.data.text.vocabulary import unpadded
 from kd.distill.answers import Answers
 from kd.distill.teacher import InputMap, Teacher
 from kd.errors import KdError
@@ -116,7 +116,7 @@ def trained(
     known = recorded.get("vocabulary") or {}
     if cut and more.get("restriction") is None and known["kept"] == known["of"]:
         # its network had lost the rows behind the tokenizer, which the one that the config names may have
-        given = {**more, "restriction": SimpleNamespace(kept=range(known["of"]), whole=known["of"])}
+        given = {**more, "restriction": unpadded(data.tokenizer, data.tokenizer_digest)}
     # where the data of this run does not tell
     classes = recorded.get("num_classes") if data.num_classes is None and not new_head else data.num_classes
     net = network(spec, path, classes, input_shape or data.input_shape, **given)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -18,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 from kd.config.rules import number, refusals, refuse, whole
 from kd.data.base import as_batch
 from kd.data.text.base import TextModule
-from kd.data.text.loader import Part
 from kd.distill.distiller import Distiller, Step
 from kd.errors import KdError
 from kd.losses.base import UNLABELLED, Batch
@@ -139,16 +137,7 @@ class OnPolicy(Distiller):
     def check_data(self, data: Any) -> None:
         """Refuse prompts of a text's training set that leave no room for what is written."""
         if self.writes and isinstance(data, TextModule):
-            self.check_positions(self._longest_prompt(data.parts["train"]))
-
-    def _longest_prompt(self, part: Part) -> int:
-        """Return the tokens of the longest prompt: ``prompt_length``, or those before the first supervised one."""
-        if self.prompt_length is not None:
-            return min(self.prompt_length, int((part.end - part.begin).max()))
-        if (supervised := part.tokens.supervised) is None:
-            return 0
-        flags = np.asarray(supervised)
-        return max(int(flags[begin:end].argmax()) for begin, end in zip(part.begin, part.end, strict=True))
+            self.check_positions(data.parts["train"].longest_prompt(self.prompt_length))
 
     def check_positions(self, longest: int) -> None:
         """Refuse prompts of ``longest`` positions that with what is written are more than a network takes."""

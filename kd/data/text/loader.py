@@ -57,6 +57,15 @@ class Part:
             teacher=None if self.teacher is None else self.teacher.take(chosen),
         )
 
+    def longest_prompt(self, length: int | None = None) -> int:
+        """Count the tokens of the longest prompt: the first ``length``, or None: those before the supervised ones."""
+        if length is not None:
+            return min(length, int((self.end - self.begin).max()))
+        if self.tokens.supervised is None:
+            return 0
+        flags = np.asarray(self.tokens.supervised)
+        return max(int(flags[begin:end].argmax()) for begin, end in zip(self.begin, self.end, strict=True))
+
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Give all numbers that the inputs are made of, by name: for a digest of them."""
         tokens = self.tokens  # its offsets say where a document begins, which may not see the one before
