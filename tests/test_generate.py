@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kd.data.text.teacher_tokens import token_bytes
 from kd.errors import KdError
 from kd.generate import http_teacher
 from kd.generate.chat_answer import Declined, Malformed, completion
@@ -118,7 +119,7 @@ def test_messages_stay_messages(ask, server, tmp_path) -> None:
 
 def test_log_probabilities_and_answers_that_were_cut_off(ask, server, tmp_path) -> None:
     tops = [{"token": "x", "logprob": -0.5}, {"token": "y", "logprob": -1.5}]
-    given = {"content": [{"token": "x", "logprob": -0.5, "top_logprobs": tops}]}
+    given = {"content": [{"token": "x", "logprob": -0.5, "bytes": [120], "top_logprobs": tops}]}
     server.script["a"] = [sends(choice(logprobs=given, finish_reason="length"))]
     summary = ask("a", "b", logprobs=2)
     first, second = lines(tmp_path)
@@ -786,14 +787,20 @@ def test_log_probabilities_of_a_local_model(model, tmp_path) -> None:
 
     generate(prompts_file(tmp_path, *PROMPTS[:3]), tmp_path / "o.jsonl", model, max_new_tokens=4, logprobs=2)
     tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
+    known = token_bytes(tokenizer)
     for row in lines(tmp_path, "o.jsonl"):
         ids = [1, *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]]
         for one in row["logprobs"]:
             with torch.no_grad():
                 expected = network(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            ids.append(tokenizer.convert_tokens_to_ids(one["token"]))
+            texts = [one["token"], *(token for token, *_ in one["top"])]
+            raws = [one.get("bytes"), *(more[0] if more else None for _, _, *more in one["top"])]
+            words = [bytes(raw) if raw else text.encode() for raw, text in zip(raws, texts, strict=True)]
+            found = [known[word] if word in known else tokenizer.convert_tokens_to_ids(word.decode()) for word in words]
+            ids.append(found[0])
+            assert found[1:] == expected.topk(2).indices.tolist()
             assert one["logprob"] == pytest.approx(float(expected[ids[-1]]), abs=1e-4)
-            top = [value for _, value in one["top"]]
+            top = [value for _, value, *_ in one["top"]]
             assert top == pytest.approx(expected.topk(2).values.tolist(), abs=1e-4)
         assert len(row["logprobs"]) == row["tokens_out"]
 

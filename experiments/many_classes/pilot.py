@@ -1,8 +1,8 @@
 """Choose rate, smoothing, temperature and share of labels on validation, eight settings an arm, and print the spreads.
 
-``python experiments/many_classes/pilot.py DATA FOLDER_OF_THE_ENCODER`` prints a table of the README, DATA is ``clinc150``
-or ``banking77``. Its seeds are not those of the study, and it does not read the test set. Networks, data, losses and
-recipe are those of ``study.yaml``, in a bare loop.
+``python experiments/many_classes/pilot.py DATA FOLDER_OF_THE_ENCODER`` prints a table of the README; DATA is
+``clinc150`` or ``banking77``. Its seeds are not those of the study, and it does not read the test set. Networks, data,
+losses and recipe are those of ``study.yaml``, in a bare loop.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd.generate.ledger import BYTES_OF_A_TOKEN, Usage
-from kd.records.generations import Completion
+from kd.records.generations import Candidate, Completion, stored_token
 
 LONGEST = 20_000  # characters of a server's words
 SHOWN = 300  # of them in a sentence
@@ -136,30 +136,18 @@ def _logprobs(given: Any) -> list[dict[str, Any]] | None:
     try:
         if not isinstance(tokens, list):
             raise TypeError
-        return [
-            {
-                "token": _token(one),
-                "logprob": _logprob(one),
-                "top": [[_token(other), _logprob(other)] for other in one.get("top_logprobs") or []],
-            }
-            for one in tokens
-        ]
+        return [stored_token(_candidate(one), map(_candidate, one.get("top_logprobs") or [])) for one in tokens]
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
         raise Malformed(f"the log-probabilities are {_short(tokens)}") from None
 
 
-def _token(one: Mapping[str, Any]) -> str:
-    token = one["token"]
+def _candidate(one: Mapping[str, Any]) -> Candidate:
+    token, value, raw = one["token"], one["logprob"], one.get("bytes")
     if not isinstance(token, str) or not _is_unicode(token):
         raise TypeError
-    return token
-
-
-def _logprob(one: Mapping[str, Any]) -> float:
-    value = one["logprob"]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > 1e-3:
         raise TypeError
-    return max(float(value), -1e4)  # -inf is no JSON
+    return token, float(value), bytes(raw) if isinstance(raw, list) and raw else None
 
 
 def _is_unicode(text: str) -> bool:

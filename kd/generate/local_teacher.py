@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from kd.data.text.encode import around
+from kd.data.text.teacher_tokens import bytes_of_tokens
 from kd.data.text.tokenizer import tokenizer as load_tokenizer
 from kd.errors import KdError, MachineFailure
 from kd.generate.prompts import Prompt
 from kd.models.generation import generation_config
 from kd.models.positions import positions_of
 from kd.models.transformers_model import transformers_model
-from kd.records.generations import Completion
+from kd.records.generations import Candidate, Completion, stored_token
 
 Batch = list[tuple[int, int]]
 """Number of a prompt, number of its sample."""
@@ -58,6 +59,7 @@ class LocalTeacher:
         except ValueError as error:
             raise KdError(str(error).replace("name = ", "model = ", 1)) from None
         self.name, self.sampling, self.system = name, sampling, system
+        self._raw: dict[int, bytes] = {}  # of tokens, once they are asked for
         has_template = getattr(self.tokenizer, "chat_template", None) is not None
         self.template = has_template if template is None else template
         if not has_template and (self.template or system is not None):
@@ -173,18 +175,20 @@ class LocalTeacher:
         found = logits.log_softmax(-1)
         top = found.topk(min(number, found.shape[-1]))
         own = found.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
-        words = self.tokenizer.convert_ids_to_tokens
-        return [
-            {
-                "token": words(token),
-                "logprob": max(value, -1e4),
-                "top": [
-                    [words(i), max(v, -1e4)]
-                    for i, v in zip(top.indices[n].tolist(), top.values[n].tolist(), strict=True)
-                ],
-            }
-            for n, (token, value) in enumerate(zip(new, own, strict=True))
+        likeliest = [
+            list(zip(*pair, strict=True)) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
+        return [
+            stored_token(self._candidate(token, value), [self._candidate(*one) for one in others])
+            for token, value, others in zip(new, own, likeliest, strict=True)
+        ]
+
+    def _candidate(self, token: int, value: float) -> Candidate:
+        """Write a token as a server does: as text, whatever the vocabulary spells it like; special ones by name."""
+        self._raw = self._raw or bytes_of_tokens(self.tokenizer)
+        if (raw := self._raw.get(token)) is None:
+            return self.tokenizer.convert_ids_to_tokens(token), value, None
+        return raw.decode(errors="replace"), value, raw
 
 
 def batches(lengths: Sequence[int], samples: int, size: int) -> list[Batch]:

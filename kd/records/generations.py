@@ -32,8 +32,7 @@ class Completion:
 
     ``finish_reason``: ``stop``, ``length`` (``max_new_tokens`` were not enough), or another word of a server.
     ``tokens_in``, ``tokens_out``: of the prompt and of the completion; ``estimated``: the server did not count them.
-    ``cost``: of this answer, None without prices. ``logprobs``: a token each, {token, logprob, top:
-    [[token, logprob], …]}.
+    ``cost``: of this answer, None without prices. ``logprobs``: a token each, as :func:`stored_token` writes it.
     """
 
     text: str
@@ -52,6 +51,27 @@ class Completion:
         found |= {"tokens_estimated": True} if self.estimated else {}
         found |= {"cost": self.cost} if self.cost is not None else {}
         return found | ({"logprobs": self.logprobs} if self.logprobs is not None else {})
+
+
+Candidate = tuple[str, float, bytes | None]
+"""A token as text, its log-probability, the bytes that it stands for; None: those of the text."""
+
+
+def stored_token(written: Candidate, likeliest: Iterable[Candidate]) -> dict[str, Any]:
+    """Write a token with those that were the ``likeliest`` in its place: {token, logprob, top: [[token, logprob], …]}.
+
+    ``bytes``, or a third number of ``top``, are the token's where its text is not all of it: a part of a character.
+    Log-probabilities are at least −10,000: −∞ is no JSON.
+    """
+    (text, value, raw), *top = [
+        [text, max(value, -1e4), _not_text(text, raw)] for text, value, raw in (written, *likeliest)
+    ]
+    found = {"token": text, "logprob": value, "top": [one if one[2] is not None else one[:2] for one in top]}
+    return found if raw is None else {**found, "bytes": raw}
+
+
+def _not_text(text: str, raw: bytes | None) -> list[int] | None:
+    return None if raw is None or raw == text.encode() else list(raw)
 
 
 class Generations:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd.config.rules import refusals, refuse
+from kd.config.rules import refusals, refuse, shown
 from kd.data.content import Rows
 from kd.data.text import teacher_tokens
 from kd.data.text.base import TextModule
@@ -19,7 +19,7 @@ from kd.data.text.dialogues import Dialogue, answers_of, dialogues
 from kd.data.text.documents import cut_the_end, long_lines, read_documents, text_files
 from kd.data.text.encode import around, between, encode_documents, encode_spans, predicted
 from kd.data.text.loader import Form, Part, part_of
-from kd.data.text.options import RULES
+from kd.data.text.options import RULES, plain
 from kd.data.text.records import Records
 from kd.data.text.split import apart, carve
 from kd.data.text.store import Tokens
@@ -136,6 +136,20 @@ class Documents(TextModule):
             self.own_of_teacher = teacher_tokens.teacher_tokenizer(
                 self.teacher_spec, self.tokenizer, self.root, self.length
             )
+
+    def encoded(self, split: str, source: Any = None) -> tuple[Records, list[Dialogue], Tokens]:
+        """Return prompts with completions, or messages, as they lie in a file, as texts, and in tokens.
+
+        ``source``: as ``train``; None: what was given for ``split``. Nothing is left out or truncated. ``KdError``
+        where it holds documents.
+        """
+        self.setup()
+        source = self.given[split] if source is None else plain(source)
+        records = self._read(source, split)
+        if not isinstance(records, Records):
+            raise KdError(f"data.{split} = {shown(source)} holds documents, and no prompts with completions")
+        rows: Any = self._rows(records)
+        return records, rows, self._tokens(rows, False, self.tokenizer, self.tokenizer_digest)
 
     @property
     def for_teacher(self) -> Any:

@@ -171,16 +171,24 @@ def matched_ids(student: Any, teacher: Any) -> Tensor:
 
 
 def token_bytes(tokenizer: Any) -> dict[bytes, int]:
+    """Return the id of each text that tokens stand for, see :func:`bytes_of_tokens`; of two ids the first counts."""
+    found = dict[bytes, int]()
+    for number, text in bytes_of_tokens(tokenizer).items():
+        found.setdefault(text, number)
+    return found
+
+
+def bytes_of_tokens(tokenizer: Any) -> dict[int, bytes]:
     """Return what the tokens of a vocabulary stand for, a space before a word with it; special ones are left out.
 
     Byte-level tokens, SentencePiece's (``▁the``, ``<0x0A>``) and WordPiece's (``##ing``; a word without the mark begins
-    with a space) are read; those of another kind stand for themselves. Of two ids for the same bytes the first counts.
+    with a space) are read; those of another kind stand for themselves. In the order of ids.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     whole: Mapping[str, Any] = {} if backend is None else json.loads(backend.to_str())
     kinds = json.dumps([whole.get("decoder"), whole.get("pre_tokenizer"), whole.get("model", {}).get("type")])
     letters = _byte_letters() if '"ByteLevel"' in kinds else {}
-    special, found = set(tokenizer.all_special_ids), dict[bytes, int]()
+    special, found = set(tokenizer.all_special_ids), dict[int, bytes]()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
         if number in special:
             continue
@@ -192,7 +200,7 @@ def token_bytes(tokenizer: Any) -> dict[bytes, int]:
             text = bytes([int(token[3:5], 16)])
         else:
             text = token.replace(SPACE, " ").encode("utf-8", "surrogatepass")
-        found.setdefault(text, number)
+        found[number] = text
     return found
 
 

@@ -1,0 +1,233 @@
+"""Log-probabilities that ``kd generate logprobs=K`` has stored beside a teacher's texts, read in its place."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd.data.text.dialogues import Dialogue
+from kd.data.text.lm import Documents
+from kd.data.text.teacher_tokens import bytes_of_tokens
+from kd.distill.answers import Answers
+from kd.distill.cache_key import index_of
+from kd.errors import KdError
+from kd.losses.base import Batch, Output, TopK
+from kd.tasks.base import Want
+
+log = logging.getLogger(__name__)
+
+SURE = 0.99  # probability of a token that the teacher wrote and of which nothing is stored
+LEAST = -60.0  # log-probabilities below it say "none" (servers write −9999), and would be all that a reverse KL sees
+SLIGHTLY = 1e-3  # above 0: rounded
+REST = 1e-6  # probability of the tokens that are not stored, at least: servers round
+ALIGNED = 0.5  # of the tokens: with fewer in common the tokenizer is another one
+
+Known = list[tuple[int, float]]
+"""Ids with log-probabilities, each id once."""
+
+
+class StoredLogprobs(Answers):
+    """``teacher.answers={_target_: kd.distill.stored_logprobs.StoredLogprobs}``: the teacher is known by a file alone.
+
+    For a teacher behind a server: ``kd generate … logprobs=20`` has stored, beside each token of its texts, the
+    likeliest ones. With ``data=lm data.train=FILE`` on the same texts these are ``Output.topk`` of the tokens to be
+    predicted; what is stored is at T = 1. The student's tokenizer must be the teacher's.
+
+    ``file``: with the columns of ``kd generate``; None: the data's own training set. Its rows are found by their
+    tokens.
+
+    A token of the file counts where one of the student's stands for the same bytes at the same place; candidates that
+    are no entry of the vocabulary are left to the rest, which is spread over all other entries evenly. Where the text
+    was divided otherwise, and at an end of which the server told nothing, the token that was written has ``SURE``.
+
+    On validation and test there is no teacher. ``KdError`` where the file has no such column, where its tokens are
+    another tokenizer's, and where it lacks a training row.
+    """
+
+    cache = True
+
+    def __init__(self, teacher: Any, data: Any, *, file: Any = None) -> None:
+        super().__init__()
+        if teacher is not None:
+            raise KdError(
+                "teacher.answers reads what a teacher has written, and there is a live one: leave teacher.checkpoint "
+                "and teacher.model out"
+            )
+        own = getattr(data, "own", data)
+        if not isinstance(own, Documents) or own.masking is not None or own.for_teacher is not own:
+            raise KdError(
+                "teacher.answers reads log-probabilities of tokens: it needs data=lm with prompts and completions, "
+                "without masking and without a tokenizer of the teacher's own"
+            )
+        own.setup()
+        self._classes = len(own.tokenizer)
+        self._read(own, file)
+
+    def answer(self, batch: Batch, want: Want) -> Output:
+        """Return what is stored for a batch of training."""
+        if want.input_gradient:
+            raise KdError("teacher.answers keeps no graph, and a term reads the gradient of the inputs: set it to null")
+        if not want.logits:
+            return Output()
+        if "own_text" in batch.extra:
+            raise KdError("teacher.answers knows the texts of its file, and not what the student writes")
+        samples = np.searchsorted(self._index, index_of(batch).cpu().numpy())
+        first, counts = self._begin[samples], self._begin[samples + 1] - self._begin[samples]
+        ends = np.cumsum(counts)
+        if batch.targets is None or ends[-1] != len(batch.targets):
+            raise KdError("teacher.answers knows the tokens to be predicted of data=lm, this batch has other rows")
+        rows = torch.from_numpy(np.arange(ends[-1]) + np.repeat(first - (ends - counts), counts))
+        ids, log_probs, rests = (part[rows].to(batch.device) for part in (self._ids, self._log_probs, self._rests))
+        return Output(topk=TopK(ids, log_probs, self._classes, {1.0: rests}))
+
+    # ------------------------------------------------------------------ reading
+
+    def _read(self, data: Documents, file: Any) -> None:
+        """Read what is stored of each token to be predicted, row after row of the training set."""
+        records, texts, tokens = data.encoded("train", file)
+        if "logprobs" not in records.columns:
+            raise KdError(
+                f"{records.where} has no column logprobs: kd generate stores them beside its texts with logprobs=20"
+            )
+        assert data.most is not None
+        assert tokens.bytes is not None
+        place = {tokens.ids[b : min(e, b + data.most)].tobytes(): n for n, (b, e) in reversed(_ranges(tokens.offsets))}
+        vocabulary, train = Vocabulary(data.tokenizer), data.parts["train"]
+        order = np.argsort(train.index.numpy(), kind="stable")
+        known: list[Known] = []
+        counts, aligned = [], 0
+        for row in order.tolist():
+            begin, end = int(train.begin[row]), int(train.end[row])
+            ids = np.asarray(train.tokens.ids[begin:end])
+            if (number := place.get(ids.tobytes())) is None:
+                raise KdError(f"{records.where} lacks a training row: {data.tokenizer.decode(ids.tolist())[:80]!r} …")
+            sizes = tokens.bytes[tokens.offsets[number] :][: len(ids)].tolist()
+            try:
+                found = vocabulary.align(records.columns["logprobs"][number], texts[number], ids.tolist(), sizes)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
+                raise KdError(
+                    f"{records.row(number)}: logprobs must be null or a list of {{token, logprob, top: [[token, "
+                    "logprob], …]}, none above 0, as kd generate writes them"
+                ) from None
+            due = np.flatnonzero(train.tokens.supervised[begin:end])
+            due = due[due > 0]  # the first token of a row is not predicted
+            counts.append(len(due))
+            aligned += sum(int(n) in found for n in due)
+            known += [found.get(int(n)) or [(int(ids[n]), math.log(SURE))] for n in due]
+        if aligned < ALIGNED * len(known):
+            raise KdError(
+                f"{aligned:,} of {len(known):,} tokens of {records.where} are tokens of data.tokenizer: it must be the "
+                "teacher's"
+            )
+        if aligned < len(known):
+            log.info(
+                "%s: of %s of %s tokens nothing is stored (ends of texts, and where they were divided otherwise)",
+                *(records.where, f"{len(known) - aligned:,}", f"{len(known):,}"),
+            )
+        self._index, self._begin = train.index.numpy()[order], np.concatenate([[0], np.cumsum(counts)])
+        self._ids, self._log_probs, self._rests = packed(known, self._classes)
+
+
+class Vocabulary:
+    """A student's vocabulary by the bytes that its entries stand for; special ones are as they are spelled."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        numbers = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+        spelled = {number: str(tokenizer.convert_ids_to_tokens(number)).encode() for number in numbers}
+        self.raw: dict[int, bytes] = {**spelled, **bytes_of_tokens(tokenizer)}
+        self.ids = {text: number for number, text in reversed(self.raw.items())}
+
+    def align(self, stored: Any, row: Dialogue, ids: Sequence[int], sizes: Sequence[int]) -> dict[int, Known]:
+        """Return what is stored of each token of a row, by its place, where the teacher's one is the same bytes.
+
+        ``stored``: the row's ``logprobs``, of its last answer; ``ids`` (n,), ``sizes`` (n,): the student's tokens, and
+        their bytes in the row's text.
+        """
+        if stored is None or not row.answers or row.answers[-1][0] < 0:
+            return {}
+        begin, end = row.answer_bytes()[-1]
+        said = row.text.encode("utf-8", "surrogatepass")[begin:end]
+        first = int(np.searchsorted(np.cumsum(sizes), begin, side="right"))
+        own, theirs = [self.raw.get(i, b"") for i in ids[first:]], [_bytes(one) for one in stored]
+        inside, after = _spans(theirs, said)
+        mine, rest = _spans(own, said)
+        pairs = [(number, inside[span]) for span, number in mine.items() if span in inside]
+        for one, other in zip(rest, after, strict=False):  # one of them may know more of the end
+            if own[one] != theirs[other]:
+                break
+            pairs.append((one, other))
+        return {first + one: self._known(stored[other], ids[first + one]) for one, other in pairs}
+
+    def _known(self, one: Mapping[str, Any], written: int) -> Known:
+        """Return the candidates for a token that are entries of the vocabulary, and the one that was ``written``."""
+        found = {written: float(one["logprob"])}
+        for text, value, *raw in one.get("top") or []:
+            if (number := self.ids.get(_bytes({"token": text, "bytes": raw[0] if raw else None}))) is not None:
+                found.setdefault(number, float(value))
+        if not all(value <= SLIGHTLY for value in found.values()):  # not a number, too
+            raise ValueError
+        return [(number, value) for number, value in found.items() if value > LEAST]
+
+
+def _spans(words: Sequence[bytes], said: bytes) -> tuple[dict[tuple[int, int], int], list[int]]:
+    """Return the tokens of a text by the bytes [begin, end) of it that they are, and those that come behind its end.
+
+    ``words``: the tokens; spaces before the text, which templates and servers take away, belong to the first one. Where
+    they are another text than what was ``said``, nothing is known from there on.
+    """
+    whole = b"".join(words)
+    spaces = 0 if said[:1].isspace() else len(whole) - len(whole.lstrip())
+    alike = (one == other for one, other in zip(whole[spaces:], said, strict=False))
+    same = sum(itertools.takewhile(bool, alike))
+    found, after, end = dict[tuple[int, int], int](), [], -spaces
+    for number, word in enumerate(words):
+        begin, end = end, end + len(word)
+        if 0 < end <= same:
+            found[max(begin, 0), end] = number
+        elif end > len(said) == same:
+            after.append(number)
+    return found, after
+
+
+def _bytes(one: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a token; ``bytes`` are given where its text is not all of it."""
+    given = one.get("bytes")
+    return bytes(given) if given is not None else str(one["token"]).encode("utf-8", "surrogatepass")
+
+
+def packed(known: list[Known], classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Put candidates into ids (rows, k), log-probabilities (rows, k) and the log of what is left (rows,).
+
+    Rows with fewer than k are filled up with other ids, which have their even part of what is left.
+    """
+    k = max(map(len, known))
+    ids, log_probs, rests = np.zeros((len(known), k), np.int64), np.zeros((len(known), k)), np.zeros(len(known))
+    for row, found in enumerate(known):
+        there = {number for number, _ in found}
+        left = max(1 - sum(math.exp(value) for _, value in found), REST)
+        others, more = classes - len(found), k - len(found)
+        ids[row] = [*(number for number, _ in found), *_first(there, more)]
+        log_probs[row] = [*(value for _, value in found), *[math.log(left / max(others, 1))] * more]
+        rests[row] = math.log(max(left * (others - more) / max(others, 1), 1e-12))
+    return torch.from_numpy(ids), torch.from_numpy(log_probs).float(), torch.from_numpy(rests).float()
+
+
+def _first(there: set[int], count: int) -> Iterator[int]:
+    """Yield the ``count`` smallest numbers that are not ``there``."""
+    number = 0
+    while count:
+        if number not in there:
+            yield number
+            count -= 1
+        number += 1
+
+
+def _ranges(offsets: np.ndarray) -> list[tuple[int, tuple[int, int]]]:
+    return list(enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)))
