@@ -127,7 +127,7 @@ def test_a_run(teacher: Path, written: Path, tmp_path: Path, capsys: pytest.Capt
     argv += [f"data.tokenizer={teacher}", "model@student=transformers", "student.model.pretrained=false"]
     argv += [f"student.model.config={{{inside}}}", "loss=[ce,topk_kl]", "recipe.epochs=1", "recipe.batch_size=8"]
     argv += [
-        "+teacher.answers={_target_: kd.distill.stored_logprobs.StoredLogprobs}",
+        "teacher.answers={_target_: kd.distill.stored_logprobs.StoredLogprobs}",
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
     assert main([*argv, "hardware=cpu", "hardware.threads=1"]) == 0, capsys.readouterr().err
@@ -223,6 +223,8 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(teacher: Path, w
     (tmp_path / "text.txt").write_text("".join(f"the cold wind {n}\n" for n in range(50)))
     with pytest.raises(KdError, match="holds documents, and no prompts with completions"):
         StoredLogprobs(None, data_of(tmp_path / "text.txt", teacher, document="line", overlap="keep"))
+    with pytest.raises(KdError, match=r"needs data=lm with prompts and completions, and no data\.masking, data\.packing"):
+        StoredLogprobs(None, data_of(written, teacher, packing=True))
     live = Teacher([AutoModelForCausalLM.from_pretrained(teacher)], task=CausalLM())
     with pytest.raises(KdError, match=r"there is a live one: leave teacher\.checkpoint and teacher\.model out"):
         StoredLogprobs(live, data)

@@ -61,10 +61,10 @@ class StoredLogprobs(Answers):
                 "and teacher.model out"
             )
         own = getattr(data, "own", data)
-        if not isinstance(own, Documents) or own.masking is not None or own.for_teacher is not own:
+        if not isinstance(own, Documents) or own.masking is not None or own.packing or own.for_teacher is not own:
             raise KdError(
-                "teacher.answers reads log-probabilities of tokens: it needs data=lm with prompts and completions, "
-                "without masking and without a tokenizer of the teacher's own"
+                "teacher.answers reads log-probabilities of tokens: it needs data=lm with prompts and completions, and "
+                "no data.masking, data.packing or data.teacher_tokenizer"
             )
         own.setup()
         self._classes = len(own.tokenizer)
