@@ -223,7 +223,7 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(teacher: Path, w
     (tmp_path / "text.txt").write_text("".join(f"the cold wind {n}\n" for n in range(50)))
     with pytest.raises(KdError, match="holds documents, and no prompts with completions"):
         StoredLogprobs(None, data_of(tmp_path / "text.txt", teacher, document="line", overlap="keep"))
-    with pytest.raises(KdError, match=r"needs data=lm with prompts and completions, and no data\.masking, data\.packing"):
+    with pytest.raises(KdError, match=r"needs data=lm with prompts and completions, and no data\.masking"):
         StoredLogprobs(None, data_of(written, teacher, packing=True))
     live = Teacher([AutoModelForCausalLM.from_pretrained(teacher)], task=CausalLM())
     with pytest.raises(KdError, match=r"there is a live one: leave teacher\.checkpoint and teacher\.model out"):

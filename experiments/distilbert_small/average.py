@@ -18,7 +18,7 @@ from kd.studies.load import load_study
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("trec", "banking")
-ARMS = ("adapted", "full", "no_soft", "no_cosine", "no_mlm", "random")
+ARMS = ("adapted", "full", "no_soft", "no_cosine", "no_mlm", "random", "copied")
 PUBLISHED = {"no_soft": -2.96, "no_cosine": -1.46, "no_mlm": -0.31, "random": -3.69}  # points of the GLUE average
 RETENTION = 77.0 / 79.5
 

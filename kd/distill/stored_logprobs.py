@@ -61,12 +61,13 @@ class StoredLogprobs(Answers):
                 "and teacher.model out"
             )
         own = getattr(data, "own", data)
+        if isinstance(own, Documents):
+            own.setup()
         if not isinstance(own, Documents) or own.masking is not None or own.packing or own.for_teacher is not own:
             raise KdError(
                 "teacher.answers reads log-probabilities of tokens: it needs data=lm with prompts and completions, and "
                 "no data.masking, data.packing or data.teacher_tokenizer"
             )
-        own.setup()
         self._classes = len(own.tokenizer)
         self._read(own, file)
 
