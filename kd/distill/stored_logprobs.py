@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ class StoredLogprobs(Answers):
             raise KdError("teacher.answers knows the tokens to be predicted of data=lm, this batch has other rows")
         rows = torch.from_numpy(np.arange(ends[-1]) + np.repeat(first - (ends - counts), counts))
         ids, log_probs, rests = (part[rows].to(batch.device) for part in (self._ids, self._log_probs, self._rests))
-        return Output(topk=TopK(ids, log_probs, self._classes, {1.0: rests}))
+        return Output(topk=TopK(ids.long(), log_probs, self._classes, {1.0: rests}))
 
     # ------------------------------------------------------------------ reading
 
@@ -102,8 +103,7 @@ class StoredLogprobs(Answers):
         place = {tokens.ids[b : min(e, b + data.most)].tobytes(): n for n, (b, e) in reversed(_ranges(tokens.offsets))}
         vocabulary, train = Vocabulary(data.tokenizer), data.parts["train"]
         order = np.argsort(train.index.numpy(), kind="stable")
-        known: list[Known] = []
-        counts, aligned = [], 0
+        known, counts, aligned = Packed(), [], 0
         for row in order.tolist():
             begin, end = int(train.begin[row]), int(train.end[row])
             ids = np.asarray(train.tokens.ids[begin:end])
@@ -121,7 +121,8 @@ class StoredLogprobs(Answers):
             due = due[due > 0]  # the first token of a row is not predicted
             counts.append(len(due))
             aligned += sum(int(n) in found for n in due)
-            known += [found.get(int(n)) or [(int(ids[n]), math.log(SURE))] for n in due]
+            for n in due.tolist():
+                known.add(found.get(n) or [(int(ids[n]), math.log(SURE))])
         if aligned < ALIGNED * len(known):
             raise KdError(
                 f"{aligned:,} of {len(known):,} tokens of {records.where} are tokens of data.tokenizer: it must be the "
@@ -129,11 +130,12 @@ class StoredLogprobs(Answers):
             )
         if aligned < len(known):
             log.info(
-                "%s: of %s of %s tokens nothing is stored (ends of texts, and where they were divided otherwise)",
+                "%s has nothing on %s of %s tokens (ends of texts, and where they were divided otherwise): what was "
+                "written is the target there",
                 *(records.where, f"{len(known) - aligned:,}", f"{len(known):,}"),
             )
         self._index, self._begin = train.index.numpy()[order], np.concatenate([[0], np.cumsum(counts)])
-        self._ids, self._log_probs, self._rests = packed(known, self._classes)
+        self._ids, self._log_probs, self._rests = known.tensors(self._classes)
 
 
 class Vocabulary:
@@ -203,21 +205,40 @@ def _bytes(one: Mapping[str, Any]) -> bytes:
     return bytes(given) if given is not None else str(one["token"]).encode("utf-8", "surrogatepass")
 
 
-def packed(known: list[Known], classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Put candidates into ids (rows, k), log-probabilities (rows, k) and the log of what is left (rows,).
+class Packed:
+    """Candidates of many tokens in little memory: eight bytes each."""
 
-    Rows with fewer than k are filled up with other ids, which have their even part of what is left.
-    """
-    k = max(map(len, known))
-    ids, log_probs, rests = np.zeros((len(known), k), np.int64), np.zeros((len(known), k)), np.zeros(len(known))
-    for row, found in enumerate(known):
-        there = {number for number, _ in found}
-        left = max(1 - sum(math.exp(value) for _, value in found), REST)
-        others, more = classes - len(found), k - len(found)
-        ids[row] = [*(number for number, _ in found), *_first(there, more)]
-        log_probs[row] = [*(value for _, value in found), *[math.log(left / max(others, 1))] * more]
-        rests[row] = math.log(max(left * (others - more) / max(others, 1), 1e-12))
-    return torch.from_numpy(ids), torch.from_numpy(log_probs).float(), torch.from_numpy(rests).float()
+    def __init__(self) -> None:
+        self.ids, self.values, self.counts = array("i"), array("f"), array("i")
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def add(self, known: Known) -> None:
+        """Add the candidates of the next token."""
+        self.ids.extend(number for number, _ in known)
+        self.values.extend(value for _, value in known)
+        self.counts.append(len(known))
+
+    def tensors(self, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids (tokens, k) int32, log-probabilities (tokens, k) and the log of what is left (tokens,).
+
+        Tokens with fewer than k are filled up with other ids, which have their even part of what is left.
+        """
+        rows, k = len(self), max(self.counts)
+        ids, log_probs = np.zeros((rows, k), np.int32), np.zeros((rows, k), np.float32)
+        rests, end = np.zeros(rows, np.float32), 0
+        flat, values = np.asarray(self.ids), np.asarray(self.values)
+        for row, count in enumerate(self.counts):
+            begin, end = end, end + count
+            left = max(1 - float(np.exp(values[begin:end]).sum()), REST)
+            others, more = max(classes - count, 1), k - count
+            ids[row, :count], log_probs[row, :count] = flat[begin:end], values[begin:end]
+            if more:
+                ids[row, count:] = list(_first(set(flat[begin:end].tolist()), more))
+                log_probs[row, count:] = math.log(left / others)
+            rests[row] = math.log(max(left * (others - more) / others, 1e-12))
+        return torch.from_numpy(ids), torch.from_numpy(log_probs), torch.from_numpy(rests)
 
 
 def _first(there: set[int], count: int) -> Iterator[int]:
