@@ -202,7 +202,7 @@ def _spans(words: Sequence[bytes], said: bytes) -> tuple[dict[tuple[int, int], i
 def _bytes(one: Mapping[str, Any]) -> bytes:
     """Return the bytes of a token; ``bytes`` are given where its text is not all of it."""
     given = one.get("bytes")
-    return bytes(given) if given is not None else str(one["token"]).encode("utf-8", "surrogatepass")
+    return bytes([*given]) if given is not None else str(one["token"]).encode("utf-8", "surrogatepass")
 
 
 class Packed:
