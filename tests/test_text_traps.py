@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import transformers
@@ -257,3 +260,36 @@ def test_terms_are_logged_apart_and_tokens_a_second(tmp_path: Path, capsys: pyte
         assert len(found) >= 2, name
         assert all(value > 0 for value in found)
     assert said.count(" tokens/s)") == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # what a plain trainer says about itself
+@pytest.mark.parametrize("own", [(), ("student",)], ids=["lightning", "the module's own step"])
+@pytest.mark.parametrize("chunk", [None, 8], ids=["plain", "fused"])
+def test_a_step_of_several_batches_is_that_of_one_large_batch(own: tuple[str, ...], chunk: int | None) -> None:
+    """Each batch has another number of supervised tokens, and the last step is of one batch."""
+    whole = Texts("causal_lm", samples=12).drawn("train")
+    whole.targets[1:4] = UNLABELLED
+    whole.targets[8:12, :9] = UNLABELLED
+    weights = {}
+    for name, starts, several in (("one", (0, 8, 12), 1), ("several", (0, 4, 8, 12), 2)):
+        parts = pairwise(starts)
+        batches = [whole.map(lambda t, a=a, b=b: t[a:b].clone()) for a, b in parts]
+        terms = Objective({"ce": CrossEntropy(), "kd": KnowledgeDistillation(temperature=2.0)}, chunk=chunk)
+        made = Distiller(
+            network(0, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0),
+            network(1),
+            terms,
+            CausalLM(),
+            optimizer=partial(torch.optim.SGD, lr=0.5),
+            accumulate=several if own else 1,
+            gradient_clip=0.05 if own else None,
+        )
+        made.own_optimizers = own
+        made.automatic_optimization = not own
+        clip = {} if own else {"accumulate_grad_batches": several, "gradient_clip_val": 0.05}
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = L.Trainer(accelerator="cpu", max_epochs=2, limit_val_batches=0, **quiet, **clip)
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        trainer.fit(made, loader, loader)
+        weights[name] = made.student.state_dict()
+    torch.testing.assert_close(weights["several"], weights["one"], rtol=1e-4, atol=1e-6)

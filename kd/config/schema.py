@@ -74,7 +74,7 @@ class Recipe:
     ema: Any = None  # {decay: 0.999, warmup: true}: the average of the student is what is measured and kept
     networks: Any = None  # {NAME: {optimizer: …, scheduler: …}} of a set-up's network with an optimiser of its own
     gradient_clip: float | None = None
-    accumulate: int = 1  # batches of a step; each counts alike, of texts also one with fewer supervised tokens
+    accumulate: int = 1  # batches of a step, which is that of one batch with the rows of all
 
 
 @dataclass

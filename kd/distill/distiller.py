@@ -200,9 +200,10 @@ class Distiller(PreparationModule):
         self._inputs_of(batch, self._want.input_gradient)
         step = self.losses(batch)
         self.track(step, batch_idx)
+        total = self.weigh(step.total, step.rows, batch_idx)
         if not self.automatic_optimization:
-            self.descend(step.total, batch_idx)
-        return step.total
+            self.descend(total, batch_idx)
+        return total
 
     # ------------------------------------------------------------------ bookkeeping of an epoch
 

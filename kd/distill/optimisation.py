@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd.distill.evaluation import EvaluationModule
 from kd.errors import KdError
+from kd.parallel import group
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 """Parameters, or parameter groups, to an optimiser."""
@@ -83,6 +84,8 @@ class OptimisationModule(EvaluationModule, ABC):
     warmup: WarmUp | None = None
     make_groups: MakeGroups | None = None
     own_recipes: Mapping[str, OwnRecipe] = {}
+    _first_rows = 1  # of the first batch of the present step
+    _weights = 0.0  # of the present step's batches so far, in such batches
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
@@ -146,7 +149,7 @@ class OptimisationModule(EvaluationModule, ABC):
         batches = self.trainer.num_training_batches
         if batches == math.inf:
             return None
-        return math.ceil(batches / max(self.accumulate, self.trainer.accumulate_grad_batches))
+        return math.ceil(batches / self.batches_a_step)
 
     def place(self, batch_idx: int | None = None) -> tuple[float, float]:
         """Tell how far the training is: (fractional) epoch, of so many; (0, 1) outside of a trainer or without end."""
@@ -169,7 +172,7 @@ class OptimisationModule(EvaluationModule, ABC):
         trainer = self.trainer
         if trainer.is_last_batch:
             return True
-        stepped = (batch_idx + 1) % max(self.accumulate, trainer.accumulate_grad_batches) == 0
+        stepped = (batch_idx + 1) % self.batches_a_step == 0
         return self.steps is not None and stepped and self.steps_done + 1 >= self.steps
 
     def validates_next(self) -> bool:
@@ -212,18 +215,18 @@ class OptimisationModule(EvaluationModule, ABC):
             length *= each
         share = self.warmup.share(self.steps_done, round(length))
         for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                scheduled = group.pop(SCHEDULED, group["lr"])
-                group["lr"] = scheduled if share >= 1 else scheduled * share
+            for rates in optimizer.param_groups:
+                scheduled = rates.pop(SCHEDULED, rates["lr"])
+                rates["lr"] = scheduled if share >= 1 else scheduled * share
                 if share < 1:
-                    group[SCHEDULED] = scheduled
+                    rates[SCHEDULED] = scheduled
 
     @contextlib.contextmanager
     def _scheduled(self) -> Iterator[None]:
         """Let the rates within be those of the schedules alone: many schedulers make the next one from the present."""
-        groups = [group for made in self.trainer.optimizers for group in made.param_groups if SCHEDULED in group]
-        for group in groups:
-            group["lr"] = group.pop(SCHEDULED)
+        groups = [g for made in self.trainer.optimizers for g in made.param_groups if SCHEDULED in g]
+        for rates in groups:
+            rates["lr"] = rates.pop(SCHEDULED)
         yield
         if groups:
             self._warm_up()
@@ -233,12 +236,48 @@ class OptimisationModule(EvaluationModule, ABC):
         with self._scheduled():
             super().lr_scheduler_step(scheduler, metric)
 
+    @property
+    def batches_a_step(self) -> int:
+        """How many batches a step of the optimiser is made of."""
+        return max(self.accumulate, self.trainer.accumulate_grad_batches)
+
+    def weigh(self, total: Tensor, rows: int, batch_idx: int) -> Tensor:
+        """Weigh the loss of a batch by its rows, where a step is of several: its gradient is that of one large batch.
+
+        Batches of texts differ in their supervised tokens, and the last step of an epoch may be of fewer batches.
+        ``rows``: what this process has. The weights are in units of the step's first batch, of which a loss in half
+        precision cannot overflow; :meth:`_divide` makes the mean once the last is known.
+        """
+        if self.batches_a_step == 1:
+            return total
+        rows = group.summed(rows, self.device)
+        if batch_idx % self.batches_a_step == 0:
+            self._first_rows, self._weights = max(rows, 1), 0.0
+        weight = rows / self._first_rows
+        self._weights += weight
+        return total if weight == 1 else total * weight
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Divide the gradient of a step of several batches by their weights (called by Lightning, before it clips)."""
+        if self.automatic_optimization:
+            self._divide(optimizer)
+
+    def _divide(self, optimizer: Any) -> None:
+        """Make the mean over all rows of a step, of the sum over its batches that Lightning divides by their number."""
+        batches = self.batches_a_step
+        if batches == 1 or self._weights in (0, batches):
+            return
+        for parameter in (p for parameters in optimizer.param_groups for p in parameters["params"]):
+            if parameter.grad is not None:
+                parameter.grad.mul_(batches / self._weights)
+
     def descend(self, total: Tensor, batch_idx: int) -> None:
         """Step all optimisers of a set-up with more than one: accumulate, clip, schedules by step and by epoch."""
         self.manual_backward(total / self.accumulate)
         last = self.trainer.is_last_batch
         stepped = last or (batch_idx + 1) % self.accumulate == 0
         for optimizer in _several(self.optimizers()) if stepped else ():
+            self._divide(optimizer)
             if self.gradient_clip is not None:
                 self.clip_gradients(optimizer, self.gradient_clip, "norm")
             optimizer.step()

@@ -188,6 +188,15 @@ def longest(length: int, device: torch.device) -> int:
     return int(found)
 
 
+def summed(number: int, device: torch.device) -> int:
+    """Add up the processes' numbers, as of the rows of a batch."""
+    if not joined():
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found)
+    return int(found)
+
+
 def gather_rows(tensor: Tensor) -> Tensor:
     """Concatenate the tensors of all processes, in their order, along the first dimension.
 
