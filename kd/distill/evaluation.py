@@ -20,7 +20,20 @@ from kd.parallel import group
 from kd.tasks.base import Task, Want
 
 STATISTICS = ("running_mean", "running_var")
+PART = 2**22  # numbers of a weight that are added up at a time: of a whole vocabulary the copies are much memory
 KEPT = 2**26  # numbers of a frozen teacher's logits on validation and test that are kept for all epochs
+
+
+def _absolute_sum(weight: Tensor) -> Tensor:
+    """Σ |w| in float64, over all processes of a sharded weight."""
+    if hasattr(weight, "full_tensor"):
+        return group.whole(weight.abs().sum(dtype=torch.float64))
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for part in weight.reshape(-1).split(PART):
+        total += part.abs().sum(
+            dtype=torch.float64
+        )  # a list of sums would lie between the copies, and keep their place
+    return total
 
 
 class NotFinite(StateMetric):
@@ -120,7 +133,7 @@ class EvaluationModule(L.LightningModule):
             weights += [getattr(module, name) for name in STATISTICS if isinstance(getattr(module, name, None), Tensor)]
         if not weights:
             return
-        sums = torch.stack([group.whole(t.abs().sum(dtype=torch.float64)) for t in weights]).cpu()
+        sums = torch.stack([_absolute_sum(t) for t in weights]).cpu()
         before, self._teacher_sums = self._teacher_sums, sums
         if before is not None and len(before) != len(sums):  # parameters that are made when they are first needed
             return

@@ -90,7 +90,7 @@ class PreparationModule(OptimisationModule):
         if not self.student.training:  # as from_pretrained and a trainer of before leave it: it is to be trained
             self.student.train()
         with self._random_state_kept(), in_eval(self.student, self.peers), _grad(gradient):
-            few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
+            few = self._few(batch)
             self._want = Want(logits=True, features=True, input_gradient=gradient)
             self._inputs_of(few, gradient)
             if few.of_teacher is not few:
@@ -123,6 +123,12 @@ class PreparationModule(OptimisationModule):
             self._deploy(few)
         self.to(self.device)  # the adapters
         self.prepared = True
+
+    def _few(self, batch: Batch) -> Batch:
+        """Return a few rows of a batch, as they are in the steps. Kept answers are to all rows of a sample."""
+        given = as_batch(batch)
+        kept = self.teacher is not None and self.teacher.cache
+        return self.task.rows(self.compose((given.few(2) if kept else self.task.few(given)).to(self.device)))
 
     def _student_channels_last(self, few: Batch, wanted: bool) -> None:
         """Store the student's convolutions channels last, where it answers the same with the same gradients."""
@@ -174,7 +180,7 @@ class PreparationModule(OptimisationModule):
     @torch.no_grad()
     def _classes_of_student(self, batch: Batch) -> int | None:
         self.to(self.device)
-        few = self.task.rows(batch.few(2).to(self.device))
+        few = self.task.rows(self.task.few(batch).to(self.device))
         with in_eval(self.student):
             answer = self.task.answer(self.student, few.inputs, few, Want())
         return answer.logits.shape[-1] if answer.has_logits else None
@@ -336,7 +342,7 @@ class PreparationModule(OptimisationModule):
     def find_unreached(self, batch: Batch) -> None:
         """Note the trainable parameters that no term reaches, in one backward pass on two samples: DDP must know."""
         with self._random_state_kept(), in_eval(self.student, self.peers, self.objective), torch.enable_grad():
-            few = self.task.rows(self.compose(as_batch(batch).few(2).to(self.device)))
+            few = self._few(batch)
             self._inputs_of(few, self._want.input_gradient)
             total = self.losses(few).total
             if total.requires_grad:

@@ -104,7 +104,7 @@ def evaluate(
     def answers(network: Any) -> Any:
         return lambda batch: network(batch.cast(dtype))
 
-    few: Batch = task.rows(next(iter(loader)).few(2).to(device))
+    few: Batch = task.rows(task.few(next(iter(loader))).to(device))
     data_of_who = getattr(data, "for_teacher", data) if who == "teacher" else data
     beside = None
     if teacher is not None:

@@ -68,6 +68,10 @@ class Task(ABC):
         """Give the batch one target a row: shift, mask and flatten here, once. An image is a row as it stands."""
         return batch
 
+    def few(self, batch: Batch) -> Batch:
+        """Take two samples for a dry pass, before :meth:`rows`; of many rows a sample a task leaves most out."""
+        return batch.few(2)
+
     def answer(self, network: nn.Module, inputs: Any, batch: Batch, want: Want) -> Output:
         """Call a network; its logits, if any, are rows × classes. A mapping of inputs becomes keyword arguments.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kd.losses.networks import in_eval, unwrapped
 
 CLOSE = 1e-4  # how far logits may be from those of the whole network, relative to the largest
+FEW = 16  # positions of which logits are compared
 
 _HEADS: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()
 
@@ -118,6 +119,10 @@ def _checked(network: nn.Module, inputs: Mapping[str, Tensor]) -> Head | None:
     head = Head(projection, float(scale), getattr(config, "final_logit_softcapping", None))
     head.caches = "use_cache" in inspect.signature(unwrapped(network).forward).parameters
     few = {name: tensor[:2] for name, tensor in inputs.items()}
+    if all(tensor.ndim == 2 for tensor in few.values()):  # the whole's logits would be the run's peak of memory
+        few = {name: tensor[:, :FEW] for name, tensor in few.items()}
+        if "attention_mask" in few:  # of padding on the left alone some networks make no number
+            few["attention_mask"] = torch.ones_like(few["attention_mask"])
     try:
         with in_eval(network), torch.no_grad():
             whole = network(**few)

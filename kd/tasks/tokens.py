@@ -20,6 +20,7 @@ from kd.tasks.output_projection import hidden_rows
 from kd.tasks.two_tokenizers import side_by_side
 
 ROWS = ("supervised", "real")
+FEW = 16  # supervised positions of a sample in a dry pass
 
 
 class Tokens(Task):
@@ -86,6 +87,14 @@ class Tokens(Task):
         if batch.of_teacher is not batch:
             made = self._beside(made)
         return made
+
+    def few(self, batch: Batch) -> Batch:
+        """Take two samples, of each the first supervised positions: logits of all would be the run's peak of memory."""
+        few = batch.few(2)
+        if few.targets is None or few.targets.ndim != 2 or few.of_teacher is not few:
+            return few
+        kept = (few.targets >= 0).cumsum(1) <= FEW
+        return replace(few, targets=torch.where(kept, few.targets, UNLABELLED))
 
     def _beside(self, batch: Batch) -> Batch:
         """Select the rows of a teacher with another tokenizer as well, and say which belong together."""

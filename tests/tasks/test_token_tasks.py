@@ -15,7 +15,7 @@ from kd.models.transformers_model import transformers_model
 from kd.models.vocabulary import restrict
 from kd.tasks.base import Want
 from kd.tasks.output_projection import hidden_rows, linear_of
-from kd.tasks.tokens import CausalLM, MaskedLM, Tokens
+from kd.tasks.tokens import FEW, CausalLM, MaskedLM, Tokens
 from tests.tiny_language import BERT, LLAMA, VOCABULARY, Texts, sequences
 
 NETWORKS = {  # with what is special about their output projection
@@ -48,6 +48,26 @@ def test_hidden_rows_give_the_networks_own_logits(name: str) -> None:
     assert linear_of(head) is head.projection
     assert (head.scale, head.softcap) != (1.0, None) or name not in ("gemma2", "cohere")
     assert "forward" not in head.projection.__dict__  # nothing is left of the way it was done
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rows_are_selected_where_a_text_is_padded_on_the_left(name: str) -> None:
+    """Longer than the comparison reads, which sees nothing but padding there."""
+    made, inputs = network(name), sequences(2, length=24)
+    inputs["attention_mask"][:, :20] = 0
+    assert hidden_rows(made, inputs, torch.tensor([22, 23])) is not None
+
+
+@pytest.mark.parametrize("task", [CausalLM(), MaskedLM()], ids=["causal", "masked"])
+def test_a_dry_pass_has_few_rows_and_whole_texts(task: Tokens) -> None:
+    texts = sequences(4, length=40)
+    whole = Batch(texts, texts["input_ids"].clone(), torch.arange(4), texts["attention_mask"].bool())
+    few = task.rows(task.few(whole))
+    assert few.inputs["input_ids"].shape == (2, 40)
+    assert len(few.targets) == 2 * (FEW - task.shift)
+    assert task.few(Batch(texts, None)).targets is None
+    beside = Batch(texts, whole.targets, whole.index, whole.mask, {"teacher": whole})
+    assert torch.equal(task.few(beside).targets, whole.targets[:2])  # the parts that two tokenizers share go on
 
 
 def test_gradients_reach_the_network_as_by_its_own_logits() -> None:
