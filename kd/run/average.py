@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from timm.utils import ModelEmaV3
 
 from kd.distill.distiller import Distiller
 
@@ -27,6 +26,8 @@ class AverageStudent(Callback):
         """Copy the student, before a checkpoint is read and before its networks are moved to a device."""
         assert isinstance(module, Distiller)
         if stage == "fit" and module.average is None:
+            from timm.utils import ModelEmaV3  # start-up: timm
+
             self.ema = ModelEmaV3(module.trained, decay=self.decay, use_warmup=self.warmup)
             module.average = self.ema.module.requires_grad_(False)
 

@@ -12,8 +12,6 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import timm
-import torchvision
 from torch import nn
 
 from kd.config.instantiate import DOTTED, found, module_of
@@ -92,8 +90,12 @@ def _offered(target: str) -> bool:
         config = root == "transformers" and any("config" in base.__name__.lower() for base in made.__mro__)
         return issubclass(made, nn.Module) or config
     if root == "timm":
+        import timm  # start-up: of timm's networks alone
+
         return made is timm.create_model or (timm.is_model(name) and made is timm.model_entrypoint(name))
     if root == "torchvision.models":
+        import torchvision  # start-up: of its networks alone
+
         listed = name in torchvision.models.list_models()
         return made is torchvision.models.get_model or (listed and made is torchvision.models.get_model_builder(name))
     return root == "kd.models" and inspect.isfunction(made)

@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -145,19 +144,17 @@ class Groups:
 
     def _shares(self, name: str, network: nn.Module) -> tuple[dict[int, float], set[int]]:
         """Return the share of the rate of each parameter, and those without weight decay."""
-        excluded = no_decay_names(network) if self.no_decay else []
-        more: dict[str, Any] = {
-            "weight_decay": 1.0,  # any number: only whether there is one is read from it
-            "weight_decay_exclude_1d": self.no_decay,
-            "no_weight_decay_list": excluded,
-        }
-        if self.layer_decay is not None and name != "objective" and any(True for _ in network.parameters()):
-            groups = param_groups_layer_decay(network, layer_decay=self.layer_decay, **more)
-        else:
-            groups = param_groups_weight_decay(network, **more)
-        shares = {id(p): group.get("lr_scale", 1.0) for group in groups for p in group["params"]}
-        bare = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-        return shares, bare if self.no_decay else set()
+        named = dict(network.named_parameters())
+        shares, bare = {id(p): 1.0 for p in named.values()}, set()
+        if self.no_decay:
+            listed = no_decay_names(network)  # timm's networks list patterns
+            bare = {id(p) for n, p in named.items() if p.ndim <= 1 or any(fnmatchcase(n, some) for some in listed)}
+        if self.layer_decay is not None and name != "objective" and named:
+            from timm.optim import param_groups_layer_decay  # start-up: timm
+
+            groups = param_groups_layer_decay(network, layer_decay=self.layer_decay)
+            shares |= {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+        return shares, bare
 
     def _share_of_body(self, base: float | None) -> float:
         if (times := factor(self.body)) is not None:
