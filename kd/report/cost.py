@@ -21,8 +21,8 @@ TEACHER = "teacher"  # what its point is called
 MOST_NAMES = 14  # points with their names; of more, only the best have one
 COSTS = {
     "student/latency_ratio": "time of a pass, the teacher's is 1",  # of a search with limits
-    "student/latency_ms": "latency, ms an image",
-    "student/macs": "multiply-accumulates an image",
+    "student/latency_ms": "latency, ms a sample",
+    "student/macs": "multiply-accumulates a sample",
     "student/parameters": "parameters",
 }
 
@@ -64,7 +64,7 @@ def caption(figure: Canvas, measure: Measure) -> str:
         text += " Dark: the teacher of all rows."
     if any("latency" in axes.get_xlabel() for axes in figure.axes):
         text += (
-            " Latency: one image on the machine that trained, the median over all runs of the same network; small "
+            " Latency: one sample on the machine that trained, the median over all runs of the same network; small "
             "differences are noise."
         )
     return (

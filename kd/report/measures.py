@@ -74,7 +74,7 @@ class Measure:
 
     @property
     def unit(self) -> str:
-        """Return the unit of a value: ``%``, ``ms an image``, or nothing."""
+        """Return the unit of a value: ``%``, ``ms a sample``, or nothing."""
         if self.metric is not None and not self.metric.share:
             return self.metric.unit
         return "%" if self.is_share else UNITS.get(self.name, "")

@@ -112,7 +112,7 @@ def test_lines_over_a_grid_with_the_student_alone(study, found) -> None:
 
 def test_the_pareto_front(study, found) -> None:
     axes = cost.pareto(study, found, ACC).axes
-    assert [a.get_xlabel() for a in axes] == ["latency, ms an image"]  # the others order the two networks as it does
+    assert [a.get_xlabel() for a in axes] == ["latency, ms a sample"]  # the others order the two networks as it does
     front = axes[0].lines[0]
     students = found["student/parameters"] == 3466
     assert front.get_xdata()[0] == pytest.approx(found["student/latency_ms"][students].median())
@@ -123,7 +123,7 @@ def test_the_pareto_front(study, found) -> None:
     assert cost.pareto(small, found, ACC) is None
     fast = found.assign(**{"student/latency_ms": found["student/latency_ms"].mask(~students, 0.01)})
     axes = cost.pareto(study, fast, ACC).axes  # the large network is the fast one; MACs and parameters agree
-    assert [a.get_xlabel() for a in axes] == ["latency, ms an image", "multiply-accumulates an image"]
+    assert [a.get_xlabel() for a in axes] == ["latency, ms a sample", "multiply-accumulates a sample"]
     assert axes[1].lines[0].get_xdata().tolist() == [3392, 84480]
 
 

@@ -135,7 +135,7 @@ def test_the_caption_of_the_cost_figure(study, runs) -> None:
     assert "a row below it" in cost.caption(figure, accuracy)
     assert "lower is better" in cost.caption(figure, errors)
     drawn = any("latency" in axes.get_xlabel() for axes in figure.axes)
-    assert ("Latency: one image" in cost.caption(figure, accuracy)) == drawn
+    assert ("Latency: one sample" in cost.caption(figure, accuracy)) == drawn
     for axes in figure.axes:
         axes.set_xlabel("parameters")
-    assert "Latency: one image" not in cost.caption(figure, accuracy)
+    assert "Latency: one sample" not in cost.caption(figure, accuracy)
