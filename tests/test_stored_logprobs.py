@@ -121,6 +121,15 @@ def test_what_is_stored_gives_the_loss_of_the_live_teacher(teacher: Path, writte
             )
 
 
+def test_rows_from_python_are_read_as_those_of_a_file(teacher: Path, written: Path) -> None:
+    """Of a file they are decoded row after row."""
+    given = [data_of(written, teacher), data_of(written, teacher)]
+    given[1].own.given["train"] = lines_of(written)
+    found = [StoredLogprobs(None, data).answer(next(batches_of(data)), Want()).topk for data in given]
+    assert torch.equal(found[0].ids, found[1].ids)
+    assert torch.equal(found[0].log_probs, found[1].log_probs)
+
+
 def test_a_run(teacher: Path, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inside = "model_type: llama,hidden_size: 8,intermediate_size: 8,num_hidden_layers: 1,num_attention_heads: 1"
     argv = ["train", "task=causal_lm", "data=lm", f"data.train={written}", "data.test_fraction=0.2", "data.length=64"]

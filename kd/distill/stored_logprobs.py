@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd.data.text.dialogues import Dialogue
 from kd.data.text.lm import Documents
+from kd.data.text.records import LATE, Undecoded
 from kd.data.text.teacher_tokens import bytes_of_tokens
 from kd.distill.answers import Answers
 from kd.distill.cache_key import index_of
@@ -94,7 +95,7 @@ class StoredLogprobs(Answers):
     def _read(self, data: Documents, file: Any) -> None:
         """Read what is stored of each token to be predicted, row after row of the training set."""
         records, texts, tokens = data.encoded("train", file)
-        if "logprobs" not in records.columns:
+        if LATE not in records.columns:
             raise KdError(
                 f"{records.where} has no column logprobs: kd generate stores them beside its texts with logprobs=20"
             )
@@ -110,8 +111,10 @@ class StoredLogprobs(Answers):
             if (number := place.get(ids.tobytes())) is None:
                 raise KdError(f"{records.where} lacks a training row: {data.tokenizer.decode(ids.tolist())[:80]!r} …")
             sizes = tokens.bytes[tokens.offsets[number] :][: len(ids)].tolist()
+            stored = records.columns[LATE][number]
+            stored = stored.value() if isinstance(stored, Undecoded) else stored
             try:
-                found = vocabulary.align(records.columns["logprobs"][number], texts[number], ids.tolist(), sizes)
+                found = vocabulary.align(stored, texts[number], ids.tolist(), sizes)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
                 raise KdError(
                     f"{records.row(number)}: logprobs must be null or a list of {{token, logprob, top: [[token, "

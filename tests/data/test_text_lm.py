@@ -442,6 +442,7 @@ def test_prompts_that_fill_a_row_are_left_out(files, caplog) -> None:
     ("options", "said"),
     [
         ({"train": None}, r"data\.train = null"),
+        ({"train": []}, r"data\.train = \[\] is not allowed: it must be a file, a list of files"),
         ({"train": "no.txt"}, r"data\.train = no\.txt: there is no such file"),
         ({"test": None}, r"data\.test_fraction=0\.5"),
         ({"length": 1}, r"data\.length = 1 is not allowed: it must be a whole number, 2 or more"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from kd.data.split import round_half_up
 from kd.data.text.content import normalised
-from kd.data.text.records import Records, decoded, located, read
+from kd.data.text.records import Records, decoded, joined, located, read
 from kd.errors import KdError
 
 LINE = 40  # characters of a line, or more, by which files are compared: shorter ones repeat by chance
@@ -31,10 +31,12 @@ def read_documents(
     if files := text_files(source):
         paths = [located(file, root, key) for file in files]
         return [d for path in paths for d in divided(decoded(path, encoding), document)], str(paths[0])
-    several = isinstance(source, (list, tuple)) and all(isinstance(file, (str, Path)) for file in source)
+    several = (
+        isinstance(source, (list, tuple)) and len(source) > 0 and all(isinstance(file, (str, Path)) for file in source)
+    )
     tables = [read(file, root, encoding, key, delimiter) for file in (source if several else [source])]
     if not all("text" in table.columns for table in tables):  # prompts: all files have the same columns
-        records = read(source, root, encoding, key, delimiter)
+        records = tables[0] if len(tables) == 1 else joined(tables)
         return records, records.where
     values = []
     for table in tables:  # one column counts: files of other data sets may have others beside it

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kd.config.hub import online
 from kd.config.rules import shown
@@ -19,6 +19,7 @@ Source = Any
 """Path, list of paths, list of mappings, {name, subset, split} of the hub, or a ``datasets.Dataset``."""
 HUB = ("name", "subset", "split")  # keys of one split of a folder or a set of the hub
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+LATE = "logprobs"  # of kd generate: decoded row after row by what reads it, as it takes 15 kB of memory a token
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
 MARKS = {  # the first bytes of files that say their encoding; those of UTF-32 begin as those of UTF-16 do
     codecs.BOM_UTF8: "utf-8",
@@ -62,6 +63,16 @@ class Records:
                 f"data.{key} = {name} is no column of {self.where}{did_you_mean(name, self.columns)}: it has {there}"
             )
         return self.columns[name]
+
+
+class Undecoded(NamedTuple):
+    """A value of a line of JSON that is not decoded yet, see ``LATE``."""
+
+    line: str
+
+    def value(self) -> Any:
+        """Decode it."""
+        return json.loads(self.line)[LATE]
 
 
 def read(source: Source, root: str | None, encoding: str, key: str, delimiter: str | None = None) -> Records:
@@ -204,6 +215,8 @@ def _json_rows(path: Path, encoding: str, section: str) -> list[Any]:
             for number, line in enumerate(text.split("\n"), 1):  # noqa: B007  (named in the error)
                 if line.strip():
                     rows.append(json.loads(line))
+                    if isinstance(rows[-1], dict) and rows[-1].get(LATE) is not None:
+                        rows[-1][LATE] = Undecoded(line)
     except ValueError as error:
         line_of = f" in line {number}" if number else ""
         raise KdError(f"{path} is not valid JSON{line_of}: {error}") from None
