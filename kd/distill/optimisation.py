@@ -245,8 +245,9 @@ class OptimisationModule(EvaluationModule, ABC):
         """Weigh the loss of a batch by its rows, where a step is of several: its gradient is that of one large batch.
 
         Batches of texts differ in their supervised tokens, and the last step of an epoch may be of fewer batches.
-        ``rows``: what this process has; terms over samples or positions have the same weights. They are in units of the step's first batch, with
-        which a loss in half precision does not overflow; :meth:`_divide` makes the mean once the last is known.
+        ``rows``: what this process has; terms over samples or positions have the same weights. They are in units of the
+        step's first batch, with which a loss in half precision does not overflow; :meth:`_divide` makes the mean once
+        the last is known.
         """
         if self.batches_a_step == 1:
             return total
