@@ -23,7 +23,7 @@ class Answers(nn.Module, ABC):
     ``live``: whether :meth:`answer` also knows samples outside the training set; only then is the teacher measured on
     validation and test, and the student's agreement with it, unless ``evaluated`` is False. ``cache``: whether it keeps
     what it answered for the training set, so that it must see the same input in every epoch; ``cached_by``: the setting
-    that does it.
+    that does it. ``whole_samples``: whether it knows all rows of a sample or none, and not some of them.
     ``sources``: of each run directory that its weights come from, :func:`kd.records.weight_files.source_of`.
     ``networks``: the live networks, if there are any.
     """
@@ -32,6 +32,7 @@ class Answers(nn.Module, ABC):
     evaluated = True
     cache = False
     cached_by = "teacher.answers"
+    whole_samples = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd.data.base import as_batch
 from kd.data.text.base import TextModule
 from kd.distill import cache_key, cache_shards
 from kd.distill.answers import Answers
@@ -103,7 +104,7 @@ class CachedAnswers(Answers):
         self.held: Held | None = None  # the same on the training's device
         self.head: list[nn.Module] = []  # of hidden states; no part of the teacher's weights
         self._digest: str | None = None
-        self._sample_bytes: float | None = None
+        self._row_bytes: float | None = None
         if teacher is not None:
             self.networks, self.sources = teacher.networks, teacher.sources
         else:
@@ -192,7 +193,8 @@ class CachedAnswers(Answers):
             self._digest = cache_key.digest_of_teacher(self._living())  # before its weights are sharded or folded
         output = self._living().answer(batch, Want())
         arrays, classes = self.form.encode(output)
-        self._sample_bytes = sum(t.numel() * t.element_size() for t in arrays.values()) / len(batch)
+        rows = max(1, len(next(iter(arrays.values()))))
+        self._row_bytes = sum(t.numel() * t.element_size() for t in arrays.values()) / rows
         moved = {name: tensor.to(batch.device) for name, tensor in arrays.items()}
         return self.form.decode(moved, classes, output.head)
 
@@ -239,7 +241,7 @@ class CachedAnswers(Answers):
                 if self.teacher is None:
                     raise KdError(f"teacher.answers.path = {place} is no complete cache: it needs a teacher to be made")
                 return False
-            self.rows = Rows(place, manifest, self.verify)
+            self.rows, self.whole_samples = Rows(place, manifest, self.verify), True
             self.head = [_head(self.rows.head)] if self.rows.head is not None else []
         except (Damaged, KeyError) as error:
             why = error if isinstance(error, Damaged) else f"{place} lacks {error}"
@@ -262,7 +264,10 @@ class CachedAnswers(Answers):
         known = cache_key.own_kind(self.data)
         order = known.train_index.numpy().astype(np.int64) if known is not None else order_of(loader(0))
         builder = Builder(self._place(facts), facts, self._living(), self.task, self.form, loader, order, views, device)
-        builder.sample_bytes, builder.shard_samples = self._sample_bytes, self.shard_samples
+        first = self.task.rows(as_batch(next(iter(loader(0)))))
+        rows = len(first.targets) if first.targets is not None else len(first)
+        builder.sample_bytes = None if self._row_bytes is None else self._row_bytes * rows / len(first)
+        builder.shard_samples = self.shard_samples
         builder.complete()
 
 

@@ -125,10 +125,10 @@ class PreparationModule(OptimisationModule):
         self.prepared = True
 
     def _few(self, batch: Batch) -> Batch:
-        """Return a few rows of a batch, as they are in the steps. Kept answers are to all rows of a sample."""
+        """Return a few rows of a batch, as they are in the steps."""
         given = as_batch(batch)
-        kept = self.teacher is not None and self.teacher.cache
-        return self.task.rows(self.compose((given.few(2) if kept else self.task.few(given)).to(self.device)))
+        whole = self.teacher is not None and self.teacher.whole_samples
+        return self.task.rows(self.compose((given.few(2) if whole else self.task.few(given)).to(self.device)))
 
     def _student_channels_last(self, few: Batch, wanted: bool) -> None:
         """Store the student's convolutions channels last, where it answers the same with the same gradients."""

@@ -53,7 +53,7 @@ class StoredLogprobs(Answers):
     another tokenizer's, and where it lacks a training row.
     """
 
-    cache = True
+    cache = whole_samples = True
 
     def __init__(self, teacher: Any, data: Any, *, file: Any = None) -> None:
         super().__init__()
