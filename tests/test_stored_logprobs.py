@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from kd.cli.main import main
 from kd.data.base import AdaptedData
 from kd.data.text.lm import Documents
-from kd.distill.stored_logprobs import SURE, StoredLogprobs
+from kd.data.text.teacher_tokens import matched_ids
+from kd.distill.stored_logprobs import SURE, StoredLogprobs, Vocabulary
 from kd.distill.teacher import Teacher
 from kd.errors import KdError
 from kd.generate.generate import generate
@@ -115,10 +116,12 @@ def test_what_is_stored_gives_the_loss_of_the_live_teacher(teacher: Path, writte
         torch.testing.assert_close(found.topk.log_probs[:, :8], exact[:, :8], rtol=1e-4, atol=1e-4)
         assert torch.equal(found.topk.ids[:, 0], batch.targets)
         assert k in (8, 9)  # where the token that was drawn is none of the 8 likeliest, it is the ninth
-        for term in (TopKKL(k, 1.0), KnowledgeDistillation(1.0)):
-            torch.testing.assert_close(
-                term(student, found, batch), term(student, expected, batch), rtol=5e-3, atol=1e-3
-            )
+        exactly = {"rtol": 1e-5, "atol": 1e-6}
+        for term, close in ((TopKKL(8, 1.0), exactly), (KnowledgeDistillation(1.0), {"rtol": 5e-3, "atol": 1e-3})):
+            logits = [student.logits.clone().requires_grad_() for _ in range(2)]
+            values = [term(Output(z), of, batch) for z, of in zip(logits, (found, expected), strict=True)]
+            torch.testing.assert_close(*values, **close)  # all classes: the tail is spread evenly
+            torch.testing.assert_close(*torch.autograd.grad(sum(values), logits), **close)
 
 
 def test_rows_from_python_are_read_as_those_of_a_file(teacher: Path, written: Path) -> None:
@@ -161,6 +164,7 @@ DIVIDED = {
     "not at all": None,
     "of another text": [entry(" cold", ["x", -1.5])],
 }
+ALIGNED = ("as the student's", "after a line that is not of the text", "with its end")
 
 
 @pytest.mark.parametrize("how", DIVIDED)
@@ -178,7 +182,7 @@ def test_a_token_counts_where_it_is_the_same_bytes_at_the_same_place(how: str, t
         for place in (supervised == the).nonzero().flatten().tolist():
             known = dict(zip(found.ids[place].tolist(), found.log_probs[place].tolist(), strict=True))
             after = dict(zip(found.ids[place + 1].tolist(), found.log_probs[place + 1].tolist(), strict=True))
-            sure, aligned = pytest.approx(math.log(SURE)), how in ("as the student's", "with its end")
+            sure, aligned = pytest.approx(math.log(SURE)), how in ALIGNED
             assert known[the] == (pytest.approx(-0.5) if aligned else sure)
             assert (known.get(x) == pytest.approx(-1.5)) == aligned
             assert after[end] == (pytest.approx(-0.5) if how == "with its end" else sure)
@@ -201,6 +205,84 @@ def test_a_character_of_several_tokens_is_found_by_its_bytes(teacher: Path, tmp_
         assert found.log_probs[:3, 0].tolist() == pytest.approx([-0.5, -0.5, math.log(SURE)])
 
 
+WHOLE = " cold wind blows"
+TOLD = [entry(" cold"), entry(" wind", ["x", -1.5]), entry(" blows", ["x", -1.5]), entry("</s>")]
+ROWS = {
+    "a token that begins in the prompt": ("th", f"e{WHOLE}", [entry("e"), *TOLD], ["Ġthe"]),
+    "what a model thought before": ("in", WHOLE, [entry(" cold"), entry("in"), entry("</s>"), *TOLD], []),
+    "a line behind the text": ("in", WHOLE, [*TOLD[:3], entry("\n"), TOLD[3]], ["</s>"]),
+    "nothing that is likelier than none": (
+        "in",
+        WHOLE,
+        [{**entry(" cold"), "logprob": -9999.0, "top": []}, *TOLD[1:]],
+        ["Ġcold"],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ROWS)
+def test_only_what_is_not_known_is_a_label(how: str, teacher: Path, tmp_path: Path) -> None:
+    prompt, completion, told, unknown = ROWS[how]
+    lines = [{"prompt": f"{n} {prompt}", "completion": completion, "logprobs": told} for n in range(40)]
+    data = data_of(rewritten(tmp_path / "o.jsonl", lines), teacher)
+    stored, names = StoredLogprobs(None, data), data.own.tokenizer.convert_ids_to_tokens
+    for batch in batches_of(data):
+        found = stored.answer(batch, Want()).topk
+        assert found is not None
+        assert {*names(batch.targets)} >= {"Ġcold", "Ġwind", "Ġblows", "</s>"}
+        for token, log_prob in zip(names(batch.targets), found.log_probs[:, 0].tolist(), strict=True):
+            assert log_prob == pytest.approx(math.log(SURE) if token in unknown else -0.5)
+
+
+def test_the_same_tokens_with_another_prompt_are_another_row(teacher: Path, tmp_path: Path) -> None:
+    long = [{"prompt": f"{n} in", "completion": WHOLE, "logprobs": TOLD} for n in range(40)]
+    short = [{"prompt": f"{n} in cold", "completion": " wind blows", "logprobs": TOLD[1:]} for n in range(40)]
+    data = data_of(rewritten(tmp_path / "o.jsonl", short + long), teacher, overlap="keep")
+    stored = StoredLogprobs(None, data)
+    for batch in batches_of(data):
+        found = stored.answer(batch, Want()).topk
+        assert found is not None
+        assert set(found.log_probs[:, 0].tolist()) == {-0.5}
+
+
+def with_byte_fallback(words: list[str]) -> PreTrainedTokenizerFast:
+    """As SentencePiece's: each byte is a token in front of the letters, and a word begins with its space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz.",
+        *words,
+    ]
+    made = Tokenizer(models.BPE(vocab={name: n for n, name in enumerate(names)}, merges=[], byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def test_a_byte_is_a_letter_where_the_vocabulary_has_one(tmp_path: Path) -> None:
+    tokenizer = with_byte_fallback([])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    a, dot, byte, other = tokenizer.convert_tokens_to_ids(["a", ".", "<0x2E>", "<0xC3>"])
+    assert Vocabulary(tokenizer).ids[b"."] == dot
+    assert Vocabulary(tokenizer).ids[b"\xc3"] == other
+    pairs = matched_ids(tokenizer, with_byte_fallback(["of"])).T.tolist()
+    assert [dot, dot] in pairs
+    assert not any(byte in pair for pair in pairs)
+    told = [entry("a", [".", -1.5]), entry(".", ["a", -1.5]), entry("</s>")]
+    lines = [{"prompt": f"{'ab' * (n + 1)}", "completion": "a.", "logprobs": told} for n in range(40)]
+    data = data_of(rewritten(tmp_path / "o.jsonl", lines), tmp_path / "tokenizer", length=128)
+    found = StoredLogprobs(None, data).answer(next(batches_of(data)), Want()).topk
+    assert found is not None
+    assert found.ids[:2, :2].tolist() == [[a, dot], [dot, a]]
+    mass = found.log_probs.exp().sum(1) + found.log_rests[1.0].exp()
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
 def changed(written: Path, folder: Path, change: Any) -> Path:
     return rewritten(folder / "changed.jsonl", [change(line) for line in lines_of(written)])
 
@@ -213,13 +295,15 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(teacher: Path, w
     spelled = changed(
         written, tmp_path, lambda line: {**line, "logprobs": [{**one, "token": "?"} for one in line["logprobs"]]}
     )
-    with pytest.raises(KdError, match=r"of [\d,]+ tokens of .*changed.jsonl are tokens of data.tokenizer: it must be"):
+    with pytest.raises(KdError, match=r"changed.jsonl has .* of [\d,]+ tokens to be predicted, and 0 of them are the"):
         StoredLogprobs(None, data_of(spelled, teacher))
     for wrong in (
         "x",
         [{"logprob": -1}],
         [{"token": "x", "logprob": 2.0}],
         [{"token": "x", "logprob": -1, "top": [1]}],
+        [{"token": "x", "logprob": -0.1, "top": [["er", -0.1]]}],
+        [{"token": None, "logprob": -0.1}],
     ):
         odd = changed(written, tmp_path, lambda line, wrong=wrong: {**line, "completion": "x", "logprobs": wrong})
         with pytest.raises(

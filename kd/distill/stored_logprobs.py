@@ -16,7 +16,8 @@ from torch import Tensor
 from kd.data.text.dialogues import Dialogue
 from kd.data.text.lm import Documents
 from kd.data.text.records import LATE, Undecoded
-from kd.data.text.teacher_tokens import bytes_of_tokens
+from kd.data.text.store import Tokens
+from kd.data.text.teacher_tokens import bytes_of_tokens, token_bytes
 from kd.distill.answers import Answers
 from kd.distill.cache_key import index_of
 from kd.errors import KdError
@@ -29,7 +30,9 @@ SURE = 0.99  # probability of a token that the teacher wrote and of which nothin
 LEAST = -60.0  # log-probabilities below it say "none" (servers write −9999), and would be all that a reverse KL sees
 SLIGHTLY = 1e-3  # above 0: rounded
 REST = 1e-6  # probability of the tokens that are not stored, at least: servers round
-ALIGNED = 0.5  # of the tokens: with fewer in common the tokenizer is another one
+ALIGNED = 0.5  # of the tokens that a server tells something of: with fewer in common the tokenizer is another one
+DOUBTFUL = 0.05  # of the tokens
+ROUNDED = 0.01  # probability above 1 of all candidates together
 
 Known = list[tuple[int, float]]
 """Ids with log-probabilities, each id once."""
@@ -47,7 +50,9 @@ class StoredLogprobs(Answers):
 
     A token of the file counts where one of the student's stands for the same bytes at the same place; candidates that
     are no entry of the vocabulary are left to the rest, which is spread over all other entries evenly. Where the text
-    was divided otherwise, and at an end of which the server told nothing, the token that was written has ``SURE``.
+    was divided otherwise, and at an end of which the server told nothing, the token that was written has ``SURE``: a
+    label, and no answer of the teacher, which may have found it unlikely. How many these are is logged, from
+    ``DOUBTFUL`` on as a warning.
 
     On validation and test there is no teacher. ``KdError`` where the file has no such column, where its tokens are
     another tokenizer's, and where it lacks a training row.
@@ -101,14 +106,15 @@ class StoredLogprobs(Answers):
             )
         assert data.most is not None
         assert tokens.bytes is not None
-        place = {tokens.ids[b : min(e, b + data.most)].tobytes(): n for n, (b, e) in reversed(_ranges(tokens.offsets))}
+        ranges = ((n, slice(b, min(e, b + data.most))) for n, (b, e) in reversed(_ranges(tokens.offsets)))
+        place = {_key(tokens, span): number for number, span in ranges}
         vocabulary, train = Vocabulary(data.tokenizer), data.parts["train"]
         order = np.argsort(train.index.numpy(), kind="stable")
-        known, counts, aligned = Packed(), [], 0
+        known, counts, told, aligned = Packed(), [], 0, 0
         for row in order.tolist():
             begin, end = int(train.begin[row]), int(train.end[row])
             ids = np.asarray(train.tokens.ids[begin:end])
-            if (number := place.get(ids.tobytes())) is None:
+            if (number := place.get(_key(train.tokens, slice(begin, end)))) is None:
                 raise KdError(f"{records.where} lacks a training row: {data.tokenizer.decode(ids.tolist())[:80]!r} …")
             sizes = tokens.bytes[tokens.offsets[number] :][: len(ids)].tolist()
             stored = records.columns[LATE][number]
@@ -118,21 +124,25 @@ class StoredLogprobs(Answers):
             except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
                 raise KdError(
                     f"{records.row(number)}: logprobs must be null or a list of {{token, logprob, top: [[token, "
-                    "logprob], …]}, none above 0, as kd generate writes them"
+                    "logprob], …]}, none above 0, probabilities together at most 1, as kd generate writes them"
                 ) from None
             due = np.flatnonzero(train.tokens.supervised[begin:end])
             due = due[due > 0]  # the first token of a row is not predicted
             counts.append(len(due))
-            aligned += sum(int(n) in found for n in due)
+            aligned += sum(n in found for n in due.tolist())
+            told += 0 if stored is None else sum(n in found or ids[n] not in vocabulary.special for n in due.tolist())
             for n in due.tolist():
                 known.add(found.get(n) or [(int(ids[n]), math.log(SURE))])
-        if aligned < ALIGNED * len(known):
+        if not told:
+            raise KdError(f"{records.where} has no log-probabilities of the training rows: the server gave none")
+        if aligned < ALIGNED * told:
             raise KdError(
-                f"{aligned:,} of {len(known):,} tokens of {records.where} are tokens of data.tokenizer: it must be the "
-                "teacher's"
+                f"{records.where} has log-probabilities of {told:,} tokens to be predicted, and {aligned:,} of them "
+                "are the same bytes in data.tokenizer: it must be the teacher's, and the texts those that it wrote"
             )
         if aligned < len(known):
-            log.info(
+            log.log(
+                logging.WARNING if aligned < (1 - DOUBTFUL) * len(known) else logging.INFO,
                 "%s has nothing on %s of %s tokens (ends of texts, and where they were divided otherwise): what was "
                 "written is the target there",
                 *(records.where, f"{len(known) - aligned:,}", f"{len(known):,}"),
@@ -147,8 +157,9 @@ class Vocabulary:
     def __init__(self, tokenizer: Any) -> None:
         numbers = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
         spelled = {number: str(tokenizer.convert_ids_to_tokens(number)).encode() for number in numbers}
+        self.special = frozenset(tokenizer.all_special_ids)
         self.raw: dict[int, bytes] = {**spelled, **bytes_of_tokens(tokenizer)}
-        self.ids = {text: number for number, text in reversed(self.raw.items())}
+        self.ids = {**token_bytes(tokenizer), **{self.raw[number]: number for number in sorted(numbers, reverse=True)}}
 
     def align(self, stored: Any, row: Dialogue, ids: Sequence[int], sizes: Sequence[int]) -> dict[int, Known]:
         """Return what is stored of each token of a row, by its place, where the teacher's one is the same bytes.
@@ -159,42 +170,65 @@ class Vocabulary:
         if stored is None or not row.answers or row.answers[-1][0] < 0:
             return {}
         begin, end = row.answer_bytes()[-1]
-        said = row.text.encode("utf-8", "surrogatepass")[begin:end]
-        first = int(np.searchsorted(np.cumsum(sizes), begin, side="right"))
+        whole = row.text.encode("utf-8", "surrogatepass")
+        said, ends = whole[begin:end], np.cumsum(sizes)
+        first = int(np.searchsorted(ends, begin, side="right"))
         own, theirs = [self.raw.get(i, b"") for i in ids[first:]], [_bytes(one) for one in stored]
-        inside, after = _spans(theirs, said)
-        mine, rest = _spans(own, said)
+        inside, after = _spans(theirs, said, _place(b"".join(theirs), said))
+        mine, rest = _spans(own, said, begin - _start(own[0], whole, int(ends[first] - sizes[first])) if own else 0)
         pairs = [(number, inside[span]) for span, number in mine.items() if span in inside]
         for one, other in zip(rest, after, strict=False):  # one of them may know more of the end
             if own[one] != theirs[other]:
                 break
             pairs.append((one, other))
-        return {first + one: self._known(stored[other], ids[first + one]) for one, other in pairs}
+        found = {first + one: self._known(stored[other], ids[first + one]) for one, other in pairs}
+        return {number: known for number, known in found.items() if known}
 
     def _known(self, one: Mapping[str, Any], written: int) -> Known:
         """Return the candidates for a token that are entries of the vocabulary, and the one that was ``written``."""
         found = {written: float(one["logprob"])}
         for text, value, *raw in one.get("top") or []:
-            if (number := self.ids.get(_bytes({"token": text, "bytes": raw[0] if raw else None}))) is not None:
+            candidate = _bytes({"token": text, "bytes": raw[0] if raw else None})
+            if (number := self.ids.get(candidate)) is not None and candidate != self.raw.get(written):
                 found.setdefault(number, float(value))
         if not all(value <= SLIGHTLY for value in found.values()):  # not a number, too
+            raise ValueError
+        if sum(map(math.exp, found.values())) > 1 + ROUNDED:
             raise ValueError
         return [(number, value) for number, value in found.items() if value > LEAST]
 
 
-def _spans(words: Sequence[bytes], said: bytes) -> tuple[dict[tuple[int, int], int], list[int]]:
+def _start(word: bytes, text: bytes, place: int) -> int:
+    """Find where a token begins that stands at some ``place``: it may have a space more or fewer than the text."""
+    if word[:1] == b" ":
+        return place - (text[place : place + 1] != b" ")
+    return place + (0 if word[:1].isspace() else len(text[place:]) - len(text[place:].lstrip()))
+
+
+def _place(whole: bytes, said: bytes) -> int:
+    """Find where what was ``said`` begins in a ``whole`` answer: behind spaces, or behind what a model thought."""
+    spaces = 0 if said[:1].isspace() else len(whole) - len(whole.lstrip())
+    if whole[spaces:].startswith(said):
+        return spaces
+    found = whole.rfind(said)
+    return found if found >= 0 else spaces
+
+
+def _spans(words: Sequence[bytes], said: bytes, before: int) -> tuple[dict[tuple[int, int], int], list[int]]:
     """Return the tokens of a text by the bytes [begin, end) of it that they are, and those that come behind its end.
 
-    ``words``: the tokens; spaces before the text, which templates and servers take away, belong to the first one. Where
-    they are another text than what was ``said``, nothing is known from there on.
+    ``words``: the tokens; ``before``: how many of their bytes lie before the text, below 0: of the text before them.
+    Spaces, which templates and servers take away, belong to the first token; one that begins with anything else is none
+    of the text. Where they are another text than what was ``said``, nothing is known from there on.
     """
-    whole = b"".join(words)
-    spaces = 0 if said[:1].isspace() else len(whole) - len(whole.lstrip())
-    alike = (one == other for one, other in zip(whole[spaces:], said, strict=False))
-    same = sum(itertools.takewhile(bool, alike))
-    found, after, end = dict[tuple[int, int], int](), [], -spaces
+    whole, left_out = b"".join(words), max(-before, 0)
+    alike = (one == other for one, other in zip(whole[max(before, 0) :], said[left_out:], strict=False))
+    same = left_out + sum(itertools.takewhile(bool, alike))
+    found, after, end = dict[tuple[int, int], int](), [], -before
     for number, word in enumerate(words):
         begin, end = end, end + len(word)
+        if begin < 0 < end and word[:-begin].strip():
+            continue
         if 0 < end <= same:
             found[max(begin, 0), end] = number
         elif end > len(said) == same:
@@ -204,8 +238,10 @@ def _spans(words: Sequence[bytes], said: bytes) -> tuple[dict[tuple[int, int], i
 
 def _bytes(one: Mapping[str, Any]) -> bytes:
     """Return the bytes of a token; ``bytes`` are given where its text is not all of it."""
-    given = one.get("bytes")
-    return bytes([*given]) if given is not None else str(one["token"]).encode("utf-8", "surrogatepass")
+    given, text = one.get("bytes"), one["token"]
+    if not isinstance(text, str):
+        raise TypeError
+    return bytes([*given]) if given is not None else text.encode("utf-8", "surrogatepass")
 
 
 class Packed:
@@ -252,6 +288,12 @@ def _first(there: set[int], count: int) -> Iterator[int]:
             yield number
             count -= 1
         number += 1
+
+
+def _key(tokens: Tokens, span: slice) -> tuple[bytes, bytes]:
+    """Identify a row: another division into prompt and completion is another row."""
+    assert tokens.supervised is not None
+    return tokens.ids[span].tobytes(), tokens.supervised[span].tobytes()
 
 
 def _ranges(offsets: np.ndarray) -> list[tuple[int, tuple[int, int]]]:

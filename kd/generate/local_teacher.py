@@ -187,7 +187,7 @@ class LocalTeacher:
         """Write a token as a server does: as text, whatever the vocabulary spells it like; special ones by name."""
         self._raw = self._raw or bytes_of_tokens(self.tokenizer)
         if (raw := self._raw.get(token)) is None:
-            return self.tokenizer.convert_ids_to_tokens(token), value, None
+            return self.tokenizer.convert_ids_to_tokens(token) or "", value, None  # "": an id that only the network has
         return raw.decode(errors="replace"), value, raw
 
 

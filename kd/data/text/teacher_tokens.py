@@ -171,11 +171,22 @@ def matched_ids(student: Any, teacher: Any) -> Tensor:
 
 
 def token_bytes(tokenizer: Any) -> dict[bytes, int]:
-    """Return the id of each text that tokens stand for, see :func:`bytes_of_tokens`; of two ids the first counts."""
+    """Return the id of each text that tokens stand for, see :func:`bytes_of_tokens`.
+
+    Of two ids the first counts, and the byte ``<0x2E>`` only where no other token is a full stop: that is what a
+    tokenizer writes.
+    """
+    texts = bytes_of_tokens(tokenizer)
+    names = dict(zip(texts, tokenizer.convert_ids_to_tokens(list(texts)), strict=True))
     found = dict[bytes, int]()
-    for number, text in bytes_of_tokens(tokenizer).items():
+    for number, text in sorted(texts.items(), key=lambda one: (_is_byte(names[one[0]]), one[0])):
         found.setdefault(text, number)
     return found
+
+
+def _is_byte(token: str) -> bool:
+    """Tell whether a token is a byte of SentencePiece's."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def bytes_of_tokens(tokenizer: Any) -> dict[int, bytes]:
@@ -196,7 +207,7 @@ def bytes_of_tokens(tokenizer: Any) -> dict[int, bytes]:
             text = bytes(letters[letter] for letter in token)
         elif '"WordPiece"' in kinds:
             text = (token[2:] if token.startswith("##") else f" {token}").encode()
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        elif _is_byte(token):
             text = bytes([int(token[3:5], 16)])
         else:
             text = token.replace(SPACE, " ").encode("utf-8", "surrogatepass")
