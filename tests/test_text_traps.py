@@ -263,6 +263,29 @@ def test_terms_are_logged_apart_and_tokens_a_second(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.filterwarnings("ignore")  # what a plain trainer says about itself
+def test_a_step_of_several_batches_of_labels_counts_the_labelled_rows() -> None:
+    """Of the first batch two of eight."""
+    drawn = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(16, 4, generator=drawn), torch.randint(3, (16,), generator=drawn)
+    targets[2:8] = UNLABELLED
+    weights = []
+    for size in (8, 16):
+        torch.manual_seed(0)
+        made = Distiller(
+            torch.nn.Linear(4, 3), None, Objective({"ce": CrossEntropy()}), optimizer=partial(torch.optim.SGD, lr=0.5)
+        )
+        batches = [Batch(*(t[at : at + size].clone() for t in (inputs, targets))) for at in range(0, 16, size)]
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=1, accumulate_grad_batches=16 // size, limit_val_batches=0, **quiet
+        )
+        trainer.fit(made, loader, loader)
+        weights.append(made.student.weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.filterwarnings("ignore")  # what a plain trainer says about itself
 @pytest.mark.parametrize("own", [(), ("student",)], ids=["lightning", "the module's own step"])
 @pytest.mark.parametrize("chunk", [None, 8], ids=["plain", "fused"])
 def test_a_step_of_several_batches_is_that_of_one_large_batch(own: tuple[str, ...], chunk: int | None) -> None:

@@ -57,6 +57,10 @@ class Step:
     counts: Sequence[Tensor] = ()
     over: Mapping[str, str] = field(default_factory=dict)
 
+    def averaged(self) -> int:
+        """Count what the total is a mean over: the labelled rows where all terms are, else the rows."""
+        return int(self.labelled) if set(self.over.values()) == {"labelled"} else self.rows
+
     def beside(self, other: Step, name: str) -> Step:
         """Return this step with another one on the same batch: the totals added, the other's values as ``name/…``."""
         values = self.values | {f"{name}/{key}": value for key, value in other.values.items()}
@@ -200,7 +204,7 @@ class Distiller(PreparationModule):
         self._inputs_of(batch, self._want.input_gradient)
         step = self.losses(batch)
         self.track(step, batch_idx)
-        total = self.weigh(step.total, step.rows, batch_idx)
+        total = step.total if self.batches_a_step == 1 else self.weigh(step.total, step.averaged(), batch_idx)
         if not self.automatic_optimization:
             self.descend(total, batch_idx)
         return total

@@ -242,15 +242,13 @@ class OptimisationModule(EvaluationModule, ABC):
         return max(self.accumulate, self.trainer.accumulate_grad_batches)
 
     def weigh(self, total: Tensor, rows: int, batch_idx: int) -> Tensor:
-        """Weigh the loss of a batch by its rows, where a step is of several: its gradient is that of one large batch.
+        """Weigh the loss of a batch of a step of several by its ``rows``: their mean is that of one large batch.
 
-        Batches of texts differ in their supervised tokens, and the last step of an epoch may be of fewer batches.
-        ``rows``: what this process has; terms over samples or positions have the same weights. They are in units of the
-        step's first batch, with which a loss in half precision does not overflow; :meth:`_divide` makes the mean once
-        the last is known.
+        Batches of texts differ in their supervised tokens, and the last step of an epoch may be of fewer batches. A sum
+        of gradients has one weight: beside terms over rows those over samples, positions or labelled rows have the
+        rows', too. Weights are in units of the step's first batch, with which a loss in half precision does not
+        overflow; :meth:`_divide` makes the mean once the last is known.
         """
-        if self.batches_a_step == 1:
-            return total
         rows = group.summed(rows, self.device)
         if batch_idx % self.batches_a_step == 0:
             self._first_rows, self._weights = max(rows, 1), 0.0
