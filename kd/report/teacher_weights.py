@@ -23,7 +23,8 @@ def teacher_of(row: Row) -> str | None:
 def is_one_run(study: Study, comparison: Comparison) -> bool:
     """Tell whether all compared rows that have a teacher learn from one and the same run of it (or ensemble of runs).
 
-    A verdict then holds given this teacher: its own spread is in no interval. False where no row has a teacher.
+    A verdict then holds given this teacher: its own spread is in no interval. False where no row has a teacher. A
+    student that goes on from a distilled one has the teacher of that one, too.
     """
     teachers = {
         teachers
@@ -34,21 +35,25 @@ def is_one_run(study: Study, comparison: Comparison) -> bool:
     return len(teachers) == 1
 
 
-def _teachers(study: Study, row: Row, seed: int) -> tuple[tuple[str, int | None], ...]:
-    """List row and seed of the runs that are the teacher of one run; a path that is no run of the study, as it is."""
-    found: list[tuple[str, int | None]] = []
+def _teachers(study: Study, row: Row, seed: int) -> frozenset[tuple[str, int | None]]:
+    """Return row and seed of the runs that are the teacher of one run; a path that is no run of the study, as it is."""
+    found: set[tuple[str, int | None]] = set()
+    before: set[tuple[str, int]] = set()
     for override in row.overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key != "teacher.checkpoint":
-            continue
-        found = [
+        read = {
             (m[1], references.run_of(study, row, m[1], int(m[2]) if m[2] else seed, m[2] is not None))
             for m in references.PLACEHOLDER.finditer(value)
             if m[1] != references.SEED
-        ]
-        if not found and value not in ("null", "", "[]"):
-            found = [(value.replace("{seed}", str(seed)), None)]
-    return tuple(found)
+        }
+        if key != "teacher.checkpoint":
+            before |= read
+        elif read or value in ("null", "", "[]"):
+            found = {*read}
+        else:
+            found = {(value.replace("{seed}", str(seed)), None)}
+    others = (_teachers(study, study.rows[name], number) for name, number in before)
+    return frozenset(found).union(*others)
 
 
 def differ(study: Study, frame: pd.DataFrame, row: str, teacher: str) -> bool:

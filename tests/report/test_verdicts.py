@@ -179,11 +179,14 @@ OF_TEACHER = ("loss=[ce,kd]", "teacher.checkpoint={teacher}")
         (("teacher.checkpoint=weights_{seed}.pt",), (), (0,), False),
         (("teacher.checkpoint=null",), (), (0,), False),
         ((), (), (0,), False),
+        (("student.model.name={before}/last",), (), (0,), True),  # goes on from one that was distilled
+        (("student.model.name={before}/last",), (), (0, 1, 2), False),
     ],
 )
 def test_given_this_teacher(study, distilled, alone, seeds, one) -> None:
     rows = {
         "teacher": Row("teacher", seeds=seeds),
+        "before": Row("before", OF_TEACHER, seeds=(0, 1, 2)),
         "distilled": Row("distilled", distilled, seeds=(0, 1, 2)),
         "alone": Row("alone", alone, seeds=(0, 1, 2)),
     }
