@@ -219,7 +219,8 @@ def compare(name: str, options: Mapping[str, str]) -> None:
             if done.returncode:
                 raise SystemExit(f"{contender} has failed: {done.stderr.strip().splitlines()[-1]}")
             found[contender].append([float(word) for word in done.stdout.split()[-3:]])
-    print(f"{sized(name, options).title}")
+    case = sized(name, options)
+    print(f"{case.title}, {case.samples} × {case.tokens} tokens")
     first = found[names[0]]
     for contender, runs in found.items():
         seconds, peak, loss = (statistics.median(column) for column in zip(*runs, strict=True))
