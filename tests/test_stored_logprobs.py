@@ -220,6 +220,29 @@ ROWS = {
 }
 
 
+def by_id(one: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Write a token as vLLM does with return_tokens_as_token_ids."""
+
+    def name(text: str) -> str:
+        found = tokenizer.encode(text, add_special_tokens=False)
+        return f"token_id:{found[0]}" if len(found) == 1 else text
+
+    return {**one, "token": name(one["token"]), "top": [[name(text), value] for text, value in one["top"]]}
+
+
+def test_ids_in_the_place_of_texts(teacher: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    told = {"text": TOLD, "id": [by_id(one, tokenizer) for one in TOLD]}
+    assert {one["token"][:9] for one in told["id"]} == {"token_id:"}
+    found = []
+    for name, tokens in told.items():
+        lines = [{"prompt": f"in {n}", "completion": WHOLE, "logprobs": tokens} for n in range(40)]
+        data = data_of(rewritten(tmp_path / f"{name}.jsonl", lines), teacher)
+        found.append(StoredLogprobs(None, data).answer(next(batches_of(data)), Want()).topk)
+    assert torch.equal(found[0].ids, found[1].ids)
+    assert torch.equal(found[0].log_probs, found[1].log_probs)
+
+
 @pytest.mark.parametrize("how", ROWS)
 def test_only_what_is_not_known_is_a_label(how: str, teacher: Path, tmp_path: Path) -> None:
     prompt, completion, told, unknown = ROWS[how]

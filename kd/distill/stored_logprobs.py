@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ SURE = 0.99  # probability of a token that the teacher wrote and of which nothin
 LEAST = -60.0  # log-probabilities below it say "none" (servers write −9999), and would be all that a reverse KL sees
 SLIGHTLY = 1e-3  # above 0: rounded
 REST = 1e-6  # probability of the tokens that are not stored, at least: servers round
+TOKEN_ID = re.compile(r"token_id:(\d+)")
 ALIGNED = 0.5  # of the tokens that a server tells something of: with fewer in common the tokenizer is another one
 DOUBTFUL = 0.05  # of the tokens
 ROUNDED = 0.01  # probability above 1 of all candidates together
@@ -173,7 +175,7 @@ class Vocabulary:
         whole = row.text.encode("utf-8", "surrogatepass")
         said, ends = whole[begin:end], np.cumsum(sizes)
         first = int(np.searchsorted(ends, begin, side="right"))
-        own, theirs = [self.raw.get(i, b"") for i in ids[first:]], [_bytes(one) for one in stored]
+        own, theirs = [self.raw.get(i, b"") for i in ids[first:]], [self._bytes(one) for one in stored]
         inside, after = _spans(theirs, said, _place(b"".join(theirs), said))
         mine, rest = _spans(own, said, begin - _start(own[0], whole, int(ends[first] - sizes[first])) if own else 0)
         pairs = [(number, inside[span]) for span, number in mine.items() if span in inside]
@@ -184,11 +186,21 @@ class Vocabulary:
         found = {first + one: self._known(stored[other], ids[first + one]) for one, other in pairs}
         return {number: known for number, known in found.items() if known}
 
+    def _bytes(self, one: Mapping[str, Any]) -> bytes:
+        """Return the bytes of a token; ``bytes`` are given where its text is not all of it.
+
+        Instead of its text it may have the id that it has in the vocabulary, as vLLM writes it when it is told to.
+        """
+        given, text = one.get("bytes"), one["token"]
+        if (number := TOKEN_ID.fullmatch(text)) is not None:
+            return self.raw.get(int(number[1]), b"")
+        return bytes([*given]) if given is not None else text.encode("utf-8", "surrogatepass")
+
     def _known(self, one: Mapping[str, Any], written: int) -> Known:
         """Return the candidates for a token that are entries of the vocabulary, and the one that was ``written``."""
         found = {written: float(one["logprob"])}
         for text, value, *raw in one.get("top") or []:
-            candidate = _bytes({"token": text, "bytes": raw[0] if raw else None})
+            candidate = self._bytes({"token": text, "bytes": raw[0] if raw else None})
             if (number := self.ids.get(candidate)) is not None and candidate != self.raw.get(written):
                 found.setdefault(number, float(value))
         if not all(value <= SLIGHTLY for value in found.values()):  # not a number, too
@@ -234,14 +246,6 @@ def _spans(words: Sequence[bytes], said: bytes, before: int) -> tuple[dict[tuple
         elif end > len(said) == same:
             after.append(number)
     return found, after
-
-
-def _bytes(one: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a token; ``bytes`` are given where its text is not all of it."""
-    given, text = one.get("bytes"), one["token"]
-    if not isinstance(text, str):
-        raise TypeError
-    return bytes([*given]) if given is not None else text.encode("utf-8", "surrogatepass")
 
 
 class Packed:
