@@ -60,6 +60,10 @@ FACTORY = "it must be a function of the parameters, such as functools.partial(to
 ADAM = torch.optim.Adam(network().parameters())
 SCHEDULE = torch.optim.lr_scheduler.StepLR(ADAM, 1)
 OPTIONS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"task": "text_classification"},
+        "task = 'text_classification' is not allowed: it must be an object of a class of kd",
+    ),
     ({"optimizer": ADAM}, f"optimizer = an object of Adam is not allowed: {FACTORY}"),
     ({"optimizer": "adam"}, f"optimizer = 'adam' is not allowed: {FACTORY}"),
     ({"scheduler": SCHEDULE}, "scheduler = an object of StepLR is not allowed: it must be a function of the optimiser"),

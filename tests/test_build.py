@@ -343,3 +343,10 @@ def test_a_data_module_from_elsewhere_trains(kd, tmp_path) -> None:
     assert result["student"]["last"]["test"]["acc1"] == pytest.approx(1 / 6)  # all images are black
     said = kd("eval", f"run={file.parent}")
     assert said.code == 0, said.err
+
+
+def test_a_network_of_images_takes_no_texts() -> None:
+    with pytest.raises(
+        KdError, match=r"^student\.model\._target_ = kd\.models\.mlp\.mlp takes no texts: give a network of"
+    ):
+        networks.network({"_target_": "kd.models.mlp.mlp"}, "student.model", 3, (12,), tokenizer=object())

@@ -86,6 +86,7 @@ TYPOS = [
     (["~loss.ce"], "loss is empty: choose at least one term"),
     (["seed=abc"], "seed=abc is not allowed: value 'abc' of type 'str' could not be converted to Integer"),
     (["recipe.epochs=1,2"], "recipe.epochs=1,2 has several values: add -m"),
+    (["data.label=größe"], "data.label=größe cannot be read as KEY=VALUE: quote a value with letters outside of ASCII"),
     (["recipe"], "recipe cannot be read as KEY=VALUE"),
     (["loss=[ce,kd"], "loss=[ce,kd cannot be read as KEY=VALUE: close every bracket"),
     (["recipe.optimizer.lr=fast"], "recipe.optimizer.lr = fast is not allowed: it must be a finite number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,6 +127,27 @@ def test_log_probabilities_and_answers_that_were_cut_off(ask, server, tmp_path) 
     assert first["logprobs"] == [{"token": "x", "logprob": -0.5, "top": [["x", -0.5], ["y", -1.5]]}]
     assert "logprobs" not in second
     assert (summary.truncated, summary.without_logprobs) == (1, 1)
+    server.script["c"] = [sends(choice(logprobs={"content": [{"token": "x", "logprob": -0.5, "top_logprobs": []}]}))]
+    assert ask("a", "b", "c", logprobs=2).without_logprobs == 2  # none of the likeliest tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ([{"token": "x", "logprob": 1.5}], "token 1: logprob = 1.5 of 'x' must be a number, at most 0"),
+        ([{"token": "x", "logprob": -1.0}, {"token": 3}], "token 2: it is no {token, logprob, bytes, top_logprobs}"),
+        (
+            [{"token": "x", "logprob": -1.0, "top_logprobs": [{"token": "y", "logprob": "z"}]}],
+            "token 1: logprob = z of 'y' must be a number, at most 0",
+        ),
+        ([{"token": None, "logprob": -1.0}], "token 1: token = 'None' must be a text"),
+        ("x", "the log-probabilities are no list of tokens: {'content': 'x'}"),
+    ],
+)
+def test_what_is_wrong_with_log_probabilities_is_said(tokens: Any, said: str) -> None:
+    body = json.dumps(choice(logprobs={"content": tokens})).encode()
+    with pytest.raises(Malformed, match=re.escape(said)):
+        completion(body, "m", 1, 1)
 
 
 @pytest.mark.parametrize(

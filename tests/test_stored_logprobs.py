@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,27 @@ def test_what_is_stored_gives_the_loss_of_the_live_teacher(teacher: Path, writte
             values = [term(Output(z), of, batch) for z, of in zip(logits, (found, expected), strict=True)]
             torch.testing.assert_close(*values, **close)  # all classes: the tail is spread evenly
             torch.testing.assert_close(*torch.autograd.grad(sum(values), logits), **close)
+
+
+def test_what_a_server_has_left_out_is_said(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("kd").propagate = True
+    lines = [{"prompt": f"in {n}", "completion": WHOLE} for n in range(40)]
+
+    def read(logprobs: Any) -> Any:
+        file = rewritten(tmp_path / "o.jsonl", [{**line, "logprobs": logprobs} for line in lines])
+        return StoredLogprobs(None, data_of(file, teacher))
+
+    read([{**one, "top": []} for one in TOLD])
+    assert "has no candidate of the vocabulary beside the token that was written for 104 of 104 tokens" in caplog.text
+    for none in (None, []):
+        with pytest.raises(KdError, match=r"o\.jsonl has no log-probabilities of the training rows"):
+            read(none)
+    with pytest.raises(KdError, match=r"data\.tokenizer trains one on the texts: set data\.tokenizer to the teacher's"):
+        StoredLogprobs(
+            None, AdaptedData(Documents(train=str(tmp_path / "o.jsonl"), test_fraction=0.2, val_fraction=0.2))
+        )
+    with pytest.raises(KdError, match=r"teacher\.answers\.file = nowhere\.jsonl: there is no such file"):
+        StoredLogprobs(None, data_of(tmp_path / "o.jsonl", teacher), file="nowhere.jsonl")
 
 
 def test_rows_from_python_are_read_as_those_of_a_file(teacher: Path, written: Path) -> None:
@@ -318,7 +340,7 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(teacher: Path, w
     spelled = changed(
         written, tmp_path, lambda line: {**line, "logprobs": [{**one, "token": "?"} for one in line["logprobs"]]}
     )
-    with pytest.raises(KdError, match=r"changed.jsonl has .* of [\d,]+ tokens to be predicted, and 0 of them are the"):
+    with pytest.raises(KdError, match=r"changed.jsonl: of [\d,]+ tokens to be predicted 0 have a log-probability"):
         StoredLogprobs(None, data_of(spelled, teacher))
     for wrong in (
         "x",

@@ -40,6 +40,11 @@ def explain(error: Exception, overrides: Sequence[str] = (), search: Sequence[st
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: {yaml_problem(error.problem)}"
     if isinstance(error, OverrideParseException):
+        if not (error.override or "").isascii():
+            return (
+                f"{error.override} cannot be read as KEY=VALUE: quote a value with letters outside of ASCII twice, for "
+                "example KEY='\"Größe\"'"
+            )
         return (
             f"{error.override} cannot be read as KEY=VALUE: close every bracket, leave out spaces, and quote a value "
             "that holds spaces, commas or = signs twice, for example KEY=\"'a b'\""

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd.deploy import backends, peak_memory
 from kd.deploy.subjects import Subject
 from kd.errors import KdError
+from kd.models.positions import positions_of
 from kd.records.bench_file import Bench, Plan, Size, Speed, Writing
 
 STABLE = 0.05  # change of the median from one group of passes to the next at which warm-up ends
@@ -57,6 +58,10 @@ def bench(subjects: Mapping[str, Subject], sources: Mapping[str, list[Any]], pla
 
 
 def _size(subject: Subject, source: list[Any], plan: Plan, device: torch.device) -> Size:
+    most = positions_of(subject.module.network) if subject.vocabulary else None
+    if most is not None and plan.length + (plan.new_tokens if subject.generates else 0) > most:
+        new = f" and new_tokens = {plan.new_tokens}" if subject.generates else ""
+        raise KdError(f"length = {plan.length}{new} is not allowed: {subject.name} has {most} positions")
     largest = max(plan.batch_sizes)
     peak = None
     if device.type == "cuda":

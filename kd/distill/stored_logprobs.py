@@ -33,7 +33,7 @@ SLIGHTLY = 1e-3  # above 0: rounded
 REST = 1e-6  # probability of the tokens that are not stored, at least: servers round
 TOKEN_ID = re.compile(r"token_id:(\d+)")
 ALIGNED = 0.5  # of the tokens that a server tells something of: with fewer in common the tokenizer is another one
-DOUBTFUL = 0.05  # of the tokens
+DOUBTFUL = 0.05  # of these tokens: more are worth a warning
 ROUNDED = 0.01  # probability above 1 of all candidates together
 
 Known = list[tuple[int, float]]
@@ -77,6 +77,11 @@ class StoredLogprobs(Answers):
                 "teacher.answers reads log-probabilities of tokens: it needs data=lm with prompts and completions, and "
                 "no data.masking, data.packing or data.teacher_tokenizer"
             )
+        if own.spec is None or isinstance(own.spec, Mapping):
+            raise KdError(
+                "teacher.answers reads tokens of the teacher's tokenizer, and data.tokenizer trains one on the texts: "
+                "set data.tokenizer to the teacher's, a name or a folder"
+            )
         self._classes = len(own.tokenizer)
         self._read(own, file)
 
@@ -101,7 +106,12 @@ class StoredLogprobs(Answers):
 
     def _read(self, data: Documents, file: Any) -> None:
         """Read what is stored of each token to be predicted, row after row of the training set."""
-        records, texts, tokens = data.encoded("train", file)
+        try:
+            records, texts, tokens = data.encoded("train", file)
+        except KdError as error:
+            raise KdError(
+                str(error).replace("data.train", "data.train" if file is None else "teacher.answers.file")
+            ) from None
         if LATE not in records.columns:
             raise KdError(
                 f"{records.where} has no column logprobs: kd generate stores them beside its texts with logprobs=20"
@@ -132,25 +142,37 @@ class StoredLogprobs(Answers):
             due = due[due > 0]  # the first token of a row is not predicted
             counts.append(len(due))
             aligned += sum(n in found for n in due.tolist())
-            told += 0 if stored is None else sum(n in found or ids[n] not in vocabulary.special for n in due.tolist())
+            told += 0 if not stored else sum(n in found or ids[n] not in vocabulary.special for n in due.tolist())
             for n in due.tolist():
                 known.add(found.get(n) or [(int(ids[n]), math.log(SURE))])
-        if not told:
-            raise KdError(f"{records.where} has no log-probabilities of the training rows: the server gave none")
-        if aligned < ALIGNED * told:
-            raise KdError(
-                f"{records.where} has log-probabilities of {told:,} tokens to be predicted, and {aligned:,} of them "
-                "are the same bytes in data.tokenizer: it must be the teacher's, and the texts those that it wrote"
-            )
-        if aligned < len(known):
-            log.log(
-                logging.WARNING if aligned < (1 - DOUBTFUL) * len(known) else logging.INFO,
-                "%s has nothing on %s of %s tokens (ends of texts, and where they were divided otherwise): what was "
-                "written is the target there",
-                *(records.where, f"{len(known) - aligned:,}", f"{len(known):,}"),
-            )
+        _judge(records.where, known, told, aligned)
         self._index, self._begin = train.index.numpy()[order], np.concatenate([[0], np.cumsum(counts)])
         self._ids, self._log_probs, self._rests = known.tensors(self._classes)
+
+
+def _judge(where: str, known: Packed, told: int, aligned: int) -> None:
+    """Refuse, or say, what a file does not know. ``told``: tokens that it tells something of; ``aligned``: found."""
+    if not told:
+        raise KdError(f"{where} has no log-probabilities of the training rows: the server gave none")
+    if aligned < ALIGNED * told:
+        raise KdError(
+            f"{where}: of {told:,} tokens to be predicted {aligned:,} have a log-probability of the same bytes in "
+            "data.tokenizer: it must be the teacher's, the texts those that it wrote, and what is stored all of them"
+        )
+    if aligned < len(known):
+        log.log(
+            logging.WARNING if aligned < (1 - DOUBTFUL) * told else logging.INFO,
+            "%s has nothing on %s of %s tokens (ends of texts, and where they were divided otherwise): what was "
+            "written is the target there",
+            *(where, f"{len(known) - aligned:,}", f"{len(known):,}"),
+        )
+    alone = sum(count < 2 for count in known.counts) - (len(known) - aligned)
+    if alone > DOUBTFUL * aligned:
+        log.warning(
+            "%s has no candidate of the vocabulary beside the token that was written for %s of %s tokens: the server "
+            "gave none (top_logprobs), or they are another vocabulary's",
+            *(where, f"{alone:,}", f"{aligned:,}"),
+        )
 
 
 class Vocabulary:

@@ -23,6 +23,9 @@ ENDS = {
 }  # TGI's and Mistral's words for OpenAI's
 
 
+SHORT = 40  # characters of a value in a sentence
+
+
 class Malformed(ValueError):
     """The answer is not what the protocol promises; a repeated request may succeed. ``usage``: tokens, if it says."""
 
@@ -133,20 +136,24 @@ def _logprobs(given: Any) -> list[dict[str, Any]] | None:
     if given is None or (isinstance(given, Mapping) and given.get("content") is None):
         return None
     tokens = given.get("content") if isinstance(given, Mapping) else None
-    try:
-        if not isinstance(tokens, list):
-            raise TypeError
-        return [stored_token(_candidate(one), map(_candidate, one.get("top_logprobs") or [])) for one in tokens]
-    except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
-        raise Malformed(f"the log-probabilities are {_short(tokens)}") from None
+    if not isinstance(tokens, list):
+        raise Malformed(f"the log-probabilities are no list of tokens: {_short(given)}")
+    found = []
+    for number, one in enumerate(tokens, 1):
+        try:
+            found.append(stored_token(_candidate(one), [_candidate(other) for other in one.get("top_logprobs") or []]))
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+            why = error if type(error) is TypeError and error.args else "it is no {token, logprob, bytes, top_logprobs}"
+            raise Malformed(f"the log-probabilities are malformed: token {number}: {_short(why)}") from None
+    return found
 
 
 def _candidate(one: Mapping[str, Any]) -> Candidate:
     token, value, raw = one["token"], one["logprob"], one.get("bytes")
     if not isinstance(token, str) or not _is_unicode(token):
-        raise TypeError
+        raise TypeError(f"token = {str(token)[:SHORT]!r} must be a text")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > 1e-3:
-        raise TypeError
+        raise TypeError(f"logprob = {str(value)[:SHORT]} of {token[:SHORT]!r} must be a number, at most 0")
     return token, float(value), bytes(raw) if isinstance(raw, list) and raw else None
 
 

@@ -12,9 +12,9 @@ class Summary:
 
     ``prompts``: different ones; ``repeated``: rows that repeat one; ``wanted``, ``done``: completions; ``failed``: why
     others are missing, by row of the prompts' file (from 1); ``again``: failed attempts of this process that were
-    followed by another one, by kind; ``truncated``: that ``max_new_tokens`` cut off;
-    ``estimated``: whose tokens the server did not count; ``without_logprobs``: that lack them; ``cost``: of all
-    attempts, None without prices; ``tokens_per_second``: of completions, in this process; ``metrics``: beside
+    followed by another one, by kind; ``truncated``: that ``max_new_tokens`` cut off; ``estimated``: whose tokens the
+    server did not count; ``without_logprobs``: that lack those of the likeliest tokens; ``cost``: of all attempts, None
+    without prices; ``tokens_per_second``: of completions, in this process; ``metrics``: beside
     references, on a scale of 0 to 1.
     """
 
@@ -39,7 +39,7 @@ class Summary:
         self.done += 1
         self.truncated += line.get("finish_reason") == "length"
         self.estimated += bool(line.get("tokens_estimated"))
-        self.without_logprobs += logprobs > 0 and line.get("logprobs") is None
+        self.without_logprobs += logprobs > 0 and not any(one.get("top") for one in line.get("logprobs") or [])
         self.tokens_in += line["tokens_in"]
         self.tokens_out += line["tokens_out"]
         if line.get("cost") is not None:

@@ -70,7 +70,9 @@ def transformers_model(
     Raises ``ValueError`` with one sentence when there is no such model, or its weights cannot be had.
     """
     if architecture not in AUTO:
-        raise ValueError(f"architecture = {architecture} is not allowed: it must be {', '.join(AUTO)} (of the task)")
+        raise ValueError(
+            f"architecture = {architecture} is not allowed: it must be {', '.join(AUTO)} (of the task: set task)"
+        )
     if pooling not in POOLING:
         raise ValueError(f"pooling = {pooling} is not allowed: it must be mean or cls")
     if name is None and "model_type" not in (config or {}):

@@ -54,6 +54,8 @@ def network(
             f"{path}._target_ = {spec['_target_']} takes num_classes, which the data does not tell: give "
             f"the data module an attribute num_classes (data.num_classes), or set {path}.num_classes"
         )
+    if known.get("tokenizer") is not None:
+        _takes_texts(spec, path, accepted)
     anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if anything and "num_classes" in known and not str(spec["_target_"]).startswith("transformers."):
         given.setdefault("num_classes", spec.get("num_classes", num_classes))
@@ -63,6 +65,19 @@ def network(
     if "restriction" in known:
         library_networks.restrict(built, known["restriction"], known["tokenizer"], path)
     return built
+
+
+def _takes_texts(spec: Mapping[str, Any], path: str, accepted: Mapping[str, inspect.Parameter]) -> None:
+    """Refuse a network that must be told the shape of images or vectors."""
+    shape = accepted.get("input_shape")
+    if shape is None or shape.default is not shape.empty or "input_shape" in spec:
+        return
+    role = path.partition(".")[0]
+    cut = ", or cut the student from the teacher by model@student=none and student.surgery" if role == "student" else ""
+    raise KdError(
+        f"{path}._target_ = {spec['_target_']} takes no texts: give a network of transformers, "
+        f"model@{role}=transformers {path}.name=NAME{cut}"
+    )
 
 
 def _completed(spec: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

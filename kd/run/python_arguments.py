@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from kd.distill.optimisation import check_factory
 from kd.errors import KdError
+from kd.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,11 @@ def check(given: Mapping[str, Any]) -> None:
     epochs, every = given["epochs"], given["val_every"]
     if epochs % every:
         raise KdError(f"val_every = {every} is not allowed: epochs = {epochs} must be a multiple of it")
+    if given["task"] is not None and not isinstance(given["task"], Task):
+        raise KdError(
+            f"task = {given['task']!r} is not allowed: it must be an object of a class of kd.tasks, such as "
+            "kd.tasks.text_classification.TextClassification(), or None"
+        )
     check_factory("optimizer", given["optimizer"])
     if not isinstance(given["scheduler"], str):
         check_factory("scheduler", given["scheduler"])

@@ -315,6 +315,10 @@ def file_of(tmp_path: Path, text: str | bytes, name: str = "x.csv") -> str:
         ({"test": None}, r"data\.test_fraction=0\.2"),
         ({"test_fraction": 0.1}, r"data\.test_fraction = 0\.1 is not allowed"),
         ({"train": [{"text": " ", "label": "a"}]}, r"no text in data\.text = text: all are empty"),
+        (
+            {"train": [{"text": "a", "label": ["b"]}]},
+            r"data\.label = label of data\.train has \['b'\] as one of its values",
+        ),
         ({"train": [{"text": 3, "label": "a"}]}, r"data\.text = text of data\.train holds no texts: 3"),
         (
             {"train": [{"text": "a", "label": "1"}] * 30 + [{"text": "a", "label": "one"}], "numbers": True},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ def test_a_generator_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.writing is not None
     assert found.writing.tokens_per_second["network"] == 1
     assert found.writing.first_token_ms["network"] == 1000
+    with pytest.raises(KdError, match=r"length = 30 and new_tokens = 4 is not allowed: .* has 32 positions"):
+        bench({"network": one}, {"network": []}, replace(plan, length=30))
 
 
 @pytest.mark.slow

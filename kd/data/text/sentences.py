@@ -187,6 +187,11 @@ class Sentences(TextModule):
         if name is None or records.plain or self.masking is not None:
             return [None] * len(records)
         values, names = records.column(name, "label"), records.classes.get(name)
+        if (wrong := next((value for value in values if isinstance(value, (list, dict))), None)) is not None:
+            raise KdError(
+                f"data.label = {name} of {records.where} has {wrong!r} as one of its values: it must be one class a "
+                "text"
+            )
         if self.numbers:
             return [label_text(value) or None for value in values]
         return [class_label(value, names) for value in values]
