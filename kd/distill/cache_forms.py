@@ -16,7 +16,7 @@ from kd.tasks.output_projection import linear_of
 
 FORMS = ("topk", "hidden", "logits")
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-CHUNK = 256  # rows whose logits over the vocabulary are made at once
+CHUNK = 32  # rows whose logits over the vocabulary are made at once
 LOWEST = -6e4  # of log-probabilities: above the least number of float16
 
 Arrays = dict[str, Tensor]
