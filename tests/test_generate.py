@@ -140,6 +140,7 @@ def test_log_probabilities_and_answers_that_were_cut_off(ask, server, tmp_path) 
             [{"token": "x", "logprob": -1.0, "top_logprobs": [{"token": "y", "logprob": "z"}]}],
             "token 1: logprob = z of 'y' must be a number, at most 0",
         ),
+        (["x"], "token 1: it is no {token, logprob, bytes, top_logprobs}"),
         ([{"token": None, "logprob": -1.0}], "token 1: token = 'None' must be a text"),
         ("x", "the log-probabilities are no list of tokens: {'content': 'x'}"),
     ],

@@ -16,7 +16,8 @@ from kd.tasks.output_projection import linear_of
 
 FORMS = ("topk", "hidden", "logits")
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-CHUNK = 32  # rows whose logits over the vocabulary are made at once
+CHUNK = 32  # rows whose logits over a large vocabulary are made at once
+NUMBERS = 2**20  # logits at once of a smaller one
 LOWEST = -6e4  # of log-probabilities: above the least number of float16
 
 Arrays = dict[str, Tensor]
@@ -127,12 +128,17 @@ def narrowed(arrays: Arrays) -> Arrays:
 def _logits(output: Output) -> Iterator[Tensor]:
     """Yield the logits in single precision, a chunk of rows at a time where they are not yet made."""
     if output.hidden is not None and output.head is not None:
-        for part in output.hidden.split(CHUNK):
+        layer = linear_of(output.head)
+        for part in output.hidden.split(CHUNK if layer is None else _rows_of(layer.weight.shape[0])):
             yield at_least_float32(output.head(part))
         return
     if not output.has_logits:
         raise KdError("teacher.answers needs a teacher with logits")
-    yield from at_least_float32(output.logits).split(CHUNK)
+    yield from at_least_float32(output.logits).split(_rows_of(output.logits.shape[-1]))
+
+
+def _rows_of(classes: int) -> int:
+    return max(CHUNK, NUMBERS // max(1, classes))
 
 
 def kept_projection(head: Any) -> tuple[Arrays, dict[str, str]]:

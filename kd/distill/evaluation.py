@@ -29,10 +29,8 @@ def _absolute_sum(weight: Tensor) -> Tensor:
     if hasattr(weight, "full_tensor"):
         return group.whole(weight.abs().sum(dtype=torch.float64))
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    for part in weight.reshape(-1).split(PART):
-        total += part.abs().sum(
-            dtype=torch.float64
-        )  # a list of sums would lie between the copies, and keep their place
+    for part in weight.reshape(-1).split(PART):  # a list of sums would lie between the copies, and keep their place
+        total += part.abs().sum(dtype=torch.float64)
     return total
 
 

@@ -143,7 +143,7 @@ def _logprobs(given: Any) -> list[dict[str, Any]] | None:
         try:
             found.append(stored_token(_candidate(one), [_candidate(other) for other in one.get("top_logprobs") or []]))
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-            why = error if type(error) is TypeError and error.args else "it is no {token, logprob, bytes, top_logprobs}"
+            why = error if isinstance(error, Malformed) else "it is no {token, logprob, bytes, top_logprobs}"
             raise Malformed(f"the log-probabilities are malformed: token {number}: {_short(why)}") from None
     return found
 
@@ -151,9 +151,9 @@ def _logprobs(given: Any) -> list[dict[str, Any]] | None:
 def _candidate(one: Mapping[str, Any]) -> Candidate:
     token, value, raw = one["token"], one["logprob"], one.get("bytes")
     if not isinstance(token, str) or not _is_unicode(token):
-        raise TypeError(f"token = {str(token)[:SHORT]!r} must be a text")
+        raise Malformed(f"token = {str(token)[:SHORT]!r} must be a text")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > 1e-3:
-        raise TypeError(f"logprob = {str(value)[:SHORT]} of {token[:SHORT]!r} must be a number, at most 0")
+        raise Malformed(f"logprob = {str(value)[:SHORT]} of {token[:SHORT]!r} must be a number, at most 0")
     return token, float(value), bytes(raw) if isinstance(raw, list) and raw else None
 
 
